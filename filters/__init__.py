@@ -1,0 +1,85 @@
+"""Policy over text: what a filter is, how its bounds are checked, and how one is found by name.
+
+A filter is a frozen dataclass in `filters/<name>.py`, called <Name> in CamelCase. Every field of type `Bound` is a rule:
+its name is at once the score that `measure` returns, the Arrow column, the reject reason, the report row, the TOML key and
+the command-line override (`gopher_quality.word_count`). Adding a filter is one file and one word in a config.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, Protocol
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict
+
+STRICT = ConfigDict(extra="forbid")
+
+
+def _off_is_none(value: Any) -> Any:
+    return None if isinstance(value, str) and value == "off" else value
+
+
+def _low_to_high(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    if value is not None and not value[0] <= value[1]:
+        raise ValueError(f"low must not exceed high, got [{value[0]}, {value[1]}]")
+    return value
+
+
+# [low, high], both inclusive; inf and -inf leave a side open; "off" (None) measures without rejecting.
+Bound = Annotated[tuple[float, float] | None, BeforeValidator(_off_is_none), AfterValidator(_low_to_high)]
+
+
+class Filter(Protocol):
+    def measure(self, view: Any) -> dict[str, float]:
+        """Score a document; total: defined for every string, one score per Bound field, in field order."""
+        ...
+
+
+class Rejection(NamedTuple):
+    """Why a document was dropped: `rule` is '<filter>.<score>', `bound` the limits that `value` fell outside."""
+
+    rule: str
+    value: float
+    bound: tuple[float, float]
+
+
+def rules(filter: Any) -> dict[str, tuple[float, float] | None]:
+    """The rules of a filter in the order in which they are checked."""
+    return {f.name: getattr(filter, f.name) for f in dataclasses.fields(filter) if f.type is Bound}
+
+
+def settings(filter: Any) -> dict[str, Any]:
+    """The fields of a filter that change what is measured, as opposed to where the limits lie."""
+    return {f.name: getattr(filter, f.name) for f in dataclasses.fields(filter) if f.type is not Bound}
+
+
+def first_failure(name: str, filter: Any, scores: Mapping[str, float]) -> Rejection | None:
+    """The first rule that `scores` breaks. NaN breaks every rule: a score that cannot be had is no pass."""
+    for rule, bound in rules(filter).items():
+        if bound is None:
+            continue
+        value = scores[rule]
+        if math.isnan(value) or not bound[0] <= value <= bound[1]:
+            return Rejection(f"{name}.{rule}", value, bound)
+    return None
+
+
+def available() -> list[str]:
+    """Names of the modules in this package that hold a filter."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_FILTERS)
+
+
+_NOT_FILTERS = {"text", "url_policy", "opt_out", "pii", "language"}
+
+
+def filter_class(name: str) -> Any:
+    """The dataclass of filter `name`; ValueError names the nearest filter when there is none."""
+    if name not in available():
+        close = difflib.get_close_matches(name, available(), 1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"unknown filter '{name}'{hint} Available: {', '.join(available())}")
+    module = importlib.import_module(f"filters.{name}")
+    return getattr(module, "".join(part.title() for part in name.split("_")))

@@ -1,0 +1,92 @@
+"""The document row that every stage shares: its Arrow schema, its identity, and how policy is written into it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import xxhash
+
+from filters import rules
+
+# Band keys are one binary value of 8 bytes a band (little-endian): a document of 14 bands costs 112 bytes.
+IDENTITY = [
+    pa.field("doc_id", pa.uint64(), nullable=False),
+    pa.field("url", pa.string()),
+    pa.field("host", pa.string()),
+    pa.field("source_id", pa.string()),
+    pa.field("crawl_date", pa.timestamp("s", tz="UTC")),
+    pa.field("warc_file", pa.string()),
+    pa.field("warc_offset", pa.int64()),
+]
+EXTRACTED = [
+    pa.field("charset", pa.string()),
+    pa.field("charset_source", pa.string()),
+    pa.field("opt_out", pa.string()),
+    pa.field("language", pa.string()),
+    pa.field("language_score", pa.float64()),
+    pa.field("num_chars", pa.int64()),
+    pa.field("content_hash", pa.binary(16)),
+    pa.field("band_keys", pa.binary()),
+]
+VERDICT = [
+    pa.field("rejected_by", pa.string()),
+    pa.field("rejected_value", pa.float64()),
+    pa.field("rejected_low", pa.float64()),
+    pa.field("rejected_high", pa.float64()),
+    pa.field("text", pa.large_string()),
+]
+REFINED = [
+    pa.field("cluster_id", pa.uint64()),
+    pa.field("cluster_size", pa.int64()),
+    pa.field("pii_spans", pa.list_(pa.struct({"entity": pa.string(), "start": pa.int32(), "end": pa.int32()}))),
+]
+
+POSITION_BITS = 32
+
+
+def make_doc_id(ordinal: int, position: int) -> int:
+    """Identity of the record at `position` of input number `ordinal` of the run; both below 2^32 (2^31 for signed readers).
+
+    It depends on nothing but the run's append-only input list, so a retried task makes the same ids and a later batch
+    never collides with an earlier one.
+    """
+    if not 0 <= position < 1 << POSITION_BITS or not 0 <= ordinal < 1 << (63 - POSITION_BITS):
+        raise ValueError(f"doc_id out of range: input {ordinal}, record {position}")
+    return ordinal << POSITION_BITS | position
+
+
+def ordinal_of(doc_id: int) -> int:
+    """The input number that a doc_id belongs to."""
+    return doc_id >> POSITION_BITS
+
+
+class NamedFilter(NamedTuple):
+    """A filter with the name its scores are stored under."""
+
+    name: str
+    filter: Any
+
+
+def score_columns(filters: Sequence[NamedFilter]) -> list[str]:
+    """Names of the score columns, in the order in which rules are checked: '<filter>.<rule>'."""
+    return [f"{name}.{rule}" for name, filter in filters for rule in rules(filter)]
+
+
+def document_schema(filters: Sequence[NamedFilter]) -> pa.Schema:
+    """Schema of the extract stage's parts. Scores are null where a document was rejected before it was measured."""
+    scores = [pa.field(name, pa.float64()) for name in score_columns(filters)]
+    return pa.schema(IDENTITY + EXTRACTED + scores + VERDICT)
+
+
+def corpus_schema(documents: pa.Schema, filters: Sequence[NamedFilter], pii: Sequence[str]) -> pa.Schema:
+    """Schema of the refine stage's parts: the documents' own, without dedup keys, with what refine adds."""
+    scores = [pa.field(name, pa.float64()) for name in score_columns(filters)]
+    counts = [pa.field(f"pii.{entity.lower()}", pa.int32()) for entity in pii]
+    kept = [f for f in documents if f.name not in {"band_keys", *(v.name for v in VERDICT)}]
+    return pa.schema(kept + REFINED + scores + counts + VERDICT)
+
+
+def sampled(doc_id: int, *, share: float, seed: int) -> bool:
+    """Whether a rejected document belongs to the deterministic sample whose text is kept; `share` in [0, 1]."""
+    draw = xxhash.xxh64_intdigest(doc_id.to_bytes(8, "little"), seed=seed)
+    return draw < share * 2.0**64

@@ -1,0 +1,183 @@
+"""The run ledger: which units of which stage are done, from what, into what. All truth is on disk.
+
+    RUN/<stage>/<key>/<kind>/<unit>.parquet      what a unit wrote
+    RUN/<stage>/<key>/commits/<unit>.json        that it is whole: written last, atomically
+    RUN/<stage>/<key>/failures/<unit>.json       why it could not be done; tried again by the next run
+
+A unit writes its outputs under temporary names, renames them, and then writes its commit. A crash at any moment leaves
+rubbish, never a lie. Paths are fsspec URIs: local disk and object storage alike.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+
+
+class Unit(NamedTuple):
+    """One piece of a stage's work. `fingerprint` identifies its input: a commit made from another one does not count."""
+
+    name: str
+    fingerprint: str
+    task: dict[str, Any]
+
+
+@dataclass
+class Commit:
+    """What one unit did. `counts` are rows by reason ('kept' included), `totals` any other sums (bytes, tokens, spans)."""
+
+    unit: str
+    fingerprint: str
+    rows_in: int = 0
+    rows_out: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @property
+    def digest(self) -> str:
+        """Identity of everything the unit wrote; equal bytes give equal digests."""
+        return digest([f"{o['path']}:{o['sha256']}" for o in self.outputs])
+
+
+def digest(parts: Any) -> str:
+    """Short stable hash of a JSON-able value, for stage keys and fingerprints: 16 hex digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def is_local(uri: str) -> bool:
+    """Whether a URI lies on this machine's file system."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a local file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(uri: str, data: bytes) -> None:
+    """Replace the object at `uri`: readers see the old bytes or the new ones, never a part (an object store's PUT is atomic)."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    if not is_local(uri):
+        fs.pipe_file(path, data)
+        return
+    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def read_bytes(uri: str) -> bytes:
+    """All bytes of an object. FileNotFoundError if there is none."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    data: bytes = fs.cat_file(path)
+    return data
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object or folder at `uri`."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return bool(fs.exists(path))
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of one stage under one key."""
+
+    root: str
+
+    def uri(self, *parts: str) -> str:
+        """Where a file of this stage lies."""
+        return "/".join([self.root.rstrip("/"), *parts])
+
+    @contextmanager
+    def create(self, *parts: str, outputs: list[dict[str, Any]]) -> Iterator[Path]:
+        """A local path to write one output to; on success it is moved into place and appended to `outputs`."""
+        uri = self.uri(*parts)
+        local = is_local(uri)
+        folder = Path(os.path.dirname(uri.removeprefix("file://")) if local else os.environ.get("TMPDIR", "/tmp"))
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{parts[-1]}.tmp-{uuid.uuid4().hex}"
+        try:
+            yield temporary
+            record = {"path": "/".join(parts), "bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
+            if local:
+                os.replace(temporary, uri.removeprefix("file://"))
+            else:
+                fs, path = fsspec.core.url_to_fs(uri)
+                fs.put_file(str(temporary), path)
+            outputs.append(record)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def commit(self, commit: Commit) -> None:
+        """Declare a unit done: the last thing a unit does."""
+        record = dataclasses.asdict(commit) | {"digest": commit.digest}
+        write_atomically(self.uri("commits", f"{commit.unit}.json"), json.dumps(record, indent=1).encode())
+        self.clear_failure(commit.unit)
+
+    def fail(self, unit: str, error: dict[str, Any]) -> None:
+        """Record why a unit could not be done; a later success removes the record."""
+        write_atomically(self.uri("failures", f"{unit}.json"), json.dumps(error, indent=1).encode())
+
+    def clear_failure(self, unit: str) -> None:
+        """Forget an earlier failure of a unit."""
+        uri = self.uri("failures", f"{unit}.json")
+        if exists(uri):
+            fs, path = fsspec.core.url_to_fs(uri)
+            fs.rm_file(path)
+
+    def commits(self) -> dict[str, Commit]:
+        """All units done so far, by name, in order of name."""
+        names = {f.name for f in dataclasses.fields(Commit)}
+        return {
+            record["unit"]: Commit(**{k: v for k, v in record.items() if k in names})
+            for record in self._records("commits")
+        }
+
+    def failures(self) -> dict[str, dict[str, Any]]:
+        """Units that failed and have not succeeded since, by name."""
+        return {record["unit"]: record for record in self._records("failures")}
+
+    def _records(self, kind: str) -> list[dict[str, Any]]:
+        fs, folder = fsspec.core.url_to_fs(self.uri(kind))
+        if not fs.exists(folder):
+            return []
+        paths = sorted(p for p in fs.ls(folder, detail=False) if p.endswith(".json"))
+        # object stores answer in tens of milliseconds: ask for many records at once
+        with ThreadPoolExecutor(16) as pool:
+            return [json.loads(data) for data in pool.map(fs.cat_file, paths)]
+
+    def clear(self, *parts: str) -> None:
+        """Remove a folder of this stage if it is there (rubbish of a unit that never committed)."""
+        fs, path = fsspec.core.url_to_fs(self.uri(*parts))
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A temporary local folder, removed at the end however it comes."""
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"{prefix}-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 class Unit(NamedTuple):
@@ -146,11 +148,22 @@ class Store:
 
     def commits(self) -> dict[str, Commit]:
         """All units done so far, by name, in order of name."""
-        names = {f.name for f in dataclasses.fields(Commit)}
-        return {
-            record["unit"]: Commit(**{k: v for k, v in record.items() if k in names})
-            for record in self._records("commits")
-        }
+        return {record["unit"]: _commit(record) for record in self._records("commits")}
+
+    def commit_of(self, unit: str) -> Commit | None:
+        """The commit of one unit, or None."""
+        try:
+            record = json.loads(read_bytes(self.uri("commits", f"{unit}.json")))
+        except FileNotFoundError:
+            return None
+        return _commit(record)
+
+    def read_part(self, commit: Commit, columns: list[str] | None = None, kind: str = "") -> pa.Table:
+        """The Parquet part that a unit wrote: its first output, or its output of that kind (folder)."""
+        path = next(o["path"] for o in commit.outputs if o["path"].startswith(kind))
+        fs, file = fsspec.core.url_to_fs(self.uri(path))
+        with fs.open(file, "rb") as stream:
+            return pq.read_table(stream, columns=columns)
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """Units that failed and have not succeeded since, by name."""
@@ -170,6 +183,10 @@ class Store:
         fs, path = fsspec.core.url_to_fs(self.uri(*parts))
         if fs.exists(path):
             fs.rm(path, recursive=True)
+
+
+def _commit(record: dict[str, Any]) -> Commit:
+    return Commit(**{f.name: record[f.name] for f in dataclasses.fields(Commit)})
 
 
 @contextmanager

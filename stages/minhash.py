@@ -8,7 +8,7 @@ Ullman, Mining of Massive Datasets, 3.4; FineWeb's 14 bands of 8 rows, arXiv:240
 import re
 import unicodedata
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,16 @@ _FMIX = {
     "affine64": [(np.uint64, 33, 0xFF51AFD7ED558CCD), (np.uint64, 33, 0xC4CEB9FE1A85EC53), (np.uint64, 33, 1)],
 }
 _CHUNK = 256  # shingles a time: 112 permutations x 256 x 8 bytes stay in the second-level cache
+
+
+class Signature(NamedTuple):
+    """How band keys are made: bands x rows permutations, drawn by `seed`, over word n-grams."""
+
+    num_bands: int
+    rows_per_band: int
+    ngram: int
+    scheme: Scheme
+    seed: int
 
 
 def normalize(text: str) -> str:
@@ -94,11 +104,12 @@ def signature(shingles: U64, *, num_perm: int, seed: int, scheme: Scheme) -> npt
     return minima
 
 
-def band_keys(normalized: str, *, num_bands: int, rows_per_band: int, ngram: int, seed: int, scheme: Scheme) -> bytes:
+def band_keys(normalized: str, scheme: Signature) -> bytes:
     """The document's band keys, 8 bytes each, little-endian; b"" for a text too short to shingle (exact hash only)."""
-    shingles = shingle_hashes(normalized, ngram=ngram)
+    shingles = shingle_hashes(normalized, ngram=scheme.ngram)
     if not len(shingles):
         return b""
-    minima = signature(shingles, num_perm=num_bands * rows_per_band, seed=seed, scheme=scheme)
-    bands = np.ascontiguousarray(minima).reshape(num_bands, rows_per_band)
+    num_perm = scheme.num_bands * scheme.rows_per_band
+    minima = signature(shingles, num_perm=num_perm, seed=scheme.seed, scheme=scheme.scheme)
+    bands = minima.reshape(scheme.num_bands, scheme.rows_per_band)
     return b"".join(xxhash.xxh64_digest(row.tobytes())[::-1] for row in bands)

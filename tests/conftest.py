@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# machines differ, and no test asserts a time
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")
 
 CORPUS = Path(os.environ.get("GRISTMILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -14,3 +19,15 @@ def corpus() -> Path:
     if not CORPUS.is_dir():
         pytest.skip(f"no corpus at {CORPUS}: set GRISTMILL_DATA")
     return CORPUS
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """The one Ray of the test session."""
+    from pipeline import engine
+
+    engine.start(None)
+    yield
+    import ray
+
+    ray.shutdown()

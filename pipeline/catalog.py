@@ -1,0 +1,197 @@
+"""Generations: packed parts become one immutable data set, verified, then listed in the catalog.
+
+    RUN/generations/gen-0001/part-00000/shard.00000.mds ...    the shards
+    RUN/generations/gen-0001/index.json                        one index for all parts, what StreamingDataset reads
+    RUN/generations/gen-0001/manifest.json                     rows, tokens, sources, tokenizer, sha256 of every shard
+    RUN/generations/gen-0001/provenance.parquet                row -> spans of documents
+    RUN/catalog.jsonl                                          one line per generation; what is not listed is not published
+
+A generation is never changed: StreamingDataset corrupts its order when a data set grows under it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages import mds, tokens
+from stages.ledger import (
+    Commit,
+    Store,
+    digest,
+    exists,
+    file_sha256,
+    is_local,
+    read_bytes,
+    scratch_folder,
+    write_atomically,
+)
+from stages.pack import PROVENANCE, PackConfig
+
+
+class PublishError(RuntimeError):
+    """The packed shards are not what their writers said; nothing was published."""
+
+
+class Published(NamedTuple):
+    """A generation: its name, folder and manifest; `new` is False when the same content had been published before."""
+
+    name: str
+    uri: str
+    manifest: dict[str, Any]
+    new: bool
+
+
+def read_catalog(run: str) -> list[dict[str, Any]]:
+    """Entries of the catalog, oldest first."""
+    uri = f"{run}/catalog.jsonl"
+    return [json.loads(line) for line in read_bytes(uri).splitlines()] if exists(uri) else []
+
+
+def publish(run: str, store: Store, commits: Sequence[Commit], config: PackConfig, *, sources: dict[str, int]) -> Published:
+    """Publish the parts of these pack commits as the next generation, unless the same content is published already."""
+    identity = digest([store.root.rsplit("/", 1)[-1], *(c.digest for c in commits)])
+    catalog = read_catalog(run)
+    for entry in catalog:
+        if entry["identity"] == identity:
+            uri = f"{run}/generations/{entry['name']}"
+            return Published(entry["name"], uri, json.loads(read_bytes(f"{uri}/manifest.json")), new=False)
+    name = f"gen-{len(catalog) + 1:04d}"
+    uri = f"{run}/generations/{name}"
+    with _workshop(run, name) as folder:
+        manifest = _build(folder, store, commits, config, name=name, identity=identity, sources=sources)
+        faults = mds.verify(folder, expected=manifest)
+        if faults:
+            raise PublishError(f"{len(faults)} faults, first: {faults[0]}; remove {store.root} and run again")
+        _move(folder, uri)
+    entry = {k: manifest[k] for k in ("name", "identity", "rows", "tokens", "seq_len", "tokenizer")}
+    entry["manifest_sha256"] = digest_of(f"{uri}/manifest.json")
+    lines = "".join(json.dumps(e) + "\n" for e in [*catalog, entry])
+    write_atomically(f"{run}/catalog.jsonl", lines.encode())
+    return Published(name, uri, manifest, new=True)
+
+
+def digest_of(uri: str) -> str:
+    """Hex sha256 of a small object."""
+    import hashlib
+
+    return hashlib.sha256(read_bytes(uri)).hexdigest()
+
+
+def _workshop(run: str, name: str) -> Any:
+    """A local folder to build in; beside the generations if they are local, so that the last step is one rename."""
+    if not is_local(run):
+        return scratch_folder(f"gristmill-{name}")
+    root = Path(run.removeprefix("file://")) / "generations"
+    root.mkdir(parents=True, exist_ok=True)
+    for rubbish in root.glob(".building-*"):
+        shutil.rmtree(rubbish)
+    # a crash between the rename and the catalog's line leaves an unlisted folder under the next name
+    shutil.rmtree(root / name, ignore_errors=True)
+    return _building(root / f".building-{name}")
+
+
+class _building:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Path:
+        self.folder.mkdir()
+        return self.folder
+
+    def __exit__(self, *error: Any) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _build(
+    folder: Path,
+    store: Store,
+    commits: Sequence[Commit],
+    config: PackConfig,
+    *,
+    name: str,
+    identity: str,
+    sources: dict[str, int],
+) -> dict[str, Any]:
+    names = [f"part-{c.unit}" for c in commits]
+    for part, commit in zip(names, commits, strict=True):
+        (folder / part).mkdir()
+        for output in commit.outputs:
+            if output["path"].startswith("parts/"):
+                _fetch(store.uri(output["path"]), folder / part / os.path.basename(output["path"]))
+    indexes = [mds.read_index(folder / part) for part in names]
+    for part in names:
+        (folder / part / mds.INDEX).unlink()
+    mds.write_index(folder, mds.merge_indexes(names, indexes))
+    _merge_provenance(folder, store, commits)
+    encoding = tokens.load_encoding(config.encoding, config.vocabulary_dir)
+    manifest = {
+        "name": name,
+        "identity": identity,
+        "rows": sum(c.rows_out for c in commits),
+        "tokens": int(sum(c.totals["tokens"] for c in commits)),
+        "documents": sum(c.rows_in for c in commits),
+        "seq_len": config.seq_len,
+        "packing": config.packing,
+        "tokenizer": config.encoding,
+        "tokenizer_sha256": tokens.encoding_digest(encoding),
+        "end_of_text": encoding.eot_token,
+        "sources": sources,
+        "provenance": "provenance.parquet",
+        "provenance_sha256": file_sha256(folder / "provenance.parquet"),
+        "shards": _shards(folder, names, indexes),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return manifest
+
+
+def _shards(folder: Path, names: Sequence[str], indexes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    shards = []
+    for part, index in zip(names, indexes, strict=True):
+        for entry in index["shards"]:
+            stored = entry["zip_data"] or entry["raw_data"]
+            path = folder / part / stored["basename"]
+            shards.append(
+                {
+                    "basename": f"{part}/{stored['basename']}",
+                    "bytes": path.stat().st_size,
+                    "sha256": file_sha256(path),
+                    "rows": entry["samples"],
+                }
+            )
+    return shards
+
+
+def _merge_provenance(folder: Path, store: Store, commits: Sequence[Commit]) -> None:
+    first = 0
+    with pq.ParquetWriter(folder / "provenance.parquet", PROVENANCE, compression="zstd") as writer:
+        for commit in commits:
+            table = store.read_part(commit, kind="provenance/")
+            rows = pa.compute.add(table["row"], first).combine_chunks()
+            writer.write_table(table.set_column(0, PROVENANCE.field("row"), rows))
+            first += commit.rows_out
+
+
+def _fetch(uri: str, target: Path) -> None:
+    if is_local(uri):
+        try:
+            os.link(uri.removeprefix("file://"), target)  # same disk: no second copy of the data
+            return
+        except OSError:
+            pass
+    fs, path = fsspec.core.url_to_fs(uri)
+    fs.get_file(path, str(target))
+
+
+def _move(folder: Path, uri: str) -> None:
+    if is_local(uri):
+        os.rename(folder, uri.removeprefix("file://"))
+        return
+    fs, path = fsspec.core.url_to_fs(uri)
+    fs.put(f"{folder}/", path, recursive=True)

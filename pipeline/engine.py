@@ -1,0 +1,159 @@
+"""The one place that talks to Ray: a stage's units as a Ray Data plan.
+
+A row of the plan is a unit; the task that gets it reads, works and writes by itself and returns its commit record, so no
+document ever passes through the object store or the driver. Workers keep their models between units.
+"""
+
+import json
+import logging
+import os
+import resource
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from stages.ledger import Commit, Store, Unit, exists, read_bytes, write_atomically
+
+# so many blocks keep any cluster busy, and the driver's bookkeeping small; a block holds several units beyond that
+MAX_BLOCKS = 10_000
+# a unit's inputs and outputs go to disk, not to the object store: on one machine it can be small
+_LOCAL_SETTINGS = {"include_dashboard": False, "object_store_memory": 200_000_000}
+
+Work = Callable[[Unit, Any, Store], Commit]
+
+
+class Resources(NamedTuple):
+    """What one worker of a stage may take. `parallelism` caps workers, 0 for no cap; `actors` keeps them as a pool."""
+
+    num_cpus: float
+    memory: int
+    parallelism: int = 0
+    actors: bool = False
+
+
+class Done(NamedTuple):
+    """The end of one unit: its commit, or the error it is recorded with."""
+
+    unit: str
+    commit: Commit | None
+    error: str | None
+
+
+class Task(NamedTuple):
+    """What every worker of a stage is given."""
+
+    work: Work
+    plan: Any
+    store: Store
+    attempts: int
+    invocation: str
+
+
+def start(address: str | None) -> None:
+    """Connect to a cluster (`address`, else $RAY_ADDRESS), or start Ray on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = not (address or os.environ.get("RAY_ADDRESS"))
+    if local:
+        # Ray's C++ side logs to the terminal; what a user can act on comes as Python errors
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+    import ray.data
+
+    if not ray.is_initialized():
+        settings = _LOCAL_SETTINGS if local else {}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "PlainRayHandler":  # the terminal; Ray's own log files keep everything
+            handler.setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+
+
+def run_units(name: str, task: Task, units: Sequence[Unit], resources: Resources) -> Iterator[Done]:
+    """Run units as the Ray Data operator `name`; yields each unit's end as it comes. A failing unit fails alone."""
+    import ray
+
+    if not units:
+        return
+    rows = [{"unit": json.dumps(unit)} for unit in units]
+    plan = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
+        _pool_class(name, task) if resources.actors else _function(name, task),
+        batch_size=1,
+        num_cpus=resources.num_cpus,
+        memory=resources.memory,
+        compute=_strategy(resources, len(rows)),
+    )
+    for row in plan.iter_rows():
+        commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
+        yield Done(row["unit"], commit, row["error"] or None)
+
+
+def _strategy(resources: Resources, units: int) -> Any:
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    if not resources.actors:
+        return TaskPoolStrategy(size=resources.parallelism or None)
+    return ActorPoolStrategy(min_size=1, max_size=min(units, resources.parallelism or _cluster_slots(resources)))
+
+
+def _cluster_slots(resources: Resources) -> int:
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1) // resources.num_cpus))
+
+
+def _function(name: str, task: Task) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def run(batch: dict[str, Any]) -> dict[str, Any]:
+        return _run_row(batch, task)
+
+    run.__name__ = run.__qualname__ = name  # what progress output and the dashboard call the operator
+    return run
+
+
+def _pool_class(name: str, task: Task) -> Any:
+    def call(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        return _run_row(batch, task)
+
+    return type(name, (), {"__call__": call})
+
+
+def _run_row(batch: dict[str, Any], task: Task) -> dict[str, Any]:
+    done = run_one(Unit(*json.loads(batch["unit"][0])), task)
+    commit = json.dumps(done.commit.__dict__) if done.commit else ""
+    return {"unit": [done.unit], "commit": [commit], "error": [done.error or ""]}
+
+
+def run_one(unit: Unit, task: Task) -> Done:
+    """Do one unit, with Ray or without: work, then commit. An error is recorded with the unit and does not spread."""
+    try:
+        _count_attempt(unit, task)
+        wall, cpu = time.monotonic(), _cpu_seconds()
+        commit = task.work(unit, task.plan, task.store)
+        commit.seconds = round(time.monotonic() - wall, 3)
+        commit.cpu_seconds = round(_cpu_seconds() - cpu + commit.totals.get("child_cpu_seconds", 0.0), 3)
+        commit.extra["finished"] = round(time.time(), 3)
+        task.store.commit(commit)
+        return Done(unit.name, commit, None)
+    except Exception as error:  # a unit that cannot be done must not take the others with it
+        message = f"{type(error).__name__}: {error}"
+        record = {"unit": unit.name, "task": unit.task, "error": message, "traceback": traceback.format_exc()}
+        task.store.fail(unit.name, record)
+        return Done(unit.name, None, message)
+
+
+def _count_attempt(unit: Unit, task: Task) -> None:
+    """Ray retries a task whose worker died; a unit that kills its worker each time must not be retried for ever."""
+    uri = task.store.uri("attempts", task.invocation, unit.name)
+    before = int(read_bytes(uri)) if exists(uri) else 0
+    if before >= task.attempts:
+        raise RuntimeError(f"its worker died {before} times (out of memory?): raise the stage's memory, or look at its input")
+    write_atomically(uri, str(before + 1).encode())
+
+
+def _cpu_seconds() -> float:
+    # of this process; the extractor's child reports its own time with each page
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return own.ru_utime + own.ru_stime

@@ -1,0 +1,215 @@
+"""Questions about a finished or running run: how far it is, what became of a page, its documents as plain files."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import catalog
+from pipeline.progress import FunnelRow, funnel
+from pipeline.run import read_state
+from stages.dedup import read_columns
+from stages.document import ordinal_of
+from stages.ledger import Commit, Store, exists
+
+PHASES = ("extract", "dedup sort", "dedup match", "dedup cluster", "refine", "pack")
+KINDS = {"documents": "extract", "keep": "dedup cluster", "corpus": "refine", "rejected": "refine"}
+
+
+def store_of(root: str, state: dict[str, Any], phase: str) -> Store:
+    """The store of a phase under the keys that the run used last."""
+    stage, _, part = phase.partition(" ")
+    return Store("/".join(filter(None, [root, stage, state["keys"][stage], part])))
+
+
+def all_commits(root: str, state: dict[str, Any]) -> dict[str, list[Commit]]:
+    """Commits of every phase under the keys that the run used last."""
+    return {phase: list(store_of(root, state, phase).commits().values()) for phase in PHASES}
+
+
+def run_funnel(root: str) -> list[FunnelRow]:
+    """The funnel of a run as far as it has come."""
+    commits = all_commits(root, read_state(root))
+    return funnel(commits["extract"], commits["dedup cluster"], commits["refine"], commits["pack"])
+
+
+def status(root: str) -> dict[str, Any]:
+    """Units done, failed and left per phase, with rates over the phase and the time left, from the ledger alone."""
+    state = read_state(root)
+    totals = state.get("units", {})
+    phases = {}
+    for phase in PHASES:
+        store = store_of(root, state, phase)
+        commits = list(store.commits().values())
+        failures = store.failures()
+        units = max(totals.get(phase, 0), len(commits) + len(failures))
+        phases[phase] = _phase_status(commits, failures, units)
+    return {
+        "run": root,
+        "stage": state.get("stage"),
+        "process": state.get("pid"),
+        "generation": state.get("generation"),
+        "phases": phases,
+    }
+
+
+def _phase_status(commits: list[Commit], failures: dict[str, Any], units: int) -> dict[str, Any]:
+    rows = sum(c.rows_in for c in commits)
+    starts = [c.extra["finished"] - c.seconds for c in commits if "finished" in c.extra]
+    ends = [c.extra["finished"] for c in commits if "finished" in c.extra]
+    elapsed = max(ends) - min(starts) if ends else 0.0
+    left = max(0, units - len(commits) - len(failures))
+    return {
+        "done": len(commits),
+        "failed": len(failures),
+        "left": left,
+        "rows_in": rows,
+        "rows_out": sum(c.rows_out for c in commits),
+        "rows_per_second": round(rows / elapsed, 1) if elapsed else None,
+        "eta_seconds": round(elapsed / len(commits) * left) if commits and left else None,
+        "last_commit_age_seconds": round(time.time() - max(ends)) if ends else None,
+        "errors": {name: record["error"] for name, record in failures.items()},
+    }
+
+
+# --- why -------------------------------------------------------------------------------------------------------------
+
+
+def why(root: str, url: str) -> list[dict[str, Any]]:
+    """What became of every document of this URL, stage by stage; [] when the run never saw it."""
+    state = read_state(root)
+    store = store_of(root, state, "extract")
+    found = []
+    for commit in store.commits().values():
+        uri = store.uri(commit.outputs[0]["path"])
+        urls = read_columns(uri, ["url"])["url"]
+        rows = pc.indices_nonzero(pc.is_in(urls, value_set=pa.array(_variants(url)))).to_pylist()
+        if rows:
+            table = read_columns(uri, None).take(rows).drop_columns(["band_keys", "content_hash"])
+            found += [_fate(root, state, commit.unit, row) for row in table.to_pylist()]
+    return found
+
+
+def _variants(url: str) -> list[str]:
+    bare = url.strip().rstrip("/")
+    hosts = [bare] if "://" in bare else [f"https://{bare}", f"http://{bare}"]
+    return [h + end for h in hosts for end in ("", "/")]
+
+
+def _fate(root: str, state: dict[str, Any], unit: str, row: dict[str, Any]) -> dict[str, Any]:
+    fate = {k: row[k] for k in ("doc_id", "url", "warc_file", "warc_offset", "crawl_date", "charset", "charset_source")}
+    fate |= {"language": row["language"], "language_score": row["language_score"], "opt_out": row["opt_out"]}
+    fate["scores"] = {k: v for k, v in row.items() if "." in k and v is not None}
+    if row["rejected_by"] is not None:
+        return fate | {"fate": "rejected", "stage": "extract", **_verdict(row), "text": row["text"]}
+    return fate | _after_extract(root, state, unit, row)
+
+
+def _verdict(row: dict[str, Any]) -> dict[str, Any]:
+    return {"rule": row["rejected_by"], "value": row["rejected_value"], "bound": [row["rejected_low"], row["rejected_high"]]}
+
+
+def _after_extract(root: str, state: dict[str, Any], unit: str, row: dict[str, Any]) -> dict[str, Any]:
+    keep = _row(store_of(root, state, "dedup cluster").uri("keep", f"{unit}.parquet"), row["doc_id"])
+    if keep is None:
+        return {"fate": "pending", "stage": "dedup"}
+    cluster = {"cluster_id": keep["cluster_id"], "cluster_size": keep["cluster_size"]}
+    if not keep["keep"]:
+        kept = _document(root, state, keep["kept_id"])
+        return {"fate": "duplicate", "stage": "dedup", **cluster, "kept_copy": {k: kept.get(k) for k in ("doc_id", "url")}}
+    store = store_of(root, state, "refine")
+    rejected = _row(store.uri("rejected", f"{unit}.parquet"), row["doc_id"])
+    if rejected is not None:
+        scores = {k: v for k, v in rejected.items() if "." in k and v is not None}
+        return {"fate": "rejected", "stage": "refine", **cluster, **_verdict(rejected), "scores": scores}
+    corpus = _row(store.uri("corpus", f"{unit}.parquet"), row["doc_id"])
+    if corpus is None:
+        return {"fate": "pending", "stage": "refine", **cluster}
+    kept_scores = {"scores": {k: v for k, v in corpus.items() if "." in k and v is not None}, "text": corpus["text"]}
+    placed = list(_generations(root, row["doc_id"]))
+    if not placed:
+        return {"fate": "pending", "stage": "pack", **cluster, **kept_scores}
+    return {"fate": "published", "stage": "pack", **cluster, **kept_scores, "generations": placed}
+
+
+def _generations(root: str, doc_id: int) -> Iterator[dict[str, Any]]:
+    for entry in catalog.read_catalog(root):
+        uri = f"{root}/generations/{entry['name']}/provenance.parquet"
+        table = read_columns(uri, None)
+        spans = table.filter(pc.equal(table["doc_id"], pa.scalar(doc_id, pa.uint64()))).to_pylist()
+        if spans:
+            tokens = sum(s["length"] for s in spans)
+            yield {"name": entry["name"], "rows": [s["row"] for s in spans], "tokens": tokens}
+
+
+def _row(uri: str, doc_id: int) -> dict[str, Any] | None:
+    if not exists(uri):
+        return None
+    table = read_columns(uri, None)
+    rows: list[dict[str, Any]] = table.filter(pc.equal(table["doc_id"], pa.scalar(doc_id, pa.uint64()))).to_pylist()
+    return rows[0] if rows else None
+
+
+def _document(root: str, state: dict[str, Any], doc_id: int) -> dict[str, Any]:
+    uri = store_of(root, state, "extract").uri("documents", f"{ordinal_of(doc_id):06d}.parquet")
+    return _row(uri, doc_id) or {"doc_id": doc_id, "url": None}
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def tables(root: str, kind: str) -> Iterator[pa.Table]:
+    """The parts of 'documents', 'keep', 'corpus' or 'rejected' (of both stages), in order of units."""
+    state = read_state(root)
+    if kind == "rejected":
+        for table in tables(root, "documents"):
+            yield table.filter(pc.is_valid(table["rejected_by"])).drop_columns(["band_keys", "content_hash"])
+    store = store_of(root, state, KINDS[kind])
+    for commit in store.commits().values():
+        for output in commit.outputs:
+            if output["path"].startswith(f"{kind}/"):
+                yield read_columns(store.uri(output["path"]), None)
+
+
+def export(root: str, kind: str, *, format: str, output: str) -> int:
+    """Write the rows of a kind to one file; returns their number. Columns of parts are united, absent ones null."""
+    schema = pa.unify_schemas([t.schema for t in tables(root, kind)] or [pa.schema([])])
+    fs, path = fsspec.core.url_to_fs(output)
+    if "/" in path:
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+    count = 0
+    with fs.open(path, "wb") as stream:
+        if format == "parquet":
+            with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+                for table in tables(root, kind):
+                    writer.write_table(_align(table, schema))
+                    count += table.num_rows
+            return count
+        for table in tables(root, kind):
+            for batch in table.to_batches(max_chunksize=1024):
+                for row in batch.to_pylist():
+                    stream.write(json.dumps(row, ensure_ascii=False, default=_plain).encode() + b"\n")
+                    count += 1
+    return count
+
+
+def _align(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    columns = [
+        table[f.name] if f.name in table.column_names else pa.nulls(table.num_rows, f.type) for f in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _plain(value: Any) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def local_folder(path: str) -> Path:
+    """A local path out of a URI, for what can only be read locally."""
+    return Path(path.removeprefix("file://"))

@@ -1,0 +1,130 @@
+"""What a person sees while a run works: a bar per phase, and the funnel at its end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline.engine import Done
+from stages.ledger import Commit
+
+
+@dataclass
+class _Sums:
+    task: TaskID
+    rows_in: int = 0
+    rows_out: int = 0
+    before: int = 0  # rows of units that an earlier run had done: no part of this run's rate
+
+    @property
+    def kept(self) -> str:
+        return f"{self.rows_out / self.rows_in:.0%} kept" if self.rows_in else ""
+
+
+class Bars:
+    """Bars on a terminal: units, documents a second, share kept, time left. Silent when the console is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._sums: dict[str, _Sums] = {}
+        self._bars = Progress(
+            TextColumn("[bold]{task.description:<14}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("units  {task.fields[rate]:>10}  {task.fields[kept]:>9}  {task.fields[failed]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "Bars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def begin(self, phase: str, *, units: int, done: Sequence[Commit]) -> None:
+        """Start a phase of `units`, of which `done` were committed before."""
+        task = self._bars.add_task(phase, total=units, completed=len(done), rate="", kept="", failed="")
+        rows_in = sum(c.rows_in for c in done)
+        self._sums[phase] = _Sums(task, rows_in, sum(c.rows_out for c in done), rows_in)
+
+    def advance(self, phase: str, done: Done) -> None:
+        """Count one unit that ended."""
+        sums = self._sums[phase]
+        if done.commit is not None:
+            sums.rows_in += done.commit.rows_in
+            sums.rows_out += done.commit.rows_out
+        else:
+            self.console.print(f"[red]failed[/red] {phase} unit {done.unit}: {done.error}", highlight=False)
+        elapsed = self._bars.tasks[sums.task].elapsed or 0.0
+        rate = f"{(sums.rows_in - sums.before) / elapsed:,.0f} rows/s" if elapsed else ""
+        kept = sums.kept if phase in ("extract", "dedup cluster", "refine") else ""
+        self._bars.update(sums.task, advance=1, rate=rate, kept=kept)
+
+    def end(self, phase: str) -> None:
+        """Close a phase."""
+        self._bars.stop_task(self._sums[phase].task)
+
+
+@dataclass(frozen=True)
+class FunnelRow:
+    """One line of the funnel: what was there at a point (`rule` None), or what one rule took away."""
+
+    stage: str
+    rule: str | None
+    count: int
+    unit: str = "documents"
+
+
+def funnel(extracted: Sequence[Commit], clustered: Sequence[Commit], refined: Sequence[Commit], packed: Sequence[Commit]) -> list[FunnelRow]:
+    """The way from records to tokens, summed over commit records: points, and between them the losses by rule."""
+    rows = [FunnelRow("extract", None, sum(c.rows_in for c in extracted), "records")]
+    rows += _losses("extract", extracted)
+    rows.append(FunnelRow("extract", None, sum(c.rows_out for c in extracted)))
+    if clustered:
+        rows += _losses("dedup", clustered)
+        rows.append(FunnelRow("dedup", None, sum(c.rows_out for c in clustered)))
+    if refined:
+        rows += _losses("refine", refined)
+        rows.append(FunnelRow("refine", None, sum(c.rows_out for c in refined)))
+    if packed:
+        rows.append(FunnelRow("pack", None, int(sum(c.totals["tokens"] for c in packed)), "tokens"))
+        rows.append(FunnelRow("pack", None, sum(c.rows_out for c in packed), "rows"))
+    return rows
+
+
+def _losses(stage: str, commits: Sequence[Commit]) -> list[FunnelRow]:
+    counts: dict[str, int] = {}
+    for commit in commits:
+        for rule, count in commit.counts.items():
+            if rule != "kept":
+                counts[rule] = counts.get(rule, 0) + count
+    return [FunnelRow(stage, rule, count) for rule, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def funnel_table(rows: Sequence[FunnelRow]) -> Table:
+    """The funnel for a terminal; shares are of what the stage began with."""
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("stage", "left"), ("rule", "left"), ("count", "right"), ("share", "right")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    base: Mapping[str, int] = _bases(rows)
+    for row in rows:
+        if row.rule is None:
+            table.add_row(row.stage, f"[bold]= {row.unit}[/bold]", f"[bold]{row.count:,}[/bold]", "")
+        else:
+            table.add_row("", f"  − {row.rule}", f"{row.count:,}", f"{row.count / max(1, base[row.stage]):.1%}")
+    return table
+
+
+def _bases(rows: Sequence[FunnelRow]) -> dict[str, int]:
+    """What each stage began with: the count of the last point before its losses."""
+    bases, last = {}, 0
+    for row in rows:
+        if row.rule is None:
+            last = row.count
+        bases.setdefault(row.stage, last)
+    return bases

@@ -1,0 +1,409 @@
+"""A run: the stages in order, each resumed from its commits, then publication. State on disk only.
+
+Order of things: hold the lease; extend the input list; for each stage, derive its key from what it depends on, list its
+units, run those without a commit of the same input; stop if too many failed; publish what pack wrote.
+"""
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from filters import rules, settings
+from pipeline import catalog, engine
+from pipeline.config import Config, model_digests, show
+from pipeline.lease import lease
+from stages import dedup, extract, pack, refine
+from stages.fetch import expand_inputs, fingerprint
+from stages.ledger import Commit, Store, Unit, digest, exists, read_bytes, write_atomically
+
+STAGES = ("extract", "dedup", "refine", "pack")
+RESOURCES = {"num_cpus", "memory", "parallelism", "workers", "batch_size"}
+_READS: dict[str, tuple[str, ...]] = {
+    "extract": ("language.model", "url_policy.blocked_lists", "url_policy.blocked_words"),
+    "pack": ("pack.vocabulary_dir",),
+}
+
+
+class RunFailed(RuntimeError):
+    """A stage could not be completed; what was committed stays, and the same command goes on from there."""
+
+
+class Progress(Protocol):
+    """Who is told how a run comes along."""
+
+    def begin(self, phase: str, *, units: int, done: Sequence[Commit]) -> None: ...
+    def advance(self, phase: str, done: engine.Done) -> None: ...
+    def end(self, phase: str) -> None: ...
+
+
+class Input(NamedTuple):
+    """An input file: its number in the run's append-only list, its path, and what identifies its content."""
+
+    ordinal: int
+    path: str
+    fingerprint: str
+
+
+@dataclass
+class Phase:
+    """A set of units that run together under one name, and what they left: `commits` of this phase's units only."""
+
+    name: str
+    store: Store
+    units: list[Unit]
+    commits: dict[str, Commit] = field(default_factory=dict)
+
+    @property
+    def pending(self) -> list[Unit]:
+        """Units without a commit of the same input."""
+        done = {n: c.fingerprint for n, c in self.commits.items()}
+        return [u for u in self.units if done.get(u.name) != u.fingerprint]
+
+    def ordered(self) -> list[Commit]:
+        """Commits of this phase's units, in the units' order; failed ones are missing."""
+        pending = {u.name for u in self.pending}
+        return [self.commits[u.name] for u in self.units if u.name not in pending]
+
+
+class Outcome(NamedTuple):
+    """What a run came to: failed units by phase, and the generation, if pack was reached."""
+
+    failed: dict[str, list[str]]
+    published: catalog.Published | None
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def stage_keys(config: Config) -> dict[str, str]:
+    """Key of each stage: a hash of the stage above, the stage's version and every setting that can change its output.
+
+    The extract key has two halves, content and policy: parts of the same content under another policy can be judged anew
+    from their stored scores.
+    """
+    models = model_digests(config)
+    plan = extract_plan(config)
+    reads = {k: models.get(k) for k in _READS["extract"]}
+    content = digest([_without_paths(extract.content_settings(plan)), reads, _filter_models(config.extract.filters, models)])
+    keys = {"extract": content[:8] + digest(extract.policy_settings(plan))[:8]}
+    keys["dedup"] = digest([keys["extract"], dedup.VERSION, _section(config.dedup)])
+    chain = [(n, settings(f) | {"model": models.get(f"{n}.model")}, rules(f)) for n, f in config.chain(config.refine.filters)]
+    keys["refine"] = digest([keys["dedup"], refine.VERSION, _section(config.refine), chain, config.pii, config.run.seed])
+    packing = _section(config.pack) | {"vocabulary_dir": models.get("pack.vocabulary_dir")}
+    keys["pack"] = digest([keys["refine"], pack.VERSION, packing, config.run.seed])
+    return keys
+
+
+def _section(section: Any) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(section).items() if k not in RESOURCES}
+
+
+def _filter_models(names: Sequence[str], models: dict[str, str]) -> dict[str, str | None]:
+    return {name: models.get(f"{name}.model") for name in names}
+
+
+def _without_paths(values: list[Any]) -> list[Any]:
+    # a model is known by its digest, not by where it lies: moving a checkout must not make work
+    def strip(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {k: v for k, v in dataclasses.asdict(value).items() if k not in ("model", "blocked_lists", "blocked_words")}
+        return value
+
+    return [strip(v) for v in values]
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def extract_plan(config: Config, donors: tuple[str, ...] = ()) -> extract.ExtractPlan:
+    """What the extract stage's workers need of a configuration."""
+    return extract.ExtractPlan(
+        config=config.extract,
+        input=config.input,
+        fetch=config.fetch,
+        url_policy=config.url_policy,
+        opt_out=config.opt_out,
+        language=config.language,
+        filters=config.chain(config.extract.filters),
+        signature=config.dedup.signature,
+        seed=config.run.seed,
+        donors=donors,
+    )
+
+
+def refine_plan(config: Config) -> refine.RefinePlan:
+    """What the refine stage's workers need of a configuration."""
+    return refine.RefinePlan(config.refine, config.chain(config.refine.filters), config.pii, config.run.seed)
+
+
+def _tasks(config: Config) -> Sequence["_StageTask"]:
+    def of(section: Any) -> engine.Resources:
+        return engine.Resources(section.num_cpus, section.memory, section.parallelism)
+
+    models = engine.Resources(config.refine.num_cpus, config.refine.memory, config.refine.workers, actors=True)
+    return (
+        _StageTask("extract", extract.extract_unit, extract_plan(config), of(config.extract)),
+        _StageTask("dedup sort", dedup.sort_unit, config.dedup, of(config.dedup)),
+        _StageTask("dedup match", dedup.match_unit, config.dedup, of(config.dedup)),
+        _StageTask("dedup cluster", dedup.cluster_unit, config.dedup, of(config.dedup)),
+        _StageTask("refine", refine.refine_unit, refine_plan(config), models),
+        _StageTask("pack", pack.pack_unit, pack.PackPlan(config.pack, config.run.seed), of(config.pack)),
+    )
+
+
+class _StageTask(NamedTuple):
+    phase: str
+    work: engine.Work
+    plan: Any
+    resources: engine.Resources
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One configuration in one directory: which phases there are, in which state, and how to bring them on."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.root = config.run.directory
+        self.keys = stage_keys(config)
+        self.tasks = {task.phase: task for task in _tasks(config)}
+        self.invocation = uuid.uuid4().hex[:12]
+
+    def store(self, phase: str) -> Store:
+        """Where a phase keeps its units: RUN/<stage>/<key>, one folder deeper for the phases of dedup."""
+        stage, _, part = phase.partition(" ")
+        return Store("/".join(filter(None, [self.root, stage, self.keys[stage], part])))
+
+    def phase(self, name: str, before: dict[str, Phase], inputs: Sequence[Input]) -> Phase:
+        """A phase as it stands on disk, given the phases above it."""
+        store = self.store(name)
+        units = _UNITS[name](self, before, inputs)
+        known = store.commits()
+        return Phase(name, store, units, {u.name: known[u.name] for u in units if u.name in known})
+
+    def inputs(self, *, extend: bool) -> list[Input]:
+        """The inputs that the configuration names, numbered by the run's list; new ones are appended to it if `extend`."""
+        uri = f"{self.root}/inputs.jsonl"
+        numbered = {}
+        if exists(uri):
+            numbered = {r["path"]: r["ordinal"] for r in map(json.loads, read_bytes(uri).splitlines())}
+        paths = expand_inputs(list(self.config.input.paths), base_uri=self.config.input.base_uri)
+        for path in paths:
+            numbered.setdefault(path, len(numbered))
+        if extend:
+            lines = "".join(json.dumps({"ordinal": n, "path": p}) + "\n" for p, n in numbered.items())
+            write_atomically(uri, lines.encode())
+        return [Input(numbered[path], path, fingerprint(path)) for path in paths]
+
+    def remember(self, **state: Any) -> None:
+        """Write run.json: what this directory holds, for status, report and the like. Derivable, never relied on to resume."""
+        values = {key: {"value": value, "origin": origin} for key, value, origin in show(self.config)}
+        before = read_state(self.root) if exists(f"{self.root}/run.json") else {}
+        now = {"invocation": self.invocation, "keys": self.keys, "config": values, **state}
+        history = [*before.get("history", [])[-99:]]
+        if before.get("invocation") != self.invocation:
+            history.append({"invocation": self.invocation, "started": round(time.time(), 3), "keys": self.keys})
+        write_atomically(f"{self.root}/run.json", json.dumps(before | now | {"history": history}, indent=1).encode())
+
+
+def read_state(root: str) -> dict[str, Any]:
+    """The run.json of a run directory. FileNotFoundError with advice if it is none."""
+    try:
+        state: dict[str, Any] = json.loads(read_bytes(f"{root.rstrip('/')}/run.json"))
+        return state
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{root} is not a run directory (it has no run.json); give the config's run.directory") from None
+
+
+def plan(config: Config, *, only: str | None, first: str | None) -> list[Phase]:
+    """What a run would do, without doing it: each phase whose units can be known now, with its pending units."""
+    run, phases = Run(config), {}
+    inputs = run.inputs(extend=False)
+    for name in run.tasks:
+        phases[name] = run.phase(name, phases, inputs)
+        if phases[name].pending:
+            break  # what comes after depends on what these units will write
+    return [p for p in phases.values() if _wanted(p.name, only, first)]
+
+
+def execute(config: Config, progress: Progress, *, only: str | None, first: str | None, address: str | None) -> Outcome:
+    """Bring a run to its end. Held, RunFailed, PublishError or ValueError say why it cannot."""
+    with lease(config.run.directory):
+        run = Run(config)
+        inputs = run.inputs(extend=True)
+        run.remember(stage="extract", pid=_pid())
+        phases: dict[str, Phase] = {}
+        failed: dict[str, list[str]] = {}
+        for name in run.tasks:
+            phase = phases[name] = run.phase(name, phases, inputs)
+            if only is not None and STAGES.index(name.split()[0]) > STAGES.index(only):
+                return Outcome(failed, None)
+            if not _wanted(name, only, first):
+                _require_done(phase)
+                continue
+            run.remember(stage=name, units={**_unit_counts(phases)}, pid=_pid())
+            errors = _run_phase(run, phase, progress, address)
+            if errors:
+                failed[name] = errors
+            # a missing documents part is a loss that can be borne; missing edges would be duplicates let through unseen
+            _check_failures(phase, errors, 0.0 if name.startswith("dedup") else config.run.max_failed_share)
+        published = _publish(run, phases, inputs)
+        run.remember(stage="done", units=_unit_counts(phases), generation=published.name if published else None, pid=None)
+        return Outcome(failed, published)
+
+
+def _pid() -> dict[str, Any]:
+    import os
+    import socket
+
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _unit_counts(phases: dict[str, Phase]) -> dict[str, int]:
+    return {name: len(phase.units) for name, phase in phases.items()}
+
+
+def _wanted(phase: str, only: str | None, first: str | None) -> bool:
+    stage = phase.split()[0]
+    if only is not None:
+        return stage == only
+    return first is None or STAGES.index(stage) >= STAGES.index(first)
+
+
+def _require_done(phase: Phase) -> None:
+    if phase.pending:
+        raise RunFailed(
+            f"stage '{phase.name.split()[0]}' has {len(phase.pending)} of {len(phase.units)} units to do under this config; "
+            "run without --from and --only, or from that stage"
+        )
+
+
+def _run_phase(run: Run, phase: Phase, progress: Progress, address: str | None) -> list[str]:
+    task = run.tasks[phase.name]
+    plan = task.plan
+    if phase.name == "extract":
+        plan = dataclasses.replace(plan, donors=_donors(run))
+    pending = phase.pending
+    progress.begin(phase.name, units=len(phase.units), done=phase.ordered())
+    errors = []
+    if pending:
+        engine.start(address)
+        shipped = engine.Task(task.work, plan, phase.store, run.config.run.attempts, run.invocation)
+        for done in engine.run_units(phase.name, shipped, pending, task.resources):
+            progress.advance(phase.name, done)
+            if done.commit is not None:
+                phase.commits[done.unit] = done.commit
+            else:
+                errors.append(f"{done.unit}: {done.error}")
+    progress.end(phase.name)
+    return errors
+
+
+def _donors(run: Run) -> tuple[str, ...]:
+    """Stores of the same content under another policy, newest first."""
+    mine = run.keys["extract"]
+    state = read_state(run.root)
+    keys = [h["keys"]["extract"] for h in reversed(state.get("history", []))]
+    same = dict.fromkeys(k for k in keys if k[:8] == mine[:8] and k != mine)
+    return tuple(f"{run.root}/extract/{key}" for key in same)
+
+
+def _check_failures(phase: Phase, errors: list[str], max_failed_share: float) -> None:
+    if errors and len(errors) > max_failed_share * len(phase.units):
+        shown = "\n  ".join(errors[:5])
+        raise RunFailed(
+            f"{len(errors)} of {len(phase.units)} units of '{phase.name}' failed (run.max_failed_share allows "
+            f"{max_failed_share:.1%}):\n  {shown}\nDetails: {phase.store.uri('failures')}. The same command tries them again."
+        )
+
+
+def _publish(run: Run, phases: dict[str, Phase], inputs: Sequence[Input]) -> catalog.Published | None:
+    commits = phases["pack"].ordered()
+    if not any(c.rows_out for c in commits):
+        return None
+    by_unit = {f"{i.ordinal:06d}": i.path for i in inputs}
+    sources = {by_unit[c.unit]: c.rows_out for c in phases["refine"].ordered()}
+    return catalog.publish(run.root, phases["pack"].store, commits, run.config.pack, sources=sources)
+
+
+# --- units of each phase ---------------------------------------------------------------------------------------------
+
+
+def _extract_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
+    return [Unit(f"{i.ordinal:06d}", i.fingerprint, {"path": i.path, "ordinal": i.ordinal}) for i in inputs]
+
+
+def _parts(phase: Phase) -> list[tuple[dedup.PartRef, str]]:
+    return [(dedup.PartRef(c.unit, phase.store.uri(c.outputs[0]["path"])), c.digest) for c in phase.ordered()]
+
+
+def _sort_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
+    if not run.config.dedup.enabled:
+        return []
+    parts, size = _parts(before["extract"]), run.config.dedup.parts_per_unit
+    groups = [parts[i : i + size] for i in range(0, len(parts), size)]
+    return [
+        Unit(f"{n:06d}", digest([d for _, d in group]), {"parts": [p for p, _ in group]}) for n, group in enumerate(groups)
+    ]
+
+
+def _match_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
+    if not run.config.dedup.enabled:
+        return []
+    source = before["dedup sort"]
+    commits = source.ordered()
+    shared = {"sorted": [c.unit for c in commits], "root": source.store.root}
+    identity = digest([c.digest for c in commits])
+    bands = dedup.cell_ranges(run.config.dedup.num_bands, run.config.dedup.partitions)
+    exact = dedup.cell_ranges(1, max(1, run.config.dedup.partitions // run.config.dedup.num_bands))
+    return [
+        Unit(f"{kind}-{n:04d}", identity, {"kind": kind, "first": a, "last": b, **shared})
+        for kind, ranges in (("exact", exact), ("bands", bands))
+        for n, (a, b) in enumerate(ranges)
+    ]
+
+
+def _cluster_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
+    parts, matched = _parts(before["extract"]), before["dedup match"]
+    edges = [matched.store.uri(c.outputs[0]["path"]) for c in matched.ordered()]
+    identity = digest([[d for _, d in parts], [c.digest for c in matched.ordered()]])
+    return [Unit("all", identity, {"parts": [p for p, _ in parts], "edges": edges})]
+
+
+def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
+    cluster = before["dedup cluster"]
+    keep = {o["path"]: o["sha256"] for c in cluster.ordered() for o in c.outputs}
+    units = []
+    for part, part_digest in _parts(before["extract"]):
+        path = f"keep/{part.unit}.parquet"
+        if path in keep:
+            task = {"documents": part.uri, "keep": cluster.store.uri(path)}
+            units.append(Unit(part.unit, digest([part_digest, keep[path]]), task))
+    return units
+
+
+def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
+    source = before["refine"]
+    parts = []
+    for commit in source.ordered():
+        output = commit.outputs[0]
+        if commit.rows_out:
+            parts.append(pack.CorpusPart(commit.unit, source.store.uri(output["path"]), output["bytes"], output["sha256"]))
+    groups = pack.group_parts(parts, group_bytes=run.config.pack.group_bytes, seed=run.config.run.seed)
+    return [Unit(f"{n:05d}", digest([p.digest for p in g]), {"parts": list(g)}) for n, g in enumerate(groups)]
+
+
+_UNITS: dict[str, Callable[[Run, dict[str, Phase], Sequence[Input]], list[Unit]]] = {
+    "extract": _extract_units,
+    "dedup sort": _sort_units,
+    "dedup match": _match_units,
+    "dedup cluster": _cluster_units,
+    "refine": _refine_units,
+    "pack": _pack_units,
+}

@@ -1,0 +1,101 @@
+"""Documents that are text already: JSONL (plain, gzip, zstd) and Parquet, read row by row with odd rows made visible."""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import pyarrow.parquet as pq
+import zstandard
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from filters import STRICT
+
+
+@dataclass(frozen=True, config=STRICT)
+class InputConfig:
+    """Where documents come from.
+
+    `paths`: files, globs, folders, s3:// or http(s):// URIs, or Common Crawl `*.paths.gz` listings, whose lines are joined to
+    `base_uri`. jsonl and parquet inputs skip extraction: the columns named here are read (`id_column` and `url_column` may
+    be absent: "").
+    """
+
+    format: Literal["warc", "wet", "jsonl", "parquet"] = "warc"
+    paths: tuple[str, ...] = Field(default=(), min_length=0)
+    base_uri: str = "https://data.commoncrawl.org/"
+    text_column: str = "text"
+    id_column: str = ""
+    url_column: str = ""
+
+
+class TextRecord(NamedTuple):
+    """One row of a text input; `error` says why it holds no document ('bad_json', 'no_text'), in which case text is ""."""
+
+    index: int
+    text: str
+    url: str | None = None
+    source_id: str | None = None
+    error: str | None = None
+
+
+def read_texts(path: Path, config: InputConfig) -> Iterator[TextRecord]:
+    """Rows of a JSONL or Parquet file in order. A row that cannot be read is a record with `error`.
+
+    ValueError when a Parquet file lacks a configured column: then no row of it can be right.
+    """
+    rows = _parquet_rows(path, config) if config.format == "parquet" else _jsonl_rows(path)
+    for index, row in enumerate(rows):
+        yield _record(index, row, config)
+
+
+def _record(index: int, row: Any, config: InputConfig) -> TextRecord:
+    if not isinstance(row, dict):
+        return TextRecord(index, "", error="bad_json")
+    url = _string(row.get(config.url_column)) if config.url_column else None
+    source_id = _string(row.get(config.id_column)) if config.id_column else None
+    text = row.get(config.text_column)
+    if not isinstance(text, str):
+        return TextRecord(index, "", url, source_id, "no_text")
+    # lone surrogates (JSON allows their escapes) and NULs have no place in Arrow strings and C libraries
+    return TextRecord(index, text.encode("utf-8", "replace").decode().replace("\0", ""), url, source_id)
+
+
+def _string(value: Any) -> str | None:
+    return None if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def _jsonl_rows(path: Path) -> Iterator[Any]:
+    with _open(path) as stream:
+        for line in stream:
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError:
+                yield None
+
+
+def _parquet_rows(path: Path, config: InputConfig) -> Iterator[dict[str, Any]]:
+    file = pq.ParquetFile(path)
+    wanted = [c for c in (config.text_column, config.id_column, config.url_column) if c]
+    missing = [c for c in wanted if c not in file.schema_arrow.names]
+    if missing:
+        raise ValueError(f"{path}: no column '{missing[0]}'; it has {', '.join(file.schema_arrow.names)}; set input.*_column")
+    for batch in file.iter_batches(batch_size=1024, columns=wanted):
+        yield from batch.to_pylist()
+
+
+def _open(path: Path) -> IO[bytes]:
+    # by magic, not by name: a download may have lost its suffix
+    stream = open(path, "rb")
+    magic = stream.read(4)
+    stream.seek(0)
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.open(stream)  # type: ignore[return-value]
+    if magic == b"\x28\xb5\x2f\xfd":
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True))
+    return stream

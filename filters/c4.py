@@ -42,10 +42,8 @@ class C4:
 
         Lines lose the white space at their ends, and blank lines go: paragraph breaks with them, as in C4 itself.
         """
-        lower = view.text.lower()
-        phrases = [
-            phrase for phrase in self.line_phrases if phrase in lower
-        ]  # few texts hold any: ask once, not per line
+        lower = view.text.lower()  # few texts hold any phrase: ask once, not per line
+        phrases = [phrase for phrase in self.line_phrases if phrase in lower]
         return view.with_lines([self._edit_line(line, phrases) for line in view.lines])
 
     def measure(self, view: TextView) -> dict[str, float]:

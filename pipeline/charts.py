@@ -47,11 +47,17 @@ def binned(values: Mapping[str, Floats], bound: tuple[float, float] | None = Non
     if scale == "log":
         edges = np.expm1(np.linspace(math.log1p(low), math.log1p(high), BINS + 1))
         edges[0], edges[-1] = low, high  # rounding must not push the extremes out
-    elif high - low <= BINS and np.array_equal(everything, np.round(everything)) and (low, high) != (0, 1):
+    elif _few_integers(everything, low, high):
         edges = np.arange(math.floor(low), math.ceil(high) + 2) - 0.5
     else:
         edges = np.linspace(low, high, BINS + 1)
     return Histogram(scale, edges, {n: np.histogram(v, edges)[0].tolist() for n, v in finite.items()}, bound, median)
+
+
+def _few_integers(values: Floats, low: float, high: float) -> bool:
+    # low and high may be those of the bound: that of a ratio is no integer, or 1
+    whole = low.is_integer() and high.is_integer() and bool(np.array_equal(values, np.round(values)))
+    return whole and 1 < high - low <= BINS
 
 
 def _with_bound(low: float, high: float, bound: tuple[float, float] | None, scale: str) -> tuple[float, float]:
@@ -66,10 +72,10 @@ def _with_bound(low: float, high: float, bound: tuple[float, float] | None, scal
 def histogram_svg(histogram: Histogram, title: str) -> Markup:
     """Stacked bars, the area outside the bound tinted, the limits as lines."""
     total = np.sum(list(histogram.series.values()), axis=0)
-    peak = max(1, int(total.max()))
-    at = _axis(histogram)
+    at, peak = _axis(histogram), _cut(total)
     marks = [_bar(histogram, i, at, peak) for i in range(len(total)) if total[i]]
-    return _figure(title, [*_outside(histogram, at), *marks, *_limits(histogram, at), *_ticks(histogram, at), _peak(peak)])
+    ends = _peak(int(total.max()), cut=int(total.max()) > peak)
+    return _figure(title, [*_outside(histogram, at), *marks, *_limits(histogram, at), *_ticks(histogram, at), ends])
 
 
 def columns_svg(columns: Sequence[Column], title: str) -> Markup:
@@ -107,6 +113,12 @@ def _figure(title: str, marks: Sequence[Markup]) -> Markup:
     return head + Markup("").join(marks) + axis + Markup("</svg>")
 
 
+def _cut(total: npt.NDArray[Any]) -> int:
+    """The count at full height. A bar that towers over all others (most scores have one, at 0) is cut off there."""
+    second, first = np.sort(np.append(total, [0, 0]))[-2:].tolist()
+    return max(1, first if first <= 4 * second or not second else 2 * second)
+
+
 def _axis(histogram: Histogram) -> Any:
     place = np.log1p if histogram.scale == "log" else np.asarray
     low, high = float(place(histogram.edges[0])), float(place(histogram.edges[-1]))
@@ -123,19 +135,26 @@ def _bar(histogram: Histogram, i: int, at: Any, peak: int) -> Markup:
 
 
 def _stack(x: float, width: float, counts: Mapping[str, int], peak: int) -> Markup:
-    bottom, rects = float(BASELINE), []
+    bottom, rects, whole = float(BASELINE), [], sum(counts.values())
     for name, count in counts.items():
         if count:
-            height = max(1.5, count / peak * (BASELINE - TOP))  # a single document in a tall chart must be seen
+            # a cut bar keeps its proportions; a single document in a tall chart must be seen
+            height = max(1.5, count / max(peak, whole) * (BASELINE - TOP))
             bottom -= height
             rect = Markup('<rect class="s-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>')
             rects.append(rect.format(name.replace(" ", "-"), x, bottom, width, height))
+    if whole > peak:
+        zigzag = Markup('<path class="cut" d="M{:.1f} {} l{:.1f} -4"/>')
+        rects.append(zigzag.format(x - 1, TOP + 9, width + 2))
     return Markup("").join(rects)
 
 
 def _limits_in_range(histogram: Histogram) -> Iterator[tuple[str, float]]:
+    first, last = histogram.edges[0], histogram.edges[-1]
     for side, limit in zip(("low", "high"), histogram.bound or (), strict=False):
-        if math.isfinite(limit) and histogram.edges[0] <= limit <= histogram.edges[-1]:
+        # a low limit at the left edge (of a ratio: 0) has nothing outside it
+        inside = first < limit <= last if side == "low" else first <= limit <= last
+        if math.isfinite(limit) and inside:
             yield side, limit
 
 
@@ -173,8 +192,8 @@ def _tick_values(low: float, high: float, scale: str) -> list[float]:
     return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _peak(peak: int) -> Markup:
-    return _text(WIDTH, 9, f"{peak:,}", "end")
+def _peak(peak: int, *, cut: bool = False) -> Markup:
+    return _text(WIDTH, 9, f"highest {peak:,}, cut off" if cut else f"{peak:,}", "end")
 
 
 def _text(x: float, y: float, label: str, anchor: str) -> Markup:

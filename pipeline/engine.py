@@ -24,12 +24,11 @@ Work = Callable[[Unit, Any, Store], Commit]
 
 
 class Resources(NamedTuple):
-    """What one worker of a stage may take. `parallelism` caps workers, 0 for no cap; `actors` keeps them as a pool."""
+    """What one worker of a stage may take. `parallelism` caps the workers, 0 for as many as fit the cluster."""
 
     num_cpus: float
     memory: int
     parallelism: int = 0
-    actors: bool = False
 
 
 class Done(NamedTuple):
@@ -55,9 +54,6 @@ def start(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = not (address or os.environ.get("RAY_ADDRESS"))
-    if local:
-        # Ray's C++ side logs to the terminal; what a user can act on comes as Python errors
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
@@ -74,35 +70,22 @@ def start(address: str | None) -> None:
 
 def run_units(name: str, task: Task, units: Sequence[Unit], resources: Resources) -> Iterator[Done]:
     """Run units as the Ray Data operator `name`; yields each unit's end as it comes. A failing unit fails alone."""
-    import ray
+    import ray.data
 
     if not units:
         return
     rows = [{"unit": json.dumps(unit)} for unit in units]
+    # tasks, not actors: Ray keeps a job's worker processes, and with them the models they have loaded
     plan = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
-        _pool_class(name, task) if resources.actors else _function(name, task),
+        _function(name, task),
         batch_size=1,
         num_cpus=resources.num_cpus,
         memory=resources.memory,
-        compute=_strategy(resources, len(rows)),
+        compute=ray.data.TaskPoolStrategy(size=resources.parallelism or None),
     )
     for row in plan.iter_rows():
         commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
         yield Done(row["unit"], commit, row["error"] or None)
-
-
-def _strategy(resources: Resources, units: int) -> Any:
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
-
-    if not resources.actors:
-        return TaskPoolStrategy(size=resources.parallelism or None)
-    return ActorPoolStrategy(min_size=1, max_size=min(units, resources.parallelism or _cluster_slots(resources)))
-
-
-def _cluster_slots(resources: Resources) -> int:
-    import ray
-
-    return max(1, int(ray.cluster_resources().get("CPU", 1) // resources.num_cpus))
 
 
 def _function(name: str, task: Task) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -111,13 +94,6 @@ def _function(name: str, task: Task) -> Callable[[dict[str, Any]], dict[str, Any
 
     run.__name__ = run.__qualname__ = name  # what progress output and the dashboard call the operator
     return run
-
-
-def _pool_class(name: str, task: Task) -> Any:
-    def call(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        return _run_row(batch, task)
-
-    return type(name, (), {"__call__": call})
 
 
 def _run_row(batch: dict[str, Any], task: Task) -> dict[str, Any]:

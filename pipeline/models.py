@@ -303,9 +303,10 @@ def _versions(package: str) -> dict[str, str]:
 
 
 def _command(name: str, *arguments: Any, **options: Any) -> str:
-    """The line for a shell: an option holding several values is given once for each."""
+    """The line for a shell: an option is repeated for each item of a list, numbers of a tuple are parted by commas."""
     words = ["gristmill", name, *map(str, arguments)]
     for option, value in options.items():
-        for one in value if isinstance(value, list | tuple) else [value]:
-            words += [f"--{option.replace('_', '-')}", str(one)]
+        for one in value if isinstance(value, list) else [value]:
+            text = ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+            words += [f"--{option.replace('_', '-')}", text]
     return shlex.join(words)

@@ -21,7 +21,7 @@ from stages.fetch import expand_inputs, fingerprint
 from stages.ledger import Commit, Store, Unit, digest, exists, read_bytes, write_atomically
 
 STAGES = ("extract", "dedup", "refine", "pack")
-RESOURCES = {"num_cpus", "memory", "parallelism", "workers", "batch_size"}
+RESOURCES = {"num_cpus", "memory", "parallelism", "batch_size"}
 _READS: dict[str, tuple[str, ...]] = {
     "extract": ("language.model", "url_policy.blocked_lists", "url_policy.blocked_words"),
     "pack": ("pack.vocabulary_dir",),
@@ -144,13 +144,12 @@ def _tasks(config: Config) -> Sequence["_StageTask"]:
     def of(section: Any) -> engine.Resources:
         return engine.Resources(section.num_cpus, section.memory, section.parallelism)
 
-    models = engine.Resources(config.refine.num_cpus, config.refine.memory, config.refine.workers, actors=True)
     return (
         _StageTask("extract", extract.extract_unit, extract_plan(config), of(config.extract)),
         _StageTask("dedup sort", dedup.sort_unit, config.dedup, of(config.dedup)),
         _StageTask("dedup match", dedup.match_unit, config.dedup, of(config.dedup)),
         _StageTask("dedup cluster", dedup.cluster_unit, config.dedup, of(config.dedup)),
-        _StageTask("refine", refine.refine_unit, refine_plan(config), models),
+        _StageTask("refine", refine.refine_unit, refine_plan(config), of(config.refine)),
         _StageTask("pack", pack.pack_unit, pack.PackPlan(config.pack, config.run.seed), of(config.pack)),
     )
 
@@ -392,7 +391,7 @@ def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> 
     source = before["refine"]
     parts = []
     for commit in source.ordered():
-        output = commit.outputs[0]
+        output = next(o for o in commit.outputs if o["path"].startswith("corpus/"))
         if commit.rows_out:
             parts.append(pack.CorpusPart(commit.unit, source.store.uri(output["path"]), output["bytes"], output["sha256"]))
     groups = pack.group_parts(parts, group_bytes=run.config.pack.group_bytes, seed=run.config.run.seed)

@@ -82,7 +82,8 @@ def corpus_schema(documents: pa.Schema, filters: Sequence[NamedFilter], pii: Seq
     """Schema of the refine stage's parts: the documents' own, without dedup keys, with what refine adds."""
     scores = [pa.field(name, pa.float64()) for name in score_columns(filters)]
     counts = [pa.field(f"pii.{entity.lower()}", pa.int32()) for entity in pii]
-    kept = [f for f in documents if f.name not in {"band_keys", *(v.name for v in VERDICT)}]
+    left_out = {"band_keys", *(f.name for f in VERDICT + REFINED)}
+    kept = [f for f in documents if f.name not in left_out]
     return pa.schema(kept + REFINED + scores + counts + VERDICT)
 
 

@@ -5,12 +5,9 @@ the heuristics' scores and the MinHash band keys. Every page gets a row; `reject
 stored whatever the verdict, so that a changed bound is re-applied to the part of an earlier run instead of extracting again.
 """
 
-import json
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -222,9 +219,9 @@ def _finish(row: Row, page: Page, plan: ExtractPlan) -> Row:
     row |= {"language": guess.language, "language_score": guess.score}
     view = TextView(page.text)
     for name, filter in plan.filters:
-        row |= {f"{name}.{rule}": float(score) for rule, score in filter.measure(view).items()}
-        if hasattr(filter, "edit"):
+        if hasattr(filter, "edit"):  # C4 measures, and hands on, the text without the lines it removes
             view = filter.edit(view)
+        row |= {f"{name}.{rule}": float(score) for rule, score in filter.measure(view).items()}
     return _judge(row | {"text": view.text, "num_chars": len(view.text)}, plan)
 
 

@@ -6,16 +6,16 @@ a unit shuffles the documents of its group. StreamingDataset's own shuffle mixes
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT
+from filters import STRICT, off_is_none
 from stages import tokens
 from stages.dedup import read_columns
 from stages.ledger import Commit, Store, Unit, scratch_folder
@@ -46,7 +46,9 @@ class PackConfig:
     vocabulary_dir: str = ""
     seq_len: int = Field(default=2048, ge=2, le=1 << 20)
     packing: Literal["concatenate", "best_fit"] = "concatenate"
-    compression: str | None = Field(default=None, pattern=r"^zstd(:([1-9]|1\d|2[0-2]))?$")
+    compression: Annotated[str | None, BeforeValidator(off_is_none)] = Field(
+        default=None, pattern=r"^zstd(:([1-9]|1\d|2[0-2]))?$"
+    )
     hashes: tuple[str, ...] = ("sha1", "xxh64")
     shard_bytes: int = Field(default=1 << 26, gt=0, lt=1 << 32)
     group_bytes: int = Field(default=256_000_000, gt=0)

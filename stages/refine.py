@@ -28,8 +28,8 @@ Row = dict[str, Any]
 class RefineConfig:
     """Settings of the refine stage: `filters` in the order in which they are checked, then whether to scrub PII.
 
-    `keep_rejected_text`: share of the documents rejected here whose text is kept, in [0, 1]. `workers` is the size of the
-    actor pool that holds the models; 0 leaves it to the cluster's size.
+    `keep_rejected_text`: share of the documents rejected here whose text is kept, in [0, 1]. `parallelism` caps the workers
+    that hold the models at once; 0 leaves it to the cluster's size.
     """
 
     filters: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class RefineConfig:
     keep_rejected_text: float = Field(default=0.01, ge=0, le=1)
     num_cpus: float = Field(default=1.0, gt=0)
     memory: int = Field(default=1_500_000_000, gt=0)
-    workers: int = Field(default=0, ge=0)
+    parallelism: int = Field(default=0, ge=0)
     batch_size: int = Field(default=512, gt=0)
 
 
@@ -60,7 +60,7 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
     """Do one documents part. `unit.task`: {"documents": URI, "keep": URI}."""
     commit = Commit(unit.name, unit.fingerprint)
     documents = _kept_copies(unit.task["documents"], unit.task["keep"])
-    schema = corpus_schema(pa.schema([f for f in documents.schema if f.name not in _ADDED]), plan.filters, plan.entities)
+    schema = corpus_schema(documents.schema, plan.filters, plan.entities)
     counts: Counter[str] = Counter()
     pii: Counter[str] = Counter()
     with (
@@ -83,14 +83,10 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
     return commit
 
 
-_ADDED = ("keep", "kept_id")
-
-
 def _kept_copies(documents_uri: str, keep_uri: str) -> pa.Table:
     """The documents of a part that dedup kept, with their cluster's id and size, in order of doc_id."""
     documents = read_columns(documents_uri, None)
     documents = documents.filter(pa.compute.is_null(documents["rejected_by"]))
-    documents = documents.drop_columns(["cluster_id", "cluster_size"] if "cluster_id" in documents.column_names else [])
     keep = read_columns(keep_uri, ["doc_id", "cluster_id", "cluster_size", "keep"])
     if not documents["doc_id"].equals(keep["doc_id"]):
         raise ValueError(f"{keep_uri} does not list the documents of {documents_uri}; rerun stage 'dedup'")

@@ -81,7 +81,7 @@ def test_gopher_quality(text: str, reason: str | None) -> None:
     assert verdicts(text)["gopher_quality"] == reason
 
 
-OTHER = [a + b for a in "klmnprst" for b in "ab ebu idor oful uran yx elio osta inne arp".split()]
+OTHER = [a + b for a in "klmnprst" for b in ["ab", "ebu", "idor", "oful", "uran", "yx", "elio", "osta", "inne", "arp"]]
 HAN = [chr(0x4E00 + i) for i in range(60)]
 
 

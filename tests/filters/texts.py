@@ -30,12 +30,14 @@ NASTY = [
     "👩‍👩‍👧 ok 👍",
 ]
 
-PROSE = """The mill stands at the end of the valley, and the river that drives it has never run dry. People come from
-far away to see how the old stones turn. They have to climb the path with their bags of grain, and most of them rest
-halfway. Inside, the air is white with flour. The miller knows every sound that the wheel can make.
+PROSE = """The mill stands at the end of the valley, and the river that drives it has never run dry.
+People come from far away to see how the old stones turn.
+They have to climb the path with their bags of grain, and most of them rest halfway.
+Inside, the air is white with flour. The miller knows every sound that the wheel can make.
 
-When the frost comes, he listens closely, because ice is the one thing to be afraid of. His daughter keeps the books;
-she wants to replace the wheel with a turbine, but nobody has found the money yet. Visitors leave with warm bread."""
+When the frost comes, he listens closely, because ice is the one thing to be afraid of.
+His daughter keeps the books; she wants to replace the wheel with a turbine, but nobody has found the money yet.
+Visitors leave with warm bread."""
 
 _WORD = st.sampled_from(
     ["a", "b", "the", "mill", "wheel", ",", ".", "...", "U.S.", "don't", "[1]", "{", "javascript", "-"]

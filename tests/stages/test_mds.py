@@ -446,6 +446,47 @@ def test_shards_that_differ_from_the_manifest_are_seen(part):
     }
 
 
+def test_a_wrong_hash_of_the_decompressed_shard_is_seen(tmp_path):
+    index = read_index(write(tmp_path, rows(2), compression="zstd", hashes=["sha1"]))
+    hashes = index["shards"][0]["raw_data"]["hashes"]
+    right, hashes["sha1"] = hashes["sha1"], "0" * 40
+    write_index(tmp_path, index)
+    assert verify(tmp_path, expected=None) == [Fault("shard.00000.mds.zstd", "sha1", "0" * 40, right)]
+
+
+@pytest.mark.parametrize(
+    "damage, found", [(lambda data: data[:-1], "a frame cut short"), (lambda data: data + b"x", "after")]
+)
+def test_more_or_less_than_one_frame_is_refused(tmp_path, damage, found):
+    path = write(tmp_path, rows(2), compression="zstd") / "shard.00000.mds.zstd"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"zstd: expected one whole frame, found .*{found}"):
+        next(read_shard(path))
+
+
+@pytest.mark.parametrize(
+    "position, value, what",
+    [
+        (0, 1 << 30, "bytes, to hold 1,073,741,824 offsets"),
+        (0, 2, "last offset, the end of the file"),
+        (4, 0, "header"),
+        (8, 1 << 31, "offset 2"),
+        (12, 0, "offset 2"),
+        (16, 10_000, "last offset, the end of the file"),
+        (20, 0, "header"),
+        (-10, 1, "bytes of sample 2 by its columns"),  # its size: the last sample is uint32 2, then b"xx", then int32
+    ],
+)
+def test_each_part_of_the_layout_is_checked(tmp_path, position, value, what):
+    out = write(tmp_path, [{"a": b"xx", "b": 7}] * 3, {"a": "bytes", "b": "int32"})
+    path = out / "shard.00000.mds"
+    data = bytearray(path.read_bytes())
+    at = position % len(data)
+    data[at : at + 4] = value.to_bytes(4, "little")
+    path.write_bytes(data)
+    assert [(fault.shard, fault.what) for fault in verify(out, expected=None)] == [(path.name, what)]
+
+
 @given(position=st.integers(0, 1 << 20), value=st.binary(min_size=1, max_size=8), cut=st.integers(0, 20))
 @settings(deadline=None, max_examples=300)
 @pytest.mark.parametrize("compression", [None, "zstd"])

@@ -1,0 +1,135 @@
+"""URL policy, opt-out signals, language, and the rules that all filters share."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from filters import available, filter_class, first_failure, rules, settings
+from filters.gopher_quality import GopherQuality
+from filters.language import Language
+from filters.opt_out import in_headers, in_html
+from filters.url_policy import UrlPolicy, host_of
+
+NASTY = ["", "http://[", "//", "http://a\udcff.com/", "https://user@HOST.com:80/x", "http://" + "a." * 500]
+
+
+@pytest.fixture
+def policy(tmp_path):
+    (tmp_path / "adult").mkdir()
+    (tmp_path / "adult" / "domains").write_text("Bad.example\n# a comment\n")
+    (tmp_path / "adult" / "urls").write_text("blog.example/dark\nhost.example/a/b\n")
+    (tmp_path / "words").write_text("casino\nfree money\n")
+    return UrlPolicy(blocked_lists=(str(tmp_path / "adult"),), blocked_words=(str(tmp_path / "words"),))
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("https://bad.example/", ("host", "bad.example")),
+        ("https://WWW.Sub.Bad.Example:8080/x", ("host", "bad.example")),
+        ("https://notbad.example/", None),
+        ("https://blog.example/dark", ("url", "blog.example/dark")),
+        ("https://www.blog.example/Dark/page?x=1", ("url", "blog.example/dark")),
+        ("https://blog.example/darkness", None),
+        ("https://host.example/a/bc", None),
+        ("https://host.example/a/b#top", ("url", "host.example/a/b")),
+        ("https://ok.example/best-CASINO-here", ("word", "casino")),
+        ("https://ok.example/casinos", None),
+        ("https://ok.example/free/money", ("word", "free money")),
+    ],
+)
+def test_lists_block_hosts_prefixes_and_whole_words(policy, url, expected):
+    blocked = policy.check(url)
+    assert (blocked and tuple(blocked)) == expected
+
+
+@given(st.text() | st.sampled_from(NASTY))
+def test_url_policy_is_total(url):
+    UrlPolicy().check(url)
+    assert isinstance(host_of(url), str)
+
+
+def test_a_list_that_is_not_there_says_so():
+    with pytest.raises(ValueError, match="no such file or folder: /nowhere"):
+        UrlPolicy(blocked_lists=("/nowhere",)).check("https://a.example/")
+
+
+@pytest.mark.parametrize(
+    "headers, expected",
+    [
+        ({"x-robots-tag": "noindex, NoAI"}, "x-robots-tag: noai"),
+        ({"x-robots-tag": "otherbot: noai"}, "x-robots-tag: noai"),
+        ({"x-robots-tag": "noindex"}, None),
+        ({"tdm-reservation": "1"}, "tdm-reservation: 1"),
+        ({"tdm-reservation": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_opt_out_headers(headers, expected):
+    assert in_headers(headers) == expected
+
+
+@pytest.mark.parametrize(
+    "html, expected",
+    [
+        ('<META NAME="Robots" CONTENT="NOAI">', "meta robots: noai"),
+        ("<meta content='noimageai, noai' name='robots'>", "meta robots: noai"),
+        ("<meta name=robots content=noindex>", None),
+        ('<meta name="tdm-reservation" content="1"/>', "meta tdm-reservation: 1"),
+        ('<meta name="description" content="noai">', None),
+        ("<meta" * 5000, None),
+    ],
+)
+def test_opt_out_meta(html, expected):
+    assert in_html(html) == expected
+
+
+@pytest.mark.parametrize(
+    "text, language",
+    [
+        ("The house on the hill has been empty for a very long time.", "en"),
+        ("Das Haus auf dem Hügel steht schon sehr lange leer.", "de"),
+        ("", "und"),
+        ("   \n ", "und"),
+    ],
+)
+def test_language_of_plain_sentences(text, language):
+    assert Language().guess(text).language == language
+
+
+@given(st.text() | st.sampled_from(["\udcff", "\0", "\n" * 99]))
+def test_language_is_total_and_a_probability(text):
+    guess = Language().guess(text)
+    assert 0.0 <= guess.score <= 1.0
+    assert 0.0 <= Language().probability_allowed(text) <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_filter_measures_exactly_its_rules(name):
+    cls = filter_class(name)
+    declared = set(rules(cls())) | set(settings(cls()))
+    assert rules(cls()) and declared == {f for f in cls.__dataclass_fields__}
+
+
+def test_an_unknown_filter_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown filter 'gofer_quality'; did you mean 'gopher_quality'"):
+        filter_class("gofer_quality")
+
+
+def test_nan_breaks_a_rule_and_off_does_not():
+    scores = dict.fromkeys(rules(GopherQuality()), math.nan)
+    assert first_failure("gopher_quality", GopherQuality(), scores).rule == "gopher_quality.word_count"
+    off = TypeAdapter(GopherQuality).validate_python(dict.fromkeys(scores, "off"))
+    assert first_failure("gopher_quality", off, scores) is None
+
+
+def test_bounds_are_inclusive_and_in_order():
+    filter = GopherQuality(word_count=(3, 5))
+    good = {rule: bound[0] if bound else 0.0 for rule, bound in rules(filter).items()}
+    assert first_failure("g", filter, good | {"word_count": 5.0}) is None
+    assert first_failure("g", filter, good | {"word_count": 5.1}).bound == (3.0, 5.0)
+    with pytest.raises(ValidationError, match="low must not exceed high"):
+        TypeAdapter(GopherQuality).validate_python({"word_count": [5, 3]})

@@ -1,0 +1,341 @@
+"""The whole job on real pages with real Ray: golden funnel, resume, kills, and what a config change touches."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import explain
+from pipeline.config import load
+from pipeline.lease import Held, lease
+from pipeline.run import RunFailed, execute, plan, read_state
+from pipeline.verify import verify_path
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.ray
+
+
+class Quiet:
+    """Progress that remembers which units ran."""
+
+    def __init__(self):
+        self.ran = {}
+
+    def begin(self, phase, *, units, done):
+        self.ran[phase] = []
+
+    def advance(self, phase, done):
+        self.ran[phase].append(done.unit)
+
+    def end(self, phase):
+        pass
+
+    def stages(self):
+        return {phase.split()[0] for phase, units in self.ran.items() if units}
+
+
+def settings(folder, *overrides, samples="{debian-handbook,debian-handbook-translations}"):
+    names = [f'"{ROOT}/samples/{n}.warc.gz"' for n in samples.strip("{}").split(",")]
+    fixed = [f"run.directory={folder}", f"input.paths=[{', '.join(names)}]", "extract.engine=resiliparse", "pack.seq_len=512"]
+    fixed += [f"perplexity.model={ROOT}/models/wiki-en.5gram.bin", f"quality.model={ROOT}/models/quality-en.ftz"]
+    return load(ROOT / "configs" / "quickstart.toml", [*fixed, *overrides])
+
+
+def go(config, only=None, first=None):
+    progress = Quiet()
+    return execute(config, progress, only=only, first=first, address=None), progress
+
+
+def bytes_of(generation):
+    """Every file of a generation by name; what two runs must agree on."""
+    folder = Path(generation)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(ray_session, tmp_path_factory):
+    """A finished run over two sample files."""
+    folder = tmp_path_factory.mktemp("run") / "r"
+    outcome, progress = go(settings(folder))
+    return folder, outcome, progress
+
+
+def test_every_record_is_accounted_for(done):
+    folder, outcome, _ = done
+    state = read_state(str(folder))
+    commits = explain.all_commits(str(folder), state)
+    for commit in commits["extract"]:
+        assert sum(commit.counts.values()) == commit.rows_in
+        assert commit.counts["kept"] == commit.rows_out
+    kept = sum(c.rows_out for c in commits["extract"])
+    assert commits["dedup cluster"][0].rows_in == kept
+    assert sum(c.rows_in for c in commits["refine"]) == commits["dedup cluster"][0].rows_out
+    assert sum(c.rows_in for c in commits["pack"]) == sum(c.rows_out for c in commits["refine"])
+    assert outcome.published.manifest["tokens"] == sum(c.totals["tokens"] for c in commits["pack"])
+
+
+def test_published_generation_verifies_and_is_in_the_catalog(done):
+    folder, outcome, _ = done
+    [result] = verify_path(str(folder))
+    assert result.faults == [] and result.rows == outcome.published.manifest["rows"] > 0
+
+
+@pytest.mark.train
+def test_streaming_reads_every_row_and_token_that_the_manifest_counts(done):
+    pytest.importorskip("torch")
+    from trainer.data import import_streaming
+
+    _, outcome, _ = done
+    dataset = import_streaming().StreamingDataset(local=outcome.published.uri, batch_size=1, shuffle=False)
+    rows = [dataset[i] for i in range(len(dataset))]
+    manifest = outcome.published.manifest
+    assert len(rows) == manifest["rows"]
+    assert {row["tokens"].shape for row in rows} == {(manifest["seq_len"],)}
+    assert sum(int(row["spans"].sum()) for row in rows) == manifest["tokens"]
+
+
+def test_provenance_leads_from_a_row_back_to_its_document(done):
+    from stages import mds
+    from stages.tokens import load_encoding
+
+    folder, outcome, _ = done
+    encoding = load_encoding("cl100k_base")
+    corpus = {row["doc_id"]: row["text"] for t in explain.tables(str(folder), "corpus") for row in t.to_pylist()}
+    rows = [row for s in outcome.published.manifest["shards"] for row in mds.read_shard(f"{outcome.published.uri}/{s['basename']}")]
+    spans = pq.read_table(f"{outcome.published.uri}/provenance.parquet").to_pylist()
+    pieces = {}
+    for span in spans:
+        ids = rows[span["row"]]["tokens"][span["start"] : span["start"] + span["length"]]
+        pieces.setdefault(span["doc_id"], []).append((span["offset"], ids.tolist()))
+    assert pieces.keys() == corpus.keys()
+    for doc_id, found in pieces.items():
+        ids = [i for _, part in sorted(found) for i in part]
+        assert ids[-1] == encoding.eot_token and encoding.decode(ids[:-1]) == corpus[doc_id]
+
+
+def test_running_again_does_nothing_and_publishes_nothing_new(done):
+    folder, outcome, _ = done
+    again, progress = go(settings(folder))
+    assert progress.stages() == set()
+    assert not again.published.new and again.published.name == outcome.published.name
+
+
+@pytest.mark.parametrize(
+    "override, stages",
+    [
+        ("pack.packing=best_fit", {"pack"}),
+        ("refine.scrub_pii=false", {"refine", "pack"}),
+        ("dedup.keep_rule=first", {"dedup", "refine", "pack"}),
+    ],
+)
+def test_a_change_reruns_exactly_the_stages_it_touches(done, override, stages):
+    folder, _, _ = done
+    _, progress = go(settings(folder, override))
+    assert progress.stages() == stages
+
+
+def test_a_changed_bound_is_reapplied_without_extracting_and_gives_the_same_bytes_as_a_fresh_run(done, tmp_path):
+    folder, _, _ = done
+    changes = ("gopher_quality.alpha_word_ratio=[0.8, 1.0]", "c4.curly_bracket_count=off", "dedup.num_bands=26")
+    reapplied, _ = go(settings(folder, *changes))
+    state = read_state(str(folder))
+    assert all(c.extra["reapplied"] for c in explain.all_commits(str(folder), state)["extract"])
+    fresh, _ = go(settings(tmp_path / "fresh", *changes))
+    ours, theirs = bytes_of(reapplied.published.uri), bytes_of(fresh.published.uri)
+    assert {k: v for k, v in ours.items() if k != "manifest.json"} == {k: v for k, v in theirs.items() if k != "manifest.json"}
+
+
+def test_loosening_a_bound_whose_texts_were_not_kept_extracts_again(ray_session, tmp_path):
+    strict = ("extract.keep_rejected_text=0.0", "gopher_quality.word_count=[300, 100000]")
+    go(settings(tmp_path / "r", *strict, samples="{debian-handbook}"), only="extract")
+    loose = settings(tmp_path / "r", "extract.keep_rejected_text=0.0", samples="{debian-handbook}")
+    go(loose, only="extract")
+    [commit] = explain.all_commits(str(tmp_path / "r"), read_state(str(tmp_path / "r")))["extract"]
+    assert "reapplied" not in commit.extra
+
+
+def test_new_inputs_are_appended_and_old_ones_not_extracted_again(ray_session, tmp_path):
+    go(settings(tmp_path / "r", samples="{sqlite3-doc}"))
+    outcome, progress = go(settings(tmp_path / "r", samples="{debian-handbook,debian-handbook-translations}"))
+    assert progress.ran["extract"] == ["000001"]
+    assert outcome.published.name == "gen-0002"
+    assert len(verify_path(str(tmp_path / "r"))) == 2
+
+
+@pytest.mark.parametrize(
+    "pick, expected",
+    [
+        (lambda row, keep: row["rejected_by"] == "gopher_quality.word_count", {"fate": "rejected", "rule": "gopher_quality.word_count"}),
+        (lambda row, keep: keep is not None and not keep["keep"], {"fate": "duplicate"}),
+    ],
+)
+def test_why_explains_a_document(done, pick, expected):
+    folder, _, _ = done
+    go(settings(folder))
+    keep = {r["doc_id"]: r for t in explain.tables(str(folder), "keep") for r in t.to_pylist()}
+    rows = [r for t in explain.tables(str(folder), "documents") for r in t.to_pylist()]
+    row = next(r for r in rows if pick(r, keep.get(r["doc_id"])))
+    fate = next(f for f in explain.why(str(folder), row["url"]) if f["doc_id"] == row["doc_id"])
+    assert expected.items() <= fate.items()
+    if expected["fate"] == "duplicate":
+        assert fate["kept_copy"]["doc_id"] == keep[row["doc_id"]]["kept_id"] and fate["kept_copy"]["url"]
+    else:
+        assert not fate["bound"][0] <= fate["value"] <= fate["bound"][1]
+
+
+def test_why_finds_the_rows_of_a_published_document(done):
+    folder, outcome, _ = done
+    go(settings(folder))
+    corpus = next(t for t in explain.tables(str(folder), "corpus") if t.num_rows).to_pylist()[0]
+    fate = next(f for f in explain.why(str(folder), corpus["url"]) if f["doc_id"] == corpus["doc_id"])
+    assert fate["fate"] == "published" and fate["generations"][0]["name"] == "gen-0001"
+    assert fate["text"] == corpus["text"]
+
+
+def test_export_writes_every_row(done, tmp_path):
+    folder, _, _ = done
+    for kind in ("documents", "keep", "corpus", "rejected"):
+        lines = explain.export(str(folder), kind, format="jsonl", output=str(tmp_path / f"{kind}.jsonl"))
+        rows = explain.export(str(folder), kind, format="parquet", output=str(tmp_path / f"{kind}.parquet"))
+        assert lines == rows == pq.read_metadata(tmp_path / f"{kind}.parquet").num_rows > 0
+        assert all(json.loads(line) for line in (tmp_path / f"{kind}.jsonl").open())
+
+
+def test_status_counts_units_and_rows(done):
+    folder, _, _ = done
+    state = explain.status(str(folder))
+    assert state["phases"]["extract"]["done"] == 2 and state["phases"]["extract"]["left"] == 0
+    assert state["stage"] == "done" and state["generation"]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_text_inputs_go_through_everything_but_extraction(ray_session, tmp_path, format):
+    texts = [r["text"] for t in _sample_texts() for r in t][:30]
+    rows = [{"body": text, "key": f"k{n}", "link": f"https://a.example/{n}"} for n, text in enumerate(texts)]
+    rows += [{"body": None, "key": "none", "link": None}, {"body": texts[0], "key": "copy", "link": None}]
+    if format == "jsonl":
+        path = tmp_path / "in.jsonl.gz"
+        path.write_bytes(gzip.compress(b"".join(json.dumps(r).encode() + b"\n" for r in rows) + b"{broken\n"))
+    else:
+        path = tmp_path / "in.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    columns = ("input.text_column=body", "input.id_column=key", "input.url_column=link")
+    config = settings(tmp_path / "r", f"input.format={format}", f'input.paths=["{path}"]', *columns)
+    outcome, _ = go(config)
+    documents = {r["source_id"]: r for t in explain.tables(str(tmp_path / "r"), "documents") for r in t.to_pylist()}
+    assert documents["none"]["rejected_by"] == "input.no_text"
+    if format == "jsonl":
+        assert documents[None]["rejected_by"] == "input.bad_json"
+    keep = {r["doc_id"]: r for t in explain.tables(str(tmp_path / "r"), "keep") for r in t.to_pylist()}
+    if documents["copy"]["rejected_by"] is None:
+        assert keep[documents["copy"]["doc_id"]]["cluster_id"] == keep[documents["k0"]["doc_id"]]["cluster_id"]
+    assert outcome.published.manifest["documents"] > 0
+
+
+def _sample_texts():
+    from trafilatura import extract
+
+    from stages.warc import ReadStats, read_records
+
+    records = read_records(str(ROOT / "samples" / "sqlite3-doc.warc.gz"), max_payload_bytes=10**7, stats=ReadStats())
+    yield [{"text": extract(r.payload.decode("utf-8", "replace")) or ""} for r in records if r.skipped is None][:40]
+
+
+def test_a_unit_that_fails_is_recorded_named_and_tried_again(ray_session, tmp_path):
+    good, bad = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    pq.write_table(pa.table({"text": ["one two three"]}), good)
+    pq.write_table(pa.table({"wrong": ["x"]}), bad)
+    config = settings(tmp_path / "r", "input.format=parquet", f'input.paths=["{good}", "{bad}"]')
+    with pytest.raises(RunFailed, match=r"1 of 2 units of 'extract' failed .*\n.*000001: ValueError: .*no column 'text'; it has wrong"):
+        go(config)
+    assert explain.status(str(tmp_path / "r"))["phases"]["extract"]["failed"] == 1
+    tolerant = settings(tmp_path / "r", "input.format=parquet", f'input.paths=["{good}", "{bad}"]', "run.max_failed_share=0.5")
+    outcome, progress = go(tolerant)
+    assert outcome.failed["extract"][0].startswith("000001") and progress.ran["extract"] == ["000001"]
+    pq.write_table(pa.table({"text": ["four five six"]}), bad)
+    outcome, _ = go(tolerant)
+    assert outcome.failed == {}
+
+
+def test_from_refuses_when_what_comes_before_is_not_done(ray_session, tmp_path):
+    with pytest.raises(RunFailed, match="stage 'extract' has 2 of 2 units to do under this config"):
+        go(settings(tmp_path / "r"), first="dedup")
+
+
+def test_dry_run_plans_without_writing(tmp_path):
+    [phase] = plan(settings(tmp_path / "r"), only=None, first=None)
+    assert (phase.name, len(phase.pending)) == ("extract", 2)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_second_run_in_the_same_directory_is_refused_naming_the_first(tmp_path):
+    holder = f"import time; from pipeline.lease import lease\nwith lease({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(Held, match=f"is in use by process {first.pid} on "), lease(str(tmp_path)):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+    with lease(str(tmp_path)):  # a killed run frees it at once
+        pass
+
+
+PHASES = ["extract", "dedup sort", "dedup match", "dedup cluster", "refine", "pack"]
+
+
+def test_killed_at_every_stage_the_shards_are_the_same_bytes(done, tmp_path):
+    """SIGKILL to the driver at a random moment of each phase; the same command goes on; nothing differs at the end."""
+    folder, outcome, _ = done
+    config = settings(tmp_path / "r")
+    command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "configs" / "quickstart.toml")]
+    command += [f"{key}={value}" for key, value in _overrides(config).items()]
+    draw = random.Random("kill moments")
+    for phase in PHASES:
+        _kill_during(command, tmp_path / "r", phase, draw.uniform(0.0, 0.6))
+    final = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert final.returncode == 0, final.stderr
+    assert bytes_of(tmp_path / "r" / "generations" / "gen-0001") == _undisturbed(outcome)
+    assert verify_path(str(tmp_path / "r"))[0].faults == []
+
+
+def _undisturbed(outcome):
+    return bytes_of(outcome.published.uri)
+
+
+def _overrides(config):
+    return {
+        "run.directory": config.run.directory,
+        "input.paths": json.dumps(list(config.input.paths)),
+        "extract.engine": "resiliparse",
+        "pack.seq_len": 512,
+    }
+
+
+def _kill_during(command, run, phase, delay):
+    """Start the run, wait until it is in the phase, wait a little, kill it. It may have passed the phase by then: fine."""
+    # a session of its own, so that the kill takes the driver alone and Ray's processes find out for themselves
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    reached = PHASES[PHASES.index(phase) :] + ["done"]
+    while process.poll() is None:
+        try:
+            state = json.loads((run / "run.json").read_bytes())
+            if state.get("pid", {}) and state["pid"]["pid"] == process.pid and state.get("stage") in reached:
+                break
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.02)
+    time.sleep(delay)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,4 +1,4 @@
-"""Charts of the report: numbers to bins, bins to inline SVG. No scripts, no colours of their own: the page's CSS has them."""
+"""Charts of the report: numbers to bins, bins to inline SVG. Colours are the page's."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +37,8 @@ def binned(values: Mapping[str, Floats], bound: tuple[float, float] | None = Non
     The bins are logarithmic (of 1 + value) where a few values are far above the rest, else equal, one for each integer
     where few integers are all there is. The range takes in the bound unless that would squeeze the data.
     """
-    finite = {name: v[np.isfinite(v)] for name, v in values.items()}
+    # clipped, so that no difference of two values overflows
+    finite = {name: v[np.isfinite(v)].clip(-1e300, 1e300) for name, v in values.items()}
     everything = np.concatenate([np.empty(0), *finite.values()])
     if not len(everything):
         return None
@@ -116,7 +117,7 @@ def _figure(title: str, marks: Sequence[Markup]) -> Markup:
 def _cut(total: npt.NDArray[Any]) -> int:
     """The count at full height. A bar that towers over all others (most scores have one, at 0) is cut off there."""
     second, first = np.sort(np.append(total, [0, 0]))[-2:].tolist()
-    return max(1, first if first <= 4 * second or not second else 2 * second)
+    return int(max(1, first if first <= 4 * second or not second else 2 * second))
 
 
 def _axis(histogram: Histogram) -> Any:

@@ -224,7 +224,8 @@ def _page(payload: bytes, request: dict[str, str], options: ExtractorOptions, en
 def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
     from resiliparse.extract.html2text import extract_plain_text
 
-    plain = extract_plain_text(html, preserve_formatting=False, main_content=False, alt_texts=False)
+    # noscript: forums of the Discourse kind put all their text there
+    plain = extract_plain_text(html, preserve_formatting=False, main_content=False, alt_texts=False, noscript=True)
     words = len(plain.split())
     if words < options.gate.min_words:
         return page._replace(

@@ -1,0 +1,198 @@
+"""Pii: what is found and what stays, placeholders and their spans, and Presidio's bare recognisers as the oracle."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from filters import pii
+from filters.pii import Pii, Span, counts
+
+FOUND = [
+    ("EMAIL_ADDRESS", "jane.doe+news@mail.example.co.uk"),
+    ("EMAIL_ADDRESS", "jürgen@müller.de"),
+    ("PHONE_NUMBER", "+44 20 7946 0958"),
+    ("PHONE_NUMBER", "(212) 555-0147"),
+    ("PHONE_NUMBER", "03.93.92.16.85"),
+    ("PHONE_NUMBER", "+45 2012-1934"),  # two years, but for the country code
+    ("PHONE_NUMBER", "+45 20.79.46.09"),  # a dotted quad
+    ("CREDIT_CARD", "4111 1111 1111 1111"),
+    ("CREDIT_CARD", "378282246310005"),
+    ("IBAN_CODE", "DE89 3704 0044 0532 0130 00"),
+    ("IBAN_CODE", "GB82WEST12345698765432"),
+    ("IP_ADDRESS", "93.184.216.34"),
+    ("IP_ADDRESS", "2606:2800:220:1:248:1893:25c8:1946"),
+    ("IP_ADDRESS", "2a00:1450:4001:81b::200e"),
+    ("US_SSN", "536-22-1234"),
+    ("CRYPTO", "1BvBMSEYstWetqTFn5Au4m4GFg7xJaNVN2"),
+    ("CRYPTO", "bc1qar0srrr7xfkvy5l643lydnw9re59gtzzwf5mdq"),
+]
+STAYS = [
+    "jane@localhost and @jane, at user@host",
+    "4111 1111 1111 1112",  # Luhn
+    "DE88 3704 0044 0532 0130 00",  # ISO 7064 mod 97
+    "1BvBMSEYstWetqTFn5Au4m4GFg7xJaNVN3",  # base58check
+    "127.0.0.1, 192.168.1.104/24, 10.0.0.1 and ::1 or fe80::1 are no one's",
+    "version 1.2.3.4, section 12.3.2.1 and OID 1.3.6.1.4.1.311.21.20",
+    "std::vector<a::b> x; dead::beef(Cafe::Bad); y[1::2] :: z",
+    "00:1A:2B:3C:4D:5E and 10:20:30:40",
+    "2019-11-12 08:15:30, 12.11.2019, in 1642-1648 and (1644–1912)",
+    "ISBN 0-306-40615-7, ISBN-13: 978-0-306-40615-7",
+    "3.1415926535, 0.914398530744 and 2147483648 of 6378137",
+    "666-12-3456 and 123-45-6789",  # never issued
+    "https://1aaa-123-45-678-910.example.net/",
+    "<PHONE_NUMBER> <EMAIL_ADDRESS>@<IP_ADDRESS>",
+]
+# What stands next to each other on pages, and what is built to be misread once a neighbour is gone.
+BITS = st.one_of(
+    st.sampled_from([value for _, value in FOUND] + STAYS),
+    st.sampled_from(
+        ["call ", "phone:\n", "SSN", "<CRYPTO>", "@", "::", "-", ".", "x", "0", "\n", " ", "\ud800", "\0", "\r"]
+    ),
+    st.text("0123456789-. ()+:/@aAbcx\n", max_size=25),
+    st.text(max_size=8),
+)
+TEXTS = st.lists(BITS, max_size=12).flatmap(
+    lambda bits: st.sampled_from(["", " ", ", "]).map(lambda sep: sep.join(bits))
+)
+
+
+@pytest.mark.parametrize("entity, value", FOUND)
+def test_a_value_becomes_its_placeholder(entity: str, value: str) -> None:
+    scrubbed = Pii().scrub(f"Zürich,\nask for {value}, please\n")
+    assert scrubbed.text == f"Zürich,\nask for <{entity}>, please\n"
+    assert [(s.entity, scrubbed.text[s.start : s.end]) for s in scrubbed.spans] == [(entity, f"<{entity}>")]
+
+
+@pytest.mark.parametrize("text", STAYS)
+def test_what_is_no_ones_stays(text: str) -> None:
+    assert Pii().scrub(text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Order 2125550147", "Order 2125550147"),
+        ("Tel.: 2125550147", "Tel.: <PHONE_NUMBER>"),
+        ("Phone:\n2125550147", "Phone:\n<PHONE_NUMBER>"),
+        ("2125550147 (fax)", "<PHONE_NUMBER> (fax)"),
+        ("part 536221234", "part 536221234"),
+        ("her SSN is 536221234", "her SSN is <US_SSN>"),
+    ],
+)
+def test_bare_digits_need_a_word_near_them(text: str, expected: str) -> None:
+    assert Pii().scrub(text).text == expected
+
+
+def test_spans_count_what_was_replaced_and_not_what_was_there() -> None:
+    text, spans = Pii().scrub("<EMAIL_ADDRESS> b@c.org\n93.184.216.34 and d@e.org")
+    assert text == "<EMAIL_ADDRESS> <EMAIL_ADDRESS>\n<IP_ADDRESS> and <EMAIL_ADDRESS>"
+    assert spans == [Span("EMAIL_ADDRESS", 16, 31), Span("IP_ADDRESS", 32, 44), Span("EMAIL_ADDRESS", 49, 64)]
+    assert counts(spans) == {"EMAIL_ADDRESS": 2, "IP_ADDRESS": 1}
+
+
+def test_only_the_entities_asked_for() -> None:
+    scrubbed = Pii(entities=("EMAIL_ADDRESS",)).scrub("a@b.org 93.184.216.34")
+    assert scrubbed.text == "<EMAIL_ADDRESS> 93.184.216.34"
+
+
+def test_a_higher_score_asks_for_more_than_a_phone_number_alone() -> None:
+    text = "(212) 555-0147 is the shop. At night, call (212) 555-0148."
+    assert Pii(min_score=0.7).scrub(text).text == "(212) 555-0147 is the shop. At night, call <PHONE_NUMBER>."
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"entities": ("EMAIL_ADRESS",)}, "unknown entity 'EMAIL_ADRESS'; did you mean 'EMAIL_ADDRESS'"),
+        ({"entities": ("phone",)}, "did you mean 'PHONE_NUMBER'"),
+        ({"phone_regions": ("UK",)}, "unknown phone region 'UK'"),
+        ({"min_score": 2}, "less than or equal to 1"),
+        ({"entity": ()}, "entity"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Pii(**settings)
+
+
+@settings(deadline=None, max_examples=150)
+@given(TEXTS)
+def test_scrubbing_twice_changes_nothing_and_spans_hold_placeholders(text: str) -> None:
+    scrubbed = Pii().scrub(text)
+    assert Pii().scrub(scrubbed.text) == (scrubbed.text, [])
+    assert all(scrubbed.text[s.start : s.end] == f"<{s.entity}>" for s in scrubbed.spans)
+    assert scrubbed.spans == sorted(scrubbed.spans, key=lambda s: s.start)
+
+
+def by_trigger(line: str, above: str) -> set[pii._Hit]:
+    return set(Pii()._find(line, above))
+
+
+def by_every_recogniser(line: str, above: str) -> set[pii._Hit]:
+    """Every recogniser on every line, whole; then the same policy."""
+    found = set()
+    for entity in Pii().entities:
+        recognizer = pii._recognizer(entity, Pii().phone_regions)
+        words = Pii().phone_context if entity == "PHONE_NUMBER" else tuple(recognizer.context)
+        for raw in recognizer.analyze(pii._shown_to(entity, line), [entity]):
+            hit = pii._Hit(entity, raw.start, raw.end, raw.score)
+            score = pii._score(hit, line, above, words)
+            if score >= Pii().min_score:
+                found.add(hit._replace(score=score))
+    return found
+
+
+@settings(deadline=None, max_examples=150)
+@given(TEXTS)
+def test_triggers_lose_nothing(text: str) -> None:
+    for line in text.split("\n"):
+        assert by_trigger(line, "") == by_every_recogniser(line, "")
+
+
+def test_a_long_line_is_cut_between_words_only() -> None:
+    line = " ".join(f"and then {value} came to mind" for _, value in FOUND * 20)
+    assert len(line) > 4 * pii._LONG
+    assert by_trigger(line, "") == by_every_recogniser(line, "")
+
+
+def test_many_values_on_one_line_take_linear_time() -> None:
+    text = " ".join(f"u{i}@example.org" for i in range(5_000))  # quadratic in any step: minutes
+    assert counts(Pii().scrub(text).spans) == {"EMAIL_ADDRESS": 5_000}
+
+
+@pytest.mark.corpus
+def test_triggers_lose_nothing_on_pages_and_annotated_texts(corpus: Path) -> None:
+    texts = [x["full_text"] for x in json.loads((corpus / "pii/presidio-research/generated_small.json").read_text())]
+    samples = (corpus / "text/web-samples/dj_redpajama-cc-2023-06-refined.jsonl").read_text().splitlines()
+    texts += [json.loads(line)["text"] for line in samples]
+    for text in texts:
+        for line in text.split("\n"):
+            assert by_trigger(line, "") == by_every_recogniser(line, "")
+
+
+@pytest.mark.corpus
+def test_recall_is_that_of_the_bare_recognisers_and_phone_numbers_are_more_precise(corpus: Path) -> None:
+    bare: Counter[str] = Counter()
+    ours: Counter[str] = Counter()
+    bare_wrong = wrong = 0
+    for sample in json.loads((corpus / "pii/presidio-research/synth_dataset_v2.json").read_text()):
+        text, scrubbed = sample["full_text"], Pii().scrub(sample["full_text"])
+        for entity in Pii().entities:
+            gold = [s for s in sample["spans"] if s["entity_type"] == entity]
+            hits = pii._recognizer(entity, Pii().phone_regions).analyze(text, [entity])
+            bare[entity] += sum(
+                any(h.start < s["end_position"] and s["start_position"] < h.end for h in hits) for s in gold
+            )
+            replaced = counts(scrubbed.spans).get(entity, 0)
+            ours[entity] += min(replaced, sum(s["entity_value"] not in scrubbed.text for s in gold))
+            if entity == "PHONE_NUMBER":
+                bare_wrong += max(0, len(hits) - len(gold))
+                wrong += max(0, replaced - len(gold))
+    assert bare["EMAIL_ADDRESS"] == 49 and bare["PHONE_NUMBER"] > 50
+    assert all(ours[entity] >= bare[entity] for entity in bare), (ours, bare)
+    assert wrong <= 2 and bare_wrong >= 15

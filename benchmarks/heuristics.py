@@ -170,16 +170,12 @@ def ask_peer(python: Path, texts: list[str]) -> list[dict[str, tuple[str | None,
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def compare(
-    texts: list[str], ours: list[dict[str, list[str]]], peers: list[dict[str, tuple[str | None, float]]]
-) -> None:
+def compare(texts: list[str], ours: list[dict[str, list[str]]], peers: list[dict[str, tuple[str | None, float]]]) -> None:
     seconds = sum(spent for peer in peers for _, spent in peer.values())
     print(f"datatrove: {seconds / sum(map(len, texts)) * 9_000 * 1e3:.2f} ms per 9,000 characters (stops at a failure)")
     # without C4's verdict datatrove hands FineWeb's rules the unedited text: compare those where both keep
     for name in HEURISTICS:
-        chosen = [
-            (a[name], b[name][0]) for a, b in zip(ours, peers, strict=True) if name != "fineweb" or not b["c4"][0]
-        ]
+        chosen = [(a[name], b[name][0]) for a, b in zip(ours, peers, strict=True) if name != "fineweb" or not b["c4"][0]]
         same = sum((not rejecting) == (reason is None) for rejecting, reason in chosen)
         print(f"agreement with datatrove, {name}: {same / len(chosen):.2%} of {len(chosen)}")
         differences = Counter(

@@ -101,10 +101,7 @@ def annotated(corpus: Path) -> dict[str, float]:
                 gold[entity] += len(spans)
                 right[entity] += min(found.get(entity, 0), sum(s["entity_value"] not in scrubbed.text for s in spans))
                 bare_right[entity] += sum(
-                    any(
-                        e == entity and start < s["end_position"] and s["start_position"] < end
-                        for e, start, end in hits
-                    )
+                    any(e == entity and start < s["end_position"] and s["start_position"] < end for e, start, end in hits)
                     for s in spans
                 )
     return {

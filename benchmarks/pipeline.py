@@ -12,33 +12,35 @@ import argparse
 import gzip
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import engine, explain
+from pipeline import explain
 from pipeline.config import Config, load
-from pipeline.run import Phase, Run
+from pipeline.engine import Done, in_process
+from pipeline.run import execute
+from stages.ledger import Commit
 
 ROOT = Path(__file__).parents[1]
 FILES = 8
 
 
-def split_pages(data: Path, folder: Path) -> int:
-    """The three WARCs of DATA/warc/web dealt into 8 files, member by member; the number of pages."""
-    from fastwarc.stream_io import FileStream
-    from fastwarc.warc import ArchiveIterator, WarcRecordType
+def split_pages(data: Path, folder: Path, *, copies: int) -> int:
+    """The three WARCs of DATA/warc/web dealt into 8 files, member by member, `copies` times over; the number of pages."""
+    from fastwarc import ArchiveIterator, WarcRecordType
 
     folder.mkdir(parents=True)
     outputs = [open(folder / f"part-{n}.warc.gz", "wb") for n in range(FILES)]
     pages = 0
     for name in ("wcxb-500", "trafilatura-eval", "multilang-docs"):
         raw = (data / "warc" / "web" / f"{name}.warc.gz").read_bytes()
-        records = ArchiveIterator(FileStream(str(data / "warc" / "web" / f"{name}.warc.gz")), parse_http=False)
+        records = ArchiveIterator(open(data / "warc" / "web" / f"{name}.warc.gz", "rb"), parse_http=False)
         offsets = [(r.stream_pos, r.record_type == WarcRecordType.response) for r in records]
         for (start, is_page), (end, _) in zip(offsets, [*offsets[1:], (len(raw), False)], strict=True):
             if is_page:
@@ -46,7 +48,10 @@ def split_pages(data: Path, folder: Path) -> int:
                 pages += 1
     for output in outputs:
         output.close()
-    return pages
+    for copy in range(1, copies):
+        for n in range(FILES):
+            shutil.copy(folder / f"part-{n}.warc.gz", folder / f"part-{n}-{copy}.warc.gz")
+    return pages * copies
 
 
 def settings(pages: Path, run: Path, name: str) -> Config:
@@ -94,20 +99,23 @@ def _cpu_of_descendants(root: int) -> dict[int, float]:
 
 def without_ray(config: Config) -> dict[str, float]:
     """CPU seconds per phase of the same units, one after the other in this process and its extractor child."""
-    run = Run(config)
-    inputs = run.inputs(extend=True)
-    phases: dict[str, Phase] = {}
-    spent = {}
-    for name, task in run.tasks.items():
-        phase = phases[name] = run.phase(name, phases, inputs)
-        shipped = engine.Task(task.work, task.plan, phase.store, 3, "bare")
-        for unit in phase.pending:
-            done = engine.run_one(unit, shipped)
-            if done.commit is None:
-                raise SystemExit(done.error)
-            phase.commits[unit.name] = done.commit
-        spent[name] = sum(c.cpu_seconds for c in phase.commits.values())
-    return spent
+    outcome = execute(config, Silent(), in_process)
+    if outcome.failed:
+        raise SystemExit(f"units failed: {outcome.failed}")
+    return {phase: sum(c.cpu_seconds for c in commits) for phase, commits in commits_of(config).items()}
+
+
+def commits_of(config: Config) -> dict[str, list[Commit]]:
+    """Commits per phase of a finished run."""
+    return explain.all_commits(config.run.directory, explain.read_state(config.run.directory))
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def begin(self, phase: str, *, units: int, done: Sequence[Commit]) -> None: ...
+    def advance(self, phase: str, done: Done) -> None: ...
+    def end(self, phase: str) -> None: ...
 
 
 def peer(python: str, script: str, pages: Path, folder: Path, data: Path) -> tuple[float, set[str]]:
@@ -126,7 +134,9 @@ def peer(python: str, script: str, pages: Path, folder: Path, data: Path) -> tup
 def compare(run: str, theirs: set[str]) -> None:
     """Which documents were kept by both, by one only, and our reason for those that only the peer kept."""
     ours = {u for t in explain.tables(run, "corpus") for u in t["url"].to_pylist()}
-    print(f"documents kept by both: {len(ours & theirs)}, only here: {len(ours - theirs)}, only by the peer: {len(theirs - ours)}")
+    print(
+        f"documents kept by both: {len(ours & theirs)}, only here: {len(ours - theirs)}, only by the peer: {len(theirs - ours)}"
+    )
     reasons: Counter[str] = Counter()
     for table in explain.tables(run, "documents"):
         for row in table.select(["url", "rejected_by"]).to_pylist():
@@ -140,28 +150,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", nargs="?", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--engine", choices=["trafilatura", "resiliparse"], action="append")
+    parser.add_argument(
+        "--copies", type=int, default=1, help="read the pages so many times: what Ray costs to start matters less"
+    )
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-script")
     arguments = parser.parse_args()
     data = arguments.data.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        count = split_pages(data, folder / "pages")
-        print(f"pages: {count} in {FILES} files")
+        count = split_pages(data, folder / "pages", copies=arguments.copies)
+        print(f"pages: {count} in {FILES * arguments.copies} files", flush=True)
         runs = {}
         for name in arguments.engine or ["trafilatura", "resiliparse"]:
             config = settings(folder / "pages", folder / f"run-{name}", name)
             wall, cpu = with_ray(config)
             runs[name] = (wall, config.run.directory)
-            for phase, s in explain.status(config.run.directory)["phases"].items():
-                commits = explain.all_commits(config.run.directory, explain.read_state(config.run.directory))[phase]
-                print(f"{name}: {phase}: {sum(c.cpu_seconds for c in commits):.1f} s of CPU in {s['done']} units")
-            before = resource.getrusage(resource.RUSAGE_SELF)
+            for phase, commits in commits_of(config).items():
+                print(f"{name}: {phase}: {sum(c.cpu_seconds for c in commits):.1f} s of CPU in {len(commits)} units")
             bare = without_ray(settings(folder / "pages", folder / f"bare-{name}", name))
-            del before
             print(f"{name}: with Ray {cpu:.1f} s of CPU, {wall:.1f} s wall, {count / wall:.1f} pages/s")
             print(f"{name}: bare process {sum(bare.values()):.1f} s of CPU ({ {k: round(v, 1) for k, v in bare.items()} })")
-            print(f"{name}: ratio of CPU, with Ray to bare: {cpu / sum(bare.values()):.2f}")
+            print(f"{name}: ratio of CPU, with Ray to bare: {cpu / sum(bare.values()):.2f}", flush=True)
         if arguments.peer_python:
             seconds, kept = peer(arguments.peer_python, arguments.peer_script, folder / "pages", folder / "peer", data)
             print(f"peer: {seconds:.1f} s wall, {count / seconds:.1f} pages/s, {len(kept)} documents kept")

@@ -37,18 +37,18 @@ class Language:
         """Identify a text; total on every string."""
         return self.guesses(text, k=1)[0]
 
-    def guesses(self, text: str, *, k: int) -> list[Guess]:
+    def guesses(self, text: str, *, k: int, max_chars: int = MAX_CHARS) -> list[Guess]:
         """The k most likely languages, likeliest first; [Guess('und', 0.0)] when the text holds nothing to go by."""
-        line = " ".join(text[:MAX_CHARS].split()).encode("utf-8", "replace").decode()
+        line = " ".join(text[:max_chars].split()).encode("utf-8", "replace").decode()
         labels, scores = _load(self.model or str(BUNDLED)).predict(line, k=k) if line else ((), ())
         found = [Guess(a.removeprefix("__label__"), min(1.0, float(b))) for a, b in zip(labels, scores, strict=True)]
         return found or [Guess("und", 0.0)]
 
-    def probability_allowed(self, text: str) -> float:
+    def probability_allowed(self, guesses: list[Guess]) -> float:
         """Probability in [0, 1] that a text is in one of the wanted languages; 1 when all are wanted."""
         if not self.allowed:
             return 1.0
-        return sum(g.score for g in self.guesses(text, k=10) if g.language in self.allowed)
+        return min(1.0, sum(g.score for g in guesses if g.language in self.allowed))
 
 
 @lru_cache(maxsize=4)

@@ -73,6 +73,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a config: extract, dedup, refine, pack, publish. The same command again goes on where it stopped."""
+    from pipeline.engine import on_ray
     from pipeline.progress import Bars, funnel_table
     from pipeline.run import execute, plan
 
@@ -84,7 +85,7 @@ def run(
             _print_plan(plan(settings, only=only, first=first), as_json)
             return
         with Bars(err) as bars:
-            outcome = execute(settings, bars, only=only, first=first, address=address)
+            outcome = execute(settings, bars, on_ray(address), only=only, first=first)
         from pipeline.explain import run_funnel
         from pipeline.report import write_report
 
@@ -110,9 +111,7 @@ def _brief(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_plan(phases: list[Any], as_json: bool) -> None:
-    rows = [
-        {"phase": p.name, "units": len(p.units), "pending": len(p.pending), "store": p.store.root} for p in phases
-    ]
+    rows = [{"phase": p.name, "units": len(p.units), "pending": len(p.pending), "store": p.store.root} for p in phases]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -218,7 +217,9 @@ def _ranges(rows: list[int]) -> str:
 
 
 @app.command()
-def verify(path: Annotated[str, typer.Argument(metavar="PATH", help="a generation, or a run for all of its")], as_json: AsJson = False) -> None:
+def verify(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="a generation, or a run for all of its")], as_json: AsJson = False
+) -> None:
     """Re-read the shards of a generation against index and manifest: counts, sizes, hashes. Exit 1 on any fault."""
     from pipeline.verify import verify_path
 
@@ -228,7 +229,9 @@ def verify(path: Annotated[str, typer.Argument(metavar="PATH", help="a generatio
             print(json.dumps([r._asdict() | {"faults": [f._asdict() for f in r.faults]} for r in results], indent=1))
         for result in results if not as_json else ():
             word = f"[red]{len(result.faults)} faults[/red]" if result.faults else "[green]whole[/green]"
-            out.print(f"{result.path}: {word}; {result.shards} shards, {result.rows:,} rows, {result.tokens:,} tokens", soft_wrap=True)
+            out.print(
+                f"{result.path}: {word}; {result.shards} shards, {result.rows:,} rows, {result.tokens:,} tokens", soft_wrap=True
+            )
             for fault in result.faults:
                 line = f"  {fault.shard}: {fault.what}: expected {fault.expected}, found {fault.found}"
                 out.print(_escaped(line), soft_wrap=True)
@@ -272,7 +275,16 @@ def train_lm(
 
     with _told():
         counts = tuple(int(n) for n in prune.split(","))
-        train(sources, output=output, licence=licence, order=order, prune=counts, memory=memory, held_out=held_out, text_column=text_column)
+        train(
+            sources,
+            output=output,
+            licence=licence,
+            order=order,
+            prune=counts,
+            memory=memory,
+            held_out=held_out,
+            text_column=text_column,
+        )
 
 
 @app.command("train-classifier")

@@ -306,9 +306,7 @@ def _absolute(config: Config) -> Config:
             blocked_lists=tuple(absolute_path(p) for p in policy.blocked_lists),
             blocked_words=tuple(absolute_path(p) for p in policy.blocked_words),
         ),
-        filters={
-            name: of(f, model=absolute_path(f.model)) if hasattr(f, "model") else f for name, f in config.filters.items()
-        },
+        filters={name: of(f, model=absolute_path(f.model)) if hasattr(f, "model") else f for name, f in config.filters.items()},
     )
 
 

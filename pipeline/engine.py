@@ -18,7 +18,7 @@ from stages.ledger import Commit, Store, Unit, exists, read_bytes, write_atomica
 # so many blocks keep any cluster busy, and the driver's bookkeeping small; a block holds several units beyond that
 MAX_BLOCKS = 10_000
 # a unit's inputs and outputs go to disk, not to the object store: on one machine it can be small
-_LOCAL_SETTINGS = {"include_dashboard": False, "object_store_memory": 200_000_000}
+_LOCAL_SETTINGS: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 200_000_000}
 
 Work = Callable[[Unit, Any, Store], Commit]
 
@@ -49,6 +49,10 @@ class Task(NamedTuple):
     invocation: str
 
 
+# runs the units of a phase and yields each one's end as it comes; a failing unit fails alone
+RunUnits = Callable[[str, Task, Sequence[Unit], Resources], Iterator[Done]]
+
+
 def start(address: str | None) -> None:
     """Connect to a cluster (`address`, else $RAY_ADDRESS), or start Ray on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -58,7 +62,7 @@ def start(address: str | None) -> None:
     import ray.data
 
     if not ray.is_initialized():
-        settings = _LOCAL_SETTINGS if local else {}
+        settings: dict[str, Any] = _LOCAL_SETTINGS if local else {}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
     for handler in logging.getLogger("ray.data").handlers:
         if type(handler).__name__ == "PlainRayHandler":  # the terminal; Ray's own log files keep everything
@@ -68,12 +72,25 @@ def start(address: str | None) -> None:
     context.execution_options.preserve_order = False
 
 
-def run_units(name: str, task: Task, units: Sequence[Unit], resources: Resources) -> Iterator[Done]:
-    """Run units as the Ray Data operator `name`; yields each unit's end as it comes. A failing unit fails alone."""
+def on_ray(address: str | None = None) -> RunUnits:
+    """Run units on a cluster, or on this machine, each stage as one Ray Data operator; Ray starts with the first unit."""
+
+    def run_units(name: str, task: Task, units: Sequence[Unit], resources: Resources) -> Iterator[Done]:
+        start(address)
+        return _plan(name, task, units, resources)
+
+    return run_units
+
+
+def in_process(name: str, task: Task, units: Sequence[Unit], resources: Resources) -> Iterator[Done]:
+    """Run units one after the other in this process, without Ray: what the benchmark compares with, and tests use."""
+    for unit in units:
+        yield run_one(Unit(*json.loads(json.dumps(unit))), task)
+
+
+def _plan(name: str, task: Task, units: Sequence[Unit], resources: Resources) -> Iterator[Done]:
     import ray.data
 
-    if not units:
-        return
     rows = [{"unit": json.dumps(unit)} for unit in units]
     # tasks, not actors: Ray keeps a job's worker processes, and with them the models they have loaded
     plan = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
@@ -88,7 +105,7 @@ def run_units(name: str, task: Task, units: Sequence[Unit], resources: Resources
         yield Done(row["unit"], commit, row["error"] or None)
 
 
-def _function(name: str, task: Task) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _function(name: str, task: Task) -> Any:
     def run(batch: dict[str, Any]) -> dict[str, Any]:
         return _run_row(batch, task)
 

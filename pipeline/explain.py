@@ -30,7 +30,7 @@ def store_of(root: str, state: dict[str, Any], phase: str) -> Store:
 
 def all_commits(root: str, state: dict[str, Any]) -> dict[str, list[Commit]]:
     """Commits of every phase under the keys that the run used last."""
-    return {phase: list(store_of(root, state, phase).commits().values()) for phase in PHASES}
+    return {phase: store_of(root, state, phase).listed_commits() for phase in PHASES}
 
 
 def run_funnel(root: str) -> list[FunnelRow]:
@@ -42,14 +42,7 @@ def run_funnel(root: str) -> list[FunnelRow]:
 def status(root: str) -> dict[str, Any]:
     """Units done, failed and left per phase, with rates over the phase and the time left, from the ledger alone."""
     state = read_state(root)
-    totals = state.get("units", {})
-    phases = {}
-    for phase in PHASES:
-        store = store_of(root, state, phase)
-        commits = list(store.commits().values())
-        failures = store.failures()
-        units = max(totals.get(phase, 0), len(commits) + len(failures))
-        phases[phase] = _phase_status(commits, failures, units)
+    phases = {phase: _phase_status(store_of(root, state, phase)) for phase in PHASES}
     return {
         "run": root,
         "stage": state.get("stage"),
@@ -59,12 +52,14 @@ def status(root: str) -> dict[str, Any]:
     }
 
 
-def _phase_status(commits: list[Commit], failures: dict[str, Any], units: int) -> dict[str, Any]:
+def _phase_status(store: Store) -> dict[str, Any]:
+    units, commits = store.listed_units(), store.listed_commits()
+    failures = {name: record for name, record in store.failures().items() if name in units}
     rows = sum(c.rows_in for c in commits)
     starts = [c.extra["finished"] - c.seconds for c in commits if "finished" in c.extra]
     ends = [c.extra["finished"] for c in commits if "finished" in c.extra]
     elapsed = max(ends) - min(starts) if ends else 0.0
-    left = max(0, units - len(commits) - len(failures))
+    left = len(units) - len({c.unit for c in commits} | failures.keys())
     return {
         "done": len(commits),
         "failed": len(failures),
@@ -86,7 +81,7 @@ def why(root: str, url: str) -> list[dict[str, Any]]:
     state = read_state(root)
     store = store_of(root, state, "extract")
     found = []
-    for commit in store.commits().values():
+    for commit in store.listed_commits():
         uri = store.uri(commit.outputs[0]["path"])
         urls = read_columns(uri, ["url"])["url"]
         rows = pc.indices_nonzero(pc.is_in(urls, value_set=pa.array(_variants(url)))).to_pylist()
@@ -171,7 +166,7 @@ def tables(root: str, kind: str) -> Iterator[pa.Table]:
         for table in tables(root, "documents"):
             yield table.filter(pc.is_valid(table["rejected_by"])).drop_columns(["band_keys", "content_hash"])
     store = store_of(root, state, KINDS[kind])
-    for commit in store.commits().values():
+    for commit in store.listed_commits():
         for output in commit.outputs:
             if output["path"].startswith(f"{kind}/"):
                 yield read_columns(store.uri(output["path"]), None)
@@ -200,9 +195,7 @@ def export(root: str, kind: str, *, format: str, output: str) -> int:
 
 
 def _align(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    columns = [
-        table[f.name] if f.name in table.column_names else pa.nulls(table.num_rows, f.type) for f in schema
-    ]
+    columns = [table[f.name] if f.name in table.column_names else pa.nulls(table.num_rows, f.type) for f in schema]
     return pa.table(columns, schema=schema)
 
 

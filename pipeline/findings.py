@@ -283,7 +283,7 @@ def _phase_cost(phase: str, ledger: Ledger) -> PhaseCost:
 
     return PhaseCost(
         name=phase,
-        units=max(ledger.state.get("units", {}).get(phase, 0), len(commits) + failed),
+        units=len(ledger.store(phase).listed_units()),
         done=len(commits),
         failed=failed,
         rows_in=sum(c.rows_in for c in commits),

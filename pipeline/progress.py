@@ -80,7 +80,9 @@ class FunnelRow:
     unit: str = "documents"
 
 
-def funnel(extracted: Sequence[Commit], clustered: Sequence[Commit], refined: Sequence[Commit], packed: Sequence[Commit]) -> list[FunnelRow]:
+def funnel(
+    extracted: Sequence[Commit], clustered: Sequence[Commit], refined: Sequence[Commit], packed: Sequence[Commit]
+) -> list[FunnelRow]:
     """The way from records to tokens, summed over commit records: points, and between them the losses by rule."""
     rows = [FunnelRow("extract", None, sum(c.rows_in for c in extracted), "records")]
     rows += _losses("extract", extracted)
@@ -122,7 +124,8 @@ def funnel_table(rows: Sequence[FunnelRow]) -> Table:
 
 def _bases(rows: Sequence[FunnelRow]) -> dict[str, int]:
     """What each stage began with: the count of the last point before its losses."""
-    bases, last = {}, 0
+    bases: dict[str, int] = {}
+    last = 0
     for row in rows:
         if row.rule is None:
             last = row.count

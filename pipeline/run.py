@@ -222,7 +222,8 @@ def read_state(root: str) -> dict[str, Any]:
 
 def plan(config: Config, *, only: str | None, first: str | None) -> list[Phase]:
     """What a run would do, without doing it: each phase whose units can be known now, with its pending units."""
-    run, phases = Run(config), {}
+    run = Run(config)
+    phases: dict[str, Phase] = {}
     inputs = run.inputs(extend=False)
     for name in run.tasks:
         phases[name] = run.phase(name, phases, inputs)
@@ -231,29 +232,32 @@ def plan(config: Config, *, only: str | None, first: str | None) -> list[Phase]:
     return [p for p in phases.values() if _wanted(p.name, only, first)]
 
 
-def execute(config: Config, progress: Progress, *, only: str | None, first: str | None, address: str | None) -> Outcome:
-    """Bring a run to its end. Held, RunFailed, PublishError or ValueError say why it cannot."""
+def execute(
+    config: Config, progress: Progress, run_units: engine.RunUnits, *, only: str | None = None, first: str | None = None
+) -> Outcome:
+    """Bring a run to its end, or to the end of stage `only`. Held, RunFailed, PublishError or ValueError say why it cannot."""
     with lease(config.run.directory):
         run = Run(config)
         inputs = run.inputs(extend=True)
-        run.remember(stage="extract", pid=_pid())
+        run.remember(stage="extract", generation=None, pid=_pid())
         phases: dict[str, Phase] = {}
         failed: dict[str, list[str]] = {}
         for name in run.tasks:
-            phase = phases[name] = run.phase(name, phases, inputs)
             if only is not None and STAGES.index(name.split()[0]) > STAGES.index(only):
                 return Outcome(failed, None)
+            phase = phases[name] = run.phase(name, phases, inputs)
+            phase.store.list_units(phase.units)
             if not _wanted(name, only, first):
                 _require_done(phase)
                 continue
-            run.remember(stage=name, units={**_unit_counts(phases)}, pid=_pid())
-            errors = _run_phase(run, phase, progress, address)
+            run.remember(stage=name, pid=_pid())
+            errors = _run_phase(run, phase, progress, run_units)
             if errors:
                 failed[name] = errors
             # a missing documents part is a loss that can be borne; missing edges would be duplicates let through unseen
             _check_failures(phase, errors, 0.0 if name.startswith("dedup") else config.run.max_failed_share)
         published = _publish(run, phases, inputs)
-        run.remember(stage="done", units=_unit_counts(phases), generation=published.name if published else None, pid=None)
+        run.remember(stage="done", generation=published.name if published else None, pid=None)
         return Outcome(failed, published)
 
 
@@ -262,10 +266,6 @@ def _pid() -> dict[str, Any]:
     import socket
 
     return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-def _unit_counts(phases: dict[str, Phase]) -> dict[str, int]:
-    return {name: len(phase.units) for name, phase in phases.items()}
 
 
 def _wanted(phase: str, only: str | None, first: str | None) -> bool:
@@ -283,7 +283,7 @@ def _require_done(phase: Phase) -> None:
         )
 
 
-def _run_phase(run: Run, phase: Phase, progress: Progress, address: str | None) -> list[str]:
+def _run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.RunUnits) -> list[str]:
     task = run.tasks[phase.name]
     plan = task.plan
     if phase.name == "extract":
@@ -291,15 +291,13 @@ def _run_phase(run: Run, phase: Phase, progress: Progress, address: str | None) 
     pending = phase.pending
     progress.begin(phase.name, units=len(phase.units), done=phase.ordered())
     errors = []
-    if pending:
-        engine.start(address)
-        shipped = engine.Task(task.work, plan, phase.store, run.config.run.attempts, run.invocation)
-        for done in engine.run_units(phase.name, shipped, pending, task.resources):
-            progress.advance(phase.name, done)
-            if done.commit is not None:
-                phase.commits[done.unit] = done.commit
-            else:
-                errors.append(f"{done.unit}: {done.error}")
+    shipped = engine.Task(task.work, plan, phase.store, run.config.run.attempts, run.invocation)
+    for done in run_units(phase.name, shipped, pending, task.resources) if pending else ():
+        progress.advance(phase.name, done)
+        if done.commit is not None:
+            phase.commits[done.unit] = done.commit
+        else:
+            errors.append(f"{done.unit}: {done.error}")
     progress.end(phase.name)
     return errors
 
@@ -347,9 +345,7 @@ def _sort_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> 
         return []
     parts, size = _parts(before["extract"]), run.config.dedup.parts_per_unit
     groups = [parts[i : i + size] for i in range(0, len(parts), size)]
-    return [
-        Unit(f"{n:06d}", digest([d for _, d in group]), {"parts": [p for p, _ in group]}) for n, group in enumerate(groups)
-    ]
+    return [Unit(f"{n:06d}", digest([d for _, d in group]), {"parts": [p for p, _ in group]}) for n, group in enumerate(groups)]
 
 
 def _match_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:

@@ -19,7 +19,7 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute  # noqa: F401  (pa.compute)
+import pyarrow.compute
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -27,8 +27,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from filters import STRICT
-from stages.minhash import Signature
 from stages.ledger import Commit, Store, Unit
+from stages.minhash import Signature
 
 VERSION = 1
 U64 = npt.NDArray[np.uint64]
@@ -318,8 +318,7 @@ def _largest(members: U64, counts: npt.NDArray[Any], nodes: U64, roots: U64, top
     """The largest clusters with up to three members each, for the report."""
     order = np.lexsort((members, -counts))[:top]
     return [
-        {"cluster_id": int(members[i]), "size": int(counts[i]), "members": nodes[roots == members[i]][:3].tolist()}
-        for i in order
+        {"cluster_id": int(members[i]), "size": int(counts[i]), "members": nodes[roots == members[i]][:3].tolist()} for i in order
     ]
 
 

@@ -92,12 +92,12 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
         commit.totals["bytes_in"] = path.stat().st_size
         if plan.input.format in ("warc", "wet"):
             stats, extractor = ReadStats(), _extractor(_options(plan))
-            before = extractor.cpu_seconds
+            started = extractor.cpu_seconds
             _write(_web_rows(path, unit, plan, stats), commit, plan, store)
             _require_unchanged(unit)
             commit.rows_in = stats.records
             commit.totals |= {"lost_bytes": stats.lost_bytes, "lost_members": stats.lost_members}
-            commit.totals["child_cpu_seconds"] = round(extractor.cpu_seconds - before, 3)
+            commit.totals["child_cpu_seconds"] = round(extractor.cpu_seconds - started, 3)
             commit.counts |= {f"warc.{r}": stats.skipped[r] for r in _NO_DOCUMENT if stats.skipped[r]}
         else:
             _write(_text_rows(path, unit, plan), commit, plan, store)
@@ -188,9 +188,7 @@ def _refused(record: Record, plan: ExtractPlan) -> Page | None:
 def _page(record: Record, plan: ExtractPlan) -> Page:
     if record.kind == "text":
         return Page(text=record.payload.decode("utf-8", "replace").replace("\0", ""))
-    page = _extractor(_options(plan)).extract(
-        record.payload, content_type=record.headers.get("content-type", ""), url=record.url
-    )
+    page = _extractor(_options(plan)).extract(record.payload, content_type=record.headers.get("content-type", ""), url=record.url)
     return page if page.opt_out else page._replace(opt_out=in_headers(record.headers))
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -28,6 +28,8 @@ from filters.opt_out import in_html
 
 # wall-clock backstop for a page that waits instead of working, as a multiple of its CPU time
 WALL_FACTOR = 20
+# characters of a page's plain text that the gate identifies the language by
+GATE_CHARS = 4_000
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -161,13 +163,13 @@ class Extractor:
         return Page(rejected_by="extract.crash", value=float(code))
 
 
-def _send(pipe: BinaryIO, meta: bytes, body: bytes) -> None:
+def _send(pipe: IO[bytes], meta: bytes, body: bytes) -> None:
     pipe.write(struct.pack("<II", len(meta), len(body)) + meta)
     pipe.write(body)
     pipe.flush()
 
 
-def _receive(pipe: BinaryIO) -> tuple[bytes, bytes] | None:
+def _receive(pipe: IO[bytes]) -> tuple[bytes, bytes] | None:
     header = pipe.read(8)
     if len(header) < 8:
         return None
@@ -228,18 +230,16 @@ def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
     plain = extract_plain_text(html, preserve_formatting=False, main_content=False, alt_texts=False, noscript=True)
     words = len(plain.split())
     if words < options.gate.min_words:
-        return page._replace(
-            rejected_by="gate.min_words", value=float(words), bound=(options.gate.min_words, float("inf"))
-        )
-    probability = options.language.probability_allowed(plain)
+        return page._replace(rejected_by="gate.min_words", value=float(words), bound=(options.gate.min_words, float("inf")))
+    guesses = options.language.guesses(plain, k=10, max_chars=GATE_CHARS)
+    probability = options.language.probability_allowed(guesses)
     if probability < options.gate.language_probability:
-        guess = options.language.guess(plain)
         return page._replace(
             rejected_by="gate.language_probability",
             value=probability,
             bound=(options.gate.language_probability, 1.0),
-            language=guess.language,
-            language_score=guess.score,
+            language=guesses[0].language,
+            language_score=guesses[0].score,
         )
     return page
 
@@ -252,7 +252,6 @@ def _engine(options: ExtractorOptions) -> Any:
     import logging
 
     from trafilatura import extract
-
     from trafilatura.deduplication import LRUCache
 
     logging.disable(logging.CRITICAL)  # it logs per page what we store per page

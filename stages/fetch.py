@@ -213,9 +213,7 @@ def _download_http(url: str, file: IO[bytes], options: FetchOptions) -> None:
             time.sleep(_wait(url, attempt, failure, options))
 
 
-def _attempt(
-    session: requests.Session, url: str, file: IO[bytes], known: _Body, timeout: float
-) -> tuple[_Body, _Failure | None]:
+def _attempt(session: requests.Session, url: str, file: IO[bytes], known: _Body, timeout: float) -> tuple[_Body, _Failure | None]:
     """One request for what is missing. Leaves `file` at the end of what is there, which may be the start again."""
     headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
     start = file.tell()

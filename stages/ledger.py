@@ -2,6 +2,7 @@
 
     RUN/<stage>/<key>/<kind>/<unit>.parquet      what a unit wrote
     RUN/<stage>/<key>/commits/<unit>.json        that it is whole: written last, atomically
+    RUN/<stage>/<key>/units.json                 the units of the last run under this key, with their inputs' fingerprints
     RUN/<stage>/<key>/failures/<unit>.json       why it could not be done; tried again by the next run
 
 A unit writes its outputs under temporary names, renames them, and then writes its commit. A crash at any moment leaves
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -149,6 +150,24 @@ class Store:
     def commits(self) -> dict[str, Commit]:
         """All units done so far, by name, in order of name."""
         return {record["unit"]: _commit(record) for record in self._records("commits")}
+
+    def list_units(self, units: Sequence[Unit]) -> None:
+        """Note which units there are to do under this key; what other units have left behind no longer counts."""
+        listed = {unit.name: unit.fingerprint for unit in units}
+        write_atomically(self.uri("units.json"), json.dumps(listed).encode())
+
+    def listed_units(self) -> dict[str, str]:
+        """Fingerprints of the units noted last, by name."""
+        try:
+            listed: dict[str, str] = json.loads(read_bytes(self.uri("units.json")))
+        except FileNotFoundError:
+            return {}
+        return listed
+
+    def listed_commits(self) -> list[Commit]:
+        """Commits of the units noted last, in order of name; a commit made from another input is none of theirs."""
+        listed = self.listed_units()
+        return [c for c in self.commits().values() if listed.get(c.unit) == c.fingerprint]
 
     def commit_of(self, unit: str) -> Commit | None:
         """The commit of one unit, or None."""

@@ -88,9 +88,7 @@ class MDSWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             return
         if self._samples:
@@ -420,9 +418,7 @@ _SIMPLE = {
     "json": _Codec(
         None, lambda value: json.dumps(value.tolist() if isinstance(value, np.ndarray) else value).encode(), json.loads
     ),
-    "int": _Codec(
-        8, lambda value: np.int64(_a(int, value)).tobytes(), lambda data: int.from_bytes(data, "little", signed=True)
-    ),
+    "int": _Codec(8, lambda value: np.int64(_a(int, value)).tobytes(), lambda data: int.from_bytes(data, "little", signed=True)),
 }
 
 

@@ -1,14 +1,25 @@
-"""A run in this process: what pipeline.run.execute does, with engine.run_one in place of Ray."""
+"""A run in this process, without Ray."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import engine
 from pipeline.config import Config, load
-from pipeline.run import Outcome, Phase, Run, _donors, _pid, _publish, _unit_counts
-from stages.ledger import Unit
+from pipeline.engine import in_process
+from pipeline.run import STAGES, Outcome, execute
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def begin(self, phase, *, units, done):
+        pass
+
+    def advance(self, phase, done):
+        pass
+
+    def end(self, phase):
+        pass
 
 
 def make_config(folder: Path, inputs: Sequence[Path], *overrides: str) -> Config:
@@ -20,26 +31,8 @@ def make_config(folder: Path, inputs: Sequence[Path], *overrides: str) -> Config
 
 
 def run_inline(config: Config, *, until: str | None = None) -> Outcome:
-    """Run every phase and publish, or stop after phase `until`. A failed unit is in the outcome and stops nothing."""
-    run = Run(config)
-    inputs = run.inputs(extend=True)
-    phases: dict[str, Phase] = {}
-    failed: dict[str, list[str]] = {}
-    run.remember(stage="extract", pid=_pid())
-    for name, task in run.tasks.items():
-        phase = phases[name] = run.phase(name, phases, inputs)
-        run.remember(stage=name, units=_unit_counts(phases))
-        plan = dataclasses.replace(task.plan, donors=_donors(run)) if name == "extract" else task.plan
-        shipped = engine.Task(task.work, plan, phase.store, config.run.attempts, run.invocation)
-        for unit in phase.pending:
-            done = engine.run_one(Unit(*json.loads(json.dumps(unit))), shipped)
-            if done.commit is not None:
-                phase.commits[done.unit] = done.commit
-            else:
-                failed.setdefault(name, []).append(f"{done.unit}: {done.error}")
-        if name == until:
-            return Outcome(failed, None)
-    published = _publish(run, phases, inputs)
-    generation = published.name if published else None
-    run.remember(stage="done", units=_unit_counts(phases), generation=generation, pid=None)
-    return Outcome(failed, published)
+    """Run every stage and publish, or stop after stage `until`. RunFailed as on the command line."""
+    outcome = None
+    for stage in STAGES[: STAGES.index(until) + 1] if until else (None,):
+        outcome = execute(config, Silent(), in_process, only=stage)
+    return outcome

@@ -23,8 +23,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 MAX_PAGE_BYTES = 500_000  # the largest pages are indexes of up to 2.5 MB: minutes of extraction for no text
-CONTENT_TYPES = {".css": "text/css", ".gif": "image/gif", ".png": "image/png", ".svg": "image/svg+xml",
-                 ".txt": "text/plain", ".js": "application/javascript"}
+CONTENT_TYPES = {
+    ".css": "text/css",
+    ".gif": "image/gif",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+    ".js": "application/javascript",
+}
 CRLF = "\r\n"
 
 
@@ -65,56 +71,139 @@ class Written(NamedTuple):
 
 
 PYTHON = Package(
-    "python3.11-doc", "3.11.2-6+deb12u9", "5b3594189d6ef9a6963ce0347fd307a1cc67620ad697e144db366070e2e146be",
-    "usr/share/doc/python3.11/html", "https://docs.python.org/3.11/")
+    "python3.11-doc",
+    "3.11.2-6+deb12u9",
+    "5b3594189d6ef9a6963ce0347fd307a1cc67620ad697e144db366070e2e146be",
+    "usr/share/doc/python3.11/html",
+    "https://docs.python.org/3.11/",
+)
 POSTGRESQL = Package(
-    "postgresql-doc-15", "15.20-0+deb12u1", "4c44bf2c599f208b3f46454a6cf7a72e25ec46ff74d37b59dd31ad76b00eebb7",
-    "usr/share/doc/postgresql-doc-15/html", "https://www.postgresql.org/docs/15/")
+    "postgresql-doc-15",
+    "15.20-0+deb12u1",
+    "4c44bf2c599f208b3f46454a6cf7a72e25ec46ff74d37b59dd31ad76b00eebb7",
+    "usr/share/doc/postgresql-doc-15/html",
+    "https://www.postgresql.org/docs/15/",
+)
 HANDBOOK = Package(
-    "debian-handbook", "11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
-    "usr/share/doc/debian-handbook/html", "https://debian-handbook.info/browse/")
+    "debian-handbook",
+    "11.20220922",
+    "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+    "usr/share/doc/debian-handbook/html",
+    "https://debian-handbook.info/browse/",
+)
 APACHE = Package(
-    "apache2-doc", "2.4.71-1~deb12u1", "a7b3d1131c1c63dbf9999b28e75f9a133d30f70492b419936bd51759ac77a01f",
-    "usr/share/doc/apache2-doc/manual", "https://httpd.apache.org/docs/2.4/")
+    "apache2-doc",
+    "2.4.71-1~deb12u1",
+    "a7b3d1131c1c63dbf9999b28e75f9a133d30f70492b419936bd51759ac77a01f",
+    "usr/share/doc/apache2-doc/manual",
+    "https://httpd.apache.org/docs/2.4/",
+)
 ANARCHISM = Package(
-    "anarchism", "15.3-3", "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
-    "usr/share/doc/anarchism/html", "https://anarchism.pageabode.com/afaq/")
+    "anarchism",
+    "15.3-3",
+    "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
+    "usr/share/doc/anarchism/html",
+    "https://anarchism.pageabode.com/afaq/",
+)
 SQLITE = Package(
-    "sqlite3-doc", "3.40.1-2+deb12u2", "466e30d7066e2641fa13e56bc662a2ad521b8cc9c17dde9c9dac3d4f105e32f2",
-    "usr/share/doc/sqlite3", "https://www.sqlite.org/")
+    "sqlite3-doc",
+    "3.40.1-2+deb12u2",
+    "466e30d7066e2641fa13e56bc662a2ad521b8cc9c17dde9c9dac3d4f105e32f2",
+    "usr/share/doc/sqlite3",
+    "https://www.sqlite.org/",
+)
 
 # Some servers name the charset and some leave it to the page's <meta>: both happen on the web.
 # The assets, there to be skipped, are the documents' own: no logos, nothing under another licence.
 SAMPLES = (
-    Sample("anarchism.warc.gz", ANARCHISM, "text/html",
-           pages={"append31.html": 1, "contact.html": 1, "sec*.html": 36, "*.html": 10}),
-    Sample("apache2-doc.warc.gz", APACHE, "text/html",
-           pages={"index.html": 1, "en/index.html": 1, "en/bind.html": 1, "en/*/*.html": 32, "en/*.html": 14},
-           assets=("images/mod_filter_new.gif", "images/syntax_rewritecond.svg", "style/css/manual-zip.css")),
+    Sample(
+        "anarchism.warc.gz", ANARCHISM, "text/html", pages={"append31.html": 1, "contact.html": 1, "sec*.html": 36, "*.html": 10}
+    ),
+    Sample(
+        "apache2-doc.warc.gz",
+        APACHE,
+        "text/html",
+        pages={"index.html": 1, "en/index.html": 1, "en/bind.html": 1, "en/*/*.html": 32, "en/*.html": 14},
+        assets=("images/mod_filter_new.gif", "images/syntax_rewritecond.svg", "style/css/manual-zip.css"),
+    ),
     # no charset in the header: German and Spanish pages are ISO-8859-1, Korean ones EUC-KR, the rest UTF-8
-    Sample("apache2-doc-translations.warc.gz", APACHE, "text/html",
-           pages={"de/**/*.html": 7, "es/**/*.html": 7, "fr/**/*.html": 8, "ja/**/*.html": 7, "ko/**/*.html": 8,
-                  "tr/**/*.html": 6, "pt-br/**/*.html": 3, "ru/**/*.html": 2, "zh-cn/**/*.html": 4},
-           links={"da/**/*.html": 6, "ru/**/*.html": 4}),
-    Sample("debian-handbook.warc.gz", HANDBOOK, "text/html; charset=UTF-8",
-           pages={"en-US/index.html": 1, "en-US/sect.acknowledgments.html": 1, "en-US/*.html": 69},
-           assets=("en-US/images/netfilter.png",)),
+    Sample(
+        "apache2-doc-translations.warc.gz",
+        APACHE,
+        "text/html",
+        pages={
+            "de/**/*.html": 7,
+            "es/**/*.html": 7,
+            "fr/**/*.html": 8,
+            "ja/**/*.html": 7,
+            "ko/**/*.html": 8,
+            "tr/**/*.html": 6,
+            "pt-br/**/*.html": 3,
+            "ru/**/*.html": 2,
+            "zh-cn/**/*.html": 4,
+        },
+        links={"da/**/*.html": 6, "ru/**/*.html": 4},
+    ),
+    Sample(
+        "debian-handbook.warc.gz",
+        HANDBOOK,
+        "text/html; charset=UTF-8",
+        pages={"en-US/index.html": 1, "en-US/sect.acknowledgments.html": 1, "en-US/*.html": 69},
+        assets=("en-US/images/netfilter.png",),
+    ),
     # Danish, Greek and Croatian are barely translated: near-duplicates of the English pages
-    Sample("debian-handbook-translations.warc.gz", HANDBOOK, "text/html",
-           pages={"da-DK/*.html": 10, "el-GR/*.html": 7, "hr-HR/*.html": 4, "ar-MA/*.html": 6, "de-DE/*.html": 12,
-                  "es-ES/*.html": 11, "fr-FR/*.html": 12, "it-IT/*.html": 8, "ja-JP/*.html": 9, "pt-BR/*.html": 8,
-                  "ru-RU/*.html": 9, "zh-CN/*.html": 9}),
-    Sample("postgresql-doc-15.warc.gz", POSTGRESQL, "text/html; charset=utf-8",
-           pages={"bookindex.html": 1, "bug-reporting.html": 1, "tutorial*.html": 14, "*.html": 78},
-           assets=("stylesheet.css", "gin.svg")),
-    Sample("python3.11-doc.warc.gz", PYTHON, "text/html",
-           pages={"copyright.html": 1, "license.html": 1, "*.html": 6, "tutorial/*.html": 9, "faq/*.html": 8,
-                  "howto/*.html": 11, "reference/*.html": 5, "using/*.html": 4, "whatsnew/*.html": 4,
-                  "c-api/*.html": 8, "library/*.html": 40},
-           assets=("_images/pathlib-inheritance.png", "_static/copybutton.js", "_static/pydoctheme.css")),
-    Sample("sqlite3-doc.warc.gz", SQLITE, "text/html; charset=utf-8",
-           pages={"sqlite.html": 1, "releaselog/*.html": 16, "c3ref/*.html": 10, "syntax/*.html": 5, "*.html": 44},
-           assets=("robots.txt", "images/sw.gif")),
+    Sample(
+        "debian-handbook-translations.warc.gz",
+        HANDBOOK,
+        "text/html",
+        pages={
+            "da-DK/*.html": 10,
+            "el-GR/*.html": 7,
+            "hr-HR/*.html": 4,
+            "ar-MA/*.html": 6,
+            "de-DE/*.html": 12,
+            "es-ES/*.html": 11,
+            "fr-FR/*.html": 12,
+            "it-IT/*.html": 8,
+            "ja-JP/*.html": 9,
+            "pt-BR/*.html": 8,
+            "ru-RU/*.html": 9,
+            "zh-CN/*.html": 9,
+        },
+    ),
+    Sample(
+        "postgresql-doc-15.warc.gz",
+        POSTGRESQL,
+        "text/html; charset=utf-8",
+        pages={"bookindex.html": 1, "bug-reporting.html": 1, "tutorial*.html": 14, "*.html": 78},
+        assets=("stylesheet.css", "gin.svg"),
+    ),
+    Sample(
+        "python3.11-doc.warc.gz",
+        PYTHON,
+        "text/html",
+        pages={
+            "copyright.html": 1,
+            "license.html": 1,
+            "*.html": 6,
+            "tutorial/*.html": 9,
+            "faq/*.html": 8,
+            "howto/*.html": 11,
+            "reference/*.html": 5,
+            "using/*.html": 4,
+            "whatsnew/*.html": 4,
+            "c-api/*.html": 8,
+            "library/*.html": 40,
+        },
+        assets=("_images/pathlib-inheritance.png", "_static/copybutton.js", "_static/pydoctheme.css"),
+    ),
+    Sample(
+        "sqlite3-doc.warc.gz",
+        SQLITE,
+        "text/html; charset=utf-8",
+        pages={"sqlite.html": 1, "releaselog/*.html": 16, "c3ref/*.html": 10, "syntax/*.html": 5, "*.html": 44},
+        assets=("robots.txt", "images/sw.gif"),
+    ),
 )
 
 
@@ -158,8 +247,15 @@ def write_sample(sample: Sample, unpacked: Path, out: Path) -> Written:
         for path in sorted(pages + others):
             stream.write(member(response(sample, root, path, built)))
     data = target.read_bytes()
-    return Written(sample.file, sample.package, len(pages), len(others), sum(p.stat().st_size for p in pages),
-                   len(data), hashlib.sha256(data).hexdigest())
+    return Written(
+        sample.file,
+        sample.package,
+        len(pages),
+        len(others),
+        sum(p.stat().st_size for p in pages),
+        len(data),
+        hashlib.sha256(data).hexdigest(),
+    )
 
 
 def choose(root: Path, sample: Sample) -> list[Path]:
@@ -196,41 +292,63 @@ def newest_change(unpacked: Path) -> datetime:
 
 def warcinfo(sample: Sample, built: datetime) -> bytes:
     package = sample.package
-    block = http_head("", {
-        "software": "gristmill tools/build_samples.py",
-        "format": "WARC File Format 1.0",
-        "description": f"files of the Debian package {package.name} {package.version} (sha256 {package.sha256}); "
-                       "bodies are the package's bytes, addresses and HTTP headers are rebuilt, nothing was crawled",
-        "license": "see LICENSES.md",
-    }).encode()
-    return record("warcinfo", block, built, identity=sample.file, headers={
-        "WARC-Filename": sample.file, "Content-Type": "application/warc-fields"})
+    block = http_head(
+        "",
+        {
+            "software": "gristmill tools/build_samples.py",
+            "format": "WARC File Format 1.0",
+            "description": f"files of the Debian package {package.name} {package.version} (sha256 {package.sha256}); "
+            "bodies are the package's bytes, addresses and HTTP headers are rebuilt, nothing was crawled",
+            "license": "see LICENSES.md",
+        },
+    ).encode()
+    return record(
+        "warcinfo",
+        block,
+        built,
+        identity=sample.file,
+        headers={"WARC-Filename": sample.file, "Content-Type": "application/warc-fields"},
+    )
 
 
 def response(sample: Sample, root: Path, path: Path, built: datetime) -> bytes:
     body = path.read_bytes()
     url = sample.package.base_url + path.relative_to(root).as_posix()
     changed = datetime.fromtimestamp(int(path.stat().st_mtime), UTC)
-    head = http_head("HTTP/1.1 200 OK", {
-        "Date": format_datetime(built, usegmt=True),
-        "Last-Modified": format_datetime(changed, usegmt=True),
-        "Content-Type": sample.content_type if path.suffix == ".html" else CONTENT_TYPES[path.suffix],
-        "Content-Length": str(len(body)),
-    }).encode()
-    return record("response", head + body, built, identity=sample.file + " " + url, headers={
-        "WARC-Target-URI": url, "WARC-Payload-Digest": digest(body),
-        "Content-Type": "application/http; msgtype=response"})
+    head = http_head(
+        "HTTP/1.1 200 OK",
+        {
+            "Date": format_datetime(built, usegmt=True),
+            "Last-Modified": format_datetime(changed, usegmt=True),
+            "Content-Type": sample.content_type if path.suffix == ".html" else CONTENT_TYPES[path.suffix],
+            "Content-Length": str(len(body)),
+        },
+    ).encode()
+    return record(
+        "response",
+        head + body,
+        built,
+        identity=sample.file + " " + url,
+        headers={
+            "WARC-Target-URI": url,
+            "WARC-Payload-Digest": digest(body),
+            "Content-Type": "application/http; msgtype=response",
+        },
+    )
 
 
 def record(kind: str, block: bytes, date: datetime, *, identity: str, headers: Mapping[str, str]) -> bytes:
-    head = http_head("WARC/1.0", {
-        "WARC-Type": kind,
-        "WARC-Record-ID": f"<urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, identity)}>",
-        "WARC-Date": date.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        **headers,
-        "WARC-Block-Digest": digest(block),
-        "Content-Length": str(len(block)),
-    })
+    head = http_head(
+        "WARC/1.0",
+        {
+            "WARC-Type": kind,
+            "WARC-Record-ID": f"<urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, identity)}>",
+            "WARC-Date": date.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            **headers,
+            "WARC-Block-Digest": digest(block),
+            "Content-Length": str(len(block)),
+        },
+    )
     return head.encode() + block + b"\r\n\r\n"
 
 
@@ -252,10 +370,14 @@ def member(data: bytes) -> bytes:
 def print_table(written: list[Written]) -> None:
     print("| file | pages | other | HTML bytes | file bytes | package | sha256 |\n|---|--:|--:|--:|--:|---|---|")
     for row in written:
-        print(f"| {row.file} | {row.pages} | {row.others} | {row.html_bytes:,} | {row.file_bytes:,} "
-              f"| {row.package.name} {row.package.version} | `{row.sha256}` |")
-    print(f"| **total** | {sum(r.pages for r in written)} | {sum(r.others for r in written)} "
-          f"| {sum(r.html_bytes for r in written):,} | {sum(r.file_bytes for r in written):,} | | |")
+        print(
+            f"| {row.file} | {row.pages} | {row.others} | {row.html_bytes:,} | {row.file_bytes:,} "
+            f"| {row.package.name} {row.package.version} | `{row.sha256}` |"
+        )
+    print(
+        f"| **total** | {sum(r.pages for r in written)} | {sum(r.others for r in written)} "
+        f"| {sum(r.html_bytes for r in written):,} | {sum(r.file_bytes for r in written):,} | | |"
+    )
 
 
 if __name__ == "__main__":

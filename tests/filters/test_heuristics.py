@@ -51,9 +51,7 @@ def slow_scores(text: str) -> dict[str, dict[str, float]]:
 def fast_scores(text: str) -> dict[str, dict[str, float]]:
     view = TextView(text)
     edited = HEURISTICS["c4"].edit(view)
-    return {
-        name: heuristic.measure(edited if name in ("c4", "fineweb") else view) for name, heuristic in HEURISTICS.items()
-    }
+    return {name: heuristic.measure(edited if name in ("c4", "fineweb") else view) for name, heuristic in HEURISTICS.items()}
 
 
 def test_prose_passes_every_rule() -> None:

@@ -50,15 +50,11 @@ STAYS = [
 # What stands next to each other on pages, and what is built to be misread once a neighbour is gone.
 BITS = st.one_of(
     st.sampled_from([value for _, value in FOUND] + STAYS),
-    st.sampled_from(
-        ["call ", "phone:\n", "SSN", "<CRYPTO>", "@", "::", "-", ".", "x", "0", "\n", " ", "\ud800", "\0", "\r"]
-    ),
+    st.sampled_from(["call ", "phone:\n", "SSN", "<CRYPTO>", "@", "::", "-", ".", "x", "0", "\n", " ", "\ud800", "\0", "\r"]),
     st.text("0123456789-. ()+:/@aAbcx\n", max_size=25),
     st.text(max_size=8),
 )
-TEXTS = st.lists(BITS, max_size=12).flatmap(
-    lambda bits: st.sampled_from(["", " ", ", "]).map(lambda sep: sep.join(bits))
-)
+TEXTS = st.lists(BITS, max_size=12).flatmap(lambda bits: st.sampled_from(["", " ", ", "]).map(lambda sep: sep.join(bits)))
 
 
 @pytest.mark.parametrize("entity, value", FOUND)
@@ -185,9 +181,7 @@ def test_recall_is_that_of_the_bare_recognisers_and_phone_numbers_are_more_preci
         for entity in Pii().entities:
             gold = [s for s in sample["spans"] if s["entity_type"] == entity]
             hits = pii._recognizer(entity, Pii().phone_regions).analyze(text, [entity])
-            bare[entity] += sum(
-                any(h.start < s["end_position"] and s["start_position"] < h.end for h in hits) for s in gold
-            )
+            bare[entity] += sum(any(h.start < s["end_position"] and s["start_position"] < h.end for h in hits) for s in gold)
             replaced = counts(scrubbed.spans).get(entity, 0)
             ours[entity] += min(replaced, sum(s["entity_value"] not in scrubbed.text for s in gold))
             if entity == "PHONE_NUMBER":

@@ -37,9 +37,7 @@ def test_score_is_fasttexts_own(text: str) -> None:
 
 
 def test_the_labels_of_a_two_class_model_share_one() -> None:
-    assert measured(PROSE + LISTING, Quality(label="__label__lq")) == pytest.approx(
-        1 - measured(PROSE + LISTING), abs=1e-3
-    )
+    assert measured(PROSE + LISTING, Quality(label="__label__lq")) == pytest.approx(1 - measured(PROSE + LISTING), abs=1e-3)
 
 
 @settings(max_examples=200)

@@ -39,11 +39,7 @@ When the frost comes, he listens closely, because ice is the one thing to be afr
 His daughter keeps the books; she wants to replace the wheel with a turbine, but nobody has found the money yet.
 Visitors leave with warm bread."""
 
-_WORD = st.sampled_from(
-    ["a", "b", "the", "mill", "wheel", ",", ".", "...", "U.S.", "don't", "[1]", "{", "javascript", "-"]
-)
+_WORD = st.sampled_from(["a", "b", "the", "mill", "wheel", ",", ".", "...", "U.S.", "don't", "[1]", "{", "javascript", "-"])
 _LINE = st.lists(_WORD, max_size=8).map(" ".join)
-REPETITIVE = st.lists(_LINE | st.sampled_from(["the wheel turns round.", "a b c d e f g h i j k l"]), max_size=20).map(
-    "\n".join
-)
+REPETITIVE = st.lists(_LINE | st.sampled_from(["the wheel turns round.", "a b c d e f g h i j k l"]), max_size=20).map("\n".join)
 TEXTS = st.text() | st.sampled_from(NASTY) | REPETITIVE

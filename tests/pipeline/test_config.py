@@ -23,7 +23,10 @@ def config(tmp_path):
         ("[dedup]\nnum_band = 26\n", r"c\.toml:6: unknown config key 'dedup.num_band'; did you mean 'dedup.num_bands'"),
         ("[gopher_quality]\nword_cuont = [1, 2]\n", r"c\.toml:6: .*did you mean 'gopher_quality.word_count'"),
         ("[gofer_quality]\nword_count = [1, 2]\n", r"c\.toml:5: unknown section or stage 'gofer_quality'; did you mean"),
-        ("[extract.gate]\nenabeld = true\n", r"c\.toml:6: unknown config key 'extract.gate.enabeld'; did you mean 'extract.gate.enabled'"),
+        (
+            "[extract.gate]\nenabeld = true\n",
+            r"c\.toml:6: unknown config key 'extract.gate.enabeld'; did you mean 'extract.gate.enabled'",
+        ),
         ('[dedup]\nnum_bands = "many"\n', r"c\.toml:6: dedup.num_bands = 'many': Input should be a valid integer"),
         ("[gopher_quality]\nword_count = [9, 2]\n", r"c\.toml:6: gopher_quality.word_count.*low must not exceed high"),
         ("[gopher_quality]\nword_count = 3\n", r"c\.toml:6: gopher_quality.word_count = 3"),
@@ -97,7 +100,9 @@ def test_a_change_touches_its_stage_and_those_below(config, override, changed):
     assert [stage for stage in before if before[stage] != after[stage]] == changed
 
 
-@pytest.mark.parametrize("override", ["gopher_quality.word_count=[60, 1000]", "dedup.num_bands=26", "extract.keep_rejected_text=1.0"])
+@pytest.mark.parametrize(
+    "override", ["gopher_quality.word_count=[60, 1000]", "dedup.num_bands=26", "extract.keep_rejected_text=1.0"]
+)
 def test_policy_keeps_the_content_half_of_the_extract_key(config, override):
     before, after = stage_keys(config(""))["extract"], stage_keys(config("", override))["extract"]
     assert before[:8] == after[:8] and before[8:] != after[8:]

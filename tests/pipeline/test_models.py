@@ -180,9 +180,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
 def test_bad_source_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        train_classifier(
-            [tmp_path / name], [tmp_path / name], output=tmp_path / "q.ftz", licence="CC0-1.0", held_out=1e-9
-        )
+        train_classifier([tmp_path / name], [tmp_path / name], output=tmp_path / "q.ftz", licence="CC0-1.0", held_out=1e-9)
 
 
 def test_parquet_without_the_column_is_named(tmp_path: Path) -> None:

@@ -63,12 +63,8 @@ def write_jsonl(path: Path, documents: list[tuple[str, str]]) -> Path:
 
 def hostile_documents() -> list[tuple[str, str]]:
     base = prose(1)
-    rejected = [
-        (f"https://gone.example/{i}?q={ATTACK}&amp='\"", f'{ATTACK} {RTL} "quoted" & short {i}') for i in range(6)
-    ]
-    copies = [
-        (f"https://{ATTACK}.example/{i}", base + f"\nThe {word} {ATTACK} ends it.") for i, word in enumerate("abc")
-    ]
+    rejected = [(f"https://gone.example/{i}?q={ATTACK}&amp='\"", f'{ATTACK} {RTL} "quoted" & short {i}') for i in range(6)]
+    copies = [(f"https://{ATTACK}.example/{i}", base + f"\nThe {word} {ATTACK} ends it.") for i, word in enumerate("abc")]
     kept = [(f"https://kept.example/{i}", prose(i + 10)) for i in range(5)]
     mail = [
         (
@@ -189,8 +185,7 @@ def test_empty_run(tmp_path):
     "until, missing",
     [
         ("extract", "dedup, refine, pack"),
-        ("dedup sort", "refine, pack"),
-        ("dedup cluster", "refine, pack"),
+        ("dedup", "refine, pack"),
         ("refine", "pack"),
     ],
 )
@@ -208,16 +203,13 @@ def test_a_run_that_did_nothing_yet(tmp_path):
 
     config = make_config(tmp_path, [write_jsonl(tmp_path / "in.jsonl", [])], *JSONL)
     Run(config).remember(stage="extract")
-    assert (
-        "Not run yet under these keys: extract, dedup, refine, pack."
-        in Path(write_report(config.run.directory)).read_text()
-    )
+    assert "Not run yet under these keys: extract, dedup, refine, pack." in Path(write_report(config.run.directory)).read_text()
 
 
 def test_failed_units_are_listed(tmp_path):
     good, bad = write_jsonl(tmp_path / "a.jsonl", hostile_documents()), tmp_path / "b.jsonl"
     bad.write_bytes(b"\x1f\x8bno gzip")
-    config = make_config(tmp_path, [good, bad], *JSONL, "extract.filters=[]", "refine.scrub_pii=false")
+    config = make_config(tmp_path, [good, bad], *JSONL, "extract.filters=[]", "run.max_failed_share=1.0")
     outcome = run_inline(config, until="extract")
     (failure,) = outcome.failed["extract"]
     page = Path(write_report(config.run.directory)).read_text()
@@ -253,8 +245,7 @@ def test_warc_run_shows_charsets_dates_and_opt_outs(tmp_path):
 
     warc = tmp_path / "a.warc.gz"
     warc.write_bytes(
-        page("https://a.example/1", '<meta charset="utf-8">')
-        + page(f"https://b.example/{ATTACK}", "", "X-Robots-Tag: noai\r\n")
+        page("https://a.example/1", '<meta charset="utf-8">') + page(f"https://b.example/{ATTACK}", "", "X-Robots-Tag: noai\r\n")
     )
     config = make_config(tmp_path, [warc], "refine.filters=[]", "refine.scrub_pii=false", "language.score=off")
     assert not run_inline(config, until="extract").failed
@@ -268,9 +259,7 @@ def test_warc_run_shows_charsets_dates_and_opt_outs(tmp_path):
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "parts, rows, expected", [(0, 0, 0), (1, 10**9, 1), (63, 1, 63), (1000, 10, 64), (1000, 50_000, 20)]
-)
+@pytest.mark.parametrize("parts, rows, expected", [(0, 0, 0), (1, 10**9, 1), (63, 1, 63), (1000, 10, 64), (1000, 50_000, 20)])
 def test_sample_is_spread_and_bounded(parts, rows, expected):
     chosen = spread([Commit(f"{i:06d}", "", rows_in=rows) for i in range(parts)], rows=lambda c: c.rows_in)
     assert len(chosen) == expected <= MAX_PARTS
@@ -305,9 +294,7 @@ def test_histogram_loses_no_finite_value(values, limits):
 
 def test_copies_are_shown_around_the_first_difference():
     common = "word " * 200
-    before, after = (
-        {"url": u, "text": common + end, "kept": u == "a"} for u, end in (("a", "left end"), ("b", "right end"))
-    )
+    before, after = ({"url": u, "text": common + end, "kept": u == "a"} for u, end in (("a", "left end"), ("b", "right end")))
     _, member = compare([before, after], ngram=5)
     text = "".join(p.text for p in member.pieces)
     assert text.startswith("… ") and text.endswith("right end") and len(text) < 300
@@ -320,9 +307,7 @@ def test_wall_time_counts_overlaps_once_and_pauses_not():
     assert covered([]) == 0
 
 
-@pytest.mark.parametrize(
-    "share, text", [(0, "0.0 %"), (1e-9, "<0.1 %"), (0.99999, ">99.9 %"), (1, "100.0 %"), (0.123, "12.3 %")]
-)
+@pytest.mark.parametrize("share, text", [(0, "0.0 %"), (1e-9, "<0.1 %"), (0.99999, ">99.9 %"), (1, "100.0 %"), (0.123, "12.3 %")])
 def test_percent_never_rounds_something_to_nothing(share, text):
     assert percent(share) == text
 

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline import explain
 from pipeline.config import load
+from pipeline.engine import on_ray
 from pipeline.lease import Held, lease
 from pipeline.run import RunFailed, execute, plan, read_state
 from pipeline.verify import verify_path
@@ -52,7 +53,7 @@ def settings(folder, *overrides, samples="{debian-handbook,debian-handbook-trans
 
 def go(config, only=None, first=None):
     progress = Quiet()
-    return execute(config, progress, only=only, first=first, address=None), progress
+    return execute(config, progress, on_ray(), only=only, first=first), progress
 
 
 def bytes_of(generation):
@@ -83,6 +84,15 @@ def test_every_record_is_accounted_for(done):
     assert outcome.published.manifest["tokens"] == sum(c.totals["tokens"] for c in commits["pack"])
 
 
+def test_golden_funnel(done):
+    """Exact counts on two bundled files: a change here is a change of policy, and belongs into the changelog."""
+    folder, _, _ = done
+    go(settings(folder))
+    rows = [[row.stage, row.rule or f"= {row.unit}", row.count] for row in explain.run_funnel(str(folder))]
+    golden = Path(__file__).with_name("golden_funnel.json")
+    assert rows == json.loads(golden.read_text())
+
+
 def test_published_generation_verifies_and_is_in_the_catalog(done):
     folder, outcome, _ = done
     [result] = verify_path(str(folder))
@@ -110,7 +120,9 @@ def test_provenance_leads_from_a_row_back_to_its_document(done):
     folder, outcome, _ = done
     encoding = load_encoding("cl100k_base")
     corpus = {row["doc_id"]: row["text"] for t in explain.tables(str(folder), "corpus") for row in t.to_pylist()}
-    rows = [row for s in outcome.published.manifest["shards"] for row in mds.read_shard(f"{outcome.published.uri}/{s['basename']}")]
+    rows = [
+        row for s in outcome.published.manifest["shards"] for row in mds.read_shard(f"{outcome.published.uri}/{s['basename']}")
+    ]
     spans = pq.read_table(f"{outcome.published.uri}/provenance.parquet").to_pylist()
     pieces = {}
     for span in spans:
@@ -174,7 +186,10 @@ def test_new_inputs_are_appended_and_old_ones_not_extracted_again(ray_session, t
 @pytest.mark.parametrize(
     "pick, expected",
     [
-        (lambda row, keep: row["rejected_by"] == "gopher_quality.word_count", {"fate": "rejected", "rule": "gopher_quality.word_count"}),
+        (
+            lambda row, keep: row["rejected_by"] == "gopher_quality.word_count",
+            {"fate": "rejected", "rule": "gopher_quality.word_count"},
+        ),
         (lambda row, keep: keep is not None and not keep["keep"], {"fate": "duplicate"}),
     ],
 )
@@ -255,7 +270,9 @@ def test_a_unit_that_fails_is_recorded_named_and_tried_again(ray_session, tmp_pa
     pq.write_table(pa.table({"text": ["one two three"]}), good)
     pq.write_table(pa.table({"wrong": ["x"]}), bad)
     config = settings(tmp_path / "r", "input.format=parquet", f'input.paths=["{good}", "{bad}"]')
-    with pytest.raises(RunFailed, match=r"1 of 2 units of 'extract' failed .*\n.*000001: ValueError: .*no column 'text'; it has wrong"):
+    with pytest.raises(
+        RunFailed, match=r"1 of 2 units of 'extract' failed .*\n.*000001: ValueError: .*no column 'text'; it has wrong"
+    ):
         go(config)
     assert explain.status(str(tmp_path / "r"))["phases"]["extract"]["failed"] == 1
     tolerant = settings(tmp_path / "r", "input.format=parquet", f'input.paths=["{good}", "{bad}"]', "run.max_failed_share=0.5")
@@ -278,7 +295,9 @@ def test_dry_run_plans_without_writing(tmp_path):
 
 
 def test_a_second_run_in_the_same_directory_is_refused_naming_the_first(tmp_path):
-    holder = f"import time; from pipeline.lease import lease\nwith lease({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
+    holder = (
+        f"import time; from pipeline.lease import lease\nwith lease({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
+    )
     first = subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
     try:

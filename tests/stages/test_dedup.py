@@ -103,7 +103,10 @@ row = st.tuples(st.sampled_from("abcdefghij"), st.one_of(st.just([]), st.lists(k
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.lists(st.tuples(row, st.sampled_from([None, None, "rule"])), min_size=1, max_size=25), partitions=st.sampled_from([1, 4, 9]))
+@given(
+    rows=st.lists(st.tuples(row, st.sampled_from([None, None, "rule"])), min_size=1, max_size=25),
+    partitions=st.sampled_from([1, 4, 9]),
+)
 def test_clusters_equal_a_dictionary_of_buckets(tmp_path_factory, rows, partitions):
     folder = tmp_path_factory.mktemp("dedup")
     flat = [(n * 3, content, keys, chars, rejected) for n, ((content, keys, chars), rejected) in enumerate(rows)]

@@ -79,8 +79,7 @@ def assert_same_bytes(streaming: Any, samples: list[dict[str, Any]], columns: di
 
 def equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     return left.keys() == right.keys() and all(
-        np.array_equal(left[key], right[key]) and np.asarray(left[key]).dtype == np.asarray(right[key]).dtype
-        for key in left
+        np.array_equal(left[key], right[key]) and np.asarray(left[key]).dtype == np.asarray(right[key]).dtype for key in left
     )
 
 
@@ -454,9 +453,7 @@ def test_a_wrong_hash_of_the_decompressed_shard_is_seen(tmp_path):
     assert verify(tmp_path, expected=None) == [Fault("shard.00000.mds.zstd", "sha1", "0" * 40, right)]
 
 
-@pytest.mark.parametrize(
-    "damage, found", [(lambda data: data[:-1], "a frame cut short"), (lambda data: data + b"x", "after")]
-)
+@pytest.mark.parametrize("damage, found", [(lambda data: data[:-1], "a frame cut short"), (lambda data: data + b"x", "after")])
 def test_more_or_less_than_one_frame_is_refused(tmp_path, damage, found):
     path = write(tmp_path, rows(2), compression="zstd") / "shard.00000.mds.zstd"
     path.write_bytes(damage(path.read_bytes()))

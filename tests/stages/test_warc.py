@@ -21,9 +21,7 @@ LIMIT = 1 << 20
 PAGE = b"<!doctype html><html><body>" + b"<p>Good morning.</p>" * 40 + b"</body></html>"
 
 
-def warc(
-    block: bytes, kind: str = "response", url: str = "http://example.org/", eol: str = "\r\n", **headers: str
-) -> bytes:
+def warc(block: bytes, kind: str = "response", url: str = "http://example.org/", eol: str = "\r\n", **headers: str) -> bytes:
     """One uncompressed record; `headers` names have _ for -; content_length may lie."""
     fields = {
         "WARC-Type": kind,

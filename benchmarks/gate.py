@@ -46,12 +46,8 @@ def main(data: Path) -> None:
         english = {d for d, rule in without.items() if rule not in ("language.allowed", "language.score", "extract.empty")}
         kept = {d for d, rule in without.items() if rule is None}
         print(f"{name}: gate drops {len(gated)} of {len(without)} pages")
-        print(
-            f"{name}: of {len(kept)} pages kept without the gate it drops {len(gated & kept)} ({len(gated & kept) / len(kept):.2%})"
-        )
-        print(
-            f"{name}: of {len(english)} English pages it drops {len(gated & english)} ({len(gated & english) / len(english):.2%})"
-        )
+        for what, pages in (("pages kept without the gate", kept), ("English pages", english)):
+            print(f"{name}: of {len(pages)} {what} it drops {len(gated & pages)} ({len(gated & pages) / len(pages):.2%})")
 
 
 if __name__ == "__main__":

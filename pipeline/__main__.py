@@ -137,7 +137,7 @@ def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson
         for key, value, origin in values:
             head = key.split(".")[0]
             if head != section:
-                out.print("" if section else "", end="\n" if section else "")
+                out.print(end="\n" if section else "")
                 section = head
             style = "dim" if origin == "default" else "green"
             out.print(f"{_escaped(f'{key} = {value}'.ljust(width))}  [{style}]# {_escaped(origin)}[/{style}]", soft_wrap=True)
@@ -307,8 +307,21 @@ def train_classifier(
     from pipeline.models import train_classifier as train
 
     with _told():
-        train(positive, negative, output=output, licence=licence, epochs=epochs, learning_rate=learning_rate, dimensions=dimensions,
-              word_ngrams=word_ngrams, buckets=buckets, features=features, seed=seed, held_out=held_out, text_column=text_column)  # fmt: skip
+        train(
+            positive,
+            negative,
+            output=output,
+            licence=licence,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            dimensions=dimensions,
+            word_ngrams=word_ngrams,
+            buckets=buckets,
+            features=features,
+            seed=seed,
+            held_out=held_out,
+            text_column=text_column,
+        )
 
 
 def main() -> None:

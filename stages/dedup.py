@@ -13,6 +13,7 @@ content hash alone. Banding: Broder 1997; FineWeb's 14 x 8, arXiv:2406.17557.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import fsspec
@@ -171,7 +172,7 @@ def match_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 def cell_ranges(num_bands: int, partitions: int) -> list[tuple[int, int]]:
     """The grid of num_bands * CELLS cells in `partitions` contiguous ranges [first, last)."""
     bounds = np.linspace(0, num_bands * CELLS, partitions + 1).astype(int).tolist()
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 def _bands_of(first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -222,7 +223,7 @@ def cluster_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     members, counts = np.unique(roots, return_counts=True)
     sizes = counts[np.searchsorted(members, roots)] if len(nodes) else np.empty(0, np.int64)
     for part in parts:
-        ids, hashes = _kept_documents(part)
+        ids, _ = _kept_documents(part)
         table = _keep_table(ids, nodes, roots, sizes, kept)
         with store.create("keep", f"{part.unit}.parquet", outputs=commit.outputs) as path:
             pq.write_table(table, path, compression="zstd")
@@ -234,7 +235,7 @@ def cluster_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 
 
 def components(edges: U64) -> tuple[U64, U64]:
-    """Connected components of an undirected graph given by edges (m, 2): nodes ascending, and the smallest id of each's component.
+    """Connected components of a graph of edges (m, 2): its nodes ascending, and the smallest id of each one's component.
 
     A dense union-find in scipy's compiled code over positions in the sorted list of nodes: 8 bytes a node and edge end.
     """
@@ -283,7 +284,8 @@ def _winners(parts: Sequence[PartRef], nodes: U64, roots: U64, rule: str) -> U64
     order = np.lexsort((doc_ids, tie[1], tie[0], rank, roots[np.searchsorted(nodes, doc_ids)]))
     by_root = roots[np.searchsorted(nodes, doc_ids[order])]
     clusters, first = np.unique(by_root, return_index=True)
-    return doc_ids[order][first][np.searchsorted(clusters, roots)]
+    winners: U64 = doc_ids[order][first][np.searchsorted(clusters, roots)]
+    return winners
 
 
 def _rank(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:

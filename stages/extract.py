@@ -94,7 +94,6 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
             stats, extractor = ReadStats(), _extractor(_options(plan))
             started = extractor.cpu_seconds
             _write(_web_rows(path, unit, plan, stats), commit, plan, store)
-            _require_unchanged(unit)
             commit.rows_in = stats.records
             commit.totals |= {"lost_bytes": stats.lost_bytes, "lost_members": stats.lost_members}
             commit.totals["child_cpu_seconds"] = round(extractor.cpu_seconds - started, 3)
@@ -102,6 +101,7 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
         else:
             _write(_text_rows(path, unit, plan), commit, plan, store)
             commit.rows_in = sum(commit.counts.values())
+        _require_unchanged(unit)
     return commit
 
 
@@ -164,12 +164,12 @@ def _web_rows(path: Path, unit: Unit, plan: ExtractPlan, stats: ReadStats) -> It
 def _text_rows(path: Path, unit: Unit, plan: ExtractPlan) -> Iterator[Row]:
     for record in read_texts(path, plan.input):
         row: Row = {
-            "doc_id": make_doc_id(unit.task["ordinal"], record.index),
+            "doc_id": make_doc_id(unit.task["ordinal"], record.position),
             "url": record.url,
             "host": host_of(record.url or ""),
             "source_id": record.source_id,
             "warc_file": unit.task["path"],
-            "warc_offset": record.index,
+            "warc_offset": record.position,
         }
         page = _text_page(record, plan)
         yield _finish(row | _page_columns(page), page, plan)

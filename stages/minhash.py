@@ -8,7 +8,7 @@ Ullman, Mining of Massive Datasets, 3.4; FineWeb's 14 bands of 8 rows, arXiv:240
 import re
 import unicodedata
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ _DIGIT = re.compile(r"\d")
 _MARK = re.compile("[\u0300-\u036f]")
 # Odd constant of the polynomial that joins word hashes to shingle hashes (2^64 / golden ratio, as in splitmix64).
 _JOIN = np.uint64(0x9E3779B97F4A7C15)
-_FMIX = {
+_FMIX: dict[str, list[tuple[Any, int, int]]] = {
     "affine32": [(np.uint32, 16, 0x85EBCA6B), (np.uint32, 13, 0xC2B2AE35), (np.uint32, 16, 1)],
     "affine64": [(np.uint64, 33, 0xFF51AFD7ED558CCD), (np.uint64, 33, 0xC4CEB9FE1A85EC53), (np.uint64, 33, 1)],
 }
@@ -72,7 +72,8 @@ def shingle_hashes(normalized: str, *, ngram: int) -> U64:
         joined *= _JOIN
         joined ^= joined >> np.uint64(29)
         joined += hashes[k : k + count]
-    return np.unique(joined)
+    distinct: U64 = np.unique(joined)
+    return distinct
 
 
 @lru_cache(maxsize=8)

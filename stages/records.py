@@ -35,7 +35,7 @@ class InputConfig:
 class TextRecord(NamedTuple):
     """One row of a text input; `error` says why it holds no document ('bad_json', 'no_text'), in which case text is ""."""
 
-    index: int
+    position: int
     text: str
     url: str | None = None
     source_id: str | None = None
@@ -48,20 +48,20 @@ def read_texts(path: Path, config: InputConfig) -> Iterator[TextRecord]:
     ValueError when a Parquet file lacks a configured column: then no row of it can be right.
     """
     rows = _parquet_rows(path, config) if config.format == "parquet" else _jsonl_rows(path)
-    for index, row in enumerate(rows):
-        yield _record(index, row, config)
+    for position, row in enumerate(rows):
+        yield _record(position, row, config)
 
 
-def _record(index: int, row: Any, config: InputConfig) -> TextRecord:
+def _record(position: int, row: Any, config: InputConfig) -> TextRecord:
     if not isinstance(row, dict):
-        return TextRecord(index, "", error="bad_json")
+        return TextRecord(position, "", error="bad_json")
     url = _string(row.get(config.url_column)) if config.url_column else None
     source_id = _string(row.get(config.id_column)) if config.id_column else None
     text = row.get(config.text_column)
     if not isinstance(text, str):
-        return TextRecord(index, "", url, source_id, "no_text")
+        return TextRecord(position, "", url, source_id, "no_text")
     # lone surrogates (JSON allows their escapes) and NULs have no place in Arrow strings and C libraries
-    return TextRecord(index, text.encode("utf-8", "replace").decode().replace("\0", ""), url, source_id)
+    return TextRecord(position, text.encode("utf-8", "replace").decode().replace("\0", ""), url, source_id)
 
 
 def _string(value: Any) -> str | None:

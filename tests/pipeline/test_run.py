@@ -345,7 +345,7 @@ def _kill_during(command, run, phase, delay):
     """Start the run, wait until it is in the phase, wait a little, kill it. It may have passed the phase by then: fine."""
     # a session of its own, so that the kill takes the driver alone and Ray's processes find out for themselves
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    reached = PHASES[PHASES.index(phase) :] + ["done"]
+    reached = [*PHASES[PHASES.index(phase) :], "done"]
     while process.poll() is None:
         try:
             state = json.loads((run / "run.json").read_bytes())

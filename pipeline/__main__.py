@@ -179,12 +179,13 @@ def report(run: RunFolder) -> None:
 @app.command()
 def why(run: RunFolder, url: Annotated[str, typer.Argument(metavar="URL")], as_json: AsJson = False) -> None:
     """What became of a page: rule, value and bound; or cluster and kept copy; or generation and rows."""
+    from pipeline.explain import to_json
     from pipeline.explain import why as read_why
 
     with _told():
         fates = read_why(absolute_path(run), url)
         if as_json:
-            print(json.dumps(fates, indent=1, default=str))
+            print(to_json(fates, indent=1))
         for fate in fates if not as_json else ():
             _print_fate(fate)
         if not fates:

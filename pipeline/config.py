@@ -24,8 +24,9 @@ from filters.language import Language
 from filters.opt_out import OptOut
 from filters.pii import Pii
 from filters.url_policy import UrlPolicy
+from stages import mds, tokens
 from stages.dedup import DedupConfig
-from stages.document import NamedFilter
+from stages.document import NamedFilter, score_columns
 from stages.extract import ExtractConfig
 from stages.fetch import FetchOptions
 from stages.ledger import is_local
@@ -135,7 +136,9 @@ def to_toml(value: Any) -> str:
 
 def absolute_path(path: str) -> str:
     """A path made independent of the working directory, since workers have another one; URIs stay."""
-    return os.path.abspath(path) if path and is_local(path) else path
+    if not path or not is_local(path):
+        return path.rstrip("/")
+    return os.path.abspath(path.removeprefix("file://"))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -256,9 +259,30 @@ def _check(config: Config) -> None:
         raise ConfigError("run.directory is not set: say where the run lives, e.g. run.directory=runs/first")
     if not config.input.paths:
         raise ConfigError("input.paths is empty: name files, globs, folders or listings to read")
+    try:
+        tokens.check_encoding(config.pack.encoding, config.pack.vocabulary_dir)
+    except ValueError as error:
+        raise ConfigError(f"{_at('pack.encoding', config.origins)}pack.encoding: {error}") from error
+    hashes = config.pack.hashes
+    if len(set(hashes)) < len(hashes) or not mds.HASHES.keys() >= set(hashes):
+        raise ConfigError(
+            f"{_at('pack.hashes', config.origins)}pack.hashes = {list(hashes)}: unique names of {sorted(mds.HASHES)}"
+        )
+    _check_keep_rule(config)
     for key, path in _files(config):
-        if path and is_local(path) and not os.path.exists(path):
+        if path and not is_local(path):
+            raise ConfigError(
+                f"{_at(key, config.origins)}{key} = {path}: models and lists must lie on a path that every worker has"
+            )
+        if path and not os.path.exists(path):
             raise ConfigError(f"{_at(key, config.origins)}{key}: no such file or folder: {path}")
+
+
+def _check_keep_rule(config: Config) -> None:
+    _, best, column = config.dedup.keep_rule.partition("best:")
+    columns = [*score_columns(config.chain(config.extract.filters)), "num_chars", "language_score"]
+    if best:
+        _check_known(column, dict.fromkeys(columns), f"score (in dedup.keep_rule = '{config.dedup.keep_rule}')", config.origins)
 
 
 def _files(config: Config) -> Iterator[tuple[str, str]]:

@@ -63,7 +63,7 @@ def start(address: str | None) -> None:
 
     if not ray.is_initialized():
         settings: dict[str, Any] = _LOCAL_SETTINGS if local else {}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
+        ray.init(address="local" if local else address, log_to_driver=False, logging_level=logging.ERROR, **settings)
     for handler in logging.getLogger("ray.data").handlers:
         if type(handler).__name__ == "PlainRayHandler":  # the terminal; Ray's own log files keep everything
             handler.setLevel(logging.ERROR)
@@ -122,6 +122,11 @@ def _run_row(batch: dict[str, Any], task: Task) -> dict[str, Any]:
 def run_one(unit: Unit, task: Task) -> Done:
     """Do one unit, with Ray or without: work, then commit. An error is recorded with the unit and does not spread."""
     try:
+        before = task.store.commit_of(unit.name)
+        if before is not None and before.fingerprint == unit.fingerprint:
+            return Done(unit.name, before, None)  # Ray retries a task of many units from its first one
+        if before is not None:
+            task.store.withdraw(unit.name)  # before its outputs are replaced: a commit never vouches for other bytes
         _count_attempt(unit, task)
         wall, cpu = time.monotonic(), _cpu_seconds()
         commit = task.work(unit, task.plan, task.store)

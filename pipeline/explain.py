@@ -1,9 +1,9 @@
 """Questions about a finished or running run: how far it is, what became of a page, its documents as plain files."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -42,7 +42,7 @@ def run_funnel(root: str) -> list[FunnelRow]:
 def status(root: str) -> dict[str, Any]:
     """Units done, failed and left per phase, with rates over the phase and the time left, from the ledger alone."""
     state = read_state(root)
-    phases = {phase: _phase_status(store_of(root, state, phase)) for phase in PHASES}
+    phases = {phase: _phase_status(store_of(root, state, phase), since=state["history"][-1]["started"]) for phase in PHASES}
     return {
         "run": root,
         "stage": state.get("stage"),
@@ -52,13 +52,14 @@ def status(root: str) -> dict[str, Any]:
     }
 
 
-def _phase_status(store: Store) -> dict[str, Any]:
+def _phase_status(store: Store, *, since: float) -> dict[str, Any]:
     units, commits = store.listed_units(), store.listed_commits()
     failures = {name: record for name, record in store.failures().items() if name in units}
     rows = sum(c.rows_in for c in commits)
-    starts = [c.extra["finished"] - c.seconds for c in commits if "finished" in c.extra]
-    ends = [c.extra["finished"] for c in commits if "finished" in c.extra]
-    elapsed = max(ends) - min(starts) if ends else 0.0
+    ends = [c.extra["finished"] for c in commits]
+    # the rate of the run under way: what an earlier one did, and the pause between, say nothing of it
+    fresh = [c for c in commits if c.extra["finished"] >= since] or commits
+    elapsed = max(ends) - min(c.extra["finished"] - c.seconds for c in fresh) if ends else 0.0
     left = len(units) - len({c.unit for c in commits} | failures.keys())
     return {
         "done": len(commits),
@@ -66,8 +67,8 @@ def _phase_status(store: Store) -> dict[str, Any]:
         "left": left,
         "rows_in": rows,
         "rows_out": sum(c.rows_out for c in commits),
-        "rows_per_second": round(rows / elapsed, 1) if elapsed else None,
-        "eta_seconds": round(elapsed / len(commits) * left) if commits and left else None,
+        "rows_per_second": round(sum(c.rows_in for c in fresh) / elapsed, 1) if elapsed else None,
+        "eta_seconds": round(elapsed / len(fresh) * left) if fresh and left else None,
         "last_commit_age_seconds": round(time.time() - max(ends)) if ends else None,
         "errors": {name: record["error"] for name, record in failures.items()},
     }
@@ -189,7 +190,7 @@ def export(root: str, kind: str, *, format: str, output: str) -> int:
         for table in tables(root, kind):
             for batch in table.to_batches(max_chunksize=1024):
                 for row in batch.to_pylist():
-                    stream.write(json.dumps(row, ensure_ascii=False, default=_plain).encode() + b"\n")
+                    stream.write(to_json(row).encode() + b"\n")
                     count += 1
     return count
 
@@ -199,10 +200,18 @@ def _align(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _plain(value: Any) -> str:
-    return value.hex() if isinstance(value, bytes) else str(value)
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON: open bounds and NaN, which JSON has no word for, become null; bytes hex; dates ISO 8601."""
+    return json.dumps(_plain(value), ensure_ascii=False, indent=indent, allow_nan=False)
 
 
-def local_folder(path: str) -> Path:
-    """A local path out of a URI, for what can only be read locally."""
-    return Path(path.removeprefix("file://"))
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bytes):
+        return value.hex()
+    return value if isinstance(value, str | int | float | None) else str(value)

@@ -4,6 +4,7 @@ On a local disk the kernel's lock on the lease file decides, so a killed run fre
 such lock: the holder renews the file, and a lease that has not been renewed for a minute is free.
 """
 
+import _thread
 import fcntl
 import json
 import os
@@ -78,7 +79,14 @@ def _remote_lease(directory: str) -> Iterator[None]:
 
     def keep() -> None:
         while not stop.wait(RENEW_SECONDS):
-            renew()
+            try:
+                current = _read(uri)
+                if current and current["token"] != mine:
+                    _thread.interrupt_main()  # taken over while this run was cut off: two must not work here
+                    return
+                renew()
+            except OSError:
+                continue  # the store is away for a moment; the lease stands for a minute
 
     thread = threading.Thread(target=keep, daemon=True)
     thread.start()
@@ -87,7 +95,8 @@ def _remote_lease(directory: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        write_atomically(uri, json.dumps({**_holder(), "token": mine, "renewed": 0}).encode())
+        if (last := _read(uri)) and last["token"] == mine:
+            write_atomically(uri, json.dumps({**_holder(), "token": mine, "renewed": 0}).encode())
 
 
 def _read(uri: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -111,9 +112,20 @@ def _without_paths(values: list[Any]) -> list[Any]:
     def strip(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {k: v for k, v in dataclasses.asdict(value).items() if k not in ("model", "blocked_lists", "blocked_words")}
+        if isinstance(value, list | tuple):
+            return [strip(v) for v in value]
+        if isinstance(value, dict):
+            return {k: v for k, v in value.items() if k != "model"}
         return value
 
     return [strip(v) for v in values]
+
+
+def _fingerprint(path: str) -> str:
+    try:
+        return fingerprint(path)
+    except FileNotFoundError:
+        return "missing"  # its unit will fail, and say so; the others go on
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -198,7 +210,8 @@ class Run:
         if extend:
             lines = "".join(json.dumps({"ordinal": n, "path": p}) + "\n" for p, n in numbered.items())
             write_atomically(uri, lines.encode())
-        return [Input(numbered[path], path, fingerprint(path)) for path in paths]
+        with ThreadPoolExecutor(32) as pool:
+            return [Input(numbered[p], p, f) for p, f in zip(paths, pool.map(_fingerprint, paths), strict=True)]
 
     def remember(self, **state: Any) -> None:
         """Write run.json: what this directory holds, for status, report and the like. Derivable, never relied on to resume."""
@@ -248,14 +261,13 @@ def execute(
             phase = phases[name] = run.phase(name, phases, inputs)
             phase.store.list_units(phase.units)
             if not _wanted(name, only, first):
-                _require_done(phase)
+                _require_done(phase, _share(name, config))
                 continue
             run.remember(stage=name, pid=_pid())
             errors = _run_phase(run, phase, progress, run_units)
             if errors:
                 failed[name] = errors
-            # a missing documents part is a loss that can be borne; missing edges would be duplicates let through unseen
-            _check_failures(phase, errors, 0.0 if name.startswith("dedup") else config.run.max_failed_share)
+            _check_failures(phase, errors, _share(name, config))
         published = _publish(run, phases, inputs)
         run.remember(stage="done", generation=published.name if published else None, pid=None)
         return Outcome(failed, published)
@@ -275,8 +287,15 @@ def _wanted(phase: str, only: str | None, first: str | None) -> bool:
     return first is None or STAGES.index(stage) >= STAGES.index(first)
 
 
-def _require_done(phase: Phase) -> None:
-    if phase.pending:
+def _share(phase: str, config: Config) -> float:
+    # a missing part of documents or corpus is a loss that can be borne; missing edges would be duplicates let through
+    # unseen, and a missing group of packed rows a generation that is not what it says
+    return config.run.max_failed_share if phase in ("extract", "refine") else 0.0
+
+
+def _require_done(phase: Phase, max_failed_share: float) -> None:
+    failed = phase.store.failures()
+    if any(u.name not in failed for u in phase.pending) or len(phase.pending) > max_failed_share * len(phase.units):
         raise RunFailed(
             f"stage '{phase.name.split()[0]}' has {len(phase.pending)} of {len(phase.units)} units to do under this config; "
             "run without --from and --only, or from that stage"
@@ -299,6 +318,7 @@ def _run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.Run
         else:
             errors.append(f"{done.unit}: {done.error}")
     progress.end(phase.name)
+    phase.store.clear("attempts", run.invocation)
     return errors
 
 

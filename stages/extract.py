@@ -125,7 +125,8 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
         config.pop("resiliparse")
     measured = [(name, settings(filter)) for name, filter in plan.filters]
     text_input = asdict(plan.input) | {"paths": None, "base_uri": None}
-    return [VERSION, config, measured, text_input, plan.url_policy, plan.opt_out, plan.language]
+    language = (plan.language.model, plan.language.allowed)
+    return [VERSION, config, measured, text_input, plan.url_policy, plan.opt_out, language]
 
 
 def policy_settings(plan: ExtractPlan) -> list[Any]:
@@ -133,6 +134,7 @@ def policy_settings(plan: ExtractPlan) -> list[Any]:
     from filters import rules
 
     return [
+        plan.language.score,
         [(name, rules(filter)) for name, filter in plan.filters],
         plan.signature,
         plan.config.keep_rejected_text,
@@ -304,9 +306,15 @@ def _from_donor(unit: Unit, plan: ExtractPlan) -> tuple[list[Row], Commit] | Non
         if before is None or before.fingerprint != unit.fingerprint:
             continue
         rows = [_rejudge(row, plan) for row in donor.read_part(before).to_pylist()]
-        if all(row["text"] is not None for row in rows if row["rejected_by"] is None):
+        if all(row["text"] is not None for row in rows if _keeps_text(row, plan)):
             return rows, before
     return None
+
+
+def _keeps_text(row: Row, plan: ExtractPlan) -> bool:
+    if row["num_chars"] is None:
+        return False
+    return row["rejected_by"] is None or sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed)
 
 
 def _rejudge(row: Row, plan: ExtractPlan) -> Row:

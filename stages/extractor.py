@@ -160,6 +160,9 @@ class Extractor:
                 value=self.options.cpu_seconds,
                 bound=(0.0, self.options.cpu_seconds),
             )
+        if code > 0 or -code in (signal.SIGKILL, signal.SIGTERM):
+            # the child catches whatever a page raises: this is the machine's fault (out of memory, a broken install)
+            raise RuntimeError(f"the extractor's child ended with exit code {code}: out of memory, or it cannot start")
         return Page(rejected_by="extract.crash", value=float(code))
 
 
@@ -183,6 +186,7 @@ def serve(options: ExtractorOptions) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     engine = _engine(options)
+    options.language.guess("a model that cannot be loaded must fail the child, not every page")
     resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
     before = 0.0
     while (request := _receive(sys.stdin.buffer)) is not None:

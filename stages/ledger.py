@@ -136,6 +136,11 @@ class Store:
         write_atomically(self.uri("commits", f"{commit.unit}.json"), json.dumps(record, indent=1).encode())
         self.clear_failure(commit.unit)
 
+    def withdraw(self, unit: str) -> None:
+        """Take a unit's commit back."""
+        fs, path = fsspec.core.url_to_fs(self.uri("commits", f"{unit}.json"))
+        fs.rm_file(path)
+
     def fail(self, unit: str, error: dict[str, Any]) -> None:
         """Record why a unit could not be done; a later success removes the record."""
         write_atomically(self.uri("failures", f"{unit}.json"), json.dumps(error, indent=1).encode())
@@ -190,6 +195,7 @@ class Store:
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
         fs, folder = fsspec.core.url_to_fs(self.uri(kind))
+        fs.invalidate_cache(folder)  # an object store's listing is cached, and others write here
         if not fs.exists(folder):
             return []
         paths = sorted(p for p in fs.ls(folder, detail=False) if p.endswith(".json"))

@@ -51,7 +51,7 @@ class PackConfig:
     )
     hashes: tuple[str, ...] = ("sha1", "xxh64")
     shard_bytes: int = Field(default=1 << 26, gt=0, lt=1 << 32)
-    group_bytes: int = Field(default=256_000_000, gt=0)
+    group_bytes: int = Field(default=64_000_000, gt=0)
     num_cpus: float = Field(default=1.0, gt=0)
     memory: int = Field(default=1_500_000_000, gt=0)
     parallelism: int = Field(default=0, ge=0)

@@ -40,6 +40,19 @@ class PackedRow(NamedTuple):
     spans: list[Span]
 
 
+def check_encoding(name: str, vocabulary_dir: str = "") -> None:
+    """ValueError when there can be no encoding of this name: unknown to tiktoken, or without a vocabulary to be had offline."""
+    import tiktoken
+
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"unknown encoding '{name}'; tiktoken has {', '.join(tiktoken.list_encoding_names())}")
+    if not vocabulary_dir and not os.environ.get("TIKTOKEN_CACHE_DIR") and name not in _SHA256:
+        raise ValueError(
+            f"encoding '{name}' does not ship with the install ({', '.join(_SHA256)} do); "
+            "set pack.vocabulary_dir to a tiktoken cache folder that holds it"
+        )
+
+
 @lru_cache(maxsize=2)
 def load_encoding(name: str, vocabulary_dir: str = "") -> Any:
     """A tiktoken Encoding, without the network.
@@ -49,8 +62,7 @@ def load_encoding(name: str, vocabulary_dir: str = "") -> Any:
     """
     import tiktoken
 
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"unknown encoding '{name}'; tiktoken has {', '.join(tiktoken.list_encoding_names())}")
+    check_encoding(name, vocabulary_dir)
     folder = vocabulary_dir or os.environ.get("TIKTOKEN_CACHE_DIR") or str(_unpacked(name))
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = folder
@@ -61,11 +73,6 @@ def load_encoding(name: str, vocabulary_dir: str = "") -> Any:
 
 
 def _unpacked(name: str) -> Path:
-    if name not in _SHA256:
-        raise ValueError(
-            f"encoding '{name}' does not ship with the install ({', '.join(_SHA256)} do); "
-            "set pack.vocabulary_dir to a tiktoken cache folder that holds it"
-        )
     folder = Path(tempfile.gettempdir()) / f"gristmill-tiktoken-{os.getuid()}"
     target = folder / hashlib.sha1(_ADDRESS.format(name).encode()).hexdigest()
     if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == _SHA256[name]:

@@ -345,7 +345,11 @@ def _read_response(warc: WarcRecord, record: Record, limit: int) -> Record:
         return record._replace(skipped="bad_http_header")
     http = warc.http_headers
     status = http.status_code
-    record = record._replace(status=status, headers={name.lower(): value for name, value in http.to_tuples()})
+    headers = {name.lower(): value for name, value in http.to_tuples()}
+    robots = [value for name, value in http.to_tuples() if name.lower() == "x-robots-tag"]
+    if robots:  # often sent twice, and the last must not hide a refusal in the first
+        headers["x-robots-tag"] = ", ".join(robots)
+    record = record._replace(status=status, headers=headers)
     if status is None:
         return record._replace(skipped="bad_http_header")
     if not 200 <= status <= 299:

@@ -283,6 +283,42 @@ def test_a_unit_that_fails_is_recorded_named_and_tried_again(ray_session, tmp_pa
     assert outcome.failed == {}
 
 
+def test_a_done_unit_is_not_done_again_and_a_stale_commit_is_withdrawn(tmp_path):
+    from pipeline.engine import Task, run_one
+    from stages.ledger import Commit, Store, Unit
+
+    store, calls = Store(str(tmp_path)), []
+
+    def work(unit, plan, store):
+        calls.append(store.commit_of(unit.name))
+        return Commit(unit.name, unit.fingerprint)
+
+    task = Task(work, None, store, 1, "i")
+    for fingerprint in ("a", "a", "a"):  # more often than there are attempts: a retried task of many units
+        assert run_one(Unit("u", fingerprint, {}), task).error is None
+    assert run_one(Unit("u", "b", {}), task._replace(invocation="j")).commit.fingerprint == "b"
+    assert calls == [None, None]  # no commit of "a" stood while "b" was at work
+
+
+def test_a_unit_that_kills_its_worker_again_and_again_is_recorded_as_failed(ray_session, tmp_path):
+    from pipeline.engine import Resources, Task
+    from stages.ledger import Store, Unit
+
+    task = Task(_die_or_work, None, Store(str(tmp_path)), 2, "i")
+    units = [Unit("bad", "f", {"die": True}), Unit("good", "f", {"die": False})]
+    ends = {done.unit: done for done in on_ray()("dies", task, units, Resources(1.0, 100_000_000))}
+    assert "its worker died 2 times (out of memory?)" in ends["bad"].error
+    assert ends["good"].commit.rows_in == 7
+
+
+def _die_or_work(unit, plan, store):
+    from stages.ledger import Commit
+
+    if unit.task["die"]:
+        os._exit(1)
+    return Commit(unit.name, unit.fingerprint, rows_in=7)
+
+
 def test_from_refuses_when_what_comes_before_is_not_done(ray_session, tmp_path):
     with pytest.raises(RunFailed, match="stage 'extract' has 2 of 2 units to do under this config"):
         go(settings(tmp_path / "r"), first="dedup")

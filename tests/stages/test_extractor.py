@@ -1,6 +1,7 @@
 """The killable child: a hostile page is that page's fate, and no one else's."""
 
 import dataclasses
+import signal
 
 import pytest
 
@@ -60,10 +61,27 @@ def test_a_page_that_takes_too_long_is_killed_and_its_neighbours_live(extractor)
 def test_a_child_that_dies_is_one_rejected_page(extractor):
     child = extractor()
     assert extract(child, PAGE).text == PROSE
-    child._child.kill()
+    child._child.send_signal(signal.SIGSEGV)
     child._child.wait()
     assert extract(child, PAGE).rejected_by == "extract.crash"
     assert extract(child, PAGE).text == PROSE
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_that_the_machine_kills_fails_the_unit_and_not_the_page(extractor, sign):
+    child = extractor()
+    assert extract(child, PAGE).text == PROSE
+    child._child.send_signal(sign)
+    child._child.wait()
+    with pytest.raises(RuntimeError, match=f"ended with exit code -{sign.value}: out of memory"):
+        extract(child, PAGE)
+    assert extract(child, PAGE).text == PROSE
+
+
+def test_a_child_that_cannot_start_fails_the_unit_and_not_every_page(extractor, tmp_path):
+    (tmp_path / "broken.ftz").write_bytes(b"no model")
+    with pytest.raises(RuntimeError, match="it cannot start"):
+        extract(extractor(language=Language(model=str(tmp_path / "broken.ftz"))), PAGE)
 
 
 def test_children_are_replaced_after_their_share_of_pages(extractor):

@@ -427,3 +427,10 @@ def test_whole_files_give_the_records_that_fastwarc_gives(corpus):
         bare = sum(1 for _ in ArchiveIterator(io.BytesIO(path.read_bytes()), parse_http=False))
         stats = ReadStats()
         assert sum(1 for _ in read_records(path, max_payload_bytes=8 << 20, stats=stats)) == bare
+
+
+def test_a_repeated_robots_header_keeps_every_refusal(tmp_path):
+    block = http().replace(b"\r\n\r\n", b"\r\nX-Robots-Tag: noai\r\nX-Robots-Tag: noindex\r\n\r\n", 1)
+    (tmp_path / "a.warc").write_bytes(warc(block))
+    [record] = read_records(tmp_path / "a.warc", max_payload_bytes=LIMIT, stats=ReadStats())
+    assert record.headers["x-robots-tag"] == "noai, noindex"

@@ -115,7 +115,8 @@ def _print_plan(phases: list[Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("phase", "units", "done", "to do", "folder", box=None)
+    table = Table("phase", "units", "done", "to do", box=None)
+    table.add_column("folder", overflow="fold")
     for row, phase in zip(rows, phases, strict=True):
         done = len(phase.units) - len(phase.pending)
         table.add_row(phase.name, str(row["units"]), str(done), str(row["pending"]), phase.store.root)

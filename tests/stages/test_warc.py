@@ -379,12 +379,17 @@ def test_a_changed_byte_costs_one_member_at_most(tmp_path_factory, index, place,
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_what_was_not_cut_out_is_recovered(tmp_path_factory, data):
     whole = b"".join(MEMBERS)
     a, b = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole)))))
     records, stats = read(tmp_path_factory.getbasetemp(), whole[:a] + whole[b:])
     starts = [sum(map(len, MEMBERS[:i])) for i in range(7)]
+    # members begin with the same bytes: cutting [1, 227) leaves the same file as cutting the whole first member, [0, 226)
+    for start in starts:
+        if whole[:start] + whole[start + b - a :] == whole[:a] + whole[b:]:
+            a, b = start, start + b - a
+            break
     untouched = [i for i in range(6) if starts[i + 1] <= a or starts[i] >= b or a == b]
     expected = [PAGES[i] for i in untouched]
     assert [page for page in payloads(records) if page in expected] == expected

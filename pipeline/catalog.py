@@ -9,6 +9,7 @@
 A generation is never changed: StreamingDataset corrupts its order when a data set grows under it.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -79,8 +80,6 @@ def publish(run: str, store: Store, commits: Sequence[Commit], config: PackConfi
 
 def digest_of(uri: str) -> str:
     """Hex sha256 of a small object."""
-    import hashlib
-
     return hashlib.sha256(read_bytes(uri)).hexdigest()
 
 

@@ -23,10 +23,7 @@ from stages.ledger import Commit, Store, Unit, digest, exists, read_bytes, write
 
 STAGES = ("extract", "dedup", "refine", "pack")
 RESOURCES = {"num_cpus", "memory", "parallelism", "batch_size"}
-_READS: dict[str, tuple[str, ...]] = {
-    "extract": ("language.model", "url_policy.blocked_lists", "url_policy.blocked_words"),
-    "pack": ("pack.vocabulary_dir",),
-}
+_EXTRACT_READS = ("language.model", "url_policy.blocked_lists", "url_policy.blocked_words")
 
 
 class RunFailed(RuntimeError):
@@ -88,7 +85,7 @@ def stage_keys(config: Config) -> dict[str, str]:
     """
     models = model_digests(config)
     plan = extract_plan(config)
-    reads = {k: models.get(k) for k in _READS["extract"]}
+    reads = {k: models.get(k) for k in _EXTRACT_READS}
     content = digest([_without_paths(extract.content_settings(plan)), reads, _filter_models(config.extract.filters, models)])
     keys = {"extract": content[:8] + digest(extract.policy_settings(plan))[:8]}
     keys["dedup"] = digest([keys["extract"], dedup.VERSION, _section(config.dedup)])

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipeline import catalog
 from stages import mds
-from stages.ledger import exists, file_sha256, is_local, read_bytes, scratch_folder
+from stages.ledger import exists, file_sha256, is_local, scratch_folder
 
 
 class Verified(NamedTuple):
@@ -85,9 +85,3 @@ def _count_tokens(folder: Path, manifest: dict[str, Any]) -> int:
     lengths = pq.read_table(folder / manifest["provenance"], columns=["length"])["length"]
     from_table = int(sum(lengths.to_pylist()))
     return from_shards if from_shards == from_table else -1
-
-
-def read_manifest(uri: str) -> dict[str, Any]:
-    """The manifest of a generation."""
-    manifest: dict[str, Any] = json.loads(read_bytes(f"{uri}/manifest.json"))
-    return manifest

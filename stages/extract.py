@@ -8,6 +8,7 @@ stored whatever the verdict, so that a changed bound is re-applied to the part o
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, Rejection, first_failure
+from filters import STRICT, Rejection, first_failure, rules, settings
 from filters.language import Language
 from filters.opt_out import OptOut, in_headers
 from filters.text import TextView
@@ -112,11 +113,10 @@ def _require_unchanged(unit: Unit) -> None:
 
 
 def content_settings(plan: ExtractPlan) -> list[Any]:
-    """What decides the text and the scores of a page, as opposed to the policy on them: the first half of the stage key."""
-    from dataclasses import asdict
+    """What decides the text and the scores of a page, as opposed to the policy on them: the first half of the stage key.
 
-    from filters import settings
-
+    Models and lists are not in it by path: whoever makes the key adds their digests.
+    """
     resources = {"num_cpus", "memory", "parallelism", "batch_size", "keep_rejected_text"}
     config = {k: v for k, v in asdict(plan.config).items() if k not in resources}
     if plan.config.engine != "trafilatura":
@@ -125,14 +125,11 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
         config.pop("resiliparse")
     measured = [(name, settings(filter)) for name, filter in plan.filters]
     text_input = asdict(plan.input) | {"paths": None, "base_uri": None}
-    language = (plan.language.model, plan.language.allowed)
-    return [VERSION, config, measured, text_input, plan.url_policy, plan.opt_out, language]
+    return [VERSION, config, measured, text_input, plan.url_policy, plan.opt_out, plan.language.allowed]
 
 
 def policy_settings(plan: ExtractPlan) -> list[Any]:
     """What is applied to stored text and scores: bounds, signatures, the kept sample: the second half of the stage key."""
-    from filters import rules
-
     return [
         plan.language.score,
         [(name, rules(filter)) for name, filter in plan.filters],

@@ -111,5 +111,17 @@ def test_policy_keeps_the_content_half_of_the_extract_key(config, override):
     assert before[:8] == after[:8] and before[8:] != after[8:]
 
 
+def test_a_model_is_known_by_its_content_and_not_by_its_place(config, tmp_path):
+    from filters.language import BUNDLED
+
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        (folder / "lid.ftz").write_bytes(BUNDLED.read_bytes())
+    here, there = (stage_keys(config("", f"language.model={f}/lid.ftz")) for f in (tmp_path, tmp_path / "elsewhere"))
+    assert here == there
+    (tmp_path / "lid.ftz").write_bytes(b"another model")
+    assert stage_keys(config("", f"language.model={tmp_path}/lid.ftz"))["extract"][:8] != here["extract"][:8]
+
+
 def test_another_engine_is_other_content(config):
     assert stage_keys(config(""))["extract"][:8] != stage_keys(config("", "extract.engine=resiliparse"))["extract"][:8]

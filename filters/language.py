@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound
@@ -26,12 +26,20 @@ class Language:
     """Keep documents in the wanted languages, identified with enough certainty.
 
     `model` is a fastText file, "" the bundled lid.176.ftz; `allowed` names the wanted languages, empty for all;
-    `score` bounds the probability of the guess, in [0, 1] (0.65: FineWeb, arXiv:2406.17557).
+    `score` bounds the probability of the guess, in [0, 1] (0.65: FineWeb, arXiv:2406.17557). Without `identify` texts have
+    no language, and nothing can be asked of it.
     """
 
+    identify: bool = True
     model: str = ""
     allowed: tuple[Annotated[str, Field(min_length=2)], ...] = ("en",)
     score: Bound = (0.65, 1.0)
+
+    @model_validator(mode="after")
+    def _bounds_need_a_language(self) -> "Language":
+        if not self.identify and (self.allowed or self.score is not None):
+            raise ValueError('identify = false leaves nothing to choose by: set allowed = [] and score = "off"')
+        return self
 
     def guess(self, text: str) -> Guess:
         """Identify a text; total on every string."""

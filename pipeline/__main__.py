@@ -106,6 +106,56 @@ def run(
             raise typer.Exit(3)
 
 
+@app.command()
+def dedup(
+    paths: Annotated[
+        list[str], typer.Argument(help="JSONL (.gz, .zst) or Parquet files, folders, patterns, s3:// URIs", metavar="PATH...")
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="folder for keep.parquet, the report, and the state to resume from")
+    ],
+    text_column: Annotated[str, typer.Option(help="column of the text")] = "text",
+    id_column: Annotated[str, typer.Option(help="column of the id; '' if there is none")] = "id",
+    against: Annotated[list[str] | None, typer.Option(help="output of an earlier dedup with dedup.write_index=kept")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, e.g. dedup.num_bands=26", metavar="KEY=VALUE")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find near-duplicates in JSONL or Parquet files: writes keep.parquet with id, cluster_id, cluster_size, keep."""
+    from pipeline.dedup_command import configure, dedup_files
+    from pipeline.engine import on_ray
+    from pipeline.progress import Bars
+    from pipeline.report import write_report
+
+    with _told():
+        config = configure(
+            [absolute_path(p) for p in paths],
+            absolute_path(output),
+            text_column=text_column,
+            id_column=id_column,
+            against=[absolute_path(p) for p in against or []],
+            overrides=settings or [],
+        )
+        with Bars(err) as bars:
+            result = dedup_files(config, bars, on_ray(address))
+        page = write_report(config.run.directory)
+        if as_json:
+            print(json.dumps(result._asdict() | {"report": page}, indent=1))
+        else:
+            total = max(1, sum(result.rows.values()))
+            table = Table("rule", "rows", "share", box=None, pad_edge=False)
+            for column in table.columns[1:]:
+                column.justify = "right"
+            for rule, count in sorted(result.rows.items(), key=lambda item: -item[1]):
+                table.add_row(rule, f"{count:,}", f"{count / total:.1%}")
+            out.print(table)
+            out.print(f"{result.clusters:,} clusters\n{result.table}\nreport {page}", soft_wrap=True)
+        if result.failed:
+            raise typer.Exit(3)
+
+
 def _brief(manifest: dict[str, Any]) -> dict[str, Any]:
     return {k: manifest[k] for k in ("rows", "tokens", "documents", "seq_len")}
 
@@ -202,9 +252,14 @@ def _print_fate(fate: dict[str, Any]) -> None:
         value = "" if fate["value"] is None else f" = {fate['value']:.6g}"
         out.print(f"  [red]rejected[/red] in {fate['stage']} by {fate['rule']}{value}{bound}")
     elif fate["fate"] == "duplicate":
-        kept = fate["kept_copy"]
-        out.print(f"  [yellow]duplicate[/yellow]: cluster {fate['cluster_id']} of {fate['cluster_size']} documents")
-        out.print(f"  kept copy: {_escaped(str(kept['url']))}  doc_id {kept['doc_id']}", soft_wrap=True)
+        kept, how = fate["kept_copy"], {"dedup.exact": "exact", "dedup.near": "near"}.get(fate["rule"], "of an earlier batch")
+        similar = "" if fate["similarity"] is None else f", similarity {fate['similarity']:.3f}"
+        of = f"cluster {fate['cluster_id']} of {fate['cluster_size']} documents{similar}"
+        out.print(f"  [yellow]duplicate[/yellow] ({how}): {of}", soft_wrap=True)
+        where = f" in {_escaped(kept['documents'])}" if kept["documents"] else ""
+        out.print(
+            f"  kept copy: {_escaped(str(kept['url'] or kept['source_id']))}  doc_id {kept['doc_id']}{where}", soft_wrap=True
+        )
     elif fate["fate"] == "published":
         for g in fate["generations"]:
             out.print(f"  [green]published[/green] in {g['name']}: {g['tokens']} tokens in rows {_ranges(g['rows'])}")

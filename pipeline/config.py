@@ -91,9 +91,9 @@ class Config:
         return tuple(NamedFilter(name, self.filters[name]) for name in names)
 
 
-def load(file: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override, and check a configuration. ConfigError on the first thing that is wrong."""
-    raw, origins = _read_file(Path(file))
+def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read (None: nothing but defaults), override, and check a configuration. ConfigError on the first thing that is wrong."""
+    raw, origins = _read_file(Path(file)) if file is not None else ({}, {})
     for override in overrides:
         _apply_override(raw, origins, override)
     known = {**SECTIONS, **{name: filter_class(name) for name in available()}}
@@ -324,6 +324,7 @@ def _absolute(config: Config) -> Config:
         run=of(config.run, directory=absolute_path(config.run.directory)),
         input=of(config.input, paths=tuple(absolute_path(p) for p in config.input.paths)),
         language=of(config.language, model=absolute_path(config.language.model)),
+        dedup=of(config.dedup, against=tuple(absolute_path(p) for p in config.dedup.against)),
         pack=of(config.pack, vocabulary_dir=absolute_path(config.pack.vocabulary_dir)),
         url_policy=of(
             policy,

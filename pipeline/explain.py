@@ -11,21 +11,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import catalog
+from pipeline import catalog, dedup_plan
 from pipeline.progress import FunnelRow, funnel
-from pipeline.run import read_state
-from stages.dedup import read_columns
+from pipeline.run import read_state, store_uri
 from stages.document import ordinal_of
 from stages.ledger import Commit, Store, exists
+from stages.parts import read_columns
 
-PHASES = ("extract", "dedup sort", "dedup match", "dedup cluster", "refine", "pack")
-KINDS = {"documents": "extract", "keep": "dedup cluster", "corpus": "refine", "rejected": "refine"}
+PHASES = ("extract", *dedup_plan.LISTINGS, "refine", "pack")
+KINDS = {"documents": "extract", "keep": "dedup keep", "corpus": "refine", "rejected": "refine"}
 
 
 def store_of(root: str, state: dict[str, Any], phase: str) -> Store:
     """The store of a phase under the keys that the run used last."""
-    stage, _, part = phase.partition(" ")
-    return Store("/".join(filter(None, [root, stage, state["keys"][stage], part])))
+    return Store(store_uri(root, state["keys"], phase))
 
 
 def all_commits(root: str, state: dict[str, Any]) -> dict[str, list[Commit]]:
@@ -36,7 +35,7 @@ def all_commits(root: str, state: dict[str, Any]) -> dict[str, list[Commit]]:
 def run_funnel(root: str) -> list[FunnelRow]:
     """The funnel of a run as far as it has come."""
     commits = all_commits(root, read_state(root))
-    return funnel(commits["extract"], commits["dedup cluster"], commits["refine"], commits["pack"])
+    return funnel(commits["extract"], commits["dedup keep"], commits["refine"], commits["pack"])
 
 
 def status(root: str) -> dict[str, Any]:
@@ -112,13 +111,13 @@ def _verdict(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _after_extract(root: str, state: dict[str, Any], unit: str, row: dict[str, Any]) -> dict[str, Any]:
-    keep = _row(store_of(root, state, "dedup cluster").uri("keep", f"{unit}.parquet"), row["doc_id"])
+    keep = _row(store_of(root, state, "dedup keep").uri("keep", f"{unit}.parquet"), row["doc_id"])
     if keep is None:
         return {"fate": "pending", "stage": "dedup"}
     cluster = {"cluster_id": keep["cluster_id"], "cluster_size": keep["cluster_size"]}
     if not keep["keep"]:
-        kept = _document(root, state, keep["kept_id"])
-        return {"fate": "duplicate", "stage": "dedup", **cluster, "kept_copy": {k: kept.get(k) for k in ("doc_id", "url")}}
+        cluster |= {"rule": keep["rule"], "similarity": keep["similarity"]}
+        return {"fate": "duplicate", "stage": "dedup", **cluster, "kept_copy": _kept_copy(root, state, keep)}
     store = store_of(root, state, "refine")
     rejected = _row(store.uri("rejected", f"{unit}.parquet"), row["doc_id"])
     if rejected is not None:
@@ -152,9 +151,12 @@ def _row(uri: str, doc_id: int) -> dict[str, Any] | None:
     return rows[0] if rows else None
 
 
-def _document(root: str, state: dict[str, Any], doc_id: int) -> dict[str, Any]:
-    uri = store_of(root, state, "extract").uri("documents", f"{ordinal_of(doc_id):06d}.parquet")
-    return _row(uri, doc_id) or {"doc_id": doc_id, "url": None}
+def _kept_copy(root: str, state: dict[str, Any], keep: dict[str, Any]) -> dict[str, Any]:
+    """Who the copy is that stays: a document of this run, or of the earlier batch whose `documents` are named."""
+    earlier = None if keep["kept_in"] is None else state["indexes"][keep["kept_in"]]["documents"]
+    store = Store(earlier) if earlier else store_of(root, state, "extract")
+    row = _row(store.uri("documents", f"{ordinal_of(keep['kept_id']):06d}.parquet"), keep["kept_id"]) or {}
+    return {"doc_id": keep["kept_id"], "url": row.get("url"), "source_id": row.get("source_id"), "documents": earlier}
 
 
 # --- export ----------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Bars:
             self.console.print(f"[red]failed[/red] {phase} unit {done.unit}: {done.error}", highlight=False)
         elapsed = self._bars.tasks[sums.task].elapsed or 0.0
         rate = f"{(sums.rows_in - sums.before) / elapsed:,.0f} rows/s" if elapsed else ""
-        kept = sums.kept if phase in ("extract", "dedup cluster", "refine") else ""
+        kept = sums.kept if phase in ("extract", "dedup keep", "refine") else ""
         self._bars.update(sums.task, advance=1, rate=rate, kept=kept)
 
     def end(self, phase: str) -> None:

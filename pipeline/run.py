@@ -10,19 +10,22 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from filters import rules, settings
-from pipeline import catalog, engine
+from pipeline import catalog, dedup_plan, engine
 from pipeline.config import Config, model_digests, show
 from pipeline.lease import lease
-from stages import dedup, extract, pack, refine
+from pipeline.phase import Listing, Phase
+from stages import dedup, extract, keep, pack, refine
 from stages.fetch import expand_inputs, fingerprint
 from stages.ledger import Commit, Store, Unit, digest, exists, read_bytes, write_atomically
 
 STAGES = ("extract", "dedup", "refine", "pack")
 RESOURCES = {"num_cpus", "memory", "parallelism", "batch_size"}
+# the phases of dedup that know nothing of who stays: a change of the policy leaves them as they are
+_GRAPH = ("dedup sort", "dedup match", "dedup star", "dedup cluster")
+_POLICY = ("keep_rule", "verify_share", "min_similarity")
 _EXTRACT_READS = ("language.model", "url_policy.blocked_lists", "url_policy.blocked_words")
 
 
@@ -46,27 +49,6 @@ class Input(NamedTuple):
     fingerprint: str
 
 
-@dataclass
-class Phase:
-    """A set of units that run together under one name, and what they left: `commits` of this phase's units only."""
-
-    name: str
-    store: Store
-    units: list[Unit]
-    commits: dict[str, Commit] = field(default_factory=dict)
-
-    @property
-    def pending(self) -> list[Unit]:
-        """Units without a commit of the same input."""
-        done = {n: c.fingerprint for n, c in self.commits.items()}
-        return [u for u in self.units if done.get(u.name) != u.fingerprint]
-
-    def ordered(self) -> list[Commit]:
-        """Commits of this phase's units, in the units' order; failed ones are missing."""
-        pending = {u.name for u in self.pending}
-        return [self.commits[u.name] for u in self.units if u.name not in pending]
-
-
 class Outcome(NamedTuple):
     """What a run came to: failed units by phase, and the generation, if pack was reached."""
 
@@ -88,12 +70,21 @@ def stage_keys(config: Config) -> dict[str, str]:
     reads = {k: models.get(k) for k in _EXTRACT_READS}
     content = digest([_without_paths(extract.content_settings(plan)), reads, _filter_models(config.extract.filters, models)])
     keys = {"extract": content[:8] + digest(extract.policy_settings(plan))[:8]}
-    keys["dedup"] = digest([keys["extract"], dedup.VERSION, _section(config.dedup)])
+    earlier = dedup_plan.indexes_identity(config.dedup)
+    graph = [keys["extract"], dedup.VERSION, config.dedup.enabled, config.dedup.signature, earlier]
+    keys["graph"] = digest(graph)
+    keys["dedup"] = digest([graph, [getattr(config.dedup, name) for name in _POLICY], config.run.seed])
     chain = [(n, settings(f) | {"model": models.get(f"{n}.model")}, rules(f)) for n, f in config.chain(config.refine.filters)]
     keys["refine"] = digest([keys["dedup"], refine.VERSION, _section(config.refine), chain, config.pii, config.run.seed])
     packing = _section(config.pack) | {"vocabulary_dir": models.get("pack.vocabulary_dir")}
     keys["pack"] = digest([keys["refine"], pack.VERSION, packing, config.run.seed])
     return keys
+
+
+def store_uri(root: str, keys: dict[str, str], phase: str) -> str:
+    """Where a phase keeps its units: RUN/<stage>/<key>, one folder deeper for the phases of dedup."""
+    stage, _, part = phase.partition(" ")
+    return "/".join(filter(None, [root, stage, keys["graph" if phase in _GRAPH else stage], part]))
 
 
 def _section(section: Any) -> dict[str, Any]:
@@ -155,12 +146,23 @@ def _tasks(config: Config) -> Sequence["_StageTask"]:
 
     return (
         _StageTask("extract", extract.extract_unit, extract_plan(config), of(config.extract)),
-        _StageTask("dedup sort", dedup.sort_unit, config.dedup, of(config.dedup)),
-        _StageTask("dedup match", dedup.match_unit, config.dedup, of(config.dedup)),
-        _StageTask("dedup cluster", dedup.cluster_unit, config.dedup, of(config.dedup)),
+        *(_StageTask(phase, work, config.dedup, of(config.dedup)) for phase, work in DEDUP.items()),
         _StageTask("refine", refine.refine_unit, refine_plan(config), of(config.refine)),
         _StageTask("pack", pack.pack_unit, pack.PackPlan(config.pack, config.run.seed), of(config.pack)),
     )
+
+
+DEDUP: dict[str, engine.Work] = {
+    "dedup sort": dedup.sort_unit,
+    "dedup match": dedup.match_unit,
+    "dedup star": dedup.star_unit,
+    "dedup cluster": dedup.cluster_unit,
+    "dedup rank": keep.rank_unit,
+    "dedup elect": keep.elect_unit,
+    "dedup keep": keep.keep_unit,
+    "dedup alarm": keep.alarm_unit,
+    "dedup index": dedup.index_unit,
+}
 
 
 class _StageTask(NamedTuple):
@@ -182,18 +184,25 @@ class Run:
         self.keys = stage_keys(config)
         self.tasks = {task.phase: task for task in _tasks(config)}
         self.invocation = uuid.uuid4().hex[:12]
+        self.indexes = dedup_plan.published_indexes(config.dedup)
 
     def store(self, phase: str) -> Store:
-        """Where a phase keeps its units: RUN/<stage>/<key>, one folder deeper for the phases of dedup."""
-        stage, _, part = phase.partition(" ")
-        return Store("/".join(filter(None, [self.root, stage, self.keys[stage], part])))
+        """Where a phase keeps its units."""
+        return Store(store_uri(self.root, self.keys, phase))
 
     def phase(self, name: str, before: dict[str, Phase], inputs: Sequence[Input]) -> Phase:
         """A phase as it stands on disk, given the phases above it."""
-        store = self.store(name)
-        units = _UNITS[name](self, before, inputs)
-        known = store.commits()
-        return Phase(name, store, units, {u.name: known[u.name] for u in units if u.name in known})
+        phase = Phase(name, self.store(name), [])
+        known = phase.store.commits()
+        phase.commits = known  # the rounds of 'dedup star' are listed from those that are done
+        if name in dedup_plan.LISTINGS:
+            listing = dedup_plan.LISTINGS[name](
+                dedup_plan.Plan(self.config.dedup, self.config.run.seed, before, phase, self.indexes)
+            )
+        else:
+            listing = _UNITS[name](self, before, inputs)
+        units, prepare = listing
+        return Phase(name, phase.store, units, {u.name: known[u.name] for u in units if u.name in known}, prepare)
 
     def inputs(self, *, extend: bool) -> list[Input]:
         """The inputs that the configuration names, numbered by the run's list; new ones are appended to it if `extend`."""
@@ -210,11 +219,17 @@ class Run:
         with ThreadPoolExecutor(32) as pool:
             return [Input(numbered[p], p, f) for p, f in zip(paths, pool.map(_fingerprint, paths), strict=True)]
 
+    def publish_index(self) -> None:
+        """Let later batches deduplicate against this one."""
+        index = dedup_plan.Index(self.store("dedup index").root, self.store("extract").root)
+        dedup_plan.publish_index(self.root, index)
+
     def remember(self, **state: Any) -> None:
         """Write run.json: what this directory holds, for status, report and the like. Derivable, never relied on to resume."""
         values = {key: {"value": value, "origin": origin} for key, value, origin in show(self.config)}
         before = read_state(self.root) if exists(f"{self.root}/run.json") else {}
-        now = {"invocation": self.invocation, "keys": self.keys, "config": values, **state}
+        indexes = [index._asdict() for index in self.indexes]
+        now = {"invocation": self.invocation, "keys": self.keys, "config": values, "indexes": indexes, **state}
         history = [*before.get("history", [])[-99:]]
         if before.get("invocation") != self.invocation:
             history.append({"invocation": self.invocation, "started": round(time.time(), 3), "keys": self.keys})
@@ -239,13 +254,23 @@ def plan(config: Config, *, only: str | None, first: str | None) -> list[Phase]:
         phases[name] = run.phase(name, phases, inputs)
         if phases[name].pending:
             break  # what comes after depends on what these units will write
-    return [p for p in phases.values() if _wanted(p.name, only, first)]
+    return [p for p in phases.values() if _wanted(p.name, only or first) and only in (None, p.name.split()[0])]
 
 
 def execute(
-    config: Config, progress: Progress, run_units: engine.RunUnits, *, only: str | None = None, first: str | None = None
+    config: Config,
+    progress: Progress,
+    run_units: engine.RunUnits,
+    *,
+    only: str | None = None,
+    first: str | None = None,
+    last: str | None = None,
 ) -> Outcome:
-    """Bring a run to its end, or to the end of stage `only`. Held, RunFailed, PublishError or ValueError say why it cannot."""
+    """Bring a run to its end, or through stages `first` to `last`, or stage `only`; those before must be done.
+
+    Held, RunFailed, PublishError or ValueError say why it cannot.
+    """
+    first, last = only or first, only or last
     with lease(config.run.directory):
         run = Run(config)
         inputs = run.inputs(extend=True)
@@ -253,19 +278,27 @@ def execute(
         phases: dict[str, Phase] = {}
         failed: dict[str, list[str]] = {}
         for name in run.tasks:
-            if only is not None and STAGES.index(name.split()[0]) > STAGES.index(only):
+            if last is not None and STAGES.index(name.split()[0]) > STAGES.index(last):
                 return Outcome(failed, None)
             phase = phases[name] = run.phase(name, phases, inputs)
             phase.store.list_units(phase.units)
-            if not _wanted(name, only, first):
+            if not _wanted(name, first):
                 _require_done(phase, _share(name, config))
                 continue
             run.remember(stage=name, pid=_pid())
             errors = _run_phase(run, phase, progress, run_units)
+            while name == "dedup star" and not errors and (phase := run.phase(name, phases, inputs)).pending:
+                phases[name] = phase  # the next round
+                phase.store.list_units(phase.units)
+                errors = _run_phase(run, phase, progress, run_units)
             if errors:
                 failed[name] = errors
             _check_failures(phase, errors, _share(name, config))
+            if name == "dedup index" and phase.units and last == "dedup":
+                run.publish_index()
         published = _publish(run, phases, inputs)
+        if phases["dedup index"].units:
+            run.publish_index()
         run.remember(stage="done", generation=published.name if published else None, pid=None)
         return Outcome(failed, published)
 
@@ -277,11 +310,8 @@ def _pid() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
-def _wanted(phase: str, only: str | None, first: str | None) -> bool:
-    stage = phase.split()[0]
-    if only is not None:
-        return stage == only
-    return first is None or STAGES.index(stage) >= STAGES.index(first)
+def _wanted(phase: str, first: str | None) -> bool:
+    return first is None or STAGES.index(phase.split()[0]) >= STAGES.index(first)
 
 
 def _share(phase: str, config: Config) -> float:
@@ -305,6 +335,11 @@ def _run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.Run
     if phase.name == "extract":
         plan = dataclasses.replace(plan, donors=_donors(run))
     pending = phase.pending
+    if not phase.units:
+        return []
+    if pending:
+        for step in phase.prepare:
+            step()
     progress.begin(phase.name, units=len(phase.units), done=phase.ordered())
     errors = []
     shipped = engine.Task(task.work, plan, phase.store, run.config.run.attempts, run.invocation)
@@ -349,58 +384,23 @@ def _publish(run: Run, phases: dict[str, Phase], inputs: Sequence[Input]) -> cat
 # --- units of each phase ---------------------------------------------------------------------------------------------
 
 
-def _extract_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
-    return [Unit(f"{i.ordinal:06d}", i.fingerprint, {"path": i.path, "ordinal": i.ordinal}) for i in inputs]
+def _extract_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
+    return Listing([Unit(f"{i.ordinal:06d}", i.fingerprint, {"path": i.path, "ordinal": i.ordinal}) for i in inputs])
 
 
-def _parts(phase: Phase) -> list[tuple[dedup.PartRef, str]]:
-    return [(dedup.PartRef(c.unit, phase.store.uri(c.outputs[0]["path"])), c.digest) for c in phase.ordered()]
-
-
-def _sort_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
-    if not run.config.dedup.enabled:
-        return []
-    parts, size = _parts(before["extract"]), run.config.dedup.parts_per_unit
-    groups = [parts[i : i + size] for i in range(0, len(parts), size)]
-    return [Unit(f"{n:06d}", digest([d for _, d in group]), {"parts": [p for p, _ in group]}) for n, group in enumerate(groups)]
-
-
-def _match_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
-    if not run.config.dedup.enabled:
-        return []
-    source = before["dedup sort"]
-    commits = source.ordered()
-    shared = {"sorted": [c.unit for c in commits], "root": source.store.root}
-    identity = digest([c.digest for c in commits])
-    bands = dedup.cell_ranges(run.config.dedup.num_bands, run.config.dedup.partitions)
-    exact = dedup.cell_ranges(1, max(1, run.config.dedup.partitions // run.config.dedup.num_bands))
-    return [
-        Unit(f"{kind}-{n:04d}", identity, {"kind": kind, "first": a, "last": b, **shared})
-        for kind, ranges in (("exact", exact), ("bands", bands))
-        for n, (a, b) in enumerate(ranges)
-    ]
-
-
-def _cluster_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
-    parts, matched = _parts(before["extract"]), before["dedup match"]
-    edges = [matched.store.uri(c.outputs[0]["path"]) for c in matched.ordered()]
-    identity = digest([[d for _, d in parts], [c.digest for c in matched.ordered()]])
-    return [Unit("all", identity, {"parts": [p for p, _ in parts], "edges": edges})]
-
-
-def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
-    cluster = before["dedup cluster"]
-    keep = {o["path"]: o["sha256"] for c in cluster.ordered() for o in c.outputs}
+def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
+    kept = before["dedup keep"]
+    tables = {o["path"]: o["sha256"] for c in kept.ordered() for o in c.outputs}
     units = []
-    for part, part_digest in _parts(before["extract"]):
+    for part, commit in before["extract"].parts():
         path = f"keep/{part.unit}.parquet"
-        if path in keep:
-            task = {"documents": part.uri, "keep": cluster.store.uri(path)}
-            units.append(Unit(part.unit, digest([part_digest, keep[path]]), task))
-    return units
+        if path in tables:
+            task = {"documents": part.uri, "keep": kept.store.uri(path)}
+            units.append(Unit(part.unit, digest([commit.digest, tables[path]]), task))
+    return Listing(units)
 
 
-def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> list[Unit]:
+def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
     source = before["refine"]
     parts = []
     for commit in source.ordered():
@@ -408,14 +408,11 @@ def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> 
         if commit.rows_out:
             parts.append(pack.CorpusPart(commit.unit, source.store.uri(output["path"]), output["bytes"], output["sha256"]))
     groups = pack.group_parts(parts, group_bytes=run.config.pack.group_bytes, seed=run.config.run.seed)
-    return [Unit(f"{n:05d}", digest([p.digest for p in g]), {"parts": list(g)}) for n, g in enumerate(groups)]
+    return Listing([Unit(f"{n:05d}", digest([p.digest for p in g]), {"parts": list(g)}) for n, g in enumerate(groups)])
 
 
-_UNITS: dict[str, Callable[[Run, dict[str, Phase], Sequence[Input]], list[Unit]]] = {
+_UNITS: dict[str, Callable[[Run, dict[str, Phase], Sequence[Input]], Listing]] = {
     "extract": _extract_units,
-    "dedup sort": _sort_units,
-    "dedup match": _match_units,
-    "dedup cluster": _cluster_units,
     "refine": _refine_units,
     "pack": _pack_units,
 }

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.explain import all_commits, store_of
 from pipeline.run import read_state
-from stages.dedup import read_columns
 from stages.ledger import Commit, Store
+from stages.parts import column_names, read_columns
 
 MAX_PARTS = 64
 MAX_ROWS = 1_000_000  # of sampled parts together: about 300 bytes each in memory
-DUPLICATE = "dedup.duplicate"
 
 
 @dataclass(frozen=True)
@@ -150,12 +147,12 @@ def _fates(ledger: Ledger, unit: str, table: pa.Table) -> list[str | None]:
     """The rule that dropped each document of a part in any stage that has come to it, None for what is kept so far."""
     fates: list[str | None] = table["rejected_by"].to_pylist()
     kept = [i for i, rule in enumerate(fates) if rule is None]
-    keep_uri = part_uri(ledger, "dedup cluster", "keep", unit)
+    keep_uri = part_uri(ledger, "dedup keep", "keep", unit)
     if keep_uri is not None:
-        keep = read_columns(keep_uri, ["doc_id", "keep"])
+        keep = read_columns(keep_uri, ["doc_id", "rule"])
         if keep["doc_id"].equals(table["doc_id"].take(pa.array(kept, pa.int64()))):  # else: of an older part
-            for i, stays in zip(kept, keep["keep"].to_pylist(), strict=True):
-                fates[i] = None if stays else DUPLICATE
+            for i, rule in zip(kept, keep["rule"].to_pylist(), strict=True):
+                fates[i] = rule
     rejected_uri = part_uri(ledger, "refine", "rejected", unit)
     if rejected_uri is not None:
         rejected = read_columns(rejected_uri, ["doc_id", "rejected_by"])
@@ -163,30 +160,6 @@ def _fates(ledger: Ledger, unit: str, table: pa.Table) -> list[str | None]:
         for i, doc_id in enumerate(table["doc_id"].to_pylist()):
             fates[i] = rules.get(doc_id, fates[i])
     return fates
-
-
-def column_names(uri: str) -> list[str]:
-    """Names of the columns of a Parquet object, from its footer."""
-    fs, path = fsspec.core.url_to_fs(uri)
-    with fs.open(path, "rb") as stream:
-        names: list[str] = pq.ParquetFile(stream).schema_arrow.names
-        return names
-
-
-def rows_at(uri: str, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Some rows of a Parquet object in the order asked for; only the row groups that hold them are read."""
-    fs, path = fsspec.core.url_to_fs(uri)
-    found: dict[int, dict[str, Any]] = {}
-    with fs.open(path, "rb") as stream:
-        file, first = pq.ParquetFile(stream), 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            inside = sorted({r for r in rows if first <= r < first + count})
-            if inside:
-                table = file.read_row_group(group, columns=list(columns)).take([r - first for r in inside])
-                found |= dict(zip(inside, table.to_pylist(), strict=True))
-            first += count
-    return [found[r] for r in rows]
 
 
 def by_draw(table: pa.Table) -> list[int]:

@@ -1,49 +1,43 @@
-"""Stage dedup: which documents are copies of one another, and which copy stays. Reads hashes and band keys, never text.
+"""Stage dedup, first half: which documents are copies of one another. Reads hashes and band keys, never text.
 
-Three phases, each a set of committed units:
-
-  sort     documents parts -> one file of (band key, doc_id) sorted by (band, key), one of (content hash, doc_id), and for
-           each the offsets of a fixed grid of cells: (band, top byte of the key)
-  match    a contiguous range of cells -> edges: every bucket becomes a star to its smallest id, never all pairs
-  cluster  edges -> connected components with the smallest id as root, and the keep table: doc_id, cluster_id,
-           cluster_size, keep, kept_id, one part per documents part
+  sort      documents parts -> one sorted file of rows (key, doc_id): lane 0 holds content hashes, the others one band each
+  match     a partition of one lane -> edges: every bucket becomes a star to its smallest id, never all pairs
+  star      only where the graph is beyond one machine's memory: rounds of large-star and small-star on the same shuffle
+  cluster   edges -> labels: rows (doc_id, root), sent back to the groups of documents that `sort` worked on
 
 A bucket is a set of documents with equal keys. A document too short to shingle has no band keys: it takes part by its
-content hash alone. Banding: Broder 1997; FineWeb's 14 x 8, arXiv:2406.17557.
+content hash alone. The second half, which copy stays, is in stages.keep. Banding: Broder 1997; FineWeb's 14 x 8,
+arXiv:2406.17557. A key is 64 bits: among 10^11 documents some hundred pairs are expected to share one by chance.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from filters import STRICT
+from stages import minhash, shuffle
+from stages.components import dense_components, large_star, small_star
 from stages.ledger import Commit, Store, Unit
 from stages.minhash import Signature
+from stages.parts import PartRef, fixed_binary, open_part, read_columns
+from stages.shuffle import Layout, group_starts, merge, mix, unmix
 
-VERSION = 1
+VERSION = 2
 U64 = npt.NDArray[np.uint64]
-CELLS = 256  # cells per band: the top byte of a key
-
-KEEP = pa.schema(
-    [
-        pa.field("doc_id", pa.uint64(), nullable=False),
-        pa.field("cluster_id", pa.uint64(), nullable=False),
-        pa.field("cluster_size", pa.int64(), nullable=False),
-        pa.field("keep", pa.bool_(), nullable=False),
-        pa.field("kept_id", pa.uint64(), nullable=False),
-    ]
-)
+CELLS = 4096  # of a lane: the most partitions that a band can be cut into
+GIANT = 10_000  # documents of a bucket that is worth a line in the log
+# Ids of documents of earlier batches carry this bit, so that they sort behind all others, and the number of their index.
+EARLIER = 1 << 63
+_INDEX_BITS = 56
+_EDGES_AT_ONCE = 4_000_000
+EDGES = Layout(width=2, lanes=1, cells=CELLS)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -51,19 +45,38 @@ class DedupConfig:
     """Settings of the dedup stage.
 
     `keep_rule` names the copy that stays: the longest, the newest by crawl date, the first by doc_id, or 'best:<column>', the
-    one with the highest score; ties go to the smaller content hash, then the smaller doc_id. `parts_per_unit` documents
-    parts are sorted into one file; `partitions` is the number of match units.
+    one with the highest score; ties go to the smaller content hash, then the smaller doc_id.
+
+    `against`: runs, or outputs of `gristmill dedup`, whose published documents count as copies that stay. They must have been
+    made with `write_index`: the keys of their kept documents, or of all. `verify_share`: share of the dropped documents, in
+    [0, 1], whose true Jaccard similarity with the kept copy is measured and stored; one below `min_similarity` stays after
+    all, if all are measured. A host, language or input of at least `alarm_documents` that loses more than `alarm_share` is
+    pointed out.
+
+    `lines`: remove lines, or paragraphs, that an earlier document of the batch holds already (CCNet, Dolma).
+
+    Sizes: `documents_per_unit` are sorted into one file (about 350 bytes of memory each); a unit works on `partition_bytes` of
+    rows at once (about four times that in memory); a graph that needs more than `cluster_memory` bytes is clustered in rounds
+    on all workers instead of in one process.
     """
 
     enabled: bool = True
     num_bands: int = Field(default=14, gt=0, le=256)
     rows_per_band: int = Field(default=8, gt=0, le=64)
     ngram: int = Field(default=5, gt=0)
-    scheme: Literal["affine32", "affine64"] = "affine64"
+    scheme: Literal["affine32", "affine64"] = "affine32"
     seed: int = 1
     keep_rule: str = Field(default="longest", pattern=r"^(longest|newest|first|best:.+)$")
-    parts_per_unit: int = Field(default=32, gt=0)
-    partitions: int = Field(default=16, gt=0, le=4096)
+    against: tuple[str, ...] = Field(default=(), max_length=127)
+    write_index: Literal["off", "kept", "all"] = "off"
+    verify_share: float = Field(default=0.0, ge=0, le=1)
+    min_similarity: float = Field(default=0.0, ge=0, le=1)
+    alarm_share: float = Field(default=0.9, ge=0, le=1)
+    alarm_documents: int = Field(default=20, gt=0)
+    lines: Literal["off", "line", "paragraph"] = "off"
+    documents_per_unit: int = Field(default=2_000_000, gt=0)
+    partition_bytes: int = Field(default=256_000_000, ge=100_000)
+    cluster_memory: int = Field(default=8_400_000_000, gt=0)
     num_cpus: float = Field(default=1.0, gt=0)
     memory: int = Field(default=1_500_000_000, gt=0)
     parallelism: int = Field(default=0, ge=0)
@@ -73,259 +86,255 @@ class DedupConfig:
         """What the extract stage needs to know to make the band keys."""
         return Signature(self.num_bands, self.rows_per_band, self.ngram, self.scheme, self.seed)
 
+    @property
+    def layout(self) -> Layout:
+        """The grid of the sorted keys: a lane for content hashes and one for each band."""
+        return Layout(width=2, lanes=1 + self.num_bands, cells=CELLS)
+
     @model_validator(mode="after")
-    def _partitions_divide_the_grid(self) -> "DedupConfig":
-        if self.partitions > self.num_bands * CELLS:
-            raise ValueError(f"partitions must not exceed num_bands * {CELLS} = {self.num_bands * CELLS}")
+    def _restoring_needs_all_measured(self) -> "DedupConfig":
+        if self.min_similarity > 0 and self.verify_share < 1:
+            raise ValueError("min_similarity gives back what is not similar enough: that needs verify_share = 1.0")
         return self
-
-
-class PartRef(NamedTuple):
-    """A Parquet part of an earlier stage: the unit that wrote it and where it lies."""
-
-    unit: str
-    uri: str
 
 
 # --- sort ------------------------------------------------------------------------------------------------------------
 
 
 def sort_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Sort the keys of some documents parts. `unit.task`: {"parts": [PartRef...]}."""
-    commit = Commit(unit.name, unit.fingerprint)
-    ids, hashes, keyed, keys = _read_keys([PartRef(*p) for p in unit.task["parts"]], config.num_bands)
-    commit.rows_in = commit.rows_out = len(ids)
-    exact = np.column_stack([hashes, ids])
-    _save(store, "exact", unit.name, *_sorted_cells([exact]), commit=commit)
-    bands = [np.column_stack([keys[:, band], keyed]) for band in range(config.num_bands)]
-    _save(store, "bands", unit.name, *_sorted_cells(bands), commit=commit)
+    """Sort the keys of a group of documents parts. `unit.task`: {"parts": [PartRef...]}."""
+    commit = Commit(unit.name, unit.fingerprint, extra={"keys": minhash.describe(config.signature)})
+    batches = [b for part in unit.task["parts"] for b in read_keys(PartRef(*part), config)]
+    commit.rows_in = commit.rows_out = sum(len(b.ids) for b in batches)
+    commit.totals["rows"] = commit.rows_in + config.num_bands * sum(len(b.keyed) for b in batches)
+    shuffle.write(store, "keys", lanes_of(batches, config.num_bands), config.layout, commit=commit)
     return commit
 
 
-def _read_keys(parts: Sequence[PartRef], num_bands: int) -> tuple[U64, U64, U64, U64]:
-    """Of the kept documents: ids (n,), content hashes (n, 2), ids that have band keys (m,), band keys (m, num_bands)."""
-    ids, hashes, keyed, keys = [], [], [], []
-    for part in parts:
-        table = read_columns(part.uri, ["doc_id", "content_hash", "band_keys", "rejected_by"])
-        table = table.filter(pa.compute.is_null(table["rejected_by"])).combine_chunks()
-        doc_ids = table["doc_id"].to_numpy()
-        packed = table["band_keys"].to_pylist()
-        wrong = next((len(p) for p in packed if p and len(p) != num_bands * 8), None)
-        if wrong is not None:
-            raise ValueError(f"{part.uri}: {wrong // 8} band keys a document, expected {num_bands}; rerun stage 'extract'")
-        has_keys = np.fromiter((bool(p) for p in packed), bool, len(packed))
-        ids.append(doc_ids)
-        hashes.append(np.frombuffer(b"".join(table["content_hash"].to_pylist()), ">u8").reshape(-1, 2))
-        keyed.append(doc_ids[has_keys])
-        keys.append(np.frombuffer(b"".join(packed), "<u8").reshape(-1, num_bands))
-    return (
-        np.concatenate(ids).astype(np.uint64),
-        np.concatenate(hashes).astype(np.uint64),
-        np.concatenate(keyed).astype(np.uint64),
-        np.concatenate(keys).astype(np.uint64),
+class Keys(NamedTuple):
+    """Keys of some kept documents: ids (n,), content keys (n,); ids that have band keys (m,), band keys (m, num_bands)."""
+
+    ids: U64
+    content: U64
+    keyed: U64
+    bands: U64
+
+
+def read_keys(part: PartRef, config: DedupConfig) -> Iterator[Keys]:
+    """Keys of a part's kept documents, some at a time. ValueError when they were made in another way than configured."""
+    with open_part(part.uri) as file:
+        require_same_keys((file.schema_arrow.metadata or {}).get(b"gristmill.keys", b"").decode(), config, part.uri)
+        for batch in file.iter_batches(columns=["doc_id", "content_hash", "band_keys", "rejected_by"]):
+            yield _keys_of(batch.filter(pc.is_null(batch["rejected_by"])), config.num_bands, part.uri)
+
+
+def require_same_keys(found: str, config: DedupConfig, where: str) -> None:
+    """ValueError unless keys are made as configured: others agree by chance only."""
+    wanted = minhash.describe(config.signature)
+    if found != wanted:
+        made = f"are '{found}'" if found else "do not say how they were made"
+        raise ValueError(f"{where}: its keys {made}, expected '{wanted}'; make them again, or set [dedup] accordingly")
+
+
+def _keys_of(batch: pa.RecordBatch, num_bands: int, uri: str) -> Keys:
+    lengths = pc.binary_length(batch["band_keys"]).to_numpy()
+    wrong = lengths[(lengths != 0) & (lengths != num_bands * 8)]
+    if len(wrong):
+        raise ValueError(f"{uri}: {wrong[0] // 8} band keys a document, expected {num_bands}; rerun stage 'extract'")
+    ids = batch["doc_id"].to_numpy().astype(np.uint64)
+    content = fixed_binary(batch["content_hash"], 16)[:, :8]
+    bands = fixed_binary(batch["band_keys"], num_bands * 8)
+    return Keys(
+        ids,
+        np.ascontiguousarray(content).view(">u8").ravel().astype(np.uint64),
+        ids[lengths > 0],
+        np.ascontiguousarray(bands).view("<u8").reshape(-1, num_bands),
     )
 
 
-def _sorted_cells(bands: Sequence[U64]) -> tuple[U64, U64]:
-    """Rows of each band sorted by key, then id, stacked; and the offsets of the grid, len(bands) * CELLS + 1 of them."""
-    ordered = [rows[np.lexsort(rows.T[::-1])] for rows in bands]
-    edges = np.arange(CELLS, dtype=np.uint64) << np.uint64(56)
-    offsets, start = [], 0
-    for rows in ordered:
-        offsets.append(start + np.searchsorted(rows[:, 0], edges))
-        start += len(rows)
-    return np.concatenate(ordered), np.append(np.concatenate(offsets), start).astype(np.uint64)
-
-
-def _save(store: Store, kind: str, name: str, rows: U64, offsets: U64, *, commit: Commit) -> None:
-    with store.create(kind, f"{name}.keys", outputs=commit.outputs) as path:
-        rows.astype("<u8").tofile(path)
-    with store.create(kind, f"{name}.offsets", outputs=commit.outputs) as path:
-        offsets.astype("<u8").tofile(path)
+def lanes_of(batches: Sequence[Keys], num_bands: int) -> Iterator[U64]:
+    """Rows (key, doc_id) of every lane, one lane at a time."""
+    none = np.empty(0, np.uint64)
+    ids = np.concatenate([none, *(b.ids for b in batches)])
+    yield np.column_stack([np.concatenate([none, *(b.content for b in batches)]), ids])
+    keyed = np.concatenate([none, *(b.keyed for b in batches)])
+    for band in range(num_bands):
+        yield np.column_stack([np.concatenate([none, *(b.bands[:, band] for b in batches)]), keyed])
 
 
 # --- match -----------------------------------------------------------------------------------------------------------
 
 
 def match_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Edges of a range of cells. `unit.task`: {"kind": "bands" | "exact", "first", "last", "sorted": [unit names], "root"}."""
+    """Edges of a partition. `unit.task`: {"shuffle": URI, "partition": number}."""
     commit = Commit(unit.name, unit.fingerprint)
-    task, source = unit.task, Store(unit.task["root"])
-    num_bands, width = (config.num_bands, 2) if task["kind"] == "bands" else (1, 3)
-    files = [_CellFile(source.uri(task["kind"], name), num_bands, width) for name in task["sorted"]]
-    stars: list[U64] = [np.empty((0, 2), np.uint64)]
-    largest = 1
-    for first, last in _bands_of(task["first"], task["last"]):
-        rows = np.concatenate([f.read(first, last) for f in files])
-        commit.rows_in += len(rows)
-        edges, size = _stars(rows[np.lexsort(rows.T[::-1])])
-        stars.append(edges)
-        largest = max(largest, size)
-    edges = np.unique(np.concatenate(stars), axis=0)
-    commit.rows_out = len(edges)
-    commit.extra["largest_bucket"] = largest
-    with store.create("edges", f"{unit.name}.edges", outputs=commit.outputs) as path:
-        edges.astype("<u8").tofile(path)
+    giants: list[dict[str, Any]] = []
+    with store.create("edges", f"{unit.name}.edges", outputs=commit.outputs) as path, open(path, "wb") as stream:
+        blocks = merge(unit.task["shuffle"], unit.task["partition"], memory=config.partition_bytes)
+        for edges in stars(_counted(blocks, commit), giants):
+            edges.astype("<u8", copy=False).tofile(stream)
+            commit.rows_out += len(edges)
+    if giants:
+        commit.extra["giant_buckets"] = sorted(giants, key=lambda g: -g["documents"])[:100]
     return commit
 
 
-def cell_ranges(num_bands: int, partitions: int) -> list[tuple[int, int]]:
-    """The grid of num_bands * CELLS cells in `partitions` contiguous ranges [first, last)."""
-    bounds = np.linspace(0, num_bands * CELLS, partitions + 1).astype(int).tolist()
-    return list(pairwise(bounds))
+def _counted(blocks: Iterator[U64], commit: Commit) -> Iterator[U64]:
+    for block in blocks:
+        commit.rows_in += len(block)
+        yield block
 
 
-def _bands_of(first: int, last: int) -> Iterator[tuple[int, int]]:
-    # equal keys of different bands are no bucket: a range of cells is cut at the bands' borders
-    while first < last:
-        end = min(last, (first // CELLS + 1) * CELLS)
-        yield first, end
-        first = end
+def stars(blocks: Iterator[U64], giants: list[dict[str, Any]]) -> Iterator[U64]:
+    """Edges (smallest id, other id) of the buckets of rows (key, id), ascending; a bucket may go on in the next block.
+
+    Buckets of more than GIANT documents are added to `giants`.
+    """
+    key, centre, size = None, np.uint64(0), 0
+    for rows in blocks:
+        starts = group_starts(rows[:, 0])
+        lengths = np.diff(np.append(starts, len(rows)))
+        centres, sizes = rows[starts, 1].copy(), lengths.copy()
+        if len(rows) and key == rows[0, 0]:
+            centres[0], sizes[0] = centre, size + sizes[0]
+        edges = np.column_stack([np.repeat(centres, lengths), rows[:, 1]])
+        yield edges[(edges[:, 0] != edges[:, 1]) & (edges[:, 0] < np.uint64(EARLIER))]
+        for n in np.flatnonzero((sizes > GIANT) & (sizes - lengths <= GIANT)):
+            giants.append({"key": f"{rows[starts[n], 0]:016x}", "smallest": int(centres[n]), "documents": 0})
+        for n in np.flatnonzero(sizes > GIANT):
+            giant = next(g for g in giants if g["smallest"] == int(centres[n]) and g["key"] == f"{rows[starts[n], 0]:016x}")
+            giant["documents"] = int(sizes[n])
+        if len(rows):
+            key, centre, size = rows[-1, 0], centres[-1], int(sizes[-1])
 
 
-class _CellFile:
-    """One sorted file of phase `sort`, read by ranges of cells."""
-
-    def __init__(self, stem: str, num_bands: int, width: int) -> None:
-        self.fs, self.path = fsspec.core.url_to_fs(f"{stem}.keys")
-        self.width = width
-        self.offsets = np.frombuffer(self.fs.cat_file(self.path.removesuffix("keys") + "offsets"), "<u8")
-        if len(self.offsets) != num_bands * CELLS + 1:
-            raise ValueError(f"{stem}.offsets: {len(self.offsets)} offsets, expected {num_bands * CELLS + 1}")
-
-    def read(self, first: int, last: int) -> U64:
-        row_bytes = 8 * self.width
-        start, end = int(self.offsets[first]) * row_bytes, int(self.offsets[last]) * row_bytes
-        data = self.fs.cat_file(self.path, start, end) if end > start else b""
-        return np.frombuffer(data, "<u8").reshape(-1, self.width).astype(np.uint64)
+def read_edges(uris: Sequence[str]) -> Iterator[U64]:
+    """Edges (m, 2) of some files, some at a time."""
+    for uri in uris:
+        fs, path = fsspec.core.url_to_fs(uri)
+        with fs.open(path, "rb") as stream:
+            while data := stream.read(16 * _EDGES_AT_ONCE):
+                yield np.frombuffer(data, "<u8").astype(np.uint64).reshape(-1, 2)
 
 
-def _stars(rows: U64) -> tuple[U64, int]:
-    """Edges (smallest id, other id) of every bucket of rows sorted by (key..., id), and the size of the largest bucket."""
-    if not len(rows):
-        return np.empty((0, 2), np.uint64), 0
-    starts = np.flatnonzero(np.append(True, (rows[1:, :-1] != rows[:-1, :-1]).any(axis=1)))
-    sizes = np.diff(np.append(starts, len(rows)))
-    centre = np.repeat(rows[starts, -1], sizes)
-    edges = np.column_stack([centre, rows[:, -1]])
-    return edges[edges[:, 0] != edges[:, 1]], int(sizes.max())
+# --- star ------------------------------------------------------------------------------------------------------------
+
+
+def star_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """One partition of one round. `unit.task`: {"operation", "edges": [URIs]} or {"operation", "shuffle", "partition"}.
+
+    A round reads rows (mixed node, neighbour) and writes the edges of its operation as rows in both directions, of which the
+    small-star uses those to smaller neighbours.
+    """
+    commit = Commit(unit.name, unit.fingerprint)
+    edges = [np.empty((0, 2), np.uint64), *_round(unit.task, config)]
+    distinct = np.unique(np.concatenate(edges), axis=0)
+    commit.rows_out = len(distinct)
+    both = np.concatenate([distinct, distinct[:, ::-1]])
+    both[:, 0] = mix(both[:, 0])
+    shuffle.write(store, "rows", [both], EDGES, commit=commit)
+    return commit
+
+
+def _round(task: dict[str, Any], config: DedupConfig) -> Iterator[U64]:
+    if task["operation"] == "read":
+        yield from read_edges(task["edges"])
+        return
+    blocks = _nodes(merge(task["shuffle"], task["partition"], memory=config.partition_bytes))
+    if task["operation"] == "large":
+        yield from large_star(blocks)
+    else:
+        yield from small_star(block[block[:, 1] < block[:, 0]] for block in blocks)
+
+
+def _nodes(blocks: Iterator[U64]) -> Iterator[U64]:
+    for block in blocks:
+        yield np.column_stack([unmix(block[:, 0]), block[:, 1]])
 
 
 # --- cluster ---------------------------------------------------------------------------------------------------------
 
 
 def cluster_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Components and the keep table. `unit.task`: {"parts": [PartRef...], "edges": [URIs]}."""
+    """Labels. `unit.task`: {"first_ids": URI} and {"edges": [URIs]} (all), or {"shuffle", "partition"} of the last round.
+
+    A label is a row (doc_id, root); its lane is the group of documents that the doc_id belongs to, the last one for documents
+    of earlier batches. Documents that have no copy have no label.
+    """
     commit = Commit(unit.name, unit.fingerprint)
-    parts = [PartRef(*p) for p in unit.task["parts"]]
-    nodes, roots = components(_read_edges(unit.task["edges"]))
-    kept = _winners(parts, nodes, roots, config.keep_rule)
-    members, counts = np.unique(roots, return_counts=True)
-    sizes = counts[np.searchsorted(members, roots)] if len(nodes) else np.empty(0, np.int64)
-    for part in parts:
-        ids, _ = _kept_documents(part)
-        table = _keep_table(ids, nodes, roots, sizes, kept)
-        with store.create("keep", f"{part.unit}.parquet", outputs=commit.outputs) as path:
-            pq.write_table(table, path, compression="zstd")
-        commit.rows_in += len(ids)
-        commit.rows_out += int(pa.compute.sum(table["keep"]).as_py() or 0)
-    commit.counts = {"kept": commit.rows_out, "dedup.duplicate": commit.rows_in - commit.rows_out}
-    commit.extra = {"cluster_sizes": _size_histogram(counts), "largest": _largest(members, counts, nodes, roots)}
+    first_ids = read_columns(unit.task["first_ids"], ["first_id"])["first_id"].to_numpy().astype(np.uint64)
+    if "edges" in unit.task:
+        nodes, roots = dense_components(lambda: read_edges(unit.task["edges"]))
+    else:
+        labels = np.concatenate(
+            [np.empty((0, 2), np.uint64), *_labels(_nodes(merge(unit.task["shuffle"], unit.task["partition"], memory=1 << 40)))]
+        )
+        nodes, roots = labels[np.argsort(labels[:, 0])].T
+    borders = np.searchsorted(nodes, np.append(first_ids[1:], np.uint64(EARLIER)))
+    lanes = np.split(np.column_stack([nodes, roots]), borders)
+    shuffle.write(store, "labels", lanes, labels_layout(len(first_ids)), commit=commit)
+    commit.rows_in = commit.rows_out = len(nodes)
     return commit
 
 
-def components(edges: U64) -> tuple[U64, U64]:
-    """Connected components of a graph of edges (m, 2): its nodes ascending, and the smallest id of each one's component.
-
-    A dense union-find in scipy's compiled code over positions in the sorted list of nodes: 8 bytes a node and edge end.
-    """
-    nodes, dense = np.unique(edges, return_inverse=True)
-    if not len(nodes):
-        return nodes.astype(np.uint64), nodes.astype(np.uint64)
-    ends = dense.reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
-    _, labels = connected_components(graph, directed=False)
-    _, first = np.unique(labels, return_index=True)  # nodes ascend, so the first of a label is its smallest id
-    return nodes, nodes[first][labels]
+def labels_layout(groups: int) -> Layout:
+    """The grid of labels: a lane for each group of documents, and one for documents of earlier batches."""
+    return Layout(width=2, lanes=groups + 1)
 
 
-def _read_edges(uris: Sequence[str]) -> U64:
-    edges = [np.empty((0, 2), np.uint64)]
-    for uri in uris:
-        fs, path = fsspec.core.url_to_fs(uri)
-        edges.append(np.frombuffer(fs.cat_file(path), "<u8").reshape(-1, 2).astype(np.uint64))
-    return np.concatenate(edges)
+def _labels(blocks: Iterator[U64]) -> Iterator[U64]:
+    """(node, root) of rows (node, neighbour) of stars: the smaller of the two ends of a node's first row."""
+    last = None
+    for block in blocks:
+        first = group_starts(block[:, 0])
+        if len(block) and block[0, 0] == last:
+            first = first[1:]
+        yield np.column_stack([block[first, 0], block[first].min(axis=1)])
+        last = block[-1, 0] if len(block) else last
 
 
-def _kept_documents(part: PartRef) -> tuple[U64, U64]:
-    table = read_columns(part.uri, ["doc_id", "content_hash", "rejected_by"])
-    table = table.filter(pa.compute.is_null(table["rejected_by"])).combine_chunks()
-    hashes = np.frombuffer(b"".join(table["content_hash"].to_pylist()), ">u8").reshape(-1, 2)
-    return table["doc_id"].to_numpy().astype(np.uint64), hashes.astype(np.uint64)
+# --- index -----------------------------------------------------------------------------------------------------------
 
 
-def _winners(parts: Sequence[PartRef], nodes: U64, roots: U64, rule: str) -> U64:
-    """The id that stays, for the cluster of each node; of the members of clusters only their rank columns are read."""
-    if not len(nodes):
-        return nodes
-    column = {"longest": "num_chars", "newest": "crawl_date", "first": "doc_id"}.get(rule, rule.removeprefix("best:"))
-    ids, ranks, hashes = [], [], []
-    for part in parts:
-        doc_ids, content = _kept_documents(part)
-        table = read_columns(part.uri, [column, "rejected_by"])
-        table = table.filter(pa.compute.is_null(table["rejected_by"]))
-        member = np.isin(doc_ids, nodes)
-        ids.append(doc_ids[member])
-        hashes.append(content[member])
-        ranks.append(_rank(table[column])[member])
-    doc_ids, rank, content = np.concatenate(ids), np.concatenate(ranks), np.concatenate(hashes)
-    rank = np.zeros(len(rank)) if rule == "first" else -rank
-    tie = (np.zeros_like(content) if rule == "first" else content).T
-    order = np.lexsort((doc_ids, tie[1], tie[0], rank, roots[np.searchsorted(nodes, doc_ids)]))
-    by_root = roots[np.searchsorted(nodes, doc_ids[order])]
-    clusters, first = np.unique(by_root, return_index=True)
-    winners: U64 = doc_ids[order][first][np.searchsorted(clusters, roots)]
-    return winners
+def index_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """The sorted distinct keys of a group's documents, for later batches. `unit.task`: {"parts", "keep": [URIs] or []}."""
+    commit = Commit(unit.name, unit.fingerprint, extra={"keys": minhash.describe(config.signature)})
+    parts, keep = [PartRef(*p) for p in unit.task["parts"]], unit.task["keep"]
+    batches: list[Keys] = []
+    for n, part in enumerate(parts):
+        kept = _kept_ids(keep[n]) if keep else None
+        batches += [b if kept is None else _only(b, kept) for b in read_keys(part, config)]
+    commit.rows_in = commit.rows_out = sum(len(b.ids) for b in batches)
+    shuffle.write(store, "keys", _distinct(lanes_of(batches, config.num_bands), commit), config.layout, commit=commit)
+    return commit
 
 
-def _rank(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.int64())
-    rank = column.cast(pa.float64(), safe=False).to_numpy()
-    return np.where(np.isnan(rank), -np.inf, rank)
+def index_tag(number: int) -> int:
+    """What marks the ids of index `number` among those of this batch."""
+    return EARLIER | number << _INDEX_BITS
 
 
-def _keep_table(ids: U64, nodes: U64, roots: U64, sizes: npt.NDArray[Any], kept: U64) -> pa.Table:
-    cluster, kept_id, size = ids.copy(), ids.copy(), np.ones(len(ids), np.int64)
-    if len(nodes):
-        place = np.minimum(np.searchsorted(nodes, ids), len(nodes) - 1)
-        member = nodes[place] == ids
-        cluster[member], kept_id[member] = roots[place[member]], kept[place[member]]
-        size[member] = sizes[place[member]]
-    return pa.table([ids, cluster, size, kept_id == ids, kept_id], schema=KEEP)
+def earlier_documents(tagged: U64) -> tuple[U64, U64]:
+    """Index numbers, and doc_ids there, of tagged ids."""
+    return (tagged >> np.uint64(_INDEX_BITS)) & np.uint64(127), tagged & np.uint64((1 << _INDEX_BITS) - 1)
 
 
-def _size_histogram(counts: npt.NDArray[Any]) -> dict[str, int]:
-    """Number of clusters by size, in powers of two: '2', '3-4', '5-8', ..."""
-    histogram: dict[str, int] = {}
-    for size in counts.tolist():
-        high = 1 << (size - 1).bit_length()
-        low = high // 2 + 1
-        name = str(high) if low == high else f"{low}-{high}"
-        histogram[name] = histogram.get(name, 0) + 1
-    return dict(sorted(histogram.items(), key=lambda item: int(item[0].split("-")[0])))
+def _kept_ids(uri: str) -> U64:
+    table = read_columns(uri, ["doc_id", "keep"])
+    ids: U64 = table["doc_id"].filter(table["keep"]).to_numpy().astype(np.uint64)
+    return ids
 
 
-def _largest(members: U64, counts: npt.NDArray[Any], nodes: U64, roots: U64, top: int = 10) -> list[dict[str, Any]]:
-    """The largest clusters with up to three members each, for the report."""
-    order = np.lexsort((members, -counts))[:top]
-    return [
-        {"cluster_id": int(members[i]), "size": int(counts[i]), "members": nodes[roots == members[i]][:3].tolist()} for i in order
-    ]
+def _only(keys: Keys, kept: U64) -> Keys:
+    among, keyed = np.isin(keys.ids, kept), np.isin(keys.keyed, kept)
+    return Keys(keys.ids[among], keys.content[among], keys.keyed[keyed], keys.bands[keyed])
 
 
-def read_columns(uri: str, columns: list[str] | None) -> pa.Table:
-    """Some columns of a Parquet object anywhere fsspec reaches."""
-    fs, path = fsspec.core.url_to_fs(uri)
-    with fs.open(path, "rb") as stream:
-        return pq.read_table(stream, columns=columns)
+def _distinct(lanes: Iterator[U64], commit: Commit) -> Iterator[U64]:
+    for rows in lanes:
+        if len(rows) and int(rows[:, 1].max()) >> _INDEX_BITS:
+            raise ValueError(f"an index holds documents of at most {1 << (_INDEX_BITS - 32):,} input files")
+        ordered = shuffle.sort_rows(rows)
+        distinct = ordered[group_starts(ordered[:, 0])]
+        commit.totals["rows"] = commit.totals.get("rows", 0) + len(distinct)
+        yield distinct

@@ -72,10 +72,13 @@ def score_columns(filters: Sequence[NamedFilter]) -> list[str]:
     return [f"{name}.{rule}" for name, filter in filters for rule in rules(filter)]
 
 
-def document_schema(filters: Sequence[NamedFilter]) -> pa.Schema:
-    """Schema of the extract stage's parts. Scores are null where a document was rejected before it was measured."""
+def document_schema(filters: Sequence[NamedFilter], *, keys: str) -> pa.Schema:
+    """Schema of the extract stage's parts. Scores are null where a document was rejected before it was measured.
+
+    `keys` says how band keys and content hashes are made; it goes into the parts' metadata.
+    """
     scores = [pa.field(name, pa.float64()) for name in score_columns(filters)]
-    return pa.schema(IDENTITY + EXTRACTED + scores + VERDICT)
+    return pa.schema(IDENTITY + EXTRACTED + scores + VERDICT, metadata={"gristmill.keys": keys})
 
 
 def corpus_schema(documents: pa.Schema, filters: Sequence[NamedFilter], pii: Sequence[str]) -> pa.Schema:

@@ -42,7 +42,8 @@ class ExtractConfig:
 
     `filters` are measured and checked in this order. Sizes in bytes, times in seconds of CPU. `keep_rejected_text` is the
     share of rejected documents, in [0, 1], whose text is kept as a sample (1 keeps all, so that any bound can be loosened
-    without extracting again). `parallelism` caps the tasks at work at once; 0 leaves it to the cluster's size.
+    without extracting again). Without `keep_text` no text is kept, and dedup is the last stage that can follow.
+    `parallelism` caps the tasks at work at once; 0 leaves it to the cluster's size.
     """
 
     engine: Literal["trafilatura", "resiliparse"] = "trafilatura"
@@ -53,6 +54,7 @@ class ExtractConfig:
     child_memory_bytes: int = Field(default=2_000_000_000, ge=500_000_000)
     recycle_after: int = Field(default=5_000, gt=0)
     keep_rejected_text: float = Field(default=0.01, ge=0, le=1)
+    keep_text: bool = True
     num_cpus: float = Field(default=1.0, gt=0)
     memory: int = Field(default=1_500_000_000, gt=0)
     parallelism: int = Field(default=0, ge=0)
@@ -117,7 +119,7 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
 
     Models and lists are not in it by path: whoever makes the key adds their digests.
     """
-    resources = {"num_cpus", "memory", "parallelism", "batch_size", "keep_rejected_text"}
+    resources = {"num_cpus", "memory", "parallelism", "batch_size", "keep_rejected_text", "keep_text"}
     config = {k: v for k, v in asdict(plan.config).items() if k not in resources}
     if plan.config.engine != "trafilatura":
         config.pop("trafilatura")
@@ -135,6 +137,7 @@ def policy_settings(plan: ExtractPlan) -> list[Any]:
         [(name, rules(filter)) for name, filter in plan.filters],
         plan.signature,
         plan.config.keep_rejected_text,
+        plan.config.keep_text,
         plan.seed,
         minhash.NORMALIZER,
     ]
@@ -212,8 +215,9 @@ def _finish(row: Row, page: Page, plan: ExtractPlan) -> Row:
     assert page.text is not None
     if len(page.text) > plan.config.max_text_chars:
         return row | _verdict_columns("extract.max_text_chars", float(len(page.text)), 0.0, plan.config.max_text_chars)
-    guess = plan.language.guess(page.text)
-    row |= {"language": guess.language, "language_score": guess.score}
+    if plan.language.identify:
+        guess = plan.language.guess(page.text)
+        row |= {"language": guess.language, "language_score": guess.score}
     view = TextView(page.text)
     for name, filter in plan.filters:
         if hasattr(filter, "edit"):  # C4 measures, and hands on, the text without the lines it removes
@@ -223,11 +227,10 @@ def _finish(row: Row, page: Page, plan: ExtractPlan) -> Row:
 
 
 def _judge(row: Row, plan: ExtractPlan) -> Row:
-    """Apply the policy to a measured row: verdict, band keys if kept, text if kept or sampled."""
+    """Apply the policy to a measured row: verdict, and its text if kept or sampled."""
     verdict = _verdict(row, plan)
     if verdict is None:
-        row |= dict.fromkeys(("rejected_by", "rejected_value", "rejected_low", "rejected_high"))
-        return row | _signature(row["text"], plan.signature)
+        return row | dict.fromkeys(("rejected_by", "rejected_value", "rejected_low", "rejected_high"))
     row |= _verdict_columns(verdict.rule, verdict.value, *verdict.bound) | {"content_hash": None, "band_keys": None}
     if not sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed):
         row["text"] = None
@@ -235,11 +238,12 @@ def _judge(row: Row, plan: ExtractPlan) -> Row:
 
 
 def _verdict(row: Row, plan: ExtractPlan) -> Rejection | None:
-    language, score = plan.language, row["language_score"]
-    if language.allowed and row["language"] not in language.allowed:
-        return Rejection("language.allowed", score, (-math.inf, math.inf))
-    if language.score is not None and not language.score[0] <= score <= language.score[1]:
-        return Rejection("language.score", score, language.score)
+    if plan.language.identify:
+        language, score = plan.language, row["language_score"]
+        if language.allowed and row["language"] not in language.allowed:
+            return Rejection("language.allowed", score, (-math.inf, math.inf))
+        if language.score is not None and not language.score[0] <= score <= language.score[1]:
+            return Rejection("language.score", score, language.score)
     for name, filter in plan.filters:
         scores = {c.removeprefix(f"{name}."): row[c] for c in score_columns([NamedFilter(name, filter)])}
         failure = first_failure(name, filter, scores)
@@ -252,19 +256,26 @@ def _verdict_columns(rule: str, value: float | None, low: float | None, high: fl
     return {"rejected_by": rule, "rejected_value": value, "rejected_low": low, "rejected_high": high}
 
 
-def _signature(text: str, signature: minhash.Signature) -> Row:
-    normalized = minhash.normalize(text)
-    return {
-        "content_hash": minhash.content_hash(normalized),
-        "band_keys": minhash.band_keys(normalized, signature),
-    }
+def _signed(rows: list[Row], plan: ExtractPlan) -> list[Row]:
+    """Content hashes and band keys of the kept rows, all at once."""
+    kept = [row for row in rows if row["rejected_by"] is None]
+    normalized = [minhash.normalize(row["text"]) for row in kept]
+    for row, words, keys in zip(kept, normalized, minhash.band_keys(normalized, plan.signature), strict=True):
+        row |= {"content_hash": minhash.content_hash(row["text"], words), "band_keys": keys}
+    return rows
+
+
+def _stored(rows: list[Row], plan: ExtractPlan) -> list[Row]:
+    if plan.config.keep_text:
+        return rows
+    return [row | {"text": None} for row in rows]
 
 
 # --- writing and re-applying -----------------------------------------------------------------------------------------
 
 
 def _write(rows: Iterable[Row], commit: Commit, plan: ExtractPlan, store: Store) -> None:
-    schema = document_schema(plan.filters)
+    schema = document_schema(plan.filters, keys=minhash.describe(plan.signature))
     counts: Counter[str] = Counter()
     languages: Counter[str] = Counter()
     chars = 0
@@ -277,7 +288,7 @@ def _write(rows: Iterable[Row], commit: Commit, plan: ExtractPlan, store: Store)
                 counts[row["rejected_by"] or "kept"] += 1
                 languages[row["language"] or "unknown"] += 1
                 chars += row["num_chars"] if row["rejected_by"] is None else 0
-            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            writer.write_table(pa.Table.from_pylist(_stored(_signed(batch, plan), plan), schema=schema))
     commit.counts |= dict(sorted(counts.items()))
     commit.rows_out = counts["kept"]
     commit.totals["chars_out"] = chars

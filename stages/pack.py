@@ -17,9 +17,9 @@ from pydantic.dataclasses import dataclass
 
 from filters import STRICT, off_is_none
 from stages import tokens
-from stages.dedup import read_columns
 from stages.ledger import Commit, Store, Unit, scratch_folder
 from stages.mds import INDEX, MDSWriter
+from stages.parts import read_columns
 
 VERSION = 1
 PROVENANCE = pa.schema(

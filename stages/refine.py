@@ -16,9 +16,9 @@ from pydantic.dataclasses import dataclass
 from filters import STRICT, first_failure
 from filters.pii import Pii
 from filters.text import TextView
-from stages.dedup import read_columns
 from stages.document import NamedFilter, corpus_schema, sampled
 from stages.ledger import Commit, Store, Unit
+from stages.parts import read_columns
 
 VERSION = 1
 Row = dict[str, Any]
@@ -87,6 +87,8 @@ def _kept_copies(documents_uri: str, keep_uri: str) -> pa.Table:
     """The documents of a part that dedup kept, with their cluster's id and size, in order of doc_id."""
     documents = read_columns(documents_uri, None)
     documents = documents.filter(pa.compute.is_null(documents["rejected_by"]))
+    if documents["text"].null_count:
+        raise ValueError(f"{documents_uri}: texts were not kept; set extract.keep_text = true")
     keep = read_columns(keep_uri, ["doc_id", "cluster_id", "cluster_size", "keep"])
     if not documents["doc_id"].equals(keep["doc_id"]):
         raise ValueError(f"{keep_uri} does not list the documents of {documents_uri}; rerun stage 'dedup'")

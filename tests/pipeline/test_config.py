@@ -95,7 +95,10 @@ def test_what_show_prints_is_a_config_that_loads_to_the_same(config, tmp_path):
         ("pack.seq_len=512", ["pack"]),
         ("refine.scrub_pii=false", ["refine", "pack"]),
         ("dedup.keep_rule=newest", ["dedup", "refine", "pack"]),
-        ("gopher_quality.word_count=[60, 1000]", ["extract", "dedup", "refine", "pack"]),
+        ("dedup.alarm_share=0.5", []),
+        ("dedup.partition_bytes=1_000_000", []),
+        ("dedup.num_bands=26", ["extract", "graph", "dedup", "refine", "pack"]),
+        ("gopher_quality.word_count=[60, 1000]", ["extract", "graph", "dedup", "refine", "pack"]),
     ],
 )
 def test_a_change_touches_its_stage_and_those_below(config, override, changed):

@@ -78,8 +78,10 @@ def test_every_record_is_accounted_for(done):
         assert sum(commit.counts.values()) == commit.rows_in
         assert commit.counts["kept"] == commit.rows_out
     kept = sum(c.rows_out for c in commits["extract"])
-    assert commits["dedup cluster"][0].rows_in == kept
-    assert sum(c.rows_in for c in commits["refine"]) == commits["dedup cluster"][0].rows_out
+    assert sum(c.rows_in for c in commits["dedup keep"]) == kept
+    for commit in commits["dedup keep"]:
+        assert sum(commit.counts.values()) == commit.rows_in
+    assert sum(c.rows_in for c in commits["refine"]) == sum(c.rows_out for c in commits["dedup keep"])
     assert sum(c.rows_in for c in commits["pack"]) == sum(c.rows_out for c in commits["refine"])
     assert outcome.published.manifest["tokens"] == sum(c.totals["tokens"] for c in commits["pack"])
 
@@ -346,7 +348,7 @@ def test_a_second_run_in_the_same_directory_is_refused_naming_the_first(tmp_path
         pass
 
 
-PHASES = ["extract", "dedup sort", "dedup match", "dedup cluster", "refine", "pack"]
+PHASES = ["extract", "dedup match", "dedup keep", "refine", "pack"]  # tests/pipeline/test_dedup_command.py kills in all of dedup
 
 
 def test_killed_at_every_stage_the_shards_are_the_same_bytes(done, tmp_path):
@@ -381,7 +383,7 @@ def _kill_during(command, run, phase, delay):
     """Start the run, wait until it is in the phase, wait a little, kill it. It may have passed the phase by then: fine."""
     # a session of its own, so that the kill takes the driver alone and Ray's processes find out for themselves
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    reached = [*PHASES[PHASES.index(phase) :], "done"]
+    reached = [*explain.PHASES[explain.PHASES.index(phase) :], "done"]
     while process.poll() is None:
         try:
             state = json.loads((run / "run.json").read_bytes())

@@ -1,0 +1,131 @@
+"""`gristmill dedup`: the dedup stage alone, over JSONL or Parquet files, with one table as its result."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import Config, ConfigError, load
+from pipeline.engine import RunUnits
+from pipeline.explain import all_commits, store_of
+from pipeline.run import Progress, execute, read_state
+from stages.fetch import expand_inputs
+from stages.ledger import Store
+from stages.parts import read_columns
+
+FORMATS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
+_ALONE = (
+    *("extract.filters=[]", "language.identify=false", "language.allowed=[]", "language.score=off"),
+    *("extract.gate.enabled=false", "opt_out.reject=false"),
+)
+
+
+class Result(NamedTuple):
+    """What a dedup of files came to: rows by rule (null ones 'kept'), clusters of more than one document, failed inputs."""
+
+    rows: dict[str, int]
+    clusters: int
+    failed: list[str]
+    table: str
+
+
+def configure(
+    paths: Sequence[str], output: str, *, text_column: str, id_column: str, against: Sequence[str], overrides: Sequence[str]
+) -> Config:
+    """The configuration of a dedup of files; `overrides` as on the command line come last."""
+    settings = {
+        "run.directory": output,
+        "input.paths": list(paths),
+        "input.format": _format(paths),
+        "input.text_column": text_column,
+        "input.id_column": id_column,
+        "dedup.against": list(against),
+        "extract.keep_text": any(o.startswith("dedup.verify_share=") for o in overrides),
+    }
+    return load(None, [*_ALONE, *(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides])
+
+
+def _format(paths: Sequence[str]) -> str:
+    """The format of all inputs, by their names."""
+    found = {}
+    for path in expand_inputs(list(paths), base_uri=""):
+        name = next((f for f, suffixes in FORMATS.items() if path.lower().endswith(suffixes)), None)
+        if name is None:
+            raise ConfigError(
+                f"{path}: not {' or '.join(s for f in FORMATS.values() for s in f)}; gristmill run reads WARC files"
+            )
+        found[name] = path
+    if len(found) > 1:
+        raise ConfigError(
+            f"inputs of two formats: {' and '.join(found.values())}; convert one, or run them one against the other"
+        )
+    return next(iter(found))
+
+
+def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Result:
+    """Deduplicate, and write `keep.parquet`: a row for every row of the inputs, in their order.
+
+    id, cluster_id (the smallest document number of the cluster), cluster_size, keep, rule (why not: dedup.exact, dedup.near,
+    dedup.earlier, or input.* of a row without a text; null: kept), path, row. RunFailed as `execute`.
+    """
+    outcome = execute(config, progress, run_units, last="dedup")
+    root = config.run.directory
+    state = read_state(root)
+    commits = all_commits(root, state)
+    with Store(root).create("keep.parquet", outputs=[]) as temporary:
+        _write(temporary, config, commits, state)
+    rows: Counter[str] = Counter()
+    for commit in commits["extract"]:
+        rows.update({rule: count for rule, count in commit.counts.items() if rule != "kept"})
+    for commit in commits["dedup keep"]:
+        rows.update(commit.counts)
+    clusters = sum(n for c in commits["dedup elect"] for size, n in c.extra["cluster_sizes"].items() if size != "1")
+    failed = [error for errors in outcome.failed.values() for error in errors]
+    return Result(dict(sorted(rows.items())), clusters, failed, f"{root}/keep.parquet")
+
+
+def _write(path: Path, config: Config, commits: dict[str, list[Any]], state: dict[str, Any]) -> None:
+    documents, kept = (store_of(config.run.directory, state, phase) for phase in ("extract", "dedup keep"))
+    parts = [(c.unit, documents.uri(c.outputs[0]["path"])) for c in commits["extract"]]
+    id_type = _id_type(config, [uri for _, uri in parts])
+    schema = pa.schema(
+        [
+            *(("id", id_type), ("cluster_id", pa.uint64()), ("cluster_size", pa.int64()), ("keep", pa.bool_())),
+            *(("rule", pa.string()), ("path", pa.string()), ("row", pa.int64())),
+        ]
+    )
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for unit, uri in parts:
+            rows = read_columns(uri, ["doc_id", "source_id", "warc_file", "warc_offset", "rejected_by"])
+            keep = read_columns(kept.uri("keep", f"{unit}.parquet"), ["doc_id", "cluster_id", "cluster_size", "keep", "rule"])
+            writer.write_table(_joined(rows, keep, schema))
+
+
+def _joined(rows: pa.Table, keep: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows of an input with what was said of those that are documents; both are in order of doc_id."""
+    place = pc.index_in(rows["doc_id"], value_set=keep["doc_id"].combine_chunks())
+    found = keep.take(place)
+    columns = {
+        "id": rows["source_id"].cast(schema.field("id").type),
+        "cluster_id": found["cluster_id"],
+        "cluster_size": found["cluster_size"],
+        "keep": pc.fill_null(found["keep"], False),
+        "rule": pc.coalesce(rows["rejected_by"], found["rule"]),
+        "path": rows["warc_file"],
+        "row": rows["warc_offset"],
+    }
+    return pa.table(columns, schema=schema)
+
+
+def _id_type(config: Config, uris: Sequence[str]) -> pa.DataType:
+    """Integers stay integers: ids are what the table is joined by."""
+    digits = all(
+        pc.all(pc.match_substring_regex(read_columns(uri, ["source_id"])["source_id"], r"^(0|-?[1-9]\d{0,17})$")).as_py()
+        for uri in uris
+    )
+    return pa.int64() if config.input.id_column and digits else pa.string()

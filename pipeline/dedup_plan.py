@@ -1,0 +1,319 @@
+"""The units of the dedup phases: how documents are grouped, rows partitioned, and rounds ended.
+
+    sort -> match -> (star, only for graphs beyond dedup.cluster_memory) -> cluster -> rank -> elect -> keep -> alarm, index
+
+Every arrow is a shuffle (stages.shuffle). What is listed here follows from commit records alone, so that a run that was killed
+lists the same units again.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.phase import Listing, Phase
+from stages import dedup, keep, shuffle
+from stages.components import estimated_bytes
+from stages.dedup import DedupConfig
+from stages.document import POSITION_BITS
+from stages.ledger import Commit, Store, Unit, digest, exists, read_bytes, write_atomically
+from stages.parts import PartRef
+from stages.shuffle import Layout, Shuffle, Source
+
+MAX_ROUNDS = 99  # of the alternating algorithm, which needs O(log^2 n); seen: 40 for an ascending chain of a million
+
+
+class Index(NamedTuple):
+    """The keys of an earlier batch: the store of its index phase, and the store of its documents."""
+
+    root: str
+    documents: str
+
+
+class Plan(NamedTuple):
+    """What the listing of a dedup phase depends on: settings, seed, the phases above, its own state, earlier batches."""
+
+    config: DedupConfig
+    seed: int
+    before: Mapping[str, Phase]
+    here: Phase
+    indexes: Sequence[Index]
+
+
+class Group(NamedTuple):
+    """Documents parts that are sorted into one file."""
+
+    number: int
+    parts: list[PartRef]
+    identity: str
+
+
+# --- indexes of earlier batches --------------------------------------------------------------------------------------
+
+
+def published_indexes(config: DedupConfig) -> list[Index]:
+    """The indexes of everything in `against`, in order. ValueError when there is none, or when its keys are made otherwise."""
+    found = []
+    for path in config.against:
+        indexes = [Index(f"{path}/{line['root']}", f"{path}/{line['documents']}") for line in _index_lines(path)]
+        if not indexes:
+            raise ValueError(f"dedup.against: {path} holds no published index; run it with dedup.write_index=kept (or all)")
+        found += indexes
+    if len(found) > 127:
+        raise ValueError(f"dedup.against: {len(found)} indexes, at most 127 fit")
+    for index in found:
+        for commit in _index_commits(index):
+            dedup.require_same_keys(commit.extra["keys"], config, index.root)
+    return found
+
+
+def indexes_identity(config: DedupConfig) -> str:
+    """Changes when anything in `against` does."""
+    return digest([[c.digest for c in _index_commits(index)] for index in published_indexes(config)])
+
+
+def publish_index(run: str, index: Index) -> None:
+    """Let later batches find this one's index; done last, and once."""
+    line = {"root": index.root.removeprefix(f"{run}/"), "documents": index.documents.removeprefix(f"{run}/")}
+    lines = _index_lines(run)
+    if line not in lines:
+        write_atomically(f"{run}/indexes.jsonl", "".join(json.dumps(n) + "\n" for n in [*lines, line]).encode())
+
+
+def _index_lines(path: str) -> list[dict[str, str]]:
+    uri = f"{path}/indexes.jsonl"
+    return [json.loads(line) for line in read_bytes(uri).splitlines()] if exists(uri) else []
+
+
+def _index_commits(index: Index) -> list[Commit]:
+    commits = Store(index.root).listed_commits()
+    if len(commits) < len(Store(index.root).listed_units()):
+        raise ValueError(f"dedup.against: the index {index.root} is not whole; run its batch again")
+    return commits
+
+
+# --- listings --------------------------------------------------------------------------------------------------------
+
+
+def groups(plan: Plan) -> list[Group]:
+    """Documents parts in order, cut into groups of about `documents_per_unit`; a later input joins the last or begins one."""
+    cut: list[list[tuple[PartRef, Commit]]] = []
+    held = 0
+    for part, commit in plan.before["extract"].parts():
+        if not cut or held + commit.rows_out > plan.config.documents_per_unit:
+            cut.append([])
+            held = 0
+        cut[-1].append((part, commit))
+        held += commit.rows_out
+    return [Group(n, [p for p, _ in parts], digest([c.digest for _, c in parts])) for n, parts in enumerate(cut)]
+
+
+def sort_units(plan: Plan) -> Listing:
+    if not plan.config.enabled:
+        return Listing([])
+    return Listing([Unit(f"{g.number:05d}", g.identity, {"parts": g.parts}) for g in groups(plan)])
+
+
+def match_units(plan: Plan) -> Listing:
+    sources, commits = _written(plan.before["dedup sort"], "keys")
+    for number, index in enumerate(plan.indexes):
+        earlier = _index_commits(index)
+        sources += [Source(f"{index.root}/keys/{c.unit}", dedup.index_tag(number)) for c in earlier]
+        commits += earlier
+    found = _shuffle(plan, sources, plan.config.layout, commits)
+    return _reducers(found, commits)
+
+
+def star_units(plan: Plan) -> Listing:
+    """All rounds so far and, when they are done and the last two made a difference, the next one."""
+    matched = plan.before["dedup match"]
+    if not _in_rounds(plan):
+        return Listing([])
+    units = [
+        Unit(f"00-{n:05d}", digest(c.digest), {"operation": "read", "edges": [matched.store.uri(c.outputs[0]["path"])]})
+        for n, c in enumerate(matched.ordered())
+    ]
+    listed, last = list(units), Listing(units)
+    rounds: list[list[Commit]] = []
+    while (commits := plan.here.done(units)) is not None and not _settled([*rounds, commits]):
+        rounds.append(commits)
+        if len(rounds) > MAX_ROUNDS:
+            raise ValueError(f"dedup star: no end after {MAX_ROUNDS} rounds; this is a fault of ours")
+        last = _reducers(_rows_of_round(plan, commits), commits)
+        operation = "large" if len(rounds) % 2 else "small"
+        units = [u._replace(name=f"{len(rounds):02d}-{u.name}", task=u.task | {"operation": operation}) for u in last.units]
+        listed += units
+    return Listing(listed, last.prepare)
+
+
+def cluster_units(plan: Plan) -> Listing:
+    if not plan.config.enabled:
+        return Listing([])
+    first_ids = [int(g.parts[0].unit) << POSITION_BITS for g in groups(plan)]
+    uri = plan.here.store.uri(f"groups-{digest(first_ids)}.parquet")
+    write_groups = partial(_write_groups, uri, first_ids)
+    if not _in_rounds(plan):
+        matched = plan.before["dedup match"]
+        edges = [matched.store.uri(c.outputs[0]["path"]) for c in matched.ordered()]
+        identity = digest([first_ids, [c.digest for c in matched.ordered()]])
+        return Listing([Unit("all", identity, {"first_ids": uri, "edges": edges})], (write_groups,))
+    last = _last_round(plan.before["dedup star"])
+    found = _rows_of_round(plan._replace(here=plan.before["dedup star"]), last)
+    listing = _reducers(found, last, first_ids)
+    return Listing([u._replace(task=u.task | {"first_ids": uri}) for u in listing.units], (*listing.prepare, write_groups))
+
+
+def rank_units(plan: Plan) -> Listing:
+    if not plan.config.enabled:
+        return Listing([])
+    labels, commits = _labels(plan)
+    of_groups = [(g.number, g.parts, g.identity) for g in groups(plan)]
+    if plan.indexes:
+        of_groups.append((len(of_groups), [], "earlier"))
+    units = [
+        Unit(f"{n:05d}", digest([identity, [c.digest for c in commits]]), {"group": n, "parts": parts, "labels": labels.uri})
+        for n, parts, identity in of_groups
+    ]
+    return Listing(units, (partial(shuffle.transpose, labels),))
+
+
+def elect_units(plan: Plan) -> Listing:
+    sources, commits = _written(plan.before["dedup rank"], "candidates")
+    found = _shuffle(plan, sources, keep.CANDIDATES, commits)
+    listing = _reducers(found, commits)
+    lanes = len(groups(plan)) + 1
+    return Listing([u._replace(task=u.task | {"groups": lanes}) for u in listing.units], listing.prepare)
+
+
+def keep_units(plan: Plan) -> Listing:
+    """One unit per group; without dedup, or before it, all documents stay."""
+    tables: dict[str, Any] = {"labels": None, "verdicts": None}
+    identity, prepare = "", []
+    if plan.config.enabled:
+        labels, labelled = _labels(plan)
+        sources, elected = _written(plan.before["dedup elect"], "verdicts")
+        verdicts = shuffle.plan(
+            plan.here.store, sources, keep.verdicts_layout(len(groups(plan)) + 1), per_lane=1, identity=_digests(elected)
+        )
+        tables = {"labels": labels.uri, "verdicts": verdicts.uri}
+        identity = digest([_digests(labelled), _digests(elected)])
+        prepare.append(partial(shuffle.transpose, verdicts))
+    units = []
+    for group in groups(plan):
+        task = {"group": group.number, "parts": group.parts, "seed": plan.seed, **tables}
+        units.append(Unit(f"{group.number:05d}", digest([group.identity, identity, plan.config.verify_share]), task))
+    return Listing(units, tuple(prepare))
+
+
+def alarm_units(plan: Plan) -> Listing:
+    sources, commits = _written(plan.before["dedup keep"], "losses")
+    limits = plan.config.alarm_share, plan.config.alarm_documents
+    return _reducers(_shuffle(plan, sources, keep.LOSSES, commits), commits, limits)
+
+
+def index_units(plan: Plan) -> Listing:
+    """One unit per group; of kept documents no two share a key, so the index of the batch needs no merging."""
+    if not plan.config.enabled or plan.config.write_index == "off":
+        return Listing([])
+    kept = plan.before["dedup keep"]
+    units = []
+    for group, commit in zip(groups(plan), kept.ordered(), strict=True):
+        tables = [kept.store.uri("keep", f"{p.unit}.parquet") for p in group.parts]
+        task = {"parts": group.parts, "keep": tables if plan.config.write_index == "kept" else []}
+        units.append(Unit(f"{group.number:05d}", digest([group.identity, commit.digest, plan.config.write_index]), task))
+    return Listing(units)
+
+
+LISTINGS: dict[str, Callable[[Plan], Listing]] = {
+    "dedup sort": sort_units,
+    "dedup match": match_units,
+    "dedup star": star_units,
+    "dedup cluster": cluster_units,
+    "dedup rank": rank_units,
+    "dedup elect": elect_units,
+    "dedup keep": keep_units,
+    "dedup alarm": alarm_units,
+    "dedup index": index_units,
+}
+
+
+# --- shuffles --------------------------------------------------------------------------------------------------------
+
+
+def _written(phase: Phase, kind: str) -> tuple[list[Source], list[Commit]]:
+    commits = phase.ordered()
+    return [Source(phase.store.uri(kind, c.unit)) for c in commits], commits
+
+
+def _digests(commits: Sequence[Commit]) -> list[str]:
+    return [c.digest for c in commits]
+
+
+def _shuffle(plan: Plan, sources: Sequence[Source], layout: Layout, commits: Sequence[Commit]) -> Shuffle:
+    rows = int(sum(c.totals.get("rows", c.rows_out) for c in commits))
+    size = plan.config.partition_bytes
+    per_lane = shuffle.partitions_per_lane(rows, layout, files=len(sources), partition_bytes=size)
+    return shuffle.plan(plan.here.store, sources, layout, per_lane=per_lane, identity=_digests(commits))
+
+
+def _reducers(found: Shuffle, commits: Sequence[Commit], *also: Any) -> Listing:
+    if not found.sources:
+        return Listing([])
+    identity = [_digests(commits), found.per_lane, *also]
+    units = [Unit(f"{n:05d}", digest([identity, n]), {"shuffle": found.uri, "partition": n}) for n in range(found.partitions)]
+    return Listing(units, (partial(shuffle.transpose, found),))
+
+
+def _labels(plan: Plan) -> tuple[Shuffle, list[Commit]]:
+    phase = plan.before["dedup cluster"]
+    sources, commits = _written(phase, "labels")
+    layout = dedup.labels_layout(len(groups(plan)))
+    return shuffle.plan(phase.store, sources, layout, per_lane=1, identity=_digests(commits)), commits
+
+
+def _write_groups(uri: str, first_ids: Sequence[int]) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"first_id": pa.array(first_ids, pa.uint64())}), sink)
+    write_atomically(uri, sink.getvalue().to_pybytes())
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def _in_rounds(plan: Plan) -> bool:
+    """Whether the graph is too large for one process. An edge leads to one document more at most, and to its centre."""
+    edges = sum(c.rows_out for c in plan.before["dedup match"].ordered())
+    documents = sum(c.rows_out for c in plan.before["dedup sort"].ordered())
+    earlier = edges if plan.indexes else 0
+    return estimated_bytes(min(2 * edges, documents + earlier)) > plan.config.cluster_memory
+
+
+def _rows_of_round(plan: Plan, commits: Sequence[Commit]) -> Shuffle:
+    sources = [Source(plan.here.store.uri("rows", c.unit)) for c in commits]
+    rows = 2 * sum(c.rows_out for c in commits)
+    size = plan.config.partition_bytes
+    per_lane = shuffle.partitions_per_lane(rows, dedup.EDGES, files=len(sources), partition_bytes=size)
+    return shuffle.plan(plan.here.store, sources, dedup.EDGES, per_lane=per_lane, identity=_digests(commits))
+
+
+def _settled(rounds: Sequence[Sequence[Commit]]) -> bool:
+    """Whether a large-star and a small-star have left the edges as they were: then every edge leads to a root."""
+    return len(rounds) >= 5 and len(rounds) % 2 == 1 and _outputs(rounds[-1]) == _outputs(rounds[-3])
+
+
+def _outputs(commits: Sequence[Commit]) -> list[list[str]]:
+    return [[o["sha256"] for o in c.outputs] for c in commits]
+
+
+def _last_round(stars: Phase) -> list[Commit]:
+    last = max(c.unit[:2] for c in stars.ordered())
+    return [c for c in stars.ordered() if c.unit.startswith(last)]
+
+
+def wiped(commits: Sequence[Commit]) -> Iterator[dict[str, Any]]:
+    """Who lost too much, most documents first."""
+    found = [w for c in commits for w in c.extra.get("wiped", [])]
+    yield from sorted(found, key=lambda w: (-w["dropped"], w["example"]))

@@ -15,7 +15,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not ray and not train and not browser and not corpus and not lmplz"
+	$(BIN)/python -m pytest -m "not ray and not train and not browser and not corpus and not lmplz and not kill"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -197,6 +197,7 @@ def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson
 @app.command()
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     """How far a run is: units done, failed and left per phase, rate, time left. Works while it runs and after."""
+    from pipeline.dedup_plan import OPTIONAL
     from pipeline.explain import status as read_status
 
     with _told():
@@ -208,6 +209,8 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
         out.print(f"{state['run']}  stage {state['stage']}{generation}", soft_wrap=True)
         table = Table("phase", "done", "failed", "left", "rows in", "rows out", "rows/s", "time left", box=None)
         for phase, s in state["phases"].items():
+            if phase in OPTIONAL and not s["done"] + s["failed"] + s["left"]:
+                continue
             eta = f"{s['eta_seconds']} s" if s["eta_seconds"] is not None else ""
             rate = f"{s['rows_per_second']:,.0f}" if s["rows_per_second"] else ""
             numbers = (s["done"], s["failed"], s["left"], s["rows_in"], s["rows_out"])
@@ -265,6 +268,9 @@ def _print_fate(fate: dict[str, Any]) -> None:
             out.print(f"  [green]published[/green] in {g['name']}: {g['tokens']} tokens in rows {_ranges(g['rows'])}")
     else:
         out.print(f"  waiting for stage {fate['stage']}")
+    if "lines_cut" in fate:
+        cut = f"{len(fate['lines_cut']):,} lines or paragraphs ({fate['chars_cut']:,} characters)"
+        out.print(f"  lost {cut} that earlier documents have")
     for name, score in fate["scores"].items():
         out.print(f"    {name:<48} {score:.6g}", style="dim")
 

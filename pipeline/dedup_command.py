@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.config import Config, ConfigError, load
 from pipeline.engine import RunUnits
 from pipeline.explain import all_commits, store_of
-from pipeline.run import Progress, execute, read_state
+from pipeline.run import Progress, Run, execute, read_state
 from stages.fetch import expand_inputs
 from stages.ledger import Store
 from stages.parts import read_columns
@@ -45,7 +45,7 @@ def configure(
         "input.text_column": text_column,
         "input.id_column": id_column,
         "dedup.against": list(against),
-        "extract.keep_text": any(o.startswith("dedup.verify_share=") for o in overrides),
+        "extract.keep_text": any(o.startswith(("dedup.verify_share=", "dedup.lines=")) for o in overrides),
     }
     return load(None, [*_ALONE, *(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides])
 
@@ -74,6 +74,8 @@ def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Resu
     dedup.earlier, or input.* of a row without a text; null: kept), path, row. RunFailed as `execute`.
     """
     outcome = execute(config, progress, run_units, last="dedup")
+    if config.dedup.write_index != "off":
+        Run(config).publish_index()
     root = config.run.directory
     state = read_state(root)
     commits = all_commits(root, state)

@@ -1,6 +1,7 @@
 """The units of the dedup phases: how documents are grouped, rows partitioned, and rounds ended.
 
-    sort -> match -> (star, only for graphs beyond dedup.cluster_memory) -> cluster -> rank -> elect -> keep -> alarm, index
+    sort -> match -> (star, only for graphs beyond dedup.cluster_memory) -> cluster -> rank -> elect -> keep -> alarm, index,
+    and if asked for, lines -> repeats -> cuts
 
 Every arrow is a shuffle (stages.shuffle). What is listed here follows from commit records alone, so that a run that was killed
 lists the same units again.
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import ConfigError
 from pipeline.phase import Listing, Phase
-from stages import dedup, keep, shuffle
+from stages import dedup, keep, lines, shuffle
 from stages.components import estimated_bytes
 from stages.dedup import DedupConfig
 from stages.document import POSITION_BITS
@@ -55,18 +57,21 @@ class Group(NamedTuple):
 
 
 def published_indexes(config: DedupConfig) -> list[Index]:
-    """The indexes of everything in `against`, in order. ValueError when there is none, or when its keys are made otherwise."""
+    """The indexes of everything in `against`, in order. ConfigError when there is none, or when its keys are made otherwise."""
     found = []
     for path in config.against:
         indexes = [Index(f"{path}/{line['root']}", f"{path}/{line['documents']}") for line in _index_lines(path)]
         if not indexes:
-            raise ValueError(f"dedup.against: {path} holds no published index; run it with dedup.write_index=kept (or all)")
+            raise ConfigError(f"dedup.against: {path} holds no published index; run it with dedup.write_index=kept (or all)")
         found += indexes
     if len(found) > 127:
-        raise ValueError(f"dedup.against: {len(found)} indexes, at most 127 fit")
+        raise ConfigError(f"dedup.against: {len(found)} indexes, at most 127 fit")
     for index in found:
         for commit in _index_commits(index):
-            dedup.require_same_keys(commit.extra["keys"], config, index.root)
+            try:
+                dedup.require_same_keys(commit.extra["keys"], config, index.root)
+            except ValueError as error:
+                raise ConfigError(f"dedup.against: {error}") from None
     return found
 
 
@@ -77,10 +82,10 @@ def indexes_identity(config: DedupConfig) -> str:
 
 def publish_index(run: str, index: Index) -> None:
     """Let later batches find this one's index; done last, and once."""
-    line = {"root": index.root.removeprefix(f"{run}/"), "documents": index.documents.removeprefix(f"{run}/")}
-    lines = _index_lines(run)
-    if line not in lines:
-        write_atomically(f"{run}/indexes.jsonl", "".join(json.dumps(n) + "\n" for n in [*lines, line]).encode())
+    entry = {"root": index.root.removeprefix(f"{run}/"), "documents": index.documents.removeprefix(f"{run}/")}
+    known = _index_lines(run)
+    if entry not in known:
+        write_atomically(f"{run}/indexes.jsonl", "".join(json.dumps(n) + "\n" for n in [*known, entry]).encode())
 
 
 def _index_lines(path: str) -> list[dict[str, str]]:
@@ -91,7 +96,7 @@ def _index_lines(path: str) -> list[dict[str, str]]:
 def _index_commits(index: Index) -> list[Commit]:
     commits = Store(index.root).listed_commits()
     if len(commits) < len(Store(index.root).listed_units()):
-        raise ValueError(f"dedup.against: the index {index.root} is not whole; run its batch again")
+        raise ConfigError(f"dedup.against: the index {index.root} is not whole; run its batch again")
     return commits
 
 
@@ -159,7 +164,7 @@ def cluster_units(plan: Plan) -> Listing:
         matched = plan.before["dedup match"]
         edges = [matched.store.uri(c.outputs[0]["path"]) for c in matched.ordered()]
         identity = digest([first_ids, [c.digest for c in matched.ordered()]])
-        return Listing([Unit("all", identity, {"first_ids": uri, "edges": edges})], (write_groups,))
+        return Listing([Unit("all", identity, {"first_ids": uri, "edges": edges})], (write_groups,), _graph_bytes(plan))
     last = _last_round(plan.before["dedup star"])
     found = _rows_of_round(plan._replace(here=plan.before["dedup star"]), last)
     listing = _reducers(found, last, first_ids)
@@ -218,13 +223,46 @@ def index_units(plan: Plan) -> Listing:
     """One unit per group; of kept documents no two share a key, so the index of the batch needs no merging."""
     if not plan.config.enabled or plan.config.write_index == "off":
         return Listing([])
-    kept = plan.before["dedup keep"]
     units = []
-    for group, commit in zip(groups(plan), kept.ordered(), strict=True):
-        tables = [kept.store.uri("keep", f"{p.unit}.parquet") for p in group.parts]
-        task = {"parts": group.parts, "keep": tables if plan.config.write_index == "kept" else []}
-        units.append(Unit(f"{group.number:05d}", digest([group.identity, commit.digest, plan.config.write_index]), task))
+    for group, kept in zip(groups(plan), plan.before["dedup keep"].ordered(), strict=True):
+        task = _texts(plan, group) if plan.config.write_index == "kept" else {"parts": group.parts, "keep": []}
+        units.append(Unit(f"{group.number:05d}", digest([group.identity, kept.digest, plan.config.write_index]), task))
     return Listing(units)
+
+
+def lines_units(plan: Plan) -> Listing:
+    if plan.config.lines == "off":
+        return Listing([])
+    return Listing(
+        [
+            Unit(f"{g.number:05d}", digest([g.identity, kept.digest, plan.config.lines]), _texts(plan, g) | {"group": g.number})
+            for g, kept in zip(groups(plan), plan.before["dedup keep"].ordered(), strict=True)
+        ]
+    )
+
+
+def repeats_units(plan: Plan) -> Listing:
+    sources, commits = _written(plan.before["dedup lines"], "lines")
+    listing = _reducers(_shuffle(plan, sources, lines.LINES, commits), commits)
+    return listing._replace(units=[u._replace(task=u.task | {"groups": len(groups(plan))}) for u in listing.units])
+
+
+def cuts_units(plan: Plan) -> Listing:
+    if plan.config.lines == "off":
+        return Listing([])
+    sources, commits = _written(plan.before["dedup repeats"], "repeats")
+    layout = lines.repeats_layout(len(groups(plan)))
+    repeats = shuffle.plan(plan.here.store, sources, layout, per_lane=1, identity=_digests(commits))
+    units = [
+        u._replace(fingerprint=digest([u.fingerprint, _digests(commits)]), task=u.task | {"repeats": repeats.uri})
+        for u in plan.before["dedup lines"].units
+    ]
+    return Listing(units, (partial(shuffle.transpose, repeats),))
+
+
+def _texts(plan: Plan, group: Group) -> dict[str, Any]:
+    store = plan.before["dedup keep"].store
+    return {"parts": group.parts, "keep": [store.uri("keep", f"{p.unit}.parquet") for p in group.parts]}
 
 
 LISTINGS: dict[str, Callable[[Plan], Listing]] = {
@@ -237,8 +275,14 @@ LISTINGS: dict[str, Callable[[Plan], Listing]] = {
     "dedup keep": keep_units,
     "dedup alarm": alarm_units,
     "dedup index": index_units,
+    "dedup lines": lines_units,
+    "dedup repeats": repeats_units,
+    "dedup cuts": cuts_units,
 }
 
+
+# phases that most runs have no units of
+OPTIONAL = {"dedup star", "dedup index", "dedup lines", "dedup repeats", "dedup cuts"}
 
 # --- shuffles --------------------------------------------------------------------------------------------------------
 
@@ -284,11 +328,16 @@ def _write_groups(uri: str, first_ids: Sequence[int]) -> None:
 
 
 def _in_rounds(plan: Plan) -> bool:
-    """Whether the graph is too large for one process. An edge leads to one document more at most, and to its centre."""
+    """Whether the graph is too large for one process."""
+    return _graph_bytes(plan) > plan.config.cluster_memory
+
+
+def _graph_bytes(plan: Plan) -> int:
+    """Memory to cluster the graph in one process, at most. An edge leads to one document more at most, and to its centre."""
     edges = sum(c.rows_out for c in plan.before["dedup match"].ordered())
     documents = sum(c.rows_out for c in plan.before["dedup sort"].ordered())
     earlier = edges if plan.indexes else 0
-    return estimated_bytes(min(2 * edges, documents + earlier)) > plan.config.cluster_memory
+    return estimated_bytes(min(2 * edges, documents + earlier))
 
 
 def _rows_of_round(plan: Plan, commits: Sequence[Commit]) -> Shuffle:
@@ -316,4 +365,4 @@ def _last_round(stars: Phase) -> list[Commit]:
 def wiped(commits: Sequence[Commit]) -> Iterator[dict[str, Any]]:
     """Who lost too much, most documents first."""
     found = [w for c in commits for w in c.extra.get("wiped", [])]
-    yield from sorted(found, key=lambda w: (-w["dropped"], w["example"]))
+    yield from sorted(found, key=lambda w: (-w["dropped"], w["example"], w["kind"]))

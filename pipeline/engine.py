@@ -97,12 +97,21 @@ def _plan(name: str, task: Task, units: Sequence[Unit], resources: Resources) ->
         _function(name, task),
         batch_size=1,
         num_cpus=resources.num_cpus,
-        memory=resources.memory,
+        memory=min(resources.memory, _most_memory()),
         compute=ray.data.TaskPoolStrategy(size=resources.parallelism or None),
     )
     for row in plan.iter_rows():
         commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
         yield Done(row["unit"], commit, row["error"] or None)
+
+
+def _most_memory() -> int:
+    """Bytes of memory of the largest node: Ray would wait for ever for a worker that fits nowhere."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    found = [node["Resources"].get("memory", 0) for node in nodes if node["Alive"]]
+    return int(max(found, default=0)) or 1
 
 
 def _function(name: str, task: Task) -> Any:

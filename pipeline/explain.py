@@ -118,6 +118,9 @@ def _after_extract(root: str, state: dict[str, Any], unit: str, row: dict[str, A
     if not keep["keep"]:
         cluster |= {"rule": keep["rule"], "similarity": keep["similarity"]}
         return {"fate": "duplicate", "stage": "dedup", **cluster, "kept_copy": _kept_copy(root, state, keep)}
+    cuts = _row(store_of(root, state, "dedup cuts").uri("cuts", f"{unit}.parquet"), row["doc_id"])
+    if cuts is not None:
+        cluster |= {"lines_cut": cuts["cut"], "chars_cut": cuts["chars_cut"]}
     store = store_of(root, state, "refine")
     rejected = _row(store.uri("rejected", f"{unit}.parquet"), row["doc_id"])
     if rejected is not None:

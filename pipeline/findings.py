@@ -5,12 +5,10 @@ Counts in the funnel are sums over commit records, exact. Distributions, hosts a
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import catalog
-from pipeline.charts import Column, Histogram, binned
+from pipeline.charts import Histogram, binned
+from pipeline.duplicates import EXCERPT, Duplicates, Piece, clean, find_duplicates
+from pipeline.dedup_plan import OPTIONAL
 from pipeline.explain import PHASES
 from pipeline.progress import FunnelRow, funnel
 from pipeline.sample import (
@@ -26,19 +26,16 @@ from pipeline.sample import (
     Sample,
     by_draw,
     joined,
-    part_uri,
     read_ledger,
     read_sample,
-    rows_at,
     score_names,
     spread,
 )
-from stages.dedup import read_columns
-from stages.document import ordinal_of, sampled
+from stages.document import sampled
 from stages.ledger import exists, read_bytes
-from stages.minhash import normalize
+from stages.parts import read_columns, rows_at
 
-EXCERPT, CONTEXT = 600, 70
+CONTEXT = 70
 LOST = 0.9  # a host or input file that lost more than this share is pointed out
 MANY = 5  # ... if it had at least so many pages: a single dropped page says nothing
 SHOWN = 12  # rows of a table of groups
@@ -128,29 +125,6 @@ class Ranking(NamedTuple):
         return cls(list(groups[:limit]), len(rest), sum(g.total for g in rest), sum(g.kept for g in rest))
 
 
-class Piece(NamedTuple):
-    """A stretch of shown text; `marked` if it is what the reader should see."""
-
-    text: str
-    marked: bool = False
-
-
-class Member(NamedTuple):
-    """A copy in a cluster; `similarity` is the share of word n-grams in common with the kept copy (Jaccard)."""
-
-    url: str
-    kept: bool
-    similarity: float | None
-    pieces: list[Piece]
-
-
-class Cluster(NamedTuple):
-    """A cluster of near-duplicates with a few of its members, the kept copy first."""
-
-    size: int
-    members: list[Member]
-
-
 class Entity(NamedTuple):
     """Personal data of one kind: values replaced (exact), documents with any (sample), places in scrubbed text."""
 
@@ -176,6 +150,7 @@ class ReportData:
 
     root: str
     stage: str
+    last: str
     keys: dict[str, str]
     generation: str | None
     manifest: dict[str, Any]
@@ -193,8 +168,7 @@ class ReportData:
     groups: dict[str, Ranking]
     inputs: Ranking
     lost_inputs: int
-    cluster_sizes: list[Column]
-    clusters: list[Cluster]
+    duplicates: Duplicates
     entities: list[Entity]
     lengths: dict[str, Histogram]
     totals: dict[str, int | None]
@@ -210,9 +184,10 @@ def gather(root: str) -> ReportData:
     ends = [c.extra["finished"] for c in commits if "finished" in c.extra]
     history = state.get("history", [])
     generation = state.get("generation") if state.get("stage") == "done" else None
-    rows = funnel(*(ledger.commits[p] for p in ("extract", "dedup cluster", "refine", "pack")))
+    rows = funnel(*(ledger.commits[p] for p in ("extract", "dedup keep", "refine", "pack")))
     return ReportData(
         root=root,
+        last=state.get("last", "pack"),
         stage=state.get("stage", ""),
         keys=state["keys"],
         generation=generation,
@@ -221,7 +196,7 @@ def gather(root: str) -> ReportData:
         last_commit=_moment(max(ends)) if ends else None,
         settings=[(key, e["value"], e["origin"]) for key, e in state.get("config", {}).items()],
         funnel=_funnel_stages(rows, ledger),
-        phases=[_phase_cost(phase, ledger) for phase in PHASES],
+        phases=[cost for phase in PHASES if (cost := _phase_cost(phase, ledger)).units or phase not in OPTIONAL],
         failures=[(p, unit, e["error"]) for p in PHASES for unit, e in ledger.store(p).failures().items()],
         parts=(len(sample.units), sample.of),
         refined=bool(ledger.commits["refine"]),
@@ -231,8 +206,7 @@ def gather(root: str) -> ReportData:
         groups=_rankings(sample.documents),
         inputs=Ranking.of(inputs, SHOWN),
         lost_inputs=sum(g.lost for g in inputs),
-        cluster_sizes=_cluster_sizes(ledger),
-        clusters=_clusters(ledger),
+        duplicates=find_duplicates(ledger, sample),
         entities=_entities(ledger, sample),
         lengths=_lengths(ledger, sample),
         totals=_totals(ledger, rows),
@@ -256,7 +230,7 @@ def _manifest(root: str, generation: str | None) -> dict[str, Any]:
 
 
 def _funnel_stages(rows: Sequence[FunnelRow], ledger: Ledger) -> list[FunnelStage]:
-    ran = {"extract": "extract", "dedup": "dedup cluster", "refine": "refine"}
+    ran = {"extract": "extract", "dedup": "dedup keep", "refine": "refine"}
     points = {(r.stage, r.unit): r.count for r in rows if r.rule is None}
     stages, count, unit = [], points[("extract", "records")], "records"
     for stage, phase in ran.items():
@@ -452,94 +426,6 @@ def _lengths(ledger: Ledger, sample: Sample) -> dict[str, Histogram]:
     return {name: h for name, h in histograms.items() if h is not None}
 
 
-# --- duplicates ------------------------------------------------------------------------------------------------------
-
-
-def _cluster_sizes(ledger: Ledger) -> list[Column]:
-    sizes: Counter[str] = Counter()
-    for commit in ledger.commits["dedup cluster"]:
-        sizes.update(commit.extra.get("cluster_sizes", {}))
-    ordered = sorted(sizes, key=lambda name: int(name.split("-")[0]))
-    return [Column(name.replace("-", "–"), {"clusters": sizes[name]}) for name in ordered]
-
-
-def _clusters(ledger: Ledger, top: int = 6) -> list[Cluster]:
-    ngram = ledger.setting("dedup.ngram", 5)
-    clusters = []
-    for commit in ledger.commits["dedup cluster"]:
-        for largest in commit.extra.get("largest", [])[:top]:
-            members = _members(ledger, largest["members"])
-            if members:
-                clusters.append(Cluster(largest["size"], compare(members, ngram=ngram)))
-    return clusters
-
-
-def _members(ledger: Ledger, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Url and text of the kept copy of a cluster, given some of its documents, and of up to two others."""
-    kept_id = next((p["kept_id"] for doc_id in ids if (p := _keep_place(ledger, doc_id))), None)
-    if kept_id is None:
-        return []
-    wanted = [kept_id, *(i for i in ids if i != kept_id)][:3]
-    found = []
-    for doc_id in wanted:
-        uri = part_uri(ledger, "extract", "documents", f"{ordinal_of(doc_id):06d}")
-        rows = _rows_of(uri, doc_id) if uri else []
-        if uri and rows:
-            found += [r | {"kept": doc_id == kept_id} for r in rows_at(uri, rows[:1], ["url", "text"])]
-    return found
-
-
-def _keep_place(ledger: Ledger, doc_id: int) -> dict[str, Any] | None:
-    uri = part_uri(ledger, "dedup cluster", "keep", f"{ordinal_of(doc_id):06d}")
-    rows = _rows_of(uri, doc_id) if uri else []
-    return rows_at(uri, rows[:1], ["kept_id"])[0] if uri and rows else None
-
-
-def _rows_of(uri: str, doc_id: int) -> list[int]:
-    ids = read_columns(uri, ["doc_id"])["doc_id"]
-    rows: list[int] = pc.indices_nonzero(pc.equal(ids, pa.scalar(doc_id, pa.uint64()))).to_pylist()
-    return rows
-
-
-def compare(copies: Sequence[Mapping[str, Any]], *, ngram: int) -> list[Member]:
-    """Members of a cluster beside the first: similarity over whole texts, and the text around the first difference."""
-    texts = [_BLANKS.sub(" ", clean(c["text"] or "")) for c in copies]
-    start = min([_first_difference(texts[0], t) for t in texts[1:]] or [0])
-    start = max(0, texts[0].rfind(" ", 0, max(0, start - 150)) + 1)
-    shown = [t[start : start + EXCERPT].rpartition(" ")[0] if len(t) > start + EXCERPT else t[start:] for t in texts]
-    grams = [_ngrams(t, ngram) for t in texts]
-    members = []
-    for i, copy in enumerate(copies):
-        either = len(grams[0] | grams[i])
-        similarity = len(grams[0] & grams[i]) / either if i and either else None
-        lead = [Piece("… ")] if start else []
-        pieces = lead + (differing(shown[0], shown[i]) if i else [Piece(shown[0])])
-        members.append(Member(clean(copy["url"] or "(no URL)"), copy["kept"], similarity, pieces))
-    return members
-
-
-_BLANKS = re.compile(r"[^\S\n]+")
-
-
-def _first_difference(a: str, b: str) -> int:
-    """Index of the first differing character; 0 when there is none."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
-
-
-def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    words = normalize(text).split()
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
-def differing(before: str, after: str) -> list[Piece]:
-    """`after` in pieces, marked where its words are not those of `before`."""
-    old, new = re.split(r"([ \n])", before), re.split(r"([ \n])", after)
-    codes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    if codes and codes[-1][0] == "insert":  # what came later in the other text, beyond its excerpt
-        codes[-1] = ("equal", *codes[-1][1:])
-    return [Piece("".join(new[first:last]), tag != "equal") for tag, _, _, first, last in codes if last > first]
-
-
 # --- personal data, rejected texts -----------------------------------------------------------------------------------
 
 
@@ -610,13 +496,3 @@ def excerpt(text: str) -> str:
     """The beginning of a text."""
     text = clean(text)
     return text if len(text) <= EXCERPT else text[: text.rfind(" ", EXCERPT // 2, EXCERPT)].rstrip() + " …"
-
-
-# control characters have no place in HTML; bidirectional overrides would turn the page around the text
-_CONTROLS = [*range(9), 11, 12, *range(14, 32), *range(127, 160)]
-_UNWANTED = dict.fromkeys([*_CONTROLS, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-
-
-def clean(text: str) -> str:
-    """A crawled string without characters that would break the page. Escaping is the template's business."""
-    return text.translate(_UNWANTED).encode("utf-8", "replace").decode()

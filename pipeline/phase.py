@@ -9,10 +9,14 @@ from stages.parts import PartRef
 
 
 class Listing(NamedTuple):
-    """The units of a phase, and what is to be done before they run: small jobs, harmless to do again."""
+    """The units of a phase; what is to be done before they run (small jobs, harmless to do again); bytes that a unit needs.
+
+    `memory` 0: what the stage's configuration says.
+    """
 
     units: list[Unit]
     prepare: tuple[Callable[[], None], ...] = ()
+    memory: int = 0
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Phase:
     units: list[Unit]
     commits: dict[str, Commit] = field(default_factory=dict)
     prepare: tuple[Callable[[], None], ...] = ()
+    memory: int = 0
 
     @property
     def pending(self) -> list[Unit]:

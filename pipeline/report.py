@@ -8,7 +8,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from pipeline.charts import Column, columns_svg, histogram_svg
-from pipeline.findings import LOST, MANY, ReportData, clean, gather
+from pipeline.duplicates import Alarm, clean
+from pipeline.findings import LOST, MANY, ReportData, gather
 from pipeline.run import STAGES
 from stages.ledger import write_atomically
 
@@ -39,7 +40,8 @@ def notices(data: ReportData) -> Iterator[tuple[str, str]]:
         left = phase.units - phase.done - phase.failed
         if phase.done and left:
             yield "note", f"{phase.name}: {left:,} of {count(phase.units, 'unit')} are still to do."
-    missing = [s for s in STAGES if not any(p.done for p in data.phases if p.name.split()[0] == s)]
+    done = {p.name for p in data.phases if p.done}
+    missing = [s for s in STAGES[: STAGES.index(data.last) + 1] if _ENDS.get(s, s) not in done]
     if missing:
         yield "note", f"Not run yet under these keys: {', '.join(missing)}."
     extract = data.phases[0]
@@ -54,8 +56,22 @@ def notices(data: ReportData) -> Iterator[tuple[str, str]]:
         yield "bad", f"{count(number_lost, 'host')} lost over {LOST:.0%} of {MANY} or more pages: {named}{more}."
     if data.lost_inputs:
         yield "bad", f"{count(data.lost_inputs, 'input file')} lost over {LOST:.0%} of the pages; see Sources."
+    if data.duplicates.alarm.first:
+        yield "bad", _dropped_most(data.duplicates.alarm)
     if data.refined and not data.totals.get("documents"):
         yield "bad", "No document was kept."
+
+
+_ENDS = {"dedup": "dedup keep"}  # the phase that a stage has not run without
+
+
+def _dropped_most(alarm: Alarm) -> str:
+    listed = sum(alarm.kinds.values())
+    kinds = ", ".join(count(n, {"input": "input file"}.get(kind, kind)) for kind, n in sorted(alarm.kinds.items()))
+    named = ", ".join(f"{w.name} ({w.dropped:,} of {w.documents:,})" for w in alarm.first[:3])
+    more = f" and {alarm.total - 3:,} more" if alarm.total > 3 else ""
+    least = "at least " if alarm.total > listed else ""
+    return f"dedup dropped over {number(100 * alarm.share)}% of {least}{kinds}: {named}{more}; see Duplicates."
 
 
 # --- numbers for reading ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pipeline import catalog, dedup_plan, engine
 from pipeline.config import Config, model_digests, show
 from pipeline.lease import lease
 from pipeline.phase import Listing, Phase
-from stages import dedup, extract, keep, pack, refine
+from stages import dedup, extract, keep, lines, pack, refine
 from stages.fetch import expand_inputs, fingerprint
 from stages.ledger import Commit, Store, Unit, digest, exists, read_bytes, write_atomically
 
@@ -75,7 +75,8 @@ def stage_keys(config: Config) -> dict[str, str]:
     keys["graph"] = digest(graph)
     keys["dedup"] = digest([graph, [getattr(config.dedup, name) for name in _POLICY], config.run.seed])
     chain = [(n, settings(f) | {"model": models.get(f"{n}.model")}, rules(f)) for n, f in config.chain(config.refine.filters)]
-    keys["refine"] = digest([keys["dedup"], refine.VERSION, _section(config.refine), chain, config.pii, config.run.seed])
+    refining = [_section(config.refine), chain, config.pii, config.dedup.lines, config.run.seed]
+    keys["refine"] = digest([keys["dedup"], refine.VERSION, *refining])
     packing = _section(config.pack) | {"vocabulary_dir": models.get("pack.vocabulary_dir")}
     keys["pack"] = digest([keys["refine"], pack.VERSION, packing, config.run.seed])
     return keys
@@ -137,7 +138,7 @@ def extract_plan(config: Config, donors: tuple[str, ...] = ()) -> extract.Extrac
 
 def refine_plan(config: Config) -> refine.RefinePlan:
     """What the refine stage's workers need of a configuration."""
-    return refine.RefinePlan(config.refine, config.chain(config.refine.filters), config.pii, config.run.seed)
+    return refine.RefinePlan(config.refine, config.chain(config.refine.filters), config.pii, config.run.seed, config.dedup.lines)
 
 
 def _tasks(config: Config) -> Sequence["_StageTask"]:
@@ -162,6 +163,9 @@ DEDUP: dict[str, engine.Work] = {
     "dedup keep": keep.keep_unit,
     "dedup alarm": keep.alarm_unit,
     "dedup index": dedup.index_unit,
+    "dedup lines": lines.lines_unit,
+    "dedup repeats": lines.repeats_unit,
+    "dedup cuts": lines.cuts_unit,
 }
 
 
@@ -201,8 +205,8 @@ class Run:
             )
         else:
             listing = _UNITS[name](self, before, inputs)
-        units, prepare = listing
-        return Phase(name, phase.store, units, {u.name: known[u.name] for u in units if u.name in known}, prepare)
+        done = {u.name: known[u.name] for u in listing.units if u.name in known}
+        return Phase(name, phase.store, listing.units, done, listing.prepare, listing.memory)
 
     def inputs(self, *, extend: bool) -> list[Input]:
         """The inputs that the configuration names, numbered by the run's list; new ones are appended to it if `extend`."""
@@ -274,12 +278,11 @@ def execute(
     with lease(config.run.directory):
         run = Run(config)
         inputs = run.inputs(extend=True)
-        run.remember(stage="extract", generation=None, pid=_pid())
+        run.remember(stage="extract", generation=None, pid=_pid(), last="pack" if only else last or "pack")
         phases: dict[str, Phase] = {}
         failed: dict[str, list[str]] = {}
-        for name in run.tasks:
-            if last is not None and STAGES.index(name.split()[0]) > STAGES.index(last):
-                return Outcome(failed, None)
+        names = [n for n in run.tasks if last is None or STAGES.index(n.split()[0]) <= STAGES.index(last)]
+        for name in names:
             phase = phases[name] = run.phase(name, phases, inputs)
             phase.store.list_units(phase.units)
             if not _wanted(name, first):
@@ -294,10 +297,11 @@ def execute(
             if errors:
                 failed[name] = errors
             _check_failures(phase, errors, _share(name, config))
-            if name == "dedup index" and phase.units and last == "dedup":
-                run.publish_index()
+        if "pack" not in names:
+            run.remember(stage="done" if only is None else only, pid=None)
+            return Outcome(failed, None)
         published = _publish(run, phases, inputs)
-        if phases["dedup index"].units:
+        if published and phases["dedup index"].units:
             run.publish_index()
         run.remember(stage="done", generation=published.name if published else None, pid=None)
         return Outcome(failed, published)
@@ -343,7 +347,8 @@ def _run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.Run
     progress.begin(phase.name, units=len(phase.units), done=phase.ordered())
     errors = []
     shipped = engine.Task(task.work, plan, phase.store, run.config.run.attempts, run.invocation)
-    for done in run_units(phase.name, shipped, pending, task.resources) if pending else ():
+    resources = task.resources._replace(memory=max(task.resources.memory, phase.memory))
+    for done in run_units(phase.name, shipped, pending, resources) if pending else ():
         progress.advance(phase.name, done)
         if done.commit is not None:
             phase.commits[done.unit] = done.commit
@@ -389,14 +394,15 @@ def _extract_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) 
 
 
 def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
-    kept = before["dedup keep"]
-    tables = {o["path"]: o["sha256"] for c in kept.ordered() for o in c.outputs}
+    tables: dict[str, tuple[str, str]] = {}
+    for phase in (before["dedup keep"], before["dedup cuts"]):
+        tables |= {o["path"]: (phase.store.uri(o["path"]), o["sha256"]) for c in phase.ordered() for o in c.outputs}
     units = []
     for part, commit in before["extract"].parts():
-        path = f"keep/{part.unit}.parquet"
-        if path in tables:
-            task = {"documents": part.uri, "keep": kept.store.uri(path)}
-            units.append(Unit(part.unit, digest([commit.digest, tables[path]]), task))
+        keep, cuts = tables.get(f"keep/{part.unit}.parquet"), tables.get(f"cuts/{part.unit}.parquet", (None, None))
+        if keep:
+            task = {"documents": part.uri, "keep": keep[0], "cuts": cuts[0]}
+            units.append(Unit(part.unit, digest([commit.digest, keep[1], cuts[1]]), task))
     return Listing(units)
 
 

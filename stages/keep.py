@@ -296,7 +296,8 @@ def _losses(found: pa.Table, keep: pa.ChunkedArray) -> U64:
     dropped = pc.invert(keep).cast(pa.uint64())
     for kind, column in enumerate(("host", "language", "warc_file")):
         table = pa.table({"name": found[column], "dropped": dropped, "doc_id": found["doc_id"]})
-        named = table.filter(pc.is_valid(table["name"])).group_by("name")
+        # no host: a document without a URL
+        named = table.filter(pc.not_equal(table["name"], "")).group_by("name")
         sums = named.aggregate([("dropped", "sum"), ("dropped", "count"), ("doc_id", "min")])
         names = [xxhash.xxh64_intdigest(name.encode()) & ~3 | kind for name in sums["name"].to_pylist()]
         numbers = (sums[c].to_numpy().astype(np.uint64) for c in ("dropped_count", "dropped_sum", "doc_id_min"))
@@ -323,7 +324,7 @@ def alarm_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
         wiped.append(sums[_too_much(sums, config)])
     found = np.concatenate(wiped)
     commit.rows_out = len(found)
-    found = found[np.lexsort((found[:, 0], -found[:, 2].astype(np.int64)))[:1000]]
+    found = found[np.lexsort((found[:, 0] & np.uint64(3), found[:, 3], -found[:, 2].astype(np.int64)))[:1000]]
     commit.extra["wiped"] = list(_named(found))
     return commit
 

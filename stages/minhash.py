@@ -35,6 +35,8 @@ _GROUP_CHARS = 300_000
 # Odd constant of the polynomial that joins word hashes to shingle hashes (2^64 / golden ratio, as in splitmix64).
 _JOIN = np.uint64(0x9E3779B97F4A7C15)
 _SPACE, _MARK = 32, 0
+# kana; ideographs: extension A, unified, compatibility, the supplementary planes
+_WITHOUT_SPACES = [(0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)]
 _FMIX: dict[str, tuple[Any, list[tuple[int, int]], int]] = {
     "affine32": (np.uint32, [(16, 0x85EBCA6B), (13, 0xC2B2AE35)], 16),
     "affine64": (np.uint64, [(33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)], 33),
@@ -65,11 +67,14 @@ def describe(scheme: Signature) -> str:
 
 
 def normalize(text: str) -> str:
-    """Lower-case, digits to 0, punctuation to space, white space collapsed, NFD without combining marks."""
+    """Lower-case, digits to 0, punctuation to space, white space collapsed, NFD without combining marks.
+
+    A character of Chinese or Japanese, which put no spaces between words, is a word.
+    """
     decomposed = unicodedata.normalize("NFD", text.lower())
     points: npt.NDArray[np.uint32] = _replacements().take(np.frombuffer(decomposed.encode("utf-32-le", "surrogatepass"), "<u4"))
     if not decomposed.isascii():
-        points = points[points != _MARK]
+        points = _spaced(points[points != _MARK])
     keep = points != _SPACE
     keep[1:] |= keep[:-1]  # the first space of each run stays
     kept: npt.NDArray[np.uint32] = points[keep]
@@ -149,6 +154,17 @@ def premix(hashes: U64, *, scheme: Scheme) -> Uint:
         mixed *= dtype(multiplier)
     mixed ^= mixed >> dtype(last)
     return mixed
+
+
+def _spaced(points: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """The text with a space before and after every character of a script that has none."""
+    if not (points >= _WITHOUT_SPACES[0][0]).any():
+        return points
+    alone = np.zeros(len(points) + 1, bool)
+    for first, last in _WITHOUT_SPACES:
+        alone[:-1] |= (points >= first) & (points <= last)
+    alone[1:] |= alone[:-1]
+    return np.insert(points, np.flatnonzero(alone), _SPACE)
 
 
 @lru_cache(maxsize=1)

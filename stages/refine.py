@@ -4,9 +4,10 @@ Models are loaded once per worker. A document is measured by every filter in ord
 corpus part holds the kept documents, the rejected part the others; both have the same columns.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from filters.pii import Pii
 from filters.text import TextView
 from stages.document import NamedFilter, corpus_schema, sampled
 from stages.ledger import Commit, Store, Unit
+from stages.lines import cut_text
 from stages.parts import read_columns
 
 VERSION = 1
@@ -49,6 +51,7 @@ class RefinePlan:
     filters: tuple[NamedFilter, ...]
     pii: Pii
     seed: int
+    lines: Literal["off", "line", "paragraph"] = "off"
 
     @property
     def entities(self) -> tuple[str, ...]:
@@ -57,9 +60,10 @@ class RefinePlan:
 
 
 def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
-    """Do one documents part. `unit.task`: {"documents": URI, "keep": URI}."""
+    """Do one documents part. `unit.task`: {"documents": URI, "keep": URI, "cuts": URI or None}."""
     commit = Commit(unit.name, unit.fingerprint)
     documents = _kept_copies(unit.task["documents"], unit.task["keep"])
+    cuts = _cuts(unit.task["cuts"])
     schema = corpus_schema(documents.schema, plan.filters, plan.entities)
     counts: Counter[str] = Counter()
     pii: Counter[str] = Counter()
@@ -69,7 +73,7 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
         pq.ParquetWriter(corpus_path, schema, compression="zstd") as corpus,
         pq.ParquetWriter(rejected_path, schema, compression="zstd") as rejected,
     ):
-        for rows in _rows(documents, plan):
+        for rows in _rows(documents, cuts, plan):
             for row in rows:
                 counts[row["rejected_by"] or "kept"] += 1
                 pii.update(span["entity"] for span in row["pii_spans"] or ())
@@ -97,14 +101,32 @@ def _kept_copies(documents_uri: str, keep_uri: str) -> pa.Table:
     return documents.filter(keep["keep"])
 
 
-def _rows(documents: pa.Table, plan: RefinePlan) -> Iterator[list[Row]]:
+def _cuts(uri: str | None) -> dict[int, list[int]]:
+    """Numbers of the lines, or paragraphs, that each document loses because an earlier one has them."""
+    if uri is None:
+        return {}
+    table = read_columns(uri, ["doc_id", "cut"])
+    return dict(zip(table["doc_id"].to_pylist(), table["cut"].to_pylist(), strict=True))
+
+
+def _rows(documents: pa.Table, cuts: dict[int, list[int]], plan: RefinePlan) -> Iterator[list[Row]]:
     for batch in documents.to_batches(max_chunksize=plan.config.batch_size):
-        yield [_refine(row, plan) for row in batch.to_pylist()]
+        yield [_refine(_without_repeats(row, cuts, plan), plan) for row in batch.to_pylist()]
+
+
+def _without_repeats(row: Row, cuts: dict[int, list[int]], plan: RefinePlan) -> Row:
+    cut = cuts.get(row["doc_id"])
+    if cut is None or plan.lines == "off":
+        return row
+    text = cut_text(row["text"], cut, plan.lines)
+    return row | {"text": text, "num_chars": len(text)}
 
 
 def _refine(row: Row, plan: RefinePlan) -> Row:
-    view = TextView(row["text"])
     row |= {"rejected_by": None, "pii_spans": None}
+    if plan.lines != "off" and not row["text"].strip():
+        return row | {"rejected_by": "dedup.lines", "rejected_value": 0.0, "rejected_low": 1.0, "rejected_high": math.inf}
+    view = TextView(row["text"])
     for name, filter in plan.filters:
         scores = filter.measure(view)
         row |= {f"{name}.{rule}": float(score) for rule, score in scores.items()}

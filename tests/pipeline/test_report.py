@@ -10,10 +10,12 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.charts import binned, histogram_svg
-from pipeline.findings import clean, compare, covered, differing, gather
+from pipeline.duplicates import Copy, Duplicates, Wiped, clean, compare, differing, similarities
+from pipeline.findings import covered, gather
 from pipeline.report import bound, percent, write_report
 from pipeline.sample import MAX_PARTS, spread
 from stages.ledger import Commit
@@ -115,7 +117,8 @@ def test_every_crawled_place_is_reached_by_the_attack(hostile_run):
     data = gather(str(hostile_run))
     assert any("<script>" in g.name for g in data.groups["host"].groups)
     assert any(ATTACK in e.text for e in data.examples["gopher_quality.word_count"])
-    assert any(ATTACK in m.url and ATTACK in "".join(p.text for p in m.pieces) for m in data.clusters[0].members)
+    members = data.duplicates.clusters[0].members
+    assert any(ATTACK in m.url and ATTACK in "".join(p.text for p in m.pieces) for m in members)
     assert ATTACK in "".join(p.text for p in next(e for e in data.entities if e.values).contexts[0])
 
 
@@ -150,14 +153,6 @@ def test_scores_carry_their_bound_and_the_share_outside(hostile_run):
     assert {n: sum(c) for n, c in score.histogram.series.items()} == {"kept": 9, "other rule": 0, "this rule": 6}
 
 
-def test_clusters_show_the_kept_copy_first(hostile_run):
-    cluster = gather(str(hostile_run)).clusters[0]
-    assert cluster.size == 3
-    assert [m.kept for m in cluster.members] == [True, False, False]
-    assert all(m.similarity > 0.8 for m in cluster.members[1:])
-    assert next(p.text for p in cluster.members[1].pieces if p.marked) in "abc"
-
-
 def test_personal_data_is_shown_from_scrubbed_text_only(hostile_run, hostile_page):
     mail = next(e for e in gather(str(hostile_run)).entities if e.name == "EMAIL_ADDRESS")
     assert (mail.values, mail.documents) == (1, 1)
@@ -167,6 +162,175 @@ def test_personal_data_is_shown_from_scrubbed_text_only(hostile_run, hostile_pag
 
 def test_same_ledger_same_page(hostile_run, hostile_page):
     assert Path(write_report(str(hostile_run))).read_text() == hostile_page
+
+
+# --- duplicates ------------------------------------------------------------------------------------------------------
+
+
+def duplicates_of(run: str) -> tuple[Duplicates, str]:
+    """What the report of a run finds of duplicates, and the page's section on them as text."""
+    page = Path(write_report(run)).read_text()
+    section = page[page.index('<section id="duplicates">') :]
+    return gather(run).duplicates, text_of(section[: section.index("</section>")])
+
+
+def text_of(markup: str) -> str:
+    """What a reader sees: no tags, white space collapsed."""
+    return " ".join(html.unescape(re.sub(r"<(?:[^>\"]|\"[^\"]*\")*>", " ", markup)).split())
+
+
+def copies_of(base: str, host: str, endings: str) -> list[tuple[str, str]]:
+    return [(f"https://{host}/{c}", base + f"\nThe {c} {ATTACK} ends it.") for c in endings]
+
+
+@pytest.fixture(scope="module")
+def first_batch(tmp_path_factory) -> Path:
+    """A run whose index later ones deduplicate against: two documents, of which a second batch has copies."""
+    folder = tmp_path_factory.mktemp("first")
+    docs = [("https://old.example/1", prose(1) + "\nThe first batch ends it."), ("https://old.example/2", prose(2))]
+    config = make_config(folder, [write_jsonl(folder / "in.jsonl", docs)], *JSONL, GOPHER, "dedup.write_index=kept")
+    assert not run_inline(config).failed
+    return folder / "run"
+
+
+def second_batch(folder: Path, first: Path, *overrides: str):
+    """Near copies of a document of the first batch, an exact one of the other; a pair and a triple of its own."""
+    docs = [*copies_of(prose(1), f"{ATTACK}.example", "abc"), ("https://new.example/2", prose(2))]
+    docs += [("https://new.example/3", prose(3)), ("https://other.example/3", prose(3).replace(".", "!"))]
+    docs += [*copies_of(prose(4), "near.example", "abc")]
+    config = make_config(
+        folder, [write_jsonl(folder / "in.jsonl", docs)], *JSONL, GOPHER, f'dedup.against=["{first}"]', *overrides
+    )
+    assert not run_inline(config, until="dedup").failed
+    return config
+
+
+def test_clusters_show_the_kept_copy_first(hostile_run):
+    cluster = gather(str(hostile_run)).duplicates.clusters[0]
+    assert cluster.size == 3
+    assert [m.rule for m in cluster.members] == [None, "dedup.near", "dedup.near"]
+    assert all(0.8 < m.similarity < 1 for m in cluster.members[1:])
+    assert next(p.text for p in cluster.members[1].pieces if p.marked) in "abc"
+
+
+def test_rules_of_dedup_lead_from_the_funnel_to_their_section(hostile_page):
+    assert re.findall(r'href="#duplicates">([\w.]+)</a>', hostile_page) == ["Duplicates", "dedup.near"]
+
+
+def test_without_a_measurement_the_page_says_how_to_get_one(hostile_run):
+    _, section = duplicates_of(str(hostile_run))
+    assert "2 of 9 documents dropped as copies." in section
+    assert "Nothing was measured. Set dedup.verify_share to compare" in section
+    assert "No host, language or input file of at least 20 documents lost over 90 % of them." in section
+    assert "Giant buckets" not in section and "earlier" not in section
+
+
+def test_copies_are_told_apart_by_rule_and_the_kept_one_of_an_earlier_batch_is_shown(tmp_path, first_batch):
+    found, section = duplicates_of(second_batch(tmp_path, first_batch, "dedup.verify_share=1.0").run.directory)
+    assert found.rules == {"dedup.exact": 1, "dedup.near": 2, "dedup.earlier": 4}
+    assert {c.label: c.series["clusters"] for c in found.sizes} == {"1": 1, "2": 1, "3–4": 2}
+    assert [c.size for c in found.clusters] == [3, 3, 2, 1]
+    kept, *copies = found.clusters[0].members
+    assert (kept.url, kept.kept_in) == ("https://old.example/1", str(first_batch))
+    assert [(m.url, m.rule, m.kept_in) for m in copies] == [
+        (f"https://{ATTACK}.example/{c}", "dedup.earlier", None) for c in "ab"
+    ]
+    assert [p.text for p in copies[0].pieces if p.marked] == ["a", ATTACK]
+    assert "7 of 9 documents dropped as copies, of this batch or of 1 earlier one." in section
+    assert f"3 copies of an earlier batch's document · https://old.example/1 kept, in an earlier batch {first_batch}" in section
+    assert "dedup.exact has the same words as the copy that stays 1 11.1 %" in section
+    assert "4 clusters · 1: a single copy of a document of an earlier batch" in section
+
+
+def test_a_kept_copy_that_is_no_longer_there_is_named_and_nothing_is_marked(tmp_path, first_batch):
+    first = tmp_path / "first"
+    shutil.copytree(first_batch, first)
+    config = second_batch(tmp_path, first)
+    shutil.rmtree(first)
+    found, section = duplicates_of(config.run.directory)
+    kept, *copies = found.clusters[0].members
+    assert (kept.url, kept.kept_in, kept.pieces) == ("document 0", str(first), None)
+    assert all(m.similarity is None and len(m.pieces) == 1 and not m.pieces[0].marked for m in copies)
+    assert "Its text is not at hand." in section
+
+
+def test_documents_without_a_url_are_named_by_their_id(tmp_path):
+    lines = [{"id": f"row-{i}", "text": prose(1) + f"\nThe {i} ends it."} for i in range(3)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns = ("input.format=jsonl", "input.url_column=", "input.id_column=id", "language.allowed=[]", "language.score=off")
+    config = make_config(tmp_path, [source], *columns, GOPHER, "dedup.alarm_documents=2", "dedup.alarm_share=0.5")
+    run_inline(config, until="dedup")
+    found, _ = duplicates_of(config.run.directory)
+    assert {m.url for m in found.clusters[0].members} == {"row-0", "row-1", "row-2"}
+    assert Wiped("input", str(source), 3, 2) in found.alarm.first
+
+
+def test_where_no_kept_copy_is_of_this_batch_nothing_can_be_measured(tmp_path, first_batch):
+    source = write_jsonl(tmp_path / "in.jsonl", copies_of(prose(1), "a.example", "ab"))
+    against = f'dedup.against=["{first_batch}"]'
+    config = make_config(tmp_path, [source], *JSONL, GOPHER, against, "dedup.verify_share=1.0")
+    run_inline(config, until="dedup")
+    found, section = duplicates_of(config.run.directory)
+    assert (found.rules["dedup.earlier"], found.measured.measured, found.measured.histogram) == (2, 0, None)
+    assert "Nothing was measured. None of the drawn documents could be compared" in section
+
+
+def test_measured_similarities_and_what_stays_after_all(tmp_path, first_batch):
+    config = second_batch(tmp_path, first_batch, "dedup.verify_share=1.0", "dedup.min_similarity=0.995")
+    found, section = duplicates_of(config.run.directory)
+    assert found.rules == {"dedup.exact": 1, "dedup.near": 0, "dedup.earlier": 4}
+    assert (found.measured.measured, found.measured.restored) == (3, 2), "copies of earlier batches are not measured"
+    assert {n: sum(c) for n, c in found.measured.histogram.series.items()} == {"dropped": 1, "kept": 2}
+    assert found.measured.histogram.bound == (0.995, math.inf)
+    assert "3 measured" in section and "2 below 0.995, which stay after all" in section
+    near = next(c for c in found.clusters if "near.example" in c.members[0].url)
+    assert [m.rule for m in near.members] == [None] * 3
+    assert near.members[0].similarity is None and all(0.9 < m.similarity < 0.995 for m in near.members[1:])
+    assert len(re.findall(r"too different, stays \d", section)) == 2
+
+
+def test_who_lost_most_is_in_a_table_and_in_a_notice(tmp_path, first_batch):
+    config = second_batch(tmp_path, first_batch, "dedup.alarm_documents=3", "dedup.alarm_share=0.6")
+    found, section = duplicates_of(config.run.directory)
+    source = str(tmp_path / "in.jsonl")
+    attacked, near = "<script>alert(1)<", "near.example"
+    both = {Wiped("input", source, 9, 7), Wiped("language", "en", 9, 7)}
+    assert set(found.alarm.first[:2]) == both, "as many documents each: in either order"
+    assert found.alarm.first[2:] == [Wiped("host", attacked, 3, 3), Wiped("host", near, 3, 2)]
+    assert found.alarm.total == 4 and found.alarm.kinds == {"host": 2, "language": 1, "input": 1}
+    assert f"host {near} 3 2 66.7 %" in section and f"input file {source} 9 7 77.8 %" in section
+    assert "that lost over 60 % of at least 3 documents" in section
+    page = text_of(Path(config.run.directory, "report.html").read_text())
+    lost = ", ".join([*(f"{w.name} (7 of 9)" for w in found.alarm.first[:2]), f"{attacked} (3 of 3)"])
+    assert f"dedup dropped over 60% of 2 hosts, 1 input file, 1 language: {lost} and 1 more; see Duplicates." in page
+
+
+def test_giant_buckets_are_named_by_their_first_document(tmp_path, first_batch, monkeypatch):
+    monkeypatch.setattr("stages.dedup.GIANT", 2)
+    found, section = duplicates_of(second_batch(tmp_path, first_batch).run.directory)
+    assert [(g.url, g.documents) for g in found.giants] == [
+        (f"https://{ATTACK}.example/a", 4),  # the fourth is the earlier batch's
+        ("https://near.example/a", 3),
+    ]
+    assert all(1 <= g.buckets <= 14 for g in found.giants)
+    assert f"https://near.example/a 3 {found.giants[1].buckets}" in section.partition("Giant buckets")[2]
+
+
+def test_deduplication_that_is_off_is_said_to_be(tmp_path, first_batch):
+    source = write_jsonl(tmp_path / "in.jsonl", hostile_documents())
+    config = make_config(tmp_path, [source], *JSONL, GOPHER, "dedup.enabled=false")
+    run_inline(config, until="dedup")
+    assert duplicates_of(config.run.directory)[1] == "Duplicates Deduplication is off."
+
+
+def test_a_run_without_copies_says_so(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [(f"https://a.example/{i}", prose(i)) for i in range(3)])
+    config = make_config(tmp_path, [source], *JSONL, GOPHER)
+    run_inline(config, until="dedup")
+    found, section = duplicates_of(config.run.directory)
+    assert (found.documents, found.dropped, found.sizes, found.clusters) == (3, 0, [], [])
+    assert "0 of 3 documents dropped" in section and "No two documents are copies of one another." in section
 
 
 # --- runs that are not whole -----------------------------------------------------------------------------------------
@@ -196,6 +360,19 @@ def test_a_partial_run_says_what_has_not_run(tmp_path, until, missing):
     page = Path(write_report(config.run.directory)).read_text()
     assert tuple(sections(page)) == SECTIONS
     assert f"Not run yet under these keys: {missing}." in page
+
+
+def test_dedup_that_was_interrupted_between_its_phases_has_not_run(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", hostile_documents())
+    config = make_config(tmp_path, [source], *JSONL, GOPHER)
+    run_inline(config, until="dedup")
+    for phase in ("keep", "alarm", "index"):
+        for folder in Path(config.run.directory).glob(f"dedup/*/{phase}"):
+            shutil.rmtree(folder)
+    page = text_of(Path(write_report(config.run.directory)).read_text())
+    assert "Not run yet under these keys: dedup, refine, pack." in page
+    assert "Duplicates Has not run yet under the current keys." in page
+    assert "dedup star" not in page and "dedup keep 0 of 0 0 not run yet" in page
 
 
 def test_a_run_that_did_nothing_yet(tmp_path):
@@ -294,12 +471,26 @@ def test_histogram_loses_no_finite_value(values, limits):
 
 def test_copies_are_shown_around_the_first_difference():
     common = "word " * 200
-    before, after = ({"url": u, "text": common + end, "kept": u == "a"} for u, end in (("a", "left end"), ("b", "right end")))
-    _, member = compare([before, after], ngram=5)
+    before, after = (Copy(u, common + end) for u, end in (("a", "left end"), ("b", "right end")))
+    same = before._replace(rule="dedup.exact")  # has no difference: it must not take the others' excerpts to the beginning
+    _, equal, member = compare([before, same, after], ngram=5)
+    assert equal.similarity == 1 and not any(p.marked for p in equal.pieces)
     text = "".join(p.text for p in member.pieces)
     assert text.startswith("… ") and text.endswith("right end") and len(text) < 300
     assert [p.text for p in member.pieces if p.marked] == ["right"]
     assert differing("", "") == [("", False)]
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.2, 1.0], [0.5, 0.5], [0.0], []])
+@pytest.mark.parametrize("least", [0.0, 0.7])
+def test_a_histogram_of_similarities_ends_at_one(values, least):
+    keep = pa.array([v < least for v in values] + [True], pa.bool_())
+    histogram = similarities([pa.table({"keep": keep, "similarity": pa.array([*values, None], pa.float64())})], least=least)
+    assert (histogram is None) == (not values)
+    if histogram is not None:
+        assert histogram.edges[0] >= 0 and histogram.edges[-1] == 1.0
+        assert sum(histogram.series["dropped"]) == sum(v >= least for v in values)
+        assert sum(histogram.series["kept"]) == sum(v < least for v in values)
 
 
 def test_wall_time_counts_overlaps_once_and_pauses_not():

@@ -27,6 +27,7 @@ NASTY = [
     "１２３ ٣ ²",
     "각 नमस्ते",
     "_a__b_",
+    "東京はabc日本1",
     "\U0001d7d9z",
 ]
 TEXTS = st.text() | st.sampled_from(NASTY) | st.lists(st.sampled_from([*"abcdefg", "é", "internationalization"])).map(" ".join)
@@ -168,7 +169,9 @@ def test_shingles_beyond_the_cap_do_not_count(monkeypatch):
 
 def slow_normalize(text):
     text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", text.lower()))
-    return re.sub(r"[\W_]+", " ", re.sub(r"\d", "0", text)).strip()
+    text = re.sub(r"[\W_]+", " ", re.sub(r"\d", "0", text))
+    alone = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    return re.sub(" +", " ", re.sub(f"({alone})", r" \1 ", text)).strip()
 
 
 @given(TEXTS)
@@ -192,6 +195,10 @@ def test_copies_differing_in_case_digits_and_punctuation_are_one_content():
     a, b = "Crème — brûlée, 2024!", "creme brulee 1999"
     assert normalize(a) == normalize(b) == "creme brulee 0000"
     assert content_hash(a, normalize(a)) == content_hash(b, normalize(b))
+
+
+def test_a_chinese_sentence_has_a_word_for_each_character():
+    assert normalize("我们在2024年，使用Ray。") == "我 们 在 0000 年 使 用 ray"
 
 
 def test_texts_without_words_are_one_content_only_when_equal():

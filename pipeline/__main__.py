@@ -231,8 +231,8 @@ def report(run: RunFolder) -> None:
 
 
 @app.command()
-def why(run: RunFolder, url: Annotated[str, typer.Argument(metavar="URL")], as_json: AsJson = False) -> None:
-    """What became of a page: rule, value and bound; or cluster and kept copy; or generation and rows."""
+def why(run: RunFolder, url: Annotated[str, typer.Argument(metavar="URL|ID")], as_json: AsJson = False) -> None:
+    """What became of a page, by URL or input's id: rule, value and bound; or cluster and kept copy; or generation and rows."""
     from pipeline.explain import to_json
     from pipeline.explain import why as read_why
 
@@ -248,7 +248,8 @@ def why(run: RunFolder, url: Annotated[str, typer.Argument(metavar="URL")], as_j
 
 
 def _print_fate(fate: dict[str, Any]) -> None:
-    out.print(f"[bold]{_escaped(fate['url'] or str(fate['doc_id']))}[/bold]  doc_id {fate['doc_id']}", soft_wrap=True)
+    name = fate["url"] or fate["source_id"] or str(fate["doc_id"])
+    out.print(f"[bold]{_escaped(name)}[/bold]  doc_id {fate['doc_id']}", soft_wrap=True)
     out.print(f"  read from {_escaped(fate['warc_file'])} at {fate['warc_offset']}", soft_wrap=True)
     if fate["fate"] == "rejected":
         bound = "" if fate["bound"][0] is None else f" outside [{fate['bound'][0]:g}, {fate['bound'][1]:g}]"

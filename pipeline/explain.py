@@ -77,14 +77,16 @@ def _phase_status(store: Store, *, since: float) -> dict[str, Any]:
 
 
 def why(root: str, url: str) -> list[dict[str, Any]]:
-    """What became of every document of this URL, stage by stage; [] when the run never saw it."""
+    """What became of every document of this URL, or of this id in the input, stage by stage; [] when the run never saw it."""
     state = read_state(root)
     store = store_of(root, state, "extract")
     found = []
     for commit in store.listed_commits():
         uri = store.uri(commit.outputs[0]["path"])
-        urls = read_columns(uri, ["url"])["url"]
-        rows = pc.indices_nonzero(pc.is_in(urls, value_set=pa.array(_variants(url)))).to_pylist()
+        names = read_columns(uri, ["url", "source_id"])
+        is_url = pc.is_in(names["url"], value_set=pa.array(_variants(url)))
+        is_id = pc.fill_null(pc.equal(names["source_id"], url), False)
+        rows = pc.indices_nonzero(pc.or_(is_url, is_id)).to_pylist()
         if rows:
             table = read_columns(uri, None).take(rows).drop_columns(["band_keys", "content_hash"])
             found += [_fate(root, state, commit.unit, row) for row in table.to_pylist()]
@@ -98,8 +100,8 @@ def _variants(url: str) -> list[str]:
 
 
 def _fate(root: str, state: dict[str, Any], unit: str, row: dict[str, Any]) -> dict[str, Any]:
-    fate = {k: row[k] for k in ("doc_id", "url", "warc_file", "warc_offset", "crawl_date", "charset", "charset_source")}
-    fate |= {"language": row["language"], "language_score": row["language_score"], "opt_out": row["opt_out"]}
+    identity = ("doc_id", "url", "source_id", "warc_file", "warc_offset", "crawl_date")
+    fate = {k: row[k] for k in (*identity, "charset", "charset_source", "language", "language_score", "opt_out")}
     fate["scores"] = {k: v for k, v in row.items() if "." in k and v is not None}
     if row["rejected_by"] is not None:
         return fate | {"fate": "rejected", "stage": "extract", **_verdict(row), "text": row["text"]}

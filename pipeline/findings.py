@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from pipeline import catalog
 from pipeline.charts import Histogram, binned
-from pipeline.duplicates import EXCERPT, Duplicates, Piece, clean, find_duplicates
 from pipeline.dedup_plan import OPTIONAL
+from pipeline.duplicates import EXCERPT, Duplicates, Piece, clean, find_duplicates
 from pipeline.explain import PHASES
 from pipeline.progress import FunnelRow, funnel
 from pipeline.sample import (

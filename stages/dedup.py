@@ -24,9 +24,9 @@ from pydantic.dataclasses import dataclass
 from filters import STRICT
 from stages import minhash, shuffle
 from stages.components import dense_components, large_star, small_star
-from stages.ledger import Commit, Store, Unit
+from stages.ledger import Commit, Store, Unit, open_parquet
 from stages.minhash import Signature
-from stages.parts import PartRef, fixed_binary, open_part, read_columns
+from stages.parts import PartRef, fixed_binary, read_columns
 from stages.shuffle import Layout, group_starts, merge, mix, unmix
 
 VERSION = 2
@@ -122,7 +122,7 @@ class Keys(NamedTuple):
 
 def read_keys(part: PartRef, config: DedupConfig) -> Iterator[Keys]:
     """Keys of a part's kept documents, some at a time. ValueError when they were made in another way than configured."""
-    with open_part(part.uri) as file:
+    with open_parquet(part.uri) as file:
         require_same_keys((file.schema_arrow.metadata or {}).get(b"gristmill.keys", b"").decode(), config, part.uri)
         for batch in file.iter_batches(columns=["doc_id", "content_hash", "band_keys", "rejected_by"]):
             yield _keys_of(batch.filter(pc.is_null(batch["rejected_by"])), config.num_bands, part.uri)

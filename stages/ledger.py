@@ -100,6 +100,19 @@ def exists(uri: str) -> bool:
     return bool(fs.exists(path))
 
 
+@contextmanager
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet object anywhere fsspec reaches."""
+    if is_local(uri):
+        # by Arrow's own hands: a thread of its pool that still holds a Python file when Python ends aborts the process
+        with pq.ParquetFile(uri.removeprefix("file://")) as file:
+            yield file
+        return
+    fs, path = fsspec.core.url_to_fs(uri)
+    with fs.open(path, "rb") as stream:
+        yield pq.ParquetFile(stream)
+
+
 @dataclass(frozen=True)
 class Store:
     """The folder of one stage under one key."""
@@ -185,9 +198,8 @@ class Store:
     def read_part(self, commit: Commit, columns: list[str] | None = None, kind: str = "") -> pa.Table:
         """The Parquet part that a unit wrote: its first output, or its output of that kind (folder)."""
         path = next(o["path"] for o in commit.outputs if o["path"].startswith(kind))
-        fs, file = fsspec.core.url_to_fs(self.uri(path))
-        with fs.open(file, "rb") as stream:
-            return pq.read_table(stream, columns=columns)
+        with open_parquet(self.uri(path)) as file:
+            return file.read(columns=columns)
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """Units that failed and have not succeeded since, by name."""

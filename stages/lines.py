@@ -26,9 +26,9 @@ import xxhash
 
 from stages import shuffle
 from stages.dedup import CELLS, DedupConfig
-from stages.ledger import Commit, Store, Unit
+from stages.ledger import Commit, Store, Unit, open_parquet
 from stages.minhash import normalize
-from stages.parts import open_part, read_columns
+from stages.parts import read_columns
 from stages.shuffle import Layout, merge
 
 U64 = npt.NDArray[np.uint64]
@@ -155,7 +155,7 @@ def _kept_texts(uri: str, keep_uri: str) -> Iterator[tuple[int, str]]:
     if not found.filter(pc.is_null(found["rejected_by"]))["doc_id"].equals(keep["doc_id"]):
         raise ValueError(f"{keep_uri} does not list the documents of {uri}; rerun stage 'dedup'")
     kept = keep["doc_id"].filter(keep["keep"])
-    with open_part(uri) as file:
+    with open_parquet(uri) as file:
         for batch in file.iter_batches(_TEXTS_AT_ONCE, columns=["doc_id", "text"]):
             batch = batch.filter(pc.is_in(batch["doc_id"], value_set=kept))
             yield from zip(batch["doc_id"].to_pylist(), pc.fill_null(batch["text"], "").to_pylist(), strict=True)

@@ -1,17 +1,15 @@
 """Parquet parts that earlier stages wrote: columns, rows by place, and the documents of given ids."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from stages.document import ordinal_of
+from stages.ledger import open_parquet
 
 
 class PartRef(NamedTuple):
@@ -21,23 +19,15 @@ class PartRef(NamedTuple):
     uri: str
 
 
-@contextmanager
-def open_part(uri: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet object anywhere fsspec reaches."""
-    fs, path = fsspec.core.url_to_fs(uri)
-    with fs.open(path, "rb") as stream:
-        yield pq.ParquetFile(stream)
-
-
 def read_columns(uri: str, columns: list[str] | None) -> pa.Table:
     """Some columns of a part, all of them for None."""
-    with open_part(uri) as part:
+    with open_parquet(uri) as part:
         return part.read(columns=columns)
 
 
 def column_names(uri: str) -> list[str]:
     """Names of the columns of a part, from its footer."""
-    with open_part(uri) as part:
+    with open_parquet(uri) as part:
         names: list[str] = part.schema_arrow.names
         return names
 
@@ -45,7 +35,7 @@ def column_names(uri: str) -> list[str]:
 def rows_at(uri: str, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
     """Some rows of a part in the order asked for; only the row groups that hold them are read."""
     found: dict[int, dict[str, Any]] = {}
-    with open_part(uri) as part:
+    with open_parquet(uri) as part:
         first = 0
         for group in range(part.num_row_groups):
             count = part.metadata.row_group(group).num_rows

@@ -152,6 +152,15 @@ def test_why_names_the_copy_of_the_earlier_batch(tmp_path):
     assert (fate["fate"], fate["rule"], fate["kept_copy"]["url"]) == ("duplicate", "dedup.earlier", "https://old.example/")
 
 
+def test_why_knows_a_document_by_its_id(inputs, table, tmp_path):
+    dedup(inputs, tmp_path / "out", *SMALL)
+    dropped = next(r for r in table[0].to_pylist() if r["rule"] == "dedup.near")
+    [fate] = explain.why(str(tmp_path / "out"), dropped["id"])
+    kept = next(r for r in table[0].to_pylist() if r["cluster_id"] == dropped["cluster_id"] and r["keep"])
+    assert (fate["rule"], fate["kept_copy"]["source_id"]) == ("dedup.near", kept["id"])
+    assert 0 < fate["similarity"] <= 1
+
+
 def test_against_what_has_no_index_is_refused(inputs, tmp_path):
     dedup(inputs, tmp_path / "1")
     with pytest.raises(ConfigError, match=r"/1 holds no published index; run it with dedup.write_index=kept"):

@@ -45,7 +45,7 @@ def _told() -> Iterator[None]:
         _fail(error, 2)
     except Held as error:
         _fail(error, 4)
-    except (RunFailed, PublishError, FileNotFoundError, ValueError) as error:
+    except (RunFailed, PublishError, OSError, ValueError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
         _fail("interrupted; what was committed stays: the same command goes on from there", 130)
@@ -130,6 +130,8 @@ def dedup(
     from pipeline.report import write_report
 
     with _told():
+        if not output:
+            raise ConfigError("-o is empty: name the folder to write to")
         config = configure(
             [absolute_path(p) for p in paths],
             absolute_path(output),

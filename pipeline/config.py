@@ -268,7 +268,7 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"{_at('pack.hashes', config.origins)}pack.hashes = {list(hashes)}: unique names of {sorted(mds.HASHES)}"
         )
-    _check_keep_rule(config)
+    _check_dedup(config)
     for key, path in _files(config):
         if path and not is_local(path):
             raise ConfigError(
@@ -278,7 +278,21 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{_at(key, config.origins)}{key}: no such file or folder: {path}")
 
 
-def _check_keep_rule(config: Config) -> None:
+def _check_dedup(config: Config) -> None:
+    """What dedup asks of the other sections."""
+    if absolute_path(config.run.directory) in map(absolute_path, config.dedup.against):
+        raise ConfigError(
+            f"{_at('dedup.against', config.origins)}dedup.against names run.directory: a batch is no copy of itself"
+        )
+    needs_text = [k for k, off in (("verify_share", 0.0), ("lines", "off")) if getattr(config.dedup, k) != off]
+    if needs_text and not config.extract.keep_text:
+        key = f"dedup.{needs_text[0]}"
+        raise ConfigError(f"{_at(key, config.origins)}{key} needs the texts: set extract.keep_text = true")
+    if config.dedup.keep_rule == "newest" and config.input.format in ("jsonl", "parquet"):
+        at = _at("dedup.keep_rule", config.origins)
+        raise ConfigError(
+            f"{at}dedup.keep_rule = 'newest': {config.input.format} inputs have no crawl date; use longest or first"
+        )
     _, best, column = config.dedup.keep_rule.partition("best:")
     columns = [*score_columns(config.chain(config.extract.filters)), "num_chars", "language_score"]
     if best:

@@ -13,15 +13,16 @@ import pyarrow.parquet as pq
 from pipeline.config import Config, ConfigError, load
 from pipeline.engine import RunUnits
 from pipeline.explain import all_commits, store_of
-from pipeline.run import Progress, Run, execute, read_state
-from stages.fetch import expand_inputs
+from pipeline.run import Progress, execute, read_state
+from stages.fetch import FetchOptions, expand_inputs, local_copy
 from stages.ledger import Store
 from stages.parts import read_columns
+from stages.records import InputConfig, columns_of, id_type
 
 FORMATS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
 _ALONE = (
     *("extract.filters=[]", "language.identify=false", "language.allowed=[]", "language.score=off"),
-    *("extract.gate.enabled=false", "opt_out.reject=false"),
+    *("extract.gate.enabled=false", "opt_out.reject=false", "extract.max_text_chars=1_000_000_000", "extract.keep_text=false"),
 )
 
 
@@ -38,22 +39,36 @@ def configure(
     paths: Sequence[str], output: str, *, text_column: str, id_column: str, against: Sequence[str], overrides: Sequence[str]
 ) -> Config:
     """The configuration of a dedup of files; `overrides` as on the command line come last."""
+    files = _files(paths, output)
     settings = {
         "run.directory": output,
         "input.paths": list(paths),
-        "input.format": _format(paths),
+        "input.format": _format(files),
         "input.text_column": text_column,
         "input.id_column": id_column,
         "dedup.against": list(against),
-        "extract.keep_text": any(o.startswith(("dedup.verify_share=", "dedup.lines=")) for o in overrides),
     }
-    return load(None, [*_ALONE, *(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides])
+    given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
+    if load(None, given).dedup.lines != "off":
+        raise ConfigError("dedup.lines changes texts, and gristmill dedup writes none; use gristmill run")
+    verified = ["extract.keep_text=true"] if load(None, given).dedup.verify_share else []
+    config = load(None, [*_ALONE, *verified, *given])
+    _require_columns(files[0], config.input)
+    return config
 
 
-def _format(paths: Sequence[str]) -> str:
+def _files(paths: Sequence[str], output: str) -> list[str]:
+    """The inputs; what an earlier run wrote into the output folder is none."""
+    files = [f for f in expand_inputs(list(paths), base_uri="") if not f.startswith(f"{output}/")]
+    if not files:
+        raise ConfigError(f"no input: {', '.join(paths)} holds nothing but what lies in the output folder {output}")
+    return files
+
+
+def _format(files: Sequence[str]) -> str:
     """The format of all inputs, by their names."""
     found = {}
-    for path in expand_inputs(list(paths), base_uri=""):
+    for path in files:
         name = next((f for f, suffixes in FORMATS.items() if path.lower().endswith(suffixes)), None)
         if name is None:
             raise ConfigError(
@@ -67,15 +82,23 @@ def _format(paths: Sequence[str]) -> str:
     return next(iter(found))
 
 
+def _require_columns(path: str, config: InputConfig) -> None:
+    """ConfigError when the first file has no such columns: a whole corpus without text must not pass as one."""
+    with local_copy(path, options=FetchOptions()) as local:
+        names = columns_of(local, config)
+    for option, column in (("text", config.text_column), ("id", config.id_column)):
+        if names and column and column not in names:
+            none = ", or '' if there is none" if option == "id" else ""
+            raise ConfigError(f"{path}: no column '{column}'; it has {', '.join(names)}; set --{option}-column{none}")
+
+
 def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Result:
-    """Deduplicate, and write `keep.parquet`: a row for every row of the inputs, in their order.
+    """Deduplicate, and write `keep.parquet`: a row for every row of the inputs, in the order in which files were first seen.
 
     id, cluster_id (the smallest document number of the cluster), cluster_size, keep, rule (why not: dedup.exact, dedup.near,
     dedup.earlier, or input.* of a row without a text; null: kept), path, row. RunFailed as `execute`.
     """
     outcome = execute(config, progress, run_units, last="dedup")
-    if config.dedup.write_index != "off":
-        Run(config).publish_index()
     root = config.run.directory
     state = read_state(root)
     commits = all_commits(root, state)
@@ -94,13 +117,9 @@ def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Resu
 def _write(path: Path, config: Config, commits: dict[str, list[Any]], state: dict[str, Any]) -> None:
     documents, kept = (store_of(config.run.directory, state, phase) for phase in ("extract", "dedup keep"))
     parts = [(c.unit, documents.uri(c.outputs[0]["path"])) for c in commits["extract"]]
-    id_type = _id_type(config, [uri for _, uri in parts])
-    schema = pa.schema(
-        [
-            *(("id", id_type), ("cluster_id", pa.uint64()), ("cluster_size", pa.int64()), ("keep", pa.bool_())),
-            *(("rule", pa.string()), ("path", pa.string()), ("row", pa.int64())),
-        ]
-    )
+    found = [("cluster_id", pa.uint64()), ("cluster_size", pa.int64()), ("keep", pa.bool_()), ("rule", pa.string())]
+    place = [("path", pa.string()), ("row", pa.int64())]
+    schema = pa.schema([("id", _id_type(config, [uri for _, uri in parts])), *found, *place])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for unit, uri in parts:
             rows = read_columns(uri, ["doc_id", "source_id", "warc_file", "warc_offset", "rejected_by"])
@@ -125,9 +144,21 @@ def _joined(rows: pa.Table, keep: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _id_type(config: Config, uris: Sequence[str]) -> pa.DataType:
-    """Integers stay integers: ids are what the table is joined by."""
-    digits = all(
-        pc.all(pc.match_substring_regex(read_columns(uri, ["source_id"])["source_id"], r"^(0|-?[1-9]\d{0,17})$")).as_py()
-        for uri in uris
-    )
-    return pa.int64() if config.input.id_column and digits else pa.string()
+    """Integers stay integers, of the inputs' type: ids are what the table is joined by."""
+    paths = [read_columns(uri, ["warc_file"])["warc_file"][:1].to_pylist() for uri in uris]
+    types = set()
+    for path in (p for found in paths for p in found):
+        with local_copy(path, options=config.fetch) as local:
+            types.add(id_type(local, config.input))
+    [found] = types if len(types) == 1 else [pa.string()]
+    if not pa.types.is_integer(found):
+        return pa.string()
+    ids = (read_columns(uri, ["source_id"])["source_id"] for uri in uris)
+    return found if all(_are_integers(column, found) for column in ids) else pa.string()
+
+
+def _are_integers(ids: pa.ChunkedArray, of: pa.DataType) -> bool:
+    try:
+        return bool(ids.cast(of).cast(pa.string()).equals(ids))
+    except pa.ArrowInvalid:
+        return False

@@ -29,10 +29,12 @@ MAX_ROUNDS = 99  # of the alternating algorithm, which needs O(log^2 n); seen: 4
 
 
 class Index(NamedTuple):
-    """The keys of an earlier batch: the store of its index phase, and the store of its documents."""
+    """The keys of an earlier batch: the stores of its index, its documents and its keep table, and the index's commits."""
 
     root: str
     documents: str
+    keep: str
+    commits: tuple[Commit, ...]
 
 
 class Plan(NamedTuple):
@@ -57,47 +59,36 @@ class Group(NamedTuple):
 
 
 def published_indexes(config: DedupConfig) -> list[Index]:
-    """The indexes of everything in `against`, in order. ConfigError when there is none, or when its keys are made otherwise."""
-    found = []
-    for path in config.against:
-        indexes = [Index(f"{path}/{line['root']}", f"{path}/{line['documents']}") for line in _index_lines(path)]
-        if not indexes:
-            raise ConfigError(f"dedup.against: {path} holds no published index; run it with dedup.write_index=kept (or all)")
-        found += indexes
-    if len(found) > 127:
-        raise ConfigError(f"dedup.against: {len(found)} indexes, at most 127 fit")
-    for index in found:
-        for commit in _index_commits(index):
-            try:
-                dedup.require_same_keys(commit.extra["keys"], config, index.root)
-            except ValueError as error:
-                raise ConfigError(f"dedup.against: {error}") from None
-    return found
+    """The indexes of everything in `against`, in order. ConfigError when one is missing, or made otherwise, or has changed."""
+    return [_published_index(path, config) for path in config.against]
+
+
+def _published_index(path: str, config: DedupConfig) -> Index:
+    uri = f"{path}/index.json"
+    if not exists(uri):
+        raise ConfigError(f"dedup.against: {path} holds no published index; run it with dedup.write_index=kept (or all)")
+    entry = json.loads(read_bytes(uri))
+    try:
+        dedup.require_same_keys(entry["keys"], config, uri)
+    except ValueError as error:
+        raise ConfigError(f"dedup.against: {error}") from None
+    commits = Store(f"{path}/{entry['root']}").commits()
+    if any(name not in commits or commits[name].digest != known for name, known in entry["units"].items()):
+        raise ConfigError(f"dedup.against: the index of {path} is not the one that was published; run its batch again")
+    root, documents, kept = (f"{path}/{entry[name]}" for name in ("root", "documents", "keep"))
+    return Index(root, documents, kept, tuple(commits[name] for name in entry["units"]))
 
 
 def indexes_identity(config: DedupConfig) -> str:
     """Changes when anything in `against` does."""
-    return digest([[c.digest for c in _index_commits(index)] for index in published_indexes(config)])
+    return digest([_digests(index.commits) for index in published_indexes(config)])
 
 
 def publish_index(run: str, index: Index) -> None:
-    """Let later batches find this one's index; done last, and once."""
-    entry = {"root": index.root.removeprefix(f"{run}/"), "documents": index.documents.removeprefix(f"{run}/")}
-    known = _index_lines(run)
-    if entry not in known:
-        write_atomically(f"{run}/indexes.jsonl", "".join(json.dumps(n) + "\n" for n in [*known, entry]).encode())
-
-
-def _index_lines(path: str) -> list[dict[str, str]]:
-    uri = f"{path}/indexes.jsonl"
-    return [json.loads(line) for line in read_bytes(uri).splitlines()] if exists(uri) else []
-
-
-def _index_commits(index: Index) -> list[Commit]:
-    commits = Store(index.root).listed_commits()
-    if len(commits) < len(Store(index.root).listed_units()):
-        raise ConfigError(f"dedup.against: the index {index.root} is not whole; run its batch again")
-    return commits
+    """Let later batches find this one's index, in place of an earlier one of the same run; done last."""
+    entry: dict[str, Any] = {name: getattr(index, name).removeprefix(f"{run}/") for name in ("root", "documents", "keep")}
+    entry |= {"keys": index.commits[0].extra["keys"], "units": {c.unit: c.digest for c in index.commits}}
+    write_atomically(f"{run}/index.json", json.dumps(entry, indent=1).encode())
 
 
 # --- listings --------------------------------------------------------------------------------------------------------
@@ -124,10 +115,11 @@ def sort_units(plan: Plan) -> Listing:
 
 def match_units(plan: Plan) -> Listing:
     sources, commits = _written(plan.before["dedup sort"], "keys")
+    if not sources:
+        return Listing([])
     for number, index in enumerate(plan.indexes):
-        earlier = _index_commits(index)
-        sources += [Source(f"{index.root}/keys/{c.unit}", dedup.index_tag(number)) for c in earlier]
-        commits += earlier
+        sources += [Source(f"{index.root}/keys/{c.unit}", dedup.index_tag(number)) for c in index.commits]
+        commits += index.commits
     found = _shuffle(plan, sources, plan.config.layout, commits)
     return _reducers(found, commits)
 
@@ -155,7 +147,7 @@ def star_units(plan: Plan) -> Listing:
 
 
 def cluster_units(plan: Plan) -> Listing:
-    if not plan.config.enabled:
+    if not plan.before["dedup sort"].units:
         return Listing([])
     first_ids = [int(g.parts[0].unit) << POSITION_BITS for g in groups(plan)]
     uri = plan.here.store.uri(f"groups-{digest(first_ids)}.parquet")
@@ -172,14 +164,15 @@ def cluster_units(plan: Plan) -> Listing:
 
 
 def rank_units(plan: Plan) -> Listing:
-    if not plan.config.enabled:
+    if not plan.before["dedup sort"].units:
         return Listing([])
     labels, commits = _labels(plan)
+    labelled = digest(_digests(commits))
     of_groups = [(g.number, g.parts, g.identity) for g in groups(plan)]
     if plan.indexes:
         of_groups.append((len(of_groups), [], "earlier"))
     units = [
-        Unit(f"{n:05d}", digest([identity, [c.digest for c in commits]]), {"group": n, "parts": parts, "labels": labels.uri})
+        Unit(f"{n:05d}", digest([identity, labelled, plan.config.keep_rule]), {"group": n, "parts": parts, "labels": labels.uri})
         for n, parts, identity in of_groups
     ]
     return Listing(units, (partial(shuffle.transpose, labels),))
@@ -299,6 +292,12 @@ def _digests(commits: Sequence[Commit]) -> list[str]:
 def _shuffle(plan: Plan, sources: Sequence[Source], layout: Layout, commits: Sequence[Commit]) -> Shuffle:
     rows = int(sum(c.totals.get("rows", c.rows_out) for c in commits))
     size = plan.config.partition_bytes
+    least = 4 * len(sources) * shuffle.MIN_READ
+    if least > plan.config.memory:
+        raise ConfigError(
+            f"{plan.here.name}: a worker reads {len(sources):,} files at once, which takes {least:,} bytes; dedup.memory is "
+            f"{plan.config.memory:,}. Raise it, or dedup.documents_per_unit"
+        )
     per_lane = shuffle.partitions_per_lane(rows, layout, files=len(sources), partition_bytes=size)
     return shuffle.plan(plan.here.store, sources, layout, per_lane=per_lane, identity=_digests(commits))
 
@@ -306,7 +305,7 @@ def _shuffle(plan: Plan, sources: Sequence[Source], layout: Layout, commits: Seq
 def _reducers(found: Shuffle, commits: Sequence[Commit], *also: Any) -> Listing:
     if not found.sources:
         return Listing([])
-    identity = [_digests(commits), found.per_lane, *also]
+    identity = digest([_digests(commits), found.per_lane, *also])
     units = [Unit(f"{n:05d}", digest([identity, n]), {"shuffle": found.uri, "partition": n}) for n in range(found.partitions)]
     return Listing(units, (partial(shuffle.transpose, found),))
 
@@ -341,8 +340,9 @@ def _graph_bytes(plan: Plan) -> int:
 
 
 def _rows_of_round(plan: Plan, commits: Sequence[Commit]) -> Shuffle:
-    sources = [Source(plan.here.store.uri("rows", c.unit)) for c in commits]
-    rows = 2 * sum(c.rows_out for c in commits)
+    files = [o["path"] for c in commits for o in c.outputs if o["path"].endswith(".rows")]
+    sources = [Source(plan.here.store.uri(path.removesuffix(".rows"))) for path in files]
+    rows = sum(c.rows_out for c in commits)
     size = plan.config.partition_bytes
     per_lane = shuffle.partitions_per_lane(rows, dedup.EDGES, files=len(sources), partition_bytes=size)
     return shuffle.plan(plan.here.store, sources, dedup.EDGES, per_lane=per_lane, identity=_digests(commits))

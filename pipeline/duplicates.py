@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import dedup_plan
-from pipeline.charts import Column, Floats, Histogram, binned
+from pipeline.charts import Column, Histogram, binned
 from pipeline.sample import Ledger, Sample, part_uri
 from stages.dedup import EARLIER, earlier_documents
 from stages.document import ordinal_of
@@ -96,12 +95,10 @@ class Bucket(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Similarities of dropped documents with their kept copies. Those below `least` were restored: they stay after all."""
+    """Similarities of dropped documents with their kept copies."""
 
     share: float
-    least: float
     measured: int
-    restored: int
     histogram: Histogram | None
 
 
@@ -156,27 +153,20 @@ def _sizes(elected: Sequence[Commit]) -> list[Column]:
 
 def _measured(ledger: Ledger, sample: Sample) -> Measured:
     kept = ledger.commits["dedup keep"]
-    least = float(ledger.setting("dedup.min_similarity", 0.0))
     uris = [uri for unit in sample.units if (uri := part_uri(ledger, "dedup keep", "keep", unit))]
     return Measured(
         share=float(ledger.setting("dedup.verify_share", 0.0)),
-        least=least,
         measured=int(sum(c.totals.get("measured", 0) for c in kept)),
-        restored=int(sum(c.totals.get("restored", 0) for c in kept)),
-        histogram=similarities([read_columns(uri, ["keep", "similarity"]) for uri in uris], least=least),
+        histogram=similarities([read_columns(uri, ["similarity"]) for uri in uris]),
     )
 
 
-def similarities(tables: Sequence[pa.Table], *, least: float) -> Histogram | None:
-    """Measured similarities of dropped documents and of those that stay after all, over a range that ends at 1."""
-    series: dict[str, list[Floats]] = {"dropped": [], "kept": []}
-    for table in tables:
-        measured = table.filter(pc.is_valid(table["similarity"]))
-        for name, of in (("dropped", pc.invert(measured["keep"])), ("kept", measured["keep"])):
-            series[name].append(measured["similarity"].filter(of).to_numpy())
-    histogram = binned({name: np.concatenate([np.empty(0), *values]) for name, values in series.items()}, (least, 1.0))
+def similarities(tables: Sequence[pa.Table]) -> Histogram | None:
+    """Measured similarities of dropped documents, over a range that ends at 1."""
+    values = [table["similarity"].drop_null().to_numpy() for table in tables]
+    histogram = binned({"dropped": np.concatenate([np.empty(0), *values])}, (0.0, 1.0))
     # the range takes in 1, but 1 is no limit
-    return histogram and histogram._replace(bound=(least, np.inf) if least > 0 else None)
+    return histogram and histogram._replace(bound=None)
 
 
 # --- the largest clusters --------------------------------------------------------------------------------------------
@@ -203,9 +193,7 @@ def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
     if not rows:
         return []
     dropped = next((r for r in rows if r["rule"] is not None), None)
-    # no dropped one among them: all are restored ones, but perhaps one, the kept copy itself
-    kept = dropped and {"doc_id": dropped["kept_id"], "kept_in": dropped["kept_in"], "rule": None, "similarity": None}
-    kept = kept or min(rows, key=lambda r: r["similarity"] is not None)
+    kept = {"doc_id": dropped["kept_id"], "kept_in": dropped["kept_in"], "rule": None, "similarity": None} if dropped else rows[0]
     others = [r | {"kept_in": None} for r in rows if kept["kept_in"] is not None or r["doc_id"] != kept["doc_id"]]
     return [_copy(ledger, row) for row in [kept, *others][:_COPIES]]
 

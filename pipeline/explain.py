@@ -158,10 +158,16 @@ def _row(uri: str, doc_id: int) -> dict[str, Any] | None:
 
 def _kept_copy(root: str, state: dict[str, Any], keep: dict[str, Any]) -> dict[str, Any]:
     """Who the copy is that stays: a document of this run, or of the earlier batch whose `documents` are named."""
-    earlier = None if keep["kept_in"] is None else state["indexes"][keep["kept_in"]]["documents"]
-    store = Store(earlier) if earlier else store_of(root, state, "extract")
-    row = _row(store.uri("documents", f"{ordinal_of(keep['kept_id']):06d}.parquet"), keep["kept_id"]) or {}
-    return {"doc_id": keep["kept_id"], "url": row.get("url"), "source_id": row.get("source_id"), "documents": earlier}
+    doc_id, store = keep["kept_id"], store_of(root, state, "extract")
+    earlier = None if keep["kept_in"] is None else state["indexes"][keep["kept_in"]]
+    if earlier is not None:
+        store = Store(earlier["documents"])
+        # an index of all documents may name one that was itself dropped for another
+        there = _row(Store(earlier["keep"]).uri("keep", f"{ordinal_of(doc_id):06d}.parquet"), doc_id)
+        doc_id = there["kept_id"] if there and there["kept_in"] is None else doc_id
+    row = _row(store.uri("documents", f"{ordinal_of(doc_id):06d}.parquet"), doc_id) or {}
+    named = {"doc_id": doc_id, "url": row.get("url"), "source_id": row.get("source_id")}
+    return named | {"documents": earlier and earlier["documents"]}
 
 
 # --- export ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ STAGES = ("extract", "dedup", "refine", "pack")
 RESOURCES = {"num_cpus", "memory", "parallelism", "batch_size"}
 # the phases of dedup that know nothing of who stays: a change of the policy leaves them as they are
 _GRAPH = ("dedup sort", "dedup match", "dedup star", "dedup cluster")
-_POLICY = ("keep_rule", "verify_share", "min_similarity")
+_POLICY = ("keep_rule", "verify_share")
+# phases whose outputs bear other names than their units, so that another unit's may take their place
+_BY_PART = ("dedup keep", "dedup cuts")
 _EXTRACT_READS = ("language.model", "url_policy.blocked_lists", "url_policy.blocked_words")
 
 
@@ -215,6 +217,7 @@ class Run:
         if exists(uri):
             numbered = {r["path"]: r["ordinal"] for r in map(json.loads, read_bytes(uri).splitlines())}
         paths = expand_inputs(list(self.config.input.paths), base_uri=self.config.input.base_uri)
+        paths = [p for p in paths if not p.startswith(f"{self.root}/")]  # a run does not read what it wrote
         for path in paths:
             numbered.setdefault(path, len(numbered))
         if extend:
@@ -223,16 +226,16 @@ class Run:
         with ThreadPoolExecutor(32) as pool:
             return [Input(numbered[p], p, f) for p, f in zip(paths, pool.map(_fingerprint, paths), strict=True)]
 
-    def publish_index(self) -> None:
+    def publish_index(self, phase: Phase) -> None:
         """Let later batches deduplicate against this one."""
-        index = dedup_plan.Index(self.store("dedup index").root, self.store("extract").root)
-        dedup_plan.publish_index(self.root, index)
+        documents, kept = (self.store(name).root for name in ("extract", "dedup keep"))
+        dedup_plan.publish_index(self.root, dedup_plan.Index(phase.store.root, documents, kept, tuple(phase.ordered())))
 
     def remember(self, **state: Any) -> None:
         """Write run.json: what this directory holds, for status, report and the like. Derivable, never relied on to resume."""
         values = {key: {"value": value, "origin": origin} for key, value, origin in show(self.config)}
         before = read_state(self.root) if exists(f"{self.root}/run.json") else {}
-        indexes = [index._asdict() for index in self.indexes]
+        indexes = [{"documents": index.documents, "keep": index.keep} for index in self.indexes]
         now = {"invocation": self.invocation, "keys": self.keys, "config": values, "indexes": indexes, **state}
         history = [*before.get("history", [])[-99:]]
         if before.get("invocation") != self.invocation:
@@ -298,11 +301,13 @@ def execute(
                 failed[name] = errors
             _check_failures(phase, errors, _share(name, config))
         if "pack" not in names:
+            if only is None and phases["dedup index"].units:
+                run.publish_index(phases["dedup index"])
             run.remember(stage="done" if only is None else only, pid=None)
             return Outcome(failed, None)
         published = _publish(run, phases, inputs)
         if published and phases["dedup index"].units:
-            run.publish_index()
+            run.publish_index(phases["dedup index"])
         run.remember(stage="done", generation=published.name if published else None, pid=None)
         return Outcome(failed, published)
 
@@ -344,6 +349,8 @@ def _run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.Run
     if pending:
         for step in phase.prepare:
             step()
+        if phase.name in _BY_PART:
+            _withdraw_unlisted(phase)
     progress.begin(phase.name, units=len(phase.units), done=phase.ordered())
     errors = []
     shipped = engine.Task(task.work, plan, phase.store, run.config.run.attempts, run.invocation)
@@ -357,6 +364,14 @@ def _run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.Run
     progress.end(phase.name)
     phase.store.clear("attempts", run.invocation)
     return errors
+
+
+def _withdraw_unlisted(phase: Phase) -> None:
+    """Take back the commits of units that are none any more, before their outputs are replaced."""
+    listed = {u.name: u.fingerprint for u in phase.units}
+    for name, commit in phase.store.commits().items():
+        if listed.get(name) != commit.fingerprint:
+            phase.store.withdraw(name)
 
 
 def _donors(run: Run) -> tuple[str, ...]:
@@ -390,7 +405,8 @@ def _publish(run: Run, phases: dict[str, Phase], inputs: Sequence[Input]) -> cat
 
 
 def _extract_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
-    return Listing([Unit(f"{i.ordinal:06d}", i.fingerprint, {"path": i.path, "ordinal": i.ordinal}) for i in inputs])
+    in_order = sorted(inputs)  # of their numbers: ids ascend from unit to unit, whenever an input came to the list
+    return Listing([Unit(f"{i.ordinal:06d}", i.fingerprint, {"path": i.path, "ordinal": i.ordinal}) for i in in_order])
 
 
 def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:

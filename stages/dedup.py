@@ -11,6 +11,7 @@ arXiv:2406.17557. A key is 64 bits: among 10^11 documents some hundred pairs are
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import fsspec
@@ -36,8 +37,8 @@ GIANT = 10_000  # documents of a bucket that is worth a line in the log
 # Ids of documents of earlier batches carry this bit, so that they sort behind all others, and the number of their index.
 EARLIER = 1 << 63
 _INDEX_BITS = 56
-_EDGES_AT_ONCE = 4_000_000
-EDGES = Layout(width=2, lanes=1, cells=CELLS)
+_EDGES_AT_ONCE = 1_000_000
+EDGES = Layout(width=2, lanes=1, cells=1 << 16)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -49,15 +50,14 @@ class DedupConfig:
 
     `against`: runs, or outputs of `gristmill dedup`, whose published documents count as copies that stay. They must have been
     made with `write_index`: the keys of their kept documents, or of all. `verify_share`: share of the dropped documents, in
-    [0, 1], whose true Jaccard similarity with the kept copy is measured and stored; one below `min_similarity` stays after
-    all, if all are measured. A host, language or input of at least `alarm_documents` that loses more than `alarm_share` is
-    pointed out.
+    [0, 1], whose true Jaccard similarity with the kept copy is measured and stored in the keep table. A host, language or
+    input of at least `alarm_documents` that loses more than `alarm_share` is pointed out.
 
     `lines`: remove lines, or paragraphs, that an earlier document of the batch holds already (CCNet, Dolma).
 
     Sizes: `documents_per_unit` are sorted into one file (about 350 bytes of memory each); a unit works on `partition_bytes` of
-    rows at once (about four times that in memory); a graph that needs more than `cluster_memory` bytes is clustered in rounds
-    on all workers instead of in one process.
+    rows at once (about four times that in memory, and 0.1 GB); a graph that needs more than `cluster_memory` bytes is
+    clustered in rounds on all workers instead of in one process.
     """
 
     enabled: bool = True
@@ -70,7 +70,6 @@ class DedupConfig:
     against: tuple[str, ...] = Field(default=(), max_length=127)
     write_index: Literal["off", "kept", "all"] = "off"
     verify_share: float = Field(default=0.0, ge=0, le=1)
-    min_similarity: float = Field(default=0.0, ge=0, le=1)
     alarm_share: float = Field(default=0.9, ge=0, le=1)
     alarm_documents: int = Field(default=20, gt=0)
     lines: Literal["off", "line", "paragraph"] = "off"
@@ -92,9 +91,9 @@ class DedupConfig:
         return Layout(width=2, lanes=1 + self.num_bands, cells=CELLS)
 
     @model_validator(mode="after")
-    def _restoring_needs_all_measured(self) -> "DedupConfig":
-        if self.min_similarity > 0 and self.verify_share < 1:
-            raise ValueError("min_similarity gives back what is not similar enough: that needs verify_share = 1.0")
+    def _index_needs_keys(self) -> "DedupConfig":
+        if not self.enabled and (self.write_index != "off" or self.against or self.lines != "off"):
+            raise ValueError("enabled = false leaves nothing to do for write_index, against and lines")
         return self
 
 
@@ -227,13 +226,27 @@ def star_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     small-star uses those to smaller neighbours.
     """
     commit = Commit(unit.name, unit.fingerprint)
-    edges = [np.empty((0, 2), np.uint64), *_round(unit.task, config)]
-    distinct = np.unique(np.concatenate(edges), axis=0)
-    commit.rows_out = len(distinct)
-    both = np.concatenate([distinct, distinct[:, ::-1]])
-    both[:, 0] = mix(both[:, 0])
-    shuffle.write(store, "rows", [both], EDGES, commit=commit)
+    # a node may have more neighbours than memory holds: as many sorted files as it takes
+    for number, edges in enumerate(_gathered(_round(unit.task, config), size=config.partition_bytes // 64)):
+        both = np.concatenate([edges, edges[:, ::-1]])
+        both[:, 0] = mix(both[:, 0])
+        ordered = shuffle.sort_rows(both)
+        distinct = ordered[np.append(True, (ordered[1:] != ordered[:-1]).any(axis=1))]
+        commit.rows_out += len(distinct)
+        shuffle.write(store, "rows", [distinct], EDGES, commit=commit, name=f"{unit.name}-{number}")
     return commit
+
+
+def _gathered(blocks: Iterator[U64], *, size: int) -> Iterator[U64]:
+    """The same rows in arrays of `size` rows or little more."""
+    held: list[U64] = []
+    for block in blocks:
+        held.append(block)
+        if sum(map(len, held)) >= size:
+            yield np.concatenate(held)
+            held = []
+    if sum(map(len, held)):
+        yield np.concatenate(held)
 
 
 def _round(task: dict[str, Any], config: DedupConfig) -> Iterator[U64]:
@@ -266,12 +279,12 @@ def cluster_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     if "edges" in unit.task:
         nodes, roots = dense_components(lambda: read_edges(unit.task["edges"]))
     else:
-        labels = np.concatenate(
-            [np.empty((0, 2), np.uint64), *_labels(_nodes(merge(unit.task["shuffle"], unit.task["partition"], memory=1 << 40)))]
-        )
+        blocks = _nodes(merge(unit.task["shuffle"], unit.task["partition"], memory=config.partition_bytes))
+        labels = np.concatenate([np.empty((0, 2), np.uint64), *_labels(blocks)])
         nodes, roots = labels[np.argsort(labels[:, 0])].T
+    assert (first_ids[1:] > first_ids[:-1]).all()
     borders = np.searchsorted(nodes, np.append(first_ids[1:], np.uint64(EARLIER)))
-    lanes = np.split(np.column_stack([nodes, roots]), borders)
+    lanes = (np.column_stack([nodes[a:b], roots[a:b]]) for a, b in pairwise([0, *borders.tolist(), len(nodes)]))
     shuffle.write(store, "labels", lanes, labels_layout(len(first_ids)), commit=commit)
     commit.rows_in = commit.rows_out = len(nodes)
     return commit

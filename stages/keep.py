@@ -176,14 +176,16 @@ def keep_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     losses, largest = [np.empty((0, 4), np.uint64)], _largest(verdicts)
     for part in (PartRef(*p) for p in task["parts"]):
         found = _kept_documents(part, ["content_hash", "host", "language", "warc_file"])
-        table = _verified(_keep_table(found, labels, verdicts), part, config, task["seed"])
+        table = _keep_table(found, labels, verdicts)
+        if config.verify_share:
+            place = table.schema.get_field_index("similarity")
+            table = table.set_column(place, KEEP.field(place), _similarities(table, part, config, task["seed"]))
         with store.create("keep", f"{part.unit}.parquet", outputs=commit.outputs) as path:
             pq.write_table(table, path, compression="zstd")
         counts.update(rule or "kept" for rule in table["rule"].to_pylist())
         losses.append(_losses(found, table["keep"]))
         _add_members(largest, table)
         commit.rows_in += table.num_rows
-        commit.totals["restored"] = commit.totals.get("restored", 0) + _restored(table)
         commit.totals["measured"] = commit.totals.get("measured", 0) + table.num_rows - table["similarity"].null_count
     shuffle.write(store, "losses", [_sum_losses(np.concatenate(losses))], LOSSES, commit=commit)
     commit.rows_out, commit.counts = counts["kept"], dict(sorted(counts.items()))
@@ -229,39 +231,24 @@ def _keep_table(found: pa.Table, labels: U64, verdicts: U64) -> pa.Table:
     return pa.table(columns, schema=KEEP)
 
 
-def _restored(table: pa.Table) -> int:
-    measured = pc.is_valid(table["similarity"])
-    return int(pc.sum(pc.and_(measured, table["keep"])).as_py() or 0)
-
-
 # --- verification ----------------------------------------------------------------------------------------------------
 
 
-def _verified(table: pa.Table, part: PartRef, config: DedupConfig, seed: int) -> pa.Table:
-    """The table with the similarities of the sampled dropped documents; those not similar enough stay after all."""
+def _similarities(table: pa.Table, part: PartRef, config: DedupConfig, seed: int) -> pa.Array:
+    """True similarity of the sampled dropped documents with their kept copies of this batch, null for all others."""
     rows = zip(*(table[name].to_pylist() for name in ("doc_id", "kept_id", "kept_in", "keep")), strict=True)
     pairs = [
         (row, doc_id, kept_id)
         for row, (doc_id, kept_id, kept_in, keep) in enumerate(rows)
         if not keep and kept_in is None and sampled(doc_id, share=config.verify_share, seed=seed)
     ]
-    if not pairs:
-        return table
     similarity = np.full(table.num_rows, np.nan)
     for first in range(0, len(pairs), _PAIRS_AT_ONCE):
         some = pairs[first : first + _PAIRS_AT_ONCE]
         sets = _shingle_sets({i for _, doc_id, kept in some for i in (doc_id, kept)}, part, config.ngram)
         for row, doc_id, kept in some:
-            similarity[row] = _jaccard(sets.get(doc_id), sets.get(kept))
-    measured = ~np.isnan(similarity)
-    restored = measured & (similarity < config.min_similarity)
-    changed = {
-        "keep": pc.or_(table["keep"], pa.array(restored)),
-        "kept_id": pc.if_else(pa.array(restored), table["doc_id"], table["kept_id"]),
-        "rule": pc.if_else(pa.array(restored), pa.scalar(None, pa.string()), table["rule"]),
-        "similarity": pa.array(similarity, mask=~measured),
-    }
-    return pa.table([changed.get(name, table[name]) for name in KEEP.names], schema=KEEP)
+            similarity[row] = _jaccard(sets[doc_id], sets[kept])
+    return pa.array(similarity, mask=np.isnan(similarity))
 
 
 def _shingle_sets(ids: set[int], part: PartRef, ngram: int) -> dict[int, U64]:
@@ -272,17 +259,16 @@ def _shingle_sets(ids: set[int], part: PartRef, ngram: int) -> dict[int, U64]:
     sets = {}
     for uri, wanted in by_part.items():
         for doc_id, row in documents(uri, wanted, ["text"]).items():
-            if row["text"] is not None:
-                normalized = minhash.normalize(row["text"])
-                shingles = minhash.shingle_hashes(normalized, ngram=ngram)
-                whole = np.array([xxhash.xxh64_intdigest(normalized.encode("utf-8", "surrogatepass"))], np.uint64)
-                sets[doc_id] = shingles if len(shingles) else whole
+            if row["text"] is None:
+                raise ValueError(f"{uri}: texts were not kept; verify_share needs extract.keep_text = true")
+            normalized = minhash.normalize(row["text"])
+            shingles = minhash.shingle_hashes(normalized, ngram=ngram)
+            whole = np.array([xxhash.xxh64_intdigest(normalized.encode("utf-8", "surrogatepass"))], np.uint64)
+            sets[doc_id] = shingles if len(shingles) else whole
     return sets
 
 
-def _jaccard(a: U64 | None, b: U64 | None) -> float:
-    if a is None or b is None:
-        return float("nan")
+def _jaccard(a: U64, b: U64) -> float:
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 

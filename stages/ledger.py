@@ -72,11 +72,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_atomically(uri: str, data: bytes) -> None:
+def write_atomically(uri: str, data: bytes | memoryview) -> None:
     """Replace the object at `uri`: readers see the old bytes or the new ones, never a part (an object store's PUT is atomic)."""
     fs, path = fsspec.core.url_to_fs(uri)
     if not is_local(uri):
-        fs.pipe_file(path, data)
+        fs.pipe_file(path, bytes(data))
         return
     temporary = f"{path}.tmp-{uuid.uuid4().hex}"
     os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 from pydantic import Field
@@ -30,6 +31,24 @@ class InputConfig:
     text_column: str = "text"
     id_column: str = ""
     url_column: str = ""
+
+
+def columns_of(path: Path, config: InputConfig) -> list[str]:
+    """Names of the columns of a file, of JSONL those of its first good row; [] for a file without one."""
+    if config.format == "parquet":
+        names: list[str] = pq.read_schema(path).names
+        return names
+    return list(next((row for row in _jsonl_rows(path) if isinstance(row, dict)), {}))
+
+
+def id_type(path: Path, config: InputConfig) -> pa.DataType:
+    """Type of the id column of a Parquet file; of JSONL, int64 if its first good row has an integer."""
+    if not config.id_column:
+        return pa.string()
+    if config.format == "parquet":
+        return pq.read_schema(path).field(config.id_column).type
+    first: dict[str, Any] = next((row for row in _jsonl_rows(path) if isinstance(row, dict)), {})
+    return pa.int64() if type(first.get(config.id_column)) is int else pa.string()
 
 
 class TextRecord(NamedTuple):
@@ -58,6 +77,8 @@ def _record(position: int, row: Any, config: InputConfig) -> TextRecord:
     url = _string(row.get(config.url_column)) if config.url_column else None
     source_id = _string(row.get(config.id_column)) if config.id_column else None
     text = row.get(config.text_column)
+    if isinstance(text, bytes):  # Spark writes strings as binary by default
+        text = text.decode("utf-8", "replace")
     if not isinstance(text, str):
         return TextRecord(position, "", url, source_id, "no_text")
     # lone surrogates (JSON allows their escapes) and NULs have no place in Arrow strings and C libraries
@@ -84,7 +105,8 @@ def _parquet_rows(path: Path, config: InputConfig) -> Iterator[dict[str, Any]]:
     wanted = [c for c in (config.text_column, config.id_column, config.url_column) if c]
     missing = [c for c in wanted if c not in file.schema_arrow.names]
     if missing:
-        raise ValueError(f"{path}: no column '{missing[0]}'; it has {', '.join(file.schema_arrow.names)}; set input.*_column")
+        has = ", ".join(file.schema_arrow.names)
+        raise ValueError(f"{path}: no column '{missing[0]}'; it has {has}; set input.text_column, id_column or url_column")
     for batch in file.iter_batches(batch_size=1024, columns=wanted):
         yield from batch.to_pylist()
 

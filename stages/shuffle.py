@@ -80,17 +80,20 @@ def unmix(keys: U64) -> U64:
 # --- write -----------------------------------------------------------------------------------------------------------
 
 
-def write(store: Store, kind: str, lanes: Iterable[U64], layout: Layout, *, commit: Commit) -> None:
-    """Write the rows of every lane, each (n, width) in any order, as the sorted file of a unit. One lane at a time is held."""
-    counts = []
-    with store.create(kind, f"{commit.unit}.rows", outputs=commit.outputs) as path, open(path, "wb") as stream:
+def write(store: Store, kind: str, lanes: Iterable[U64], layout: Layout, *, commit: Commit, name: str = "") -> None:
+    """Write the rows of every lane, each (n, width) in any order, as a sorted file, named after the unit unless otherwise.
+
+    One lane at a time is held.
+    """
+    counts, name = [], name or commit.unit
+    with store.create(kind, f"{name}.rows", outputs=commit.outputs) as path, open(path, "wb") as stream:
         for rows in lanes:
             ordered = sort_rows(rows)
             counts.append(_cells(ordered[:, 0], layout.cells))
             ordered.astype("<u8", copy=False).tofile(stream)
     if len(counts) != layout.lanes:
         raise AssertionError(f"{len(counts)} lanes written, {layout.lanes} announced")
-    with store.create(kind, f"{commit.unit}.cells", outputs=commit.outputs) as path:
+    with store.create(kind, f"{name}.cells", outputs=commit.outputs) as path:
         path.write_bytes(zstandard.compress(np.concatenate(counts).astype("<u4").tobytes()))
 
 
@@ -130,7 +133,7 @@ def plan(store: Store, sources: Sequence[Source], layout: Layout, *, per_lane: i
 def transpose(shuffle: Shuffle) -> None:
     """Write the borders of all partitions in all files, if that was not done before.
 
-    (partitions + 1) x files x 8 bytes: a reducer reads two rows of it. Held in memory, 2.2 GB for 22,400 partitions of 12,500
+    (partitions + 1) x files x 8 bytes: a reducer reads two rows of it. Held in memory, 3.0 GB for 30,000 partitions of 12,500
     files, which are 100 billion documents.
     """
     if exists(f"{shuffle.uri}.json"):
@@ -151,7 +154,7 @@ def transpose(shuffle: Shuffle) -> None:
     with ThreadPoolExecutor(_READERS) as pool:
         for n, places in enumerate(pool.map(column, sources)):
             borders[:, n] = places
-    write_atomically(f"{shuffle.uri}.borders", borders.tobytes())
+    write_atomically(f"{shuffle.uri}.borders", borders.reshape(-1).view(np.uint8).data)
     write_atomically(f"{shuffle.uri}.json", json.dumps({"width": layout.width, "files": list(sources)}).encode())
 
 
@@ -173,9 +176,14 @@ def merge(uri: str, partition: int, *, memory: int) -> Iterator[U64]:
             list(pool.map(lambda run: run.fill(size), (r for r in runs if not len(r.rows))))
             # what is not greater than the least last row of those that go on has been read from every file
             limit = min((r.last for r in runs if r.left), default=None)
-            taken = [r.take(limit) for r in runs]
+            block = _joined([r.take(limit) for r in runs])
             runs = [r for r in runs if r.left or len(r.rows)]
-            yield sort_rows(np.concatenate(taken)) if len(taken) > 1 else taken[0]
+            yield block
+            del block
+
+
+def _joined(sorted_rows: list[U64]) -> U64:
+    return sort_rows(np.concatenate(sorted_rows)) if len(sorted_rows) > 1 else sorted_rows[0]
 
 
 def merge_all(uri: str, partition: int) -> U64:

@@ -60,7 +60,7 @@ def run_dedup(folder: Path, parts, config, *, against=()):
         phase = phases[name] = Phase(name, Store(str(folder / name.replace(" ", "/"))), [])
         while True:
             plan = dedup_plan.Plan(config, 0, phases, phase, against)
-            phase.units, phase.prepare = dedup_plan.LISTINGS[name](plan)
+            phase.units, phase.prepare, _ = dedup_plan.LISTINGS[name](plan)
             if not phase.pending:
                 break
             for step in phase.prepare:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,10 +25,7 @@ from tests.inline import make_config as load_config
 
 ROOT = Path(__file__).parents[2]
 # many small units, so that every phase has some to lose
-SMALL = [
-    *("dedup.documents_per_unit=150", "dedup.partition_bytes=100_000", "dedup.verify_share=1.0", "dedup.write_index=kept"),
-    "dedup.lines=line",
-]
+SMALL = ["dedup.documents_per_unit=150", "dedup.partition_bytes=100_000", "dedup.verify_share=1.0", "dedup.write_index=kept"]
 IN_ROUNDS = ["dedup.cluster_memory=1"]
 COUNT = 1200
 
@@ -60,7 +58,15 @@ def write_jsonl(folder, texts, *, files=6):
 
 def make_config(inputs, output, *overrides, **options):
     defaults = {"text_column": "text", "id_column": "id", "against": []}
-    return configure([str(inputs)], str(output), **defaults | options, overrides=overrides)
+    config = configure([str(inputs)], str(output), **defaults | options, overrides=overrides)
+    # the command writes no texts and does not offer lines; here they are units to be killed like the others
+    return replace(config, dedup=replace(config.dedup, lines="line")) if config.extract.keep_text else config
+
+
+def bytes_of(output):
+    """The table, and the lines to cut."""
+    files = [Path(output) / "keep.parquet", *sorted(Path(output).glob("dedup/*/cuts/cuts/*.parquet"))]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def dedup(inputs, output, *overrides, run_units=in_process, **options):
@@ -74,9 +80,9 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(inputs, tmp_path_factory):
-    """keep.parquet of an undisturbed run, and its bytes."""
-    result = dedup(inputs, tmp_path_factory.mktemp("whole") / "out", *SMALL)
-    return pq.read_table(result.table), Path(result.table).read_bytes()
+    """keep.parquet of an undisturbed run, and the bytes of what it wrote."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return pq.read_table(dedup(inputs, output, *SMALL).table), bytes_of(output)
 
 
 def test_every_row_of_the_inputs_has_a_row_in_their_order(inputs, table):
@@ -109,14 +115,14 @@ def test_clusters_keep_one_document_each_and_catch_most_copies(table):
     ],
 )
 def test_sizes_of_units_and_the_way_to_components_do_not_change_the_table(inputs, table, tmp_path, overrides):
-    result = dedup(inputs, tmp_path / "out", *SMALL, *overrides)
-    assert Path(result.table).read_bytes() == table[1]
+    dedup(inputs, tmp_path / "out", *SMALL, *overrides)
+    assert bytes_of(tmp_path / "out") == table[1]
 
 
 @pytest.mark.ray
 def test_two_workers_write_what_one_process_writes(ray_session, inputs, table, tmp_path):
     result = dedup(inputs, tmp_path / "out", *SMALL, run_units=on_ray())
-    assert Path(result.table).read_bytes() == table[1]
+    assert bytes_of(tmp_path / "out") == table[1]
     assert result.rows == {
         **{"dedup.near": result.rows["dedup.near"], "dedup.exact": result.rows["dedup.exact"], "kept": result.rows["kept"]},
         **{"input.bad_json": 1, "input.no_text": 1},
@@ -171,7 +177,7 @@ def test_against_an_index_of_other_keys_is_refused(tmp_path):
     inputs = write_jsonl(tmp_path / "a", make_texts(20))
     dedup(inputs, tmp_path / "1", "dedup.write_index=kept")
     with pytest.raises(
-        ConfigError, match=r"index: its keys are 'nfd-words-2, 5-grams.*14 bands of 8', expected '.*26 bands of 11'"
+        ConfigError, match=r"1/index.json: its keys are 'nfd-words-2, 5-grams.*14 bands of 8', expected '.*26 bands of 11'"
     ):
         dedup(inputs, tmp_path / "2", "dedup.num_bands=26", "dedup.rows_per_band=11", against=[str(tmp_path / "1")])
 
@@ -206,13 +212,112 @@ def test_a_run_cuts_lines_that_an_earlier_document_has(tmp_path, size):
     assert (kept["fate"], kept["lines_cut"], kept["chars_cut"]) == ("published", [0, 2], 2 * len(menu) + 2)
 
 
+# --- a folder that is used again --------------------------------------------------------------------------------------
+
+
+def kept_of(result):
+    return {r["id"] for r in pq.read_table(result.table).to_pylist() if r["keep"]}
+
+
+def write_texts(path, prefix, texts):
+    path.write_text("".join(json.dumps({"id": f"{prefix}{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
+
+
+@pytest.mark.parametrize("way", [[], IN_ROUNDS])
+def test_inputs_that_come_later_and_sort_first(tmp_path, way):
+    folder, texts = tmp_path / "in", make_texts(40, seed=2)
+    folder.mkdir()
+    write_texts(folder / "b.jsonl", "b", texts)
+    size = ["dedup.documents_per_unit=7", *way]
+    dedup(folder, tmp_path / "out", *size)
+    write_texts(folder / "a.jsonl", "a", texts)
+    result = dedup(folder, tmp_path / "out", *size)
+    write_texts(tmp_path / "c.jsonl", "c", texts)
+    alone = {name.replace("c", "b") for name in kept_of(dedup(tmp_path / "c.jsonl", tmp_path / "alone"))}
+    assert kept_of(result) == alone
+    assert sum(result.rows.values()) == 80
+
+
+def test_fewer_inputs_and_then_all_again(tmp_path):
+    folder, away = tmp_path / "in", tmp_path / "away"
+    folder.mkdir()
+    write_texts(folder / "a.jsonl", "a", ["one two three four five six"])
+    write_texts(folder / "b.jsonl", "b", ["one two three four five six"])
+    one = ["dedup.documents_per_unit=1"]
+    assert kept_of(dedup(folder, tmp_path / "out", *one)) == {"a0"}
+    (folder / "a.jsonl").rename(away)
+    assert kept_of(dedup(folder, tmp_path / "out", *one)) == {"b0"}
+    away.rename(folder / "a.jsonl")
+    assert kept_of(dedup(folder, tmp_path / "out", *one)) == {"a0"}
+
+
+def test_an_index_lasts_until_its_batch_changes(tmp_path):
+    write_texts(tmp_path / "a.jsonl", "a", ["one two three four five six"])
+    write_texts(tmp_path / "b.jsonl", "b", ["one two three four five six"])
+    against = {"against": [str(tmp_path / "1")]}
+    dedup(tmp_path / "a.jsonl", tmp_path / "1", "dedup.write_index=kept")
+    dedup(tmp_path / "a.jsonl", tmp_path / "1")  # again without: what was published stays
+    assert dedup(tmp_path / "b.jsonl", tmp_path / "2", **against).rows == {"dedup.earlier": 1}
+    write_texts(tmp_path / "a.jsonl", "a", ["another text of some more words"])
+    dedup(tmp_path / "a.jsonl", tmp_path / "1", "dedup.write_index=kept")
+    assert dedup(tmp_path / "b.jsonl", tmp_path / "2", **against).rows == {"kept": 1}
+    for file in tmp_path.glob("1/dedup/*/index/commits/*.json"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"the index of .*/1 is not the one that was published; run its batch again"):
+        dedup(tmp_path / "b.jsonl", tmp_path / "2", **against)
+
+
+def test_what_the_command_wrote_is_no_input_of_it(tmp_path):
+    write_texts(tmp_path / "a.jsonl", "a", ["one two three four five six"])
+    for _ in range(2):
+        assert dedup(tmp_path, tmp_path / "out").rows == {"kept": 1}
+
+
+@pytest.mark.parametrize(
+    "overrides, options, message",
+    [
+        (["dedup.keep_rule=newest"], {}, "dedup.keep_rule = 'newest': jsonl inputs have no crawl date; use longest or first"),
+        (["dedup.lines=line"], {}, "gristmill dedup writes none; use gristmill run"),
+        (["dedup.verify_share=1.0", "extract.keep_text=false"], {}, "dedup.verify_share needs the texts: set extract.keep_text"),
+        (["dedup.enabled=false", "dedup.write_index=all"], {}, "enabled = false leaves nothing to do for write_index"),
+        ([], {"text_column": "body"}, "a.jsonl: no column 'body'; it has id, text; set --text-column"),
+        ([], {"id_column": "key"}, "a.jsonl: no column 'key'; it has id, text; set --id-column, or '' if there is none"),
+        ([], {"against": ["OUT"]}, "dedup.against names run.directory"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, overrides, options, message):
+    write_texts(tmp_path / "a.jsonl", "a", ["a text"])
+    options = {k: [str(tmp_path / "out")] if v == ["OUT"] else v for k, v in options.items()}
+    with pytest.raises(ConfigError, match=message):
+        make_config(tmp_path / "a.jsonl", tmp_path / "out", *overrides, **options)
+
+
+def test_a_run_without_any_document_ends_well(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{broken\n")
+    assert dedup(tmp_path / "a.jsonl", tmp_path / "out").rows == {"input.bad_json": 1}
+
+
+def test_a_text_of_five_million_characters_is_a_document(tmp_path):
+    write_texts(tmp_path / "a.jsonl", "a", ["word " * 1_000_000, "word " * 1_000_000])
+    assert dedup(tmp_path / "a.jsonl", tmp_path / "out").rows == {"dedup.exact": 1, "kept": 1}
+
+
 # --- ids and formats --------------------------------------------------------------------------------------------------
 
 
-def test_integer_ids_stay_integers(tmp_path):
-    pq.write_table(pa.table({"id": [7, 8], "text": ["one two three four five six"] * 2}), tmp_path / "a.parquet")
-    result = pq.read_table(dedup(tmp_path / "a.parquet", tmp_path / "out").table)
-    assert result.schema.field("id").type == pa.int64() and result["id"].to_pylist() == [7, 8]
+@pytest.mark.parametrize(
+    "ids", [pa.array([7, -8]), pa.array([2**63 - 1, 5], pa.int64()), pa.array([2**64 - 1, 0], pa.uint64()), pa.array(["1", "2"])]
+)
+def test_ids_keep_the_type_of_the_input(tmp_path, ids):
+    pq.write_table(pa.table({"id": ids, "text": ["one two three four five six"] * 2}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": ids[:0], "text": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    result = pq.read_table(dedup(str(tmp_path / "*.parquet"), tmp_path / "out").table)
+    assert result["id"].combine_chunks() == ids
+
+
+def test_binary_text_is_text(tmp_path):
+    pq.write_table(pa.table({"id": [1], "text": pa.array(["é".encode()], pa.binary())}), tmp_path / "a.parquet")
+    assert dedup(tmp_path / "a.parquet", tmp_path / "out").rows == {"kept": 1}
 
 
 def test_ids_that_only_look_like_integers_stay_strings(tmp_path):
@@ -277,8 +382,8 @@ dedup_files(make_config({str(inputs)!r}, {str(tmp_path / "out")!r}, *{[*SMALL, *
         assert process.returncode in (0, -signal.SIGKILL), process.stderr
         killed += process.returncode != 0
     assert killed >= len(phases) // 2
-    result = dedup(inputs, tmp_path / "out", *SMALL, *way)
-    assert Path(result.table).read_bytes() == table[1]
+    dedup(inputs, tmp_path / "out", *SMALL, *way)
+    assert bytes_of(tmp_path / "out") == table[1]
 
 
 class KillsWorkers(Silent):
@@ -309,5 +414,5 @@ def test_with_a_worker_killed_in_every_phase_the_table_is_the_same_bytes(ray_ses
     kills = KillsWorkers()
     result = dedup_files(make_config(inputs, tmp_path / "out", *SMALL, "run.attempts=5"), kills, on_ray())
     assert result.failed == []
-    assert Path(result.table).read_bytes() == table[1]
+    assert bytes_of(tmp_path / "out") == table[1]
     assert len(set(kills.killed)) >= 4, kills.killed

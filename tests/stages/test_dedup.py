@@ -126,7 +126,7 @@ def test_a_second_batch_keeps_what_one_run_over_both_keeps(tmp_path_factory, fir
     earlier = in_parts(first)
     later = [[d._replace(doc_id=d.doc_id + (3 << 32)) for d in part] for part in in_parts(second)]
     batch = run_dedup(folder / "1", earlier, config)
-    index = Index(batch["dedup index"].store.root, batch["extract"].store.root)
+    index = index_of(batch)
     # the second batch numbers its inputs from 0 again
     alone = [[d._replace(doc_id=d.doc_id - (3 << 32)) for d in part] for part in later]
     table = keep_rows(run_dedup(folder / "2", alone, config, against=[index]))
@@ -146,6 +146,11 @@ def test_a_second_batch_keeps_what_one_run_over_both_keeps(tmp_path_factory, fir
             assert which == "all" or before[row["kept_id"]]["keep"]
 
 
+def index_of(phases):
+    stores = (phases[name].store.root for name in ("dedup index", "extract", "dedup keep"))
+    return Index(*stores, tuple(phases["dedup index"].ordered()))
+
+
 def test_an_index_holds_each_key_of_a_kept_document_once(tmp_path):
     docs = [Doc(0, "a", (1, 2, 3), 9), Doc(1, "b", (1, 2, 4), 5), Doc(2, "c", (8, 8, 8), 1)]
     phases = run_dedup(tmp_path, [docs], DedupConfig(num_bands=3, rows_per_band=2, write_index="kept"))
@@ -159,7 +164,7 @@ def test_two_indexes_are_told_apart(tmp_path):
     indexes = []
     for n in range(2):
         phases = run_dedup(tmp_path / str(n), [[Doc(5, f"old-{n}", (n, n, n))]], config)
-        indexes.append(Index(phases["dedup index"].store.root, phases["extract"].store.root))
+        indexes.append(index_of(phases))
     new = [Doc(0, "new", (7, 1, 7)), Doc(1, "old-0"), Doc(2, "other", (9, 9, 9))]
     table = keep_rows(run_dedup(tmp_path / "new", [new], config, against=indexes))
     assert [(r["keep"], r["kept_in"], r["kept_id"]) for r in table.values()] == [(False, 1, 5), (False, 0, 5), (True, None, 2)]
@@ -208,21 +213,21 @@ def test_stars_do_not_depend_on_where_blocks_end(rows, cuts):
     assert [g["documents"] for g in whole] == [len(m) for m in members.values() if len(m) > 3]
 
 
-def test_similarities_are_measured_and_what_is_not_similar_stays(tmp_path):
+def test_similarities_are_measured_where_asked_for(tmp_path):
     words = [a + b for a in "abcdefghij" for b in "klmnopqrst"]
-    near, far = " ".join(words[:90]), " ".join(words[60:])
     docs = [
         Doc(0, "a", (1, 1, 1), 900, text=" ".join(words)),
-        Doc(1, "b", (1, 2, 2), 800, text=near),
-        Doc(2, "c", (1, 3, 3), 700, text=far),
+        Doc(1, "b", (1, 2, 2), 800, text=" ".join(words[:90])),
+        Doc(2, "c", (1, 3, 3), 700, text=" ".join(words[60:])),
     ]
-    config = DedupConfig(num_bands=3, rows_per_band=2, verify_share=1.0, min_similarity=0.5)
-    phases = run_dedup(tmp_path, [docs], config)
-    table = keep_rows(phases)
+    config = DedupConfig(num_bands=3, rows_per_band=2, verify_share=1.0)
+    phases = run_dedup(tmp_path / "all", [docs], config)
     # 96 5-grams in the whole, 86 in the first 90 words, 36 in the last 40
-    assert [table[d]["similarity"] for d in range(3)] == [None, pytest.approx(86 / 96), pytest.approx(36 / 96)]
-    assert [(table[d]["keep"], table[d]["kept_id"]) for d in range(3)] == [(True, 0), (False, 0), (True, 2)]
-    assert phases["dedup keep"].commits["00000"].totals["restored"] == 1
+    similarities = [keep_rows(phases)[d]["similarity"] for d in range(3)]
+    assert similarities == [None, pytest.approx(86 / 96), pytest.approx(36 / 96)]
+    assert phases["dedup keep"].commits["00000"].totals["measured"] == 2
+    without = keep_rows(run_dedup(tmp_path / "none", [docs], CONFIG))
+    assert [row["similarity"] for row in without.values()] == [None] * 3
 
 
 def test_who_loses_too_much_is_named(tmp_path):
@@ -232,3 +237,9 @@ def test_who_loses_too_much_is_named(tmp_path):
     phases = run_dedup(tmp_path, [copies + others + few], CONFIG)
     wiped = phases["dedup alarm"].commits["00000"].extra["wiped"]
     assert wiped == [{"kind": "host", "documents": 30, "dropped": 29, "example": 0}]
+
+
+def test_more_files_than_a_worker_s_memory_can_read_at_once_are_refused(tmp_path):
+    config = DedupConfig(num_bands=3, rows_per_band=2, documents_per_unit=1, memory=700_000)
+    with pytest.raises(ValueError, match=r"reads 3 files at once, which takes 768,000 bytes; dedup.memory is 700,000. Raise it"):
+        run_dedup(tmp_path, [[Doc(n << 32)] for n in range(3)], config)

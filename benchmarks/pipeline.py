@@ -11,7 +11,6 @@ FineWeb recipe; it does no perplexity, quality model or tokenising, so neither d
 import argparse
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.watch import cpu_of_descendants
 from pipeline import explain
 from pipeline.config import Config, load
 from pipeline.engine import Done, in_process
@@ -58,7 +58,7 @@ def settings(pages: Path, run: Path, name: str) -> Config:
     """The benchmark's configuration: FineWeb's recipe (commoncrawl.toml) with one of the engines."""
     return load(
         ROOT / "configs" / "commoncrawl.toml",
-        [f'input.paths=["{pages}/*.warc.gz"]', f"run.directory={run}", f"extract.engine={name}", "dedup.partitions=16"],
+        [f'input.paths=["{pages}/*.warc.gz"]', f"run.directory={run}", f"extract.engine={name}"],
     )
 
 
@@ -66,35 +66,17 @@ def with_ray(config: Config) -> tuple[float, float]:
     """Wall and CPU seconds of the command as a user runs it: the driver, Ray's own processes and every worker."""
     command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "configs" / "commoncrawl.toml")]
     command += [f'input.paths=["{config.input.paths[0]}"]', f"run.directory={config.run.directory}"]
-    command += [f"extract.engine={config.extract.engine}", "dedup.partitions=16"]
+    command += [f"extract.engine={config.extract.engine}"]
     # GNU time cannot see Ray's daemons; a cgroup-free way is to sum what /proc says of the session's processes
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     seen: dict[int, float] = {}
     while process.poll() is None:
-        seen |= _cpu_of_descendants(process.pid)
+        seen |= cpu_of_descendants(process.pid)
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"the run failed with exit code {process.returncode}")
     return time.monotonic() - start, sum(seen.values())
-
-
-def _cpu_of_descendants(root: int) -> dict[int, float]:
-    """CPU seconds so far of every live descendant of a process, and of the process itself, by pid."""
-    tick, parents, cpu = os.sysconf("SC_CLK_TCK"), {}, {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry)] = int(fields[1])
-            cpu[int(entry)] = (int(fields[11]) + int(fields[12])) / tick
-    found, wave = {root}, {root}
-    while wave:
-        wave = {p for p, parent in parents.items() if parent in wave} - found
-        found |= wave
-    return {pid: cpu[pid] for pid in found if pid in cpu}
 
 
 def without_ray(config: Config) -> dict[str, float]:

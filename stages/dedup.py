@@ -38,6 +38,7 @@ GIANT = 10_000  # documents of a bucket that is worth a line in the log
 EARLIER = 1 << 63
 _INDEX_BITS = 56
 _EDGES_AT_ONCE = 1_000_000
+_ROWS_AT_ONCE = 1_000_000  # of a block, which may be hundreds of megabytes: what is made of it need not be
 EDGES = Layout(width=2, lanes=1, cells=1 << 16)
 
 
@@ -55,8 +56,8 @@ class DedupConfig:
 
     `lines`: remove lines, or paragraphs, that an earlier document of the batch holds already (CCNet, Dolma).
 
-    Sizes: `documents_per_unit` are sorted into one file (about 350 bytes of memory each); a unit works on `partition_bytes` of
-    rows at once (about four times that in memory, and 0.1 GB); a graph that needs more than `cluster_memory` bytes is
+    Sizes: `documents_per_unit` are sorted into one file (about 450 bytes of memory each); a unit works on `partition_bytes` of
+    rows at once (about four times that in memory, and 0.2 GB); a graph that needs more than `cluster_memory` bytes is
     clustered in rounds on all workers instead of in one process.
     """
 
@@ -181,7 +182,7 @@ def match_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 def _counted(blocks: Iterator[U64], commit: Commit) -> Iterator[U64]:
     for block in blocks:
         commit.rows_in += len(block)
-        yield block
+        yield from (block[n : n + _ROWS_AT_ONCE] for n in range(0, len(block), _ROWS_AT_ONCE))
 
 
 def stars(blocks: Iterator[U64], giants: list[dict[str, Any]]) -> Iterator[U64]:

@@ -183,7 +183,11 @@ def merge(uri: str, partition: int, *, memory: int) -> Iterator[U64]:
 
 
 def _joined(sorted_rows: list[U64]) -> U64:
-    return sort_rows(np.concatenate(sorted_rows)) if len(sorted_rows) > 1 else sorted_rows[0]
+    if len(sorted_rows) == 1:
+        return sorted_rows[0]
+    rows = np.concatenate(sorted_rows)
+    sorted_rows.clear()  # before memory is needed for sorting
+    return sort_rows(rows)
 
 
 def merge_all(uri: str, partition: int) -> U64:
@@ -219,11 +223,14 @@ class _Run:
         self.rows = _read(self.uri, self.start * self.width, end * self.width).reshape(-1, self.width)
         self.start = end
         if self.tag:
+            self.rows = self.rows.copy()
             self.rows[:, 1] |= np.uint64(self.tag)
 
     def take(self, limit: tuple[int, int] | None) -> U64:
         count = len(self.rows) if limit is None else self._place(limit)
         taken, self.rows = self.rows[:count], self.rows[count:]
+        if not len(self.rows):
+            self.rows = np.empty((0, self.width), np.uint64)  # a view would keep alive what has been taken
         return taken
 
     def _place(self, limit: tuple[int, int]) -> int:
@@ -238,7 +245,7 @@ def _read(uri: str, start: int, stop: int) -> U64:
     data = fs.cat_file(path, int(start) * 8, int(stop) * 8)
     if len(data) != (stop - start) * 8:
         raise ValueError(f"{uri}: {len(data)} bytes at {start * 8}, expected {(stop - start) * 8}; it is not whole")
-    return np.frombuffer(data, "<u8").astype(np.uint64)
+    return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)
 
 
 # --- groups of rows ---------------------------------------------------------------------------------------------------

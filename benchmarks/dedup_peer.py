@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks import dedup
+from benchmarks import texts as sources
 from benchmarks.watch import MB, Usage, Watch, peak_bytes, watched
 
 ROOT = Path(__file__).parents[1]
@@ -91,16 +91,16 @@ def peer(data: Path, python: str, count: int) -> None:
 
 def documents(data: Path, count: int) -> dict[str, str]:
     """Texts by id, shuffled."""
-    pages = [t for t in dedup.documentation(data) if 200 <= len(t) <= MAX_CHARS]
-    rng = dedup.seeded("peer", count)
+    pages = [t for t in sources.documentation(data) if 200 <= len(t) <= MAX_CHARS]
+    rng = sources.seeded("peer", count)
     rng.shuffle(pages)
     planted, repeated = count // 10, count // 40
-    leads = dedup.leads(data)
-    originals = list(islice(chain(dedup.web_pages(data), leads, pages), count - planted - repeated))
-    long = [t for t in (*dedup.web_pages(data), *pages) if len(t.split()) >= 100 and len(t) <= MAX_CHARS]
+    leads = sources.leads(data)
+    originals = list(islice(chain(sources.web_pages(data), leads, pages), count - planted - repeated))
+    long = [t for t in (*sources.web_pages(data), *pages) if len(t.split()) >= 100 and len(t) <= MAX_CHARS]
     filler = sorted({word for text in long[:200] for word in text.split()})
     copies = [
-        dedup.plant(text, 0.5 + 0.45 * rng.random(), filler, rng)
+        sources.plant(text, 0.5 + 0.45 * rng.random(), filler, rng)
         for text in (long[n] for n in rng.integers(0, len(long), planted))
     ]
     again = [leads[n].upper().replace("1", "2") for n in rng.integers(0, 200, repeated)]
@@ -200,7 +200,7 @@ def _their_result(folder: Path) -> tuple[set[str], Labels]:
     for kind in ("kept", "dropped"):
         for path in (folder / kind).glob("*.jsonl"):
             for row in map(json.loads, path.read_text("utf-8").strip("\n").split("\n")):
-                cluster = row["metadata"]["minhash_cluster_id"]
+                cluster = row["metadata"].get("minhash_cluster_id", -1)
                 labels[row["id"]] = row["id"] if cluster == -1 else cluster
                 kept |= {row["id"]} if kind == "kept" else set()
     return kept, labels
@@ -241,4 +241,4 @@ def _neighbours_apart(here: Labels, there: Labels) -> list[tuple[str, str]]:
 
 
 def _true(a: str, b: str) -> float:
-    return dedup.jaccard(dedup.shingles(a), dedup.shingles(b))
+    return sources.jaccard(sources.shingles(a), sources.shingles(b))

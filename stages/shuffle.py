@@ -142,18 +142,17 @@ def transpose(shuffle: Shuffle) -> None:
     in_lane = np.linspace(0, layout.cells, shuffle.per_lane + 1).astype(np.int64)
     edges = np.append((np.arange(layout.lanes)[:, None] * layout.cells + in_lane[None, :-1]).ravel(), layout.lanes * layout.cells)
 
-    def column(source: Source) -> U64:
-        counts = np.frombuffer(zstandard.decompress(read_bytes(f"{source.uri}.cells")), "<u4")
+    borders = np.zeros((len(edges), len(sources)), "<u8")
+
+    def fill(n: int) -> None:
+        counts = np.frombuffer(zstandard.decompress(read_bytes(f"{sources[n].uri}.cells")), "<u4")
         if len(counts) != layout.lanes * layout.cells:
             expected = f"{layout.lanes} x {layout.cells}"
-            raise ValueError(f"{source.uri}.cells: {len(counts)} cells, expected {expected}; it was made under other settings")
-        places: U64 = np.append(np.uint64(0), counts.cumsum(dtype=np.uint64))[edges]
-        return places
+            raise ValueError(f"{sources[n].uri}.cells: {len(counts)} cells, expected {expected}; it was made otherwise")
+        borders[:, n] = np.append(np.uint64(0), counts.cumsum(dtype=np.uint64))[edges]
 
-    borders = np.zeros((len(edges), len(sources)), "<u8")
     with ThreadPoolExecutor(_READERS) as pool:
-        for n, places in enumerate(pool.map(column, sources)):
-            borders[:, n] = places
+        list(pool.map(fill, range(len(sources))))
     write_atomically(f"{shuffle.uri}.borders", borders.reshape(-1).view(np.uint8).data)
     write_atomically(f"{shuffle.uri}.json", json.dumps({"width": layout.width, "files": list(sources)}).encode())
 

@@ -98,7 +98,7 @@ def test_partitions_are_as_large_as_memory_allows_and_a_range_is_worth_a_request
 
 def test_a_file_of_another_grid_is_refused(tmp_path):
     store, sources = write_files(tmp_path, [[[(1, 1)]]], Layout(width=2, lanes=1, cells=2))
-    with pytest.raises(ValueError, match=r"f0.cells: 2 cells, expected 1 x 4; it was made under other settings"):
+    with pytest.raises(ValueError, match=r"f0.cells: 2 cells, expected 1 x 4; it was made otherwise"):
         transposed(store, sources, Layout(width=2, lanes=1, cells=4))
 
 

@@ -102,6 +102,7 @@ def run(
                 state = "published" if published.new else "unchanged, published before:"
                 out.print(f"\n[bold]{published.name}[/bold] {state} {published.uri}", soft_wrap=True)
             out.print(f"report {page}", soft_wrap=True)
+        _print_alarm(settings.run.directory)
         if outcome.failed:
             raise typer.Exit(3)
 
@@ -154,8 +155,17 @@ def dedup(
                 table.add_row(rule, f"{count:,}", f"{count / total:.1%}")
             out.print(table)
             out.print(f"{result.clusters:,} clusters\n{result.table}\nreport {page}", soft_wrap=True)
+        _print_alarm(config.run.directory)
         if result.failed:
             raise typer.Exit(3)
+
+
+def _print_alarm(root: str) -> None:
+    from pipeline.explain import alarm
+
+    message = alarm(root)
+    if message is not None:
+        err.print(f"[yellow]alarm[/yellow] {message}", soft_wrap=True)
 
 
 def _brief(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +173,8 @@ def _brief(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_plan(phases: list[Any], as_json: bool) -> None:
+    from pipeline.dedup_plan import OPTIONAL
+
     rows = [{"phase": p.name, "units": len(p.units), "pending": len(p.pending), "store": p.store.root} for p in phases]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -170,6 +182,8 @@ def _print_plan(phases: list[Any], as_json: bool) -> None:
     table = Table("phase", "units", "done", "to do", box=None)
     table.add_column("folder", overflow="fold")
     for row, phase in zip(rows, phases, strict=True):
+        if phase.name in OPTIONAL and not phase.units:
+            continue
         done = len(phase.units) - len(phase.pending)
         table.add_row(phase.name, str(row["units"]), str(done), str(row["pending"]), phase.store.root)
     out.print(table)

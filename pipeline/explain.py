@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,18 @@ def run_funnel(root: str) -> list[FunnelRow]:
     """The funnel of a run as far as it has come."""
     commits = all_commits(root, read_state(root))
     return funnel(commits["extract"], commits["dedup keep"], commits["refine"], commits["pack"])
+
+
+def alarm(root: str) -> str | None:
+    """A sentence on who lost nearly everything to dedup, None if nobody did; the report names them."""
+    state = read_state(root)
+    wiped = list(dedup_plan.wiped(store_of(root, state, "dedup alarm").listed_commits()))
+    if not wiped:
+        return None
+    kinds = Counter(w["kind"] for w in wiped)
+    counted = ", ".join(f"{count:,} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
+    share = float(state["config"]["dedup.alarm_share"]["value"])
+    return f"dedup dropped over {share:.0%} of the documents of {counted}; see Duplicates in the report"
 
 
 def status(root: str) -> dict[str, Any]:

@@ -212,6 +212,17 @@ def test_a_run_cuts_lines_that_an_earlier_document_has(tmp_path, size):
     assert (kept["fate"], kept["lines_cut"], kept["chars_cut"]) == ("published", [0, 2], 2 * len(menu) + 2)
 
 
+def test_an_alarm_is_raised_when_an_input_loses_nearly_everything(tmp_path):
+    write_texts(tmp_path / "a.jsonl", "a", make_texts(30, seed=3))
+    write_texts(tmp_path / "b.jsonl", "b", make_texts(30, seed=3))
+    dedup(str(tmp_path / "*.jsonl"), tmp_path / "out")
+    assert explain.alarm(str(tmp_path / "out")) == (
+        "dedup dropped over 90% of the documents of 1 input; see Duplicates in the report"
+    )
+    dedup(str(tmp_path / "*.jsonl"), tmp_path / "out", "dedup.alarm_documents=31")
+    assert explain.alarm(str(tmp_path / "out")) is None
+
+
 # --- a folder that is used again --------------------------------------------------------------------------------------
 
 

@@ -15,9 +15,9 @@ from pipeline.engine import RunUnits
 from pipeline.explain import all_commits, store_of
 from pipeline.run import Progress, execute, read_state
 from stages.fetch import FetchOptions, expand_inputs, local_copy
-from stages.ledger import Store
+from stages.ledger import Commit, Store
 from stages.parts import read_columns
-from stages.records import InputConfig, columns_of, id_type
+from stages.records import InputConfig, columns_of
 
 FORMATS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
 _ALONE = (
@@ -49,9 +49,10 @@ def configure(
         "dedup.against": list(against),
     }
     given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
-    if load(None, given).dedup.lines != "off":
+    asked = load(None, given).dedup
+    if asked.lines != "off":
         raise ConfigError("dedup.lines changes texts, and gristmill dedup writes none; use gristmill run")
-    verified = ["extract.keep_text=true"] if load(None, given).dedup.verify_share else []
+    verified = ["extract.keep_text=true"] if asked.verify_share else []
     config = load(None, [*_ALONE, *verified, *given])
     _require_columns(files[0], config.input)
     return config
@@ -103,7 +104,7 @@ def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Resu
     state = read_state(root)
     commits = all_commits(root, state)
     with Store(root).create("keep.parquet", outputs=[]) as temporary:
-        _write(temporary, config, commits, state)
+        _write(temporary, root, commits, state)
     rows: Counter[str] = Counter()
     for commit in commits["extract"]:
         rows.update({rule: count for rule, count in commit.counts.items() if rule != "kept"})
@@ -114,12 +115,12 @@ def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Resu
     return Result(dict(sorted(rows.items())), clusters, failed, f"{root}/keep.parquet")
 
 
-def _write(path: Path, config: Config, commits: dict[str, list[Any]], state: dict[str, Any]) -> None:
-    documents, kept = (store_of(config.run.directory, state, phase) for phase in ("extract", "dedup keep"))
+def _write(path: Path, root: str, commits: dict[str, list[Commit]], state: dict[str, Any]) -> None:
+    documents, kept = (store_of(root, state, phase) for phase in ("extract", "dedup keep"))
     parts = [(c.unit, documents.uri(c.outputs[0]["path"])) for c in commits["extract"]]
     found = [("cluster_id", pa.uint64()), ("cluster_size", pa.int64()), ("keep", pa.bool_()), ("rule", pa.string())]
     place = [("path", pa.string()), ("row", pa.int64())]
-    schema = pa.schema([("id", _id_type(config, [uri for _, uri in parts])), *found, *place])
+    schema = pa.schema([("id", _id_type(commits["extract"], [uri for _, uri in parts])), *found, *place])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for unit, uri in parts:
             rows = read_columns(uri, ["doc_id", "source_id", "warc_file", "warc_offset", "rejected_by"])
@@ -143,14 +144,10 @@ def _joined(rows: pa.Table, keep: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _id_type(config: Config, uris: Sequence[str]) -> pa.DataType:
+def _id_type(extracted: Sequence[Commit], uris: Sequence[str]) -> pa.DataType:
     """Integers stay integers, of the inputs' type: ids are what the table is joined by."""
-    paths = [read_columns(uri, ["warc_file"])["warc_file"][:1].to_pylist() for uri in uris]
-    types = set()
-    for path in (p for found in paths for p in found):
-        with local_copy(path, options=config.fetch) as local:
-            types.add(id_type(local, config.input))
-    [found] = types if len(types) == 1 else [pa.string()]
+    types = {commit.extra.get("id_type", "string") for commit in extracted}
+    found = pa.type_for_alias(types.pop()) if len(types) == 1 else pa.string()
     if not pa.types.is_integer(found):
         return pa.string()
     ids = (read_columns(uri, ["source_id"])["source_id"] for uri in uris)

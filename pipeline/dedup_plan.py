@@ -79,11 +79,6 @@ def _published_index(path: str, config: DedupConfig) -> Index:
     return Index(root, documents, kept, tuple(commits[name] for name in entry["units"]))
 
 
-def indexes_identity(config: DedupConfig) -> str:
-    """Changes when anything in `against` does."""
-    return digest([_digests(index.commits) for index in published_indexes(config)])
-
-
 def publish_index(run: str, index: Index) -> None:
     """Let later batches find this one's index, in place of an earlier one of the same run; done last."""
     entry: dict[str, Any] = {name: getattr(index, name).removeprefix(f"{run}/") for name in ("root", "documents", "keep")}

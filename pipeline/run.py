@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
-def stage_keys(config: Config) -> dict[str, str]:
+def stage_keys(config: Config, indexes: Sequence[dedup_plan.Index]) -> dict[str, str]:
     """Key of each stage: a hash of the stage above, the stage's version and every setting that can change its output.
 
     The extract key has two halves, content and policy: parts of the same content under another policy can be judged anew
@@ -72,7 +72,7 @@ def stage_keys(config: Config) -> dict[str, str]:
     reads = {k: models.get(k) for k in _EXTRACT_READS}
     content = digest([_without_paths(extract.content_settings(plan)), reads, _filter_models(config.extract.filters, models)])
     keys = {"extract": content[:8] + digest(extract.policy_settings(plan))[:8]}
-    earlier = dedup_plan.indexes_identity(config.dedup)
+    earlier = [[c.digest for c in index.commits] for index in indexes]
     graph = [keys["extract"], dedup.VERSION, config.dedup.enabled, config.dedup.signature, earlier]
     keys["graph"] = digest(graph)
     keys["dedup"] = digest([graph, [getattr(config.dedup, name) for name in _POLICY], config.run.seed])
@@ -187,10 +187,10 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.root = config.run.directory
-        self.keys = stage_keys(config)
+        self.indexes = dedup_plan.published_indexes(config.dedup)
+        self.keys = stage_keys(config, self.indexes)
         self.tasks = {task.phase: task for task in _tasks(config)}
         self.invocation = uuid.uuid4().hex[:12]
-        self.indexes = dedup_plan.published_indexes(config.dedup)
 
     def store(self, phase: str) -> Store:
         """Where a phase keeps its units."""

@@ -227,8 +227,9 @@ def star_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     small-star uses those to smaller neighbours.
     """
     commit = Commit(unit.name, unit.fingerprint)
-    # a node may have more neighbours than memory holds: as many sorted files as it takes
-    for number, edges in enumerate(_gathered(_round(unit.task, config), size=config.partition_bytes // 64)):
+    # a node may have more neighbours than memory holds: as many sorted files as it takes, each from edges (16 bytes) of a
+    # quarter of a partition
+    for number, edges in enumerate(_gathered(_round(unit.task, config), size=config.partition_bytes // (4 * 16))):
         both = np.concatenate([edges, edges[:, ::-1]])
         both[:, 0] = mix(both[:, 0])
         ordered = shuffle.sort_rows(both)

@@ -28,7 +28,7 @@ from stages.document import NamedFilter, document_schema, make_doc_id, sampled, 
 from stages.extractor import Extractor, ExtractorOptions, Gate, Page, ResiliparseOptions, TrafilaturaOptions
 from stages.fetch import FetchOptions, fingerprint, local_copy
 from stages.ledger import Commit, Store, Unit
-from stages.records import InputConfig, TextRecord, read_texts
+from stages.records import InputConfig, TextRecord, id_type, read_texts
 from stages.warc import ReadStats, Record, read_records
 
 VERSION = 1
@@ -87,7 +87,7 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
     if donated is not None:
         rows, before = donated
         totals = {k: v for k, v in before.totals.items() if k != "child_cpu_seconds"}
-        commit.rows_in, commit.totals, commit.extra = before.rows_in, totals, {"reapplied": True}
+        commit.rows_in, commit.totals, commit.extra = before.rows_in, totals, before.extra | {"reapplied": True}
         commit.counts = {k: n for k, n in before.counts.items() if k.removeprefix("warc.") in _NO_DOCUMENT}
         _write(rows, commit, plan, store)
         return commit
@@ -103,6 +103,7 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
             commit.counts |= {f"warc.{r}": stats.skipped[r] for r in _NO_DOCUMENT if stats.skipped[r]}
         else:
             _write(_text_rows(path, unit, plan), commit, plan, store)
+            commit.extra["id_type"] = id_type(path, plan.input)  # here, where the file is at hand
             commit.rows_in = sum(commit.counts.values())
         _require_unchanged(unit)
     return commit

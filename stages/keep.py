@@ -54,7 +54,7 @@ _PAIRS_AT_ONCE = 512
 def rank_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     """Candidates of a group. `unit.task`: {"group", "parts": [PartRef...] ([]: earlier batches), "labels": shuffle URI}."""
     commit = Commit(unit.name, unit.fingerprint)
-    labels, group = merge_all(unit.task["labels"], unit.task["group"]), unit.task["group"]
+    labels, group = merge_all(unit.task["labels"], unit.task["group"], width=2), unit.task["group"]
     commit.rows_in = len(labels)
     parts = [PartRef(*p) for p in unit.task["parts"]]
     rows = (
@@ -170,8 +170,8 @@ def keep_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     """The keep table of a group's parts. `unit.task`: {"group", "parts", "labels", "verdicts": shuffle URIs or None, "seed"}."""
     commit = Commit(unit.name, unit.fingerprint)
     task = unit.task
-    labels = merge_all(task["labels"], task["group"]) if task["labels"] else np.empty((0, 2), np.uint64)
-    verdicts = merge_all(task["verdicts"], task["group"]) if task["verdicts"] else np.empty((0, 5), np.uint64)
+    labels = merge_all(task["labels"], task["group"], width=2) if task["labels"] else np.empty((0, 2), np.uint64)
+    verdicts = merge_all(task["verdicts"], task["group"], width=5) if task["verdicts"] else np.empty((0, 5), np.uint64)
     counts: Counter[str] = Counter()
     losses, largest = [np.empty((0, 4), np.uint64)], _largest(verdicts)
     for part in (PartRef(*p) for p in task["parts"]):

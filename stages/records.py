@@ -41,14 +41,13 @@ def columns_of(path: Path, config: InputConfig) -> list[str]:
     return list(next((row for row in _jsonl_rows(path) if isinstance(row, dict)), {}))
 
 
-def id_type(path: Path, config: InputConfig) -> pa.DataType:
-    """Type of the id column of a Parquet file; of JSONL, int64 if its first good row has an integer."""
-    if not config.id_column:
-        return pa.string()
+def id_type(path: Path, config: InputConfig) -> str:
+    """Arrow's name of the id column's type if it holds integers (JSONL: if its first good row has one), else 'string'."""
     if config.format == "parquet":
-        return pq.read_schema(path).field(config.id_column).type
+        kind = pq.read_schema(path).field(config.id_column).type if config.id_column else pa.string()
+        return str(kind) if pa.types.is_integer(kind) else "string"
     first: dict[str, Any] = next((row for row in _jsonl_rows(path) if isinstance(row, dict)), {})
-    return pa.int64() if type(first.get(config.id_column)) is int else pa.string()
+    return "int64" if type(first.get(config.id_column)) is int else "string"
 
 
 class TextRecord(NamedTuple):

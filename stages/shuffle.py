@@ -161,9 +161,10 @@ def transpose(shuffle: Shuffle) -> None:
 
 
 def merge(uri: str, partition: int, *, memory: int) -> Iterator[U64]:
-    """Rows of a partition, ascending by their first two columns at least, in blocks that hold about `memory` bytes at most.
+    """Rows of a partition, ascending by their first two columns at least, in blocks.
 
-    Rows of one key may come in several blocks, the smallest first.
+    A block holds about `memory` bytes at most, or MIN_READ for each file if that is more. Rows of one key may come in several
+    blocks, the smallest first.
     """
     manifest = json.loads(read_bytes(f"{uri}.json"))
     width, files = manifest["width"], manifest["files"]
@@ -189,13 +190,9 @@ def _joined(sorted_rows: list[U64]) -> U64:
     return sort_rows(rows)
 
 
-def merge_all(uri: str, partition: int) -> U64:
+def merge_all(uri: str, partition: int, *, width: int) -> U64:
     """All rows of a small partition."""
-    return np.concatenate([_empty(uri), *merge(uri, partition, memory=1 << 40)])
-
-
-def _empty(uri: str) -> U64:
-    return np.empty((0, json.loads(read_bytes(f"{uri}.json"))["width"]), np.uint64)
+    return np.concatenate([np.empty((0, width), np.uint64), *merge(uri, partition, memory=1 << 40)])
 
 
 @dataclass

@@ -102,7 +102,7 @@ def test_what_show_prints_is_a_config_that_loads_to_the_same(config, tmp_path):
     ],
 )
 def test_a_change_touches_its_stage_and_those_below(config, override, changed):
-    before, after = stage_keys(config("")), stage_keys(config("", override))
+    before, after = stage_keys(config(""), ()), stage_keys(config("", override), ())
     assert [stage for stage in before if before[stage] != after[stage]] == changed
 
 
@@ -110,7 +110,7 @@ def test_a_change_touches_its_stage_and_those_below(config, override, changed):
     "override", ["gopher_quality.word_count=[60, 1000]", "dedup.num_bands=26", "extract.keep_rejected_text=1.0"]
 )
 def test_policy_keeps_the_content_half_of_the_extract_key(config, override):
-    before, after = stage_keys(config(""))["extract"], stage_keys(config("", override))["extract"]
+    before, after = stage_keys(config(""), ())["extract"], stage_keys(config("", override), ())["extract"]
     assert before[:8] == after[:8] and before[8:] != after[8:]
 
 
@@ -120,11 +120,11 @@ def test_a_model_is_known_by_its_content_and_not_by_its_place(config, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for folder in (tmp_path, tmp_path / "elsewhere"):
         (folder / "lid.ftz").write_bytes(BUNDLED.read_bytes())
-    here, there = (stage_keys(config("", f"language.model={f}/lid.ftz")) for f in (tmp_path, tmp_path / "elsewhere"))
+    here, there = (stage_keys(config("", f"language.model={f}/lid.ftz"), ()) for f in (tmp_path, tmp_path / "elsewhere"))
     assert here == there
     (tmp_path / "lid.ftz").write_bytes(b"another model")
-    assert stage_keys(config("", f"language.model={tmp_path}/lid.ftz"))["extract"][:8] != here["extract"][:8]
+    assert stage_keys(config("", f"language.model={tmp_path}/lid.ftz"), ())["extract"][:8] != here["extract"][:8]
 
 
 def test_another_engine_is_other_content(config):
-    assert stage_keys(config(""))["extract"][:8] != stage_keys(config("", "extract.engine=resiliparse"))["extract"][:8]
+    assert stage_keys(config(""), ())["extract"][:8] != stage_keys(config("", "extract.engine=resiliparse"), ())["extract"][:8]

@@ -272,10 +272,13 @@ def test_an_index_lasts_until_its_batch_changes(tmp_path):
     write_texts(tmp_path / "a.jsonl", "a", ["another text of some more words"])
     dedup(tmp_path / "a.jsonl", tmp_path / "1", "dedup.write_index=kept")
     assert dedup(tmp_path / "b.jsonl", tmp_path / "2", **against).rows == {"kept": 1}
-    for file in tmp_path.glob("1/dedup/*/index/commits/*.json"):
-        file.unlink()
-    with pytest.raises(ConfigError, match=r"the index of .*/1 is not the one that was published; run its batch again"):
-        dedup(tmp_path / "b.jsonl", tmp_path / "2", **against)
+    [file] = tmp_path.glob("1/dedup/*/index/commits/*.json")
+    commit = json.loads(file.read_text())
+    commit["outputs"][0]["sha256"] = "0" * 64  # as when its batch was begun again and did not come to its end
+    for spoil in (lambda: file.write_text(json.dumps(commit)), file.unlink):
+        spoil()
+        with pytest.raises(ConfigError, match=r"the index of .*/1 is not the one that was published; run its batch again"):
+            dedup(tmp_path / "b.jsonl", tmp_path / "2", **against)
 
 
 def test_what_the_command_wrote_is_no_input_of_it(tmp_path):

@@ -313,6 +313,15 @@ def test_a_unit_that_kills_its_worker_again_and_again_is_recorded_as_failed(ray_
     assert ends["good"].commit.rows_in == 7
 
 
+def test_a_stage_that_asks_for_more_memory_than_any_node_has_still_runs(ray_session, tmp_path):
+    from pipeline.engine import Resources, Task
+    from stages.ledger import Store, Unit
+
+    task = Task(_die_or_work, None, Store(str(tmp_path)), 2, "i")  # Ray would wait for such a node for ever
+    [done] = on_ray()("large", task, [Unit("good", "f", {"die": False})], Resources(1.0, 10**15))
+    assert done.commit.rows_in == 7
+
+
 def _die_or_work(unit, plan, store):
     from stages.ledger import Commit
 

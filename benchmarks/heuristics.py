@@ -110,7 +110,7 @@ def extracted(warc: Path) -> list[str]:
 def scores(text: str) -> dict[str, dict[str, float]]:
     view, result = TextView(text), {}
     for name, heuristic in HEURISTICS.items():
-        view = heuristic.edit(view) if name == "c4" else view
+        view = heuristic.edit(view)[0] if name == "c4" else view
         result[name] = heuristic.measure(view)
     return result
 

@@ -3,6 +3,9 @@
 A filter is a frozen dataclass in `filters/<name>.py`, called <Name> in CamelCase. Every field of type `Bound` is a rule:
 its name is at once the score that `measure` returns, the Arrow column, the reject reason, the report row, the TOML key and
 the command-line override (`gopher_quality.word_count`). Adding a filter is one file and one word in a config.
+
+What a filter may have besides: fields of type `File` (models, lists: known by their content, not by their path), `notes`
+(names of text columns that `measure` fills), `edit` (it changes the text too), `check` (what must hold before a run starts).
 """
 
 import dataclasses
@@ -34,10 +37,29 @@ def _low_to_high(value: tuple[float, float] | None) -> tuple[float, float] | Non
 Bound = Annotated[tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_low_to_high)]
 
 
+# Paths to files or folders that every worker can read; "" when none is named.
+File = Annotated[str, "file"]
+Files = Annotated[tuple[str, ...], "files"]
+
+Measured = dict[str, Any]  # a float per rule, then a string or None per note
+
+
 class Filter(Protocol):
-    def measure(self, view: Any) -> dict[str, float]:
-        """Score a document; total: defined for every string, one score per Bound field, in field order."""
+    """What every filter has. The names of `notes` and of `tallied`, those of them whose values are few enough to be counted,
+    are class variables; both are () for a filter that lacks them.
+    """
+
+    def measure(self, view: Any) -> Measured:
+        """Score a document; total: defined for every string, one score per Bound field, in field order, then the notes."""
         ...
+
+
+def apply(filter: Any, view: Any) -> tuple[Any, Measured]:
+    """The document as the filter hands it on, and what it measured. Only filters with a method `edit` change a document."""
+    if hasattr(filter, "edit"):
+        edited: tuple[Any, Measured] = filter.edit(view)
+        return edited
+    return view, filter.measure(view)
 
 
 class Rejection(NamedTuple):
@@ -54,8 +76,19 @@ def rules(filter: Any) -> dict[str, tuple[float, float] | None]:
 
 
 def settings(filter: Any) -> dict[str, Any]:
-    """The fields of a filter that change what is measured, as opposed to where the limits lie."""
-    return {f.name: getattr(filter, f.name) for f in dataclasses.fields(filter) if f.type is not Bound}
+    """The fields of a filter that change what is measured, as opposed to where the limits lie; files not, see `files`."""
+    return {f.name: getattr(filter, f.name) for f in dataclasses.fields(filter) if f.type not in (Bound, File, Files)}
+
+
+def files(section: Any) -> dict[str, tuple[str, ...]]:
+    """The paths that a filter, or any other section, reads by the names of their fields."""
+    paths = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.type in (File, Files)}
+    return {name: found if isinstance(found, tuple) else (found,) * bool(found) for name, found in paths.items()}
+
+
+def notes(filter: Any) -> tuple[str, ...]:
+    """Names of the text columns that a filter fills besides its scores."""
+    return tuple(getattr(filter, "notes", ()))
 
 
 def first_failure(name: str, filter: Any, scores: Mapping[str, float]) -> Rejection | None:
@@ -70,11 +103,13 @@ def first_failure(name: str, filter: Any, scores: Mapping[str, float]) -> Reject
 
 
 def available() -> list[str]:
-    """Names of the modules in this package that hold a filter."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_FILTERS)
+    """Names of the modules in this package that hold a filter, that is, a class of their own name."""
+    modules = (m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SECTIONS)
+    return sorted(name for name in modules if hasattr(importlib.import_module(f"filters.{name}"), _class_name(name)))
 
 
-_NOT_FILTERS = {"text", "url_policy", "opt_out", "pii", "language"}
+# policy that has a place of its own in the pipeline, and is no link of a stage's chain
+_SECTIONS = {"url_policy", "opt_out", "language", "pii", "names"}
 
 
 def filter_class(name: str) -> Any:
@@ -83,5 +118,8 @@ def filter_class(name: str) -> Any:
         close = difflib.get_close_matches(name, available(), 1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"unknown filter '{name}'{hint} Available: {', '.join(available())}")
-    module = importlib.import_module(f"filters.{name}")
-    return getattr(module, "".join(part.title() for part in name.split("_")))
+    return getattr(importlib.import_module(f"filters.{name}"), _class_name(name))
+
+
+def _class_name(module: str) -> str:
+    return "".join(part.title() for part in module.split("_"))

@@ -5,7 +5,7 @@ from math import inf
 
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, Bound
+from filters import STRICT, Bound, Measured
 from filters.text import TextView
 
 _CITATION = re.compile(r"\[[0-9]*\]|\[edit\]|\[citation needed\]")
@@ -37,16 +37,17 @@ class C4:
         "use cookies",
     )
 
-    def edit(self, view: TextView) -> TextView:
-        """The text without the lines that C4 drops and without citation marks; `view` itself if all of it stays.
+    def edit(self, view: TextView) -> tuple[TextView, Measured]:
+        """The text without the lines that C4 drops and without citation marks, and its scores; `view` if all of it stays.
 
         Lines lose the white space at their ends, and blank lines go: paragraph breaks with them, as in C4 itself.
         """
         lower = view.text.lower()  # few texts hold any phrase: ask once, not per line
         phrases = [phrase for phrase in self.line_phrases if phrase in lower]
-        return view.with_lines([self._edit_line(line, phrases) for line in view.lines])
+        edited = view.with_lines([self._edit_line(line, phrases) for line in view.lines])
+        return edited, self.measure(edited)
 
-    def measure(self, view: TextView) -> dict[str, float]:
+    def measure(self, view: TextView) -> Measured:
         return {
             "sentence_count": float(view.sentence_count),
             "lorem_ipsum_count": float(view.text.lower().count("lorem ipsum")),

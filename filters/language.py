@@ -1,5 +1,6 @@
 """Language of a text by a fastText model (lid.176 of Joulin et al. 2016, arXiv:1612.03651, unless another is named)."""
 
+import difflib
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -7,11 +8,15 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, Bound
+from filters import STRICT, Bound, File
 
 BUNDLED = Path(__file__).parent / "lid.176.ftz"
 # fastText's own guess settles within a few thousand characters; more only costs time
 MAX_CHARS = 10_000
+# Of a line shorter than this lid.176 often takes names and product codes for some other language; and a document is judged
+# by its first lines, as many as these characters hold.
+MIN_LINE_CHARS = 40
+MAX_LINES_CHARS = 100_000
 
 
 class Guess(NamedTuple):
@@ -25,21 +30,38 @@ class Guess(NamedTuple):
 class Language:
     """Keep documents in the wanted languages, identified with enough certainty.
 
-    `model` is a fastText file, "" the bundled lid.176.ftz; `allowed` names the wanted languages, empty for all;
-    `score` bounds the probability of the guess, in [0, 1] (0.65: FineWeb, arXiv:2406.17557). Without `identify` texts have
-    no language, and nothing can be asked of it.
+    `model` is a fastText file (GlotLID, OpenLID, ...), "" the bundled lid.176.ftz; `allowed` names the wanted languages as
+    the model names them, empty for all; `score` bounds the probability of the guess, in [0, 1] (0.65: FineWeb,
+    arXiv:2406.17557). With `measure_lines`, `line_share` is the share of the lines, of those with at least MIN_LINE_CHARS
+    characters, that are in the document's language; 1 when no line is that long. Without `identify` texts have no language,
+    and nothing can be asked of it.
     """
 
     identify: bool = True
-    model: str = ""
+    model: File = ""
     allowed: tuple[Annotated[str, Field(min_length=2)], ...] = ("en",)
+    measure_lines: bool = False
     score: Bound = (0.65, 1.0)
+    line_share: Bound = None
 
     @model_validator(mode="after")
     def _bounds_need_a_language(self) -> "Language":
         if not self.identify and (self.allowed or self.score is not None):
             raise ValueError('identify = false leaves nothing to choose by: set allowed = [] and score = "off"')
+        if self.line_share is not None and not (self.identify and self.measure_lines):
+            raise ValueError("line_share is bounded but not measured: set language.measure_lines = true")
         return self
+
+    def check(self, languages: tuple[str, ...]) -> None:
+        """ValueError when a language is wanted that the model does not know."""
+        if not self.identify or (languages == ("en",) and not self.model):
+            return  # what is bundled knows what is the default
+        labels = [label.removeprefix("__label__") for label in _load(self.model or str(BUNDLED)).get_labels()]
+        for name in languages:
+            if name not in labels:
+                close = difflib.get_close_matches(name, labels, 1, cutoff=0.4)
+                hint = f"; did you mean '{close[0]}'?" if close else f"; it knows {len(labels)}, e.g. {', '.join(labels[:5])}"
+                raise ValueError(f"the model {self.model or 'lid.176.ftz'} has no language '{name}'{hint}")
 
     def guess(self, text: str) -> Guess:
         """Identify a text; total on every string."""
@@ -51,6 +73,15 @@ class Language:
         labels, scores = _load(self.model or str(BUNDLED)).predict(line, k=k) if line else ((), ())
         found = [Guess(a.removeprefix("__label__"), min(1.0, float(b))) for a, b in zip(labels, scores, strict=True)]
         return found or [Guess("und", 0.0)]
+
+    def line_share_of(self, text: str, language: str) -> float:
+        """Share of the lines in `language`, in [0, 1]; lines too short to tell are left out, and without any it is 1."""
+        lines = [" ".join(line.split()) for line in text[:MAX_LINES_CHARS].encode("utf-8", "replace").decode().split("\n")]
+        told = [line for line in lines if len(line) >= MIN_LINE_CHARS]
+        if not told:
+            return 1.0
+        labels, _ = _load(self.model or str(BUNDLED)).predict(told)
+        return sum(found[:1] == [f"__label__{language}"] for found in map(list, labels)) / len(told)
 
     def probability_allowed(self, guesses: list[Guess]) -> float:
         """Probability in [0, 1] that a text is in one of the wanted languages; 1 when all are wanted."""

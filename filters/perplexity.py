@@ -4,112 +4,132 @@ A perplexity means something only with the model and the normaliser it came from
 own. It sees word salad, foreign languages and broken encodings; it hardly sees boilerplate.
 """
 
-import json
 import math
-import re
-import unicodedata
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, Bound
+from filters import STRICT, Bound, File, Measured, cards, ccnet, off_is_none
 
 BUNDLED = Path(__file__).parents[1] / "models" / "wiki-en.5gram.bin"
+NORMALIZERS = (ccnet.WORDS, ccnet.PIECES)
 
-# Stored on the card of every model trained on text of `normalize`. Any change to what it returns needs a new number.
-NORMALIZER = "ccnet-words-1"
 
-# CCNet's table; its entry for the full-width 1, a slip there, can never apply: digits are replaced first
-_PUNCTUATION = str.maketrans(
-    dict.fromkeys("„”“«»」「《》", '"')
-    | dict.fromkeys("´’", "'")
-    | dict.fromkeys("，、", ",")
-    | dict.fromkeys("∶：", ":")
-    | dict.fromkeys("–━►", "-")
-    | {"。": ".", "．": ". ", "…": "...", "—": " - ", "？": "?", "！": "!", "；": ";", "～": "~", "％": "%"}
-    | {"（": "(", "）": ")", "〈": "<", "〉": ">", "【": "[", "】": "]"}
-    # CCNet deletes control characters, which glues the words around a tab together
-    | dict.fromkeys([*range(32), *range(127, 160)], " ")
-)
-_DIGIT = re.compile(r"\d")
-_WORD_OR_MARK = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
+def _ordered(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    if value is not None and not value[0] <= value[1]:
+        raise ValueError(f"head ends at the first number, tail begins after the second: got [{value[0]}, {value[1]}]")
+    return value
+
+
+# Not a Bound: it names documents, and rejects none
+Buckets = Annotated[tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_ordered)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Perplexity:
     """Keep documents that a language model finds neither too strange nor too predictable (Wenzek et al. 2019).
 
-    `model` is a KenLM binary with its card beside it, "" the bundled English one. `perplexity` is per word and mark,
-    at least 1 but for rounding; NaN for a text without any.
+    `model` is a KenLM binary with its card beside it. `perplexity` is per token, at least 1 but for rounding;
+    `worst_window` that of the worst consecutive lines with `window` tokens, line ends counted, or of the document if it
+    has fewer: a paragraph of spam in a good page. Both are NaN for a text without a token.
+    `buckets` are two perplexities (CCNet: the 33rd and 66th percentile of a sample); `bucket` is head up to the first, tail
+    above the second, and middle.
     """
 
-    model: str = ""
+    notes: ClassVar[tuple[str, ...]] = ("bucket",)
+    tallied: ClassVar[tuple[str, ...]] = ("bucket",)
+    percentiles_of: ClassVar[dict[str, str]] = {"buckets": "perplexity"}  # buckets may be percentiles, of this score
+
+    model: File = ""
     perplexity: Bound = (0.0, math.inf)
+    worst_window: Bound = None
+    window: Annotated[int, Field(ge=1)] = 64
+    buckets: Buckets = None
 
-    def measure(self, view: Any) -> dict[str, float]:
-        return {"perplexity": perplexity(view.text, _load(self.model or str(BUNDLED)))}
+    def measure(self, view: Any) -> Measured:
+        model = load(self.model)
+        scored = score(model.normalize(view.text), model.kenlm, window=self.window)
+        return {**scored._asdict(), "bucket": self._bucket(scored.perplexity)}
+
+    def check(self, languages: tuple[str, ...]) -> None:
+        """That the model is there, is one that this filter can use, and is the one that its card describes."""
+        card = cards.read_card(self.model, kind="kenlm", normalizers=NORMALIZERS)
+        cards.check_digest(Path(self.model), card.get("sha256"), model=self.model)
+        _splitter(self.model, card)
+
+    def _bucket(self, perplexity: float) -> str | None:
+        if self.buckets is None or math.isnan(perplexity):
+            return None
+        low, high = self.buckets
+        return "head" if perplexity <= low else "middle" if perplexity <= high else "tail"
 
 
-def perplexity(text: str, model: Any) -> float:
+class Scored(NamedTuple):
+    """Perplexity of a document and of its worst window; NaN without a token."""
+
+    perplexity: float
+    worst_window: float
+
+
+def score(lines: ccnet.Lines, model: Any, *, window: int) -> Scored:
     """10 ** (-sum of the lines' log10 scores / sum of their lengths), a line's length being its tokens and its end.
 
-    As CCNet computes it, but for lines without a word or mark, which are left out: they are layout, and a model that
-    never saw an empty line would find it most surprising. NaN if no line is left.
+    As CCNet computes it, but for lines without a token, which are left out: they are layout, and a model that never saw
+    an empty line would find it most surprising.
+
+    Windows are the shortest runs of lines with `window` tokens, line ends counted: one ends with each line, and one begins
+    the document, so that every line is in some window.
     """
-    log10, length = 0.0, 0
-    for line in text.split("\n"):
-        tokens = normalize(line)
-        if tokens:
-            log10 += model.score(tokens)
-            length += tokens.count(" ") + 2
+    score_line = model.score
+    log10, length, worst, first = 0.0, 0, math.nan, 0
+    sums, lengths = [0.0], [0]  # before each line
+    for line, tokens in zip(lines.lines, lines.tokens, strict=True):
+        if not tokens:
+            continue
+        log10 += score_line(line)
+        length += tokens + 1
+        sums.append(log10)
+        lengths.append(length)
+        if length < window:
+            continue
+        if worst != worst:  # the run that begins the document
+            worst = -log10 / length
+        while length - lengths[first + 1] >= window:
+            first += 1
+        here = (sums[first] - log10) / (length - lengths[first])
+        if here > worst:
+            worst = here
     if not length:
-        return math.nan
-    return float(10.0 ** (-log10 / length))
+        return Scored(math.nan, math.nan)
+    whole = -log10 / length
+    return Scored(10.0**whole, 10.0 ** (whole if worst != worst else worst))
 
 
-def normalize(line: str) -> str:
-    """A line as CCNet normalises it, then cut into words and marks, which single spaces part.
+class Loaded(NamedTuple):
+    """A model and how text is normalised for it."""
 
-    Lower case, accents off, digits 0, Unicode punctuation as ASCII. CCNet hands that to SentencePiece; here it
-    stays words.
-    """
-    line = line.lower()
-    if not line.isascii():
-        # lone surrogates cannot be encoded for KenLM
-        line = unicodedata.normalize("NFD", line.encode("utf-8", "replace").decode())
-        line = "".join(c for c in line if c.isascii() or unicodedata.category(c) != "Mn")
-    line = _DIGIT.sub("0", line).translate(_PUNCTUATION)
-    return " ".join(_WORD_OR_MARK.findall(line))
+    kenlm: Any
+    normalize: ccnet.Normalizer
 
 
-def read_card(model: str, *, kind: str, normalizer: str) -> dict[str, Any]:
-    """The card beside a model; ValueError unless it is there and says that the model is one this filter can use."""
-    if not Path(model).is_file():
-        raise ValueError(f"model {model}: no such file; train one with `gristmill train-{_TRAINER[kind]}`")
-    card_path = Path(model + ".json")
-    if not card_path.is_file():
-        raise ValueError(
-            f"model {model}: no card at {card_path}, so how its text was normalised is unknown; "
-            f"train it with `gristmill train-{_TRAINER[kind]}`, which writes the card"
-        )
-    card: dict[str, Any] = json.loads(card_path.read_text(encoding="utf-8"))
-    found = {"kind": card.get("kind"), "normalizer": card.get("normalizer")}
-    if found != {"kind": kind, "normalizer": normalizer}:
-        raise ValueError(
-            f"model {model}: its card says {found}, this filter needs kind '{kind}' and normalizer '{normalizer}'; "
-            f"retrain it with `gristmill train-{_TRAINER[kind]}` or name another model"
-        )
-    return card
-
-
-_TRAINER = {"kenlm": "lm", "fasttext": "classifier"}
-
-
-@lru_cache(maxsize=4)
-def _load(path: str) -> Any:
+@lru_cache(maxsize=64)  # a model per language of a run, mapped into memory, which the workers of a machine share
+def load(path: str) -> Loaded:
+    """A model that its card says can be used; once per process."""
     import kenlm
 
-    read_card(path, kind="kenlm", normalizer=NORMALIZER)
-    return kenlm.Model(path)
+    card = cards.read_card(path, kind="kenlm", normalizers=NORMALIZERS)
+    splitter = _splitter(path, card)
+    normalize = ccnet.words if splitter is None else partial(ccnet.pieces, splitter=splitter)
+    return Loaded(kenlm.Model(path), normalize)
+
+
+def _splitter(model: str, card: dict[str, Any]) -> ccnet.Splitter | None:
+    """The SentencePiece model beside a model of pieces, if the card's digest is its own; None for a model of words."""
+    if card["normalizer"] == ccnet.WORDS:
+        return None
+    path = Path(model + ".spm")
+    cards.check_digest(path, card.get("sentencepiece", {}).get("sha256"), model=model)
+    return ccnet.Splitter(str(path))

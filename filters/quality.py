@@ -1,66 +1,105 @@
 """Quality by a fastText classifier: the probability that a text is of the kind the model was shown as good.
 
-What "good" means is the model's card's to say. The one bundled tells prose from navigation, indexes and listings.
+What "good" means is the model's card's to say. The one bundled tells prose from navigation, indexes and listings. A model
+may have any labels: topics, toxicity, levels.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, Bound
-from filters.perplexity import read_card
+from filters import STRICT, Bound, File, Measured, cards
 
 BUNDLED = Path(__file__).parents[1] / "models" / "quality-en.ftz"
 
 # Stored on the card of every model trained on text of `normalize`. Any change to what it returns needs a new number.
 NORMALIZER = "line-lower-1"
+PREFIX = "__label__"  # by which fastText knows a label; names are without it
 
 
 @dataclass(frozen=True, config=STRICT)
 class Quality:
     """Keep documents that a classifier takes for good ones (as DCLM, Li et al. 2024, arXiv:2406.11794).
 
-    `model` is a supervised fastText model with its card beside it, "" the bundled English one; `label` names its good
-    class. `score` is that class's probability, in [0, 1]; NaN for a text without a word.
+    `model` is a supervised fastText model with its card beside it; `label` names its good class. `score` is that class's
+    probability, in [0, 1]; NaN for a text without a word. `likeliest` is the most probable label.
     """
 
-    model: str = ""
-    label: str = "__label__hq"
+    notes: ClassVar[tuple[str, ...]] = ("likeliest",)
+    tallied: ClassVar[tuple[str, ...]] = ("likeliest",)
+
+    model: File = ""
+    label: str = "hq"
     score: Bound = (0.0, 1.0)
 
-    def measure(self, view: Any) -> dict[str, float]:
-        model = _load(self.model or str(BUNDLED), self.label)
-        return {"score": probability(view.text, model, label=self.label)}
+    def measure(self, view: Any) -> Measured:
+        (found,) = predict([view.text], load(self.model))
+        return {"score": found[self.label] if found else math.nan, "likeliest": next(iter(found), None)}
+
+    def check(self, languages: tuple[str, ...]) -> None:
+        """That the model is there, is the one that its card describes, and has the label."""
+        card = cards.read_card(self.model, kind="fasttext", normalizers=(NORMALIZER,))
+        cards.check_digest(Path(self.model), card.get("sha256"), model=self.model)
+        check_label(self.label, load(self.model), path=self.model)
 
 
-def probability(text: str, model: Any, *, label: str) -> float:
-    """Probability of `label`, in [0, 1]; NaN for a text without a word."""
-    line = normalize(text)
-    if not line:
-        return math.nan
+def probabilities(texts: Sequence[str], model: Any, *, label: str) -> list[float]:
+    """Probability of `label` for each text, in [0, 1]; NaN for a text without a word."""
+    return [found.get(label, math.nan) for found in predict(texts, model)]
+
+
+def predict(texts: Sequence[str], model: Any) -> list[dict[str, float]]:
+    """The labels of a model, likeliest first, and their probabilities, in [0, 1], for each text.
+
+    None for a text without a word, or without anything that the model knows.
+    """
+    lines = [normalize(text) for text in texts]
     # a list, because for a single string other builds of fastText fail under NumPy 2
-    labels, scores = model.predict([line], k=-1)
-    found = dict(zip(labels[0], scores[0], strict=True))
-    # fastText's sums come out a little over 1
-    return min(1.0, float(found[label])) if found else math.nan
+    predicted = zip(*model.predict(lines, k=-1), strict=True) if lines else ()
+    return [
+        _probabilities(labels, found) if line and len(labels) else {}
+        for line, (labels, found) in zip(lines, predicted, strict=True)
+    ]
+
+
+def _probabilities(labels: Sequence[str], found: Sequence[float]) -> dict[str, float]:
+    """fastText adds 1e-5 to each, in 32 bits, so that half of all good pages have the same one, near 1.
+
+    What the others leave is exact to 1e-11, and tells those pages apart: the best 5 % can be cut off.
+    """
+    exact = {label.removeprefix(PREFIX): min(1.0, max(0.0, float(p) - 1e-5)) for label, p in zip(labels, found, strict=True)}
+    likeliest, *others = exact
+    if exact[likeliest] > 0.5:
+        exact[likeliest] = max(0.0, 1.0 - sum(exact[label] for label in others))
+    return exact
 
 
 def normalize(text: str) -> str:
     """The text as one lower-case line: fastText reads a document per line, and takes words on __label__ for labels."""
-    text = text.encode("utf-8", "replace").decode().lower().replace("\0", " ").replace("__label__", " ")
+    text = text.encode("utf-8", "replace").decode().lower().replace("\0", " ").replace(PREFIX, " ")
     return " ".join(text.split())
 
 
-@lru_cache(maxsize=4)
-def _load(path: str, label: str) -> Any:
+@lru_cache(maxsize=64)  # a model per language of a run
+def load(path: str) -> Any:
+    """A model that its card says can be used; once per process."""
+    cards.read_card(path, kind="fasttext", normalizers=(NORMALIZER,))
+    return load_bare(path)
+
+
+def load_bare(path: str) -> Any:
     import fasttext
 
-    read_card(path, kind="fasttext", normalizer=NORMALIZER)
     fasttext.FastText.eprint = lambda *args: None  # it warns on stderr at every load
-    model = fasttext.load_model(path)
-    if label not in model.get_labels():
-        raise ValueError(f"model {path}: no label '{label}', only {', '.join(model.get_labels())}; set quality.label")
-    return model
+    return fasttext.load_model(path)
+
+
+def check_label(label: str, model: Any, *, path: str) -> None:
+    """ValueError unless the model has the label."""
+    known = sorted(found.removeprefix(PREFIX) for found in model.get_labels())
+    if label not in known:
+        raise ValueError(f"model {path}: no label '{label}', only {', '.join(known)}; set the label to one of them")

@@ -79,10 +79,11 @@ class Ngrams(NamedTuple):
 
 
 class TextView:
-    """A document and what can be read off it; treat as immutable."""
+    """A document and what can be read off it; treat as immutable. `language` as identified, None if it was not."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, language: str | None = None) -> None:
         self.text = text
+        self.language = language
         self._ngrams: list[Ngrams] = []
 
     def with_lines(self, lines: Sequence[str | None]) -> "TextView":
@@ -93,7 +94,7 @@ class TextView:
         text = "\n".join(line for line in lines if line is not None).strip()
         if text == self.text:
             return self
-        edited = TextView(text)
+        edited = TextView(text, self.language)
         edited.line_words = [
             words if new == old.strip() else _WORD.findall(new)
             for old, new, words in zip(self.lines, lines, self.line_words, strict=True)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT
+from filters import STRICT, Files
 
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 
@@ -33,8 +33,8 @@ class UrlPolicy:
     same words in a row. All matching ignores case.
     """
 
-    blocked_lists: tuple[str, ...] = ()
-    blocked_words: tuple[str, ...] = ()
+    blocked_lists: Files = ()
+    blocked_words: Files = ()
 
     def check(self, url: str) -> Blocked | None:
         """The list entry that blocks a URL, or None. Total: odd URLs are inputs, not exceptions."""

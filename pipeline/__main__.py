@@ -21,6 +21,7 @@ from pipeline.config import ConfigError, absolute_path, load, show
 from pipeline.lease import Held
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=__doc__.split("\n\n")[0])
+WIDE = 140  # columns that a table of numbers needs; a narrower terminal wraps its lines rather than lose digits
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Stage = StrEnum("Stage", ["extract", "dedup", "refine", "pack"])
@@ -108,6 +109,46 @@ def run(
 
 
 @app.command()
+def calibrate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    sample: Annotated[int, typer.Option(help="documents to measure, about", min=100)] = 5000,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a sample of the run's own documents, so that bounds can be percentiles: perplexity.perplexity = ["p0", "p60"].
+
+    Extracts and deduplicates first, as a run would. Writes RUN/calibration.json, which the next run reads, and a plot.
+    """
+    from pipeline.calibrate import SHOWN, write_plot
+    from pipeline.calibrate import calibrate as measure
+    from pipeline.engine import on_ray
+    from pipeline.progress import Bars
+
+    with _told():
+        with Bars(err) as bars:
+            found = measure(load(config, overrides or [], calibrated=False), bars, on_ray(address), sample=sample)
+        calibrated = load(config, overrides or [])
+        plot = write_plot(calibrated, found.distributions)
+        cuts = [row for row in show(calibrated) if "percentiles" in row[2]]
+        if as_json:
+            described = [d._asdict() | {"values": None} for d in found.distributions]
+            cut = {key: {"value": value, "origin": origin} for key, value, origin in cuts}
+            print(json.dumps({"table": found.table, "plot": plot, "scores": described, "bounds": cut}, indent=1))
+            return
+        table = Table("score", "language", "documents", *(f"p{p}" for p in SHOWN), box=None, pad_edge=False)
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for d in found.distributions:
+            values = (f"{d.percentiles[p]:.4g}" for p in SHOWN)
+            table.add_row(d.score, d.language or "all", f"{d.documents:,}", *values)
+        Console(highlight=False, width=max(out.width, WIDE)).print(table)
+        for key, value, origin in cuts:
+            out.print(f"{_escaped(f'{key} = {value}')}  [green]# {_escaped(origin)}[/green]", soft_wrap=True)
+        out.print(f"{found.table}\nplot {plot}", soft_wrap=True)
+
+
+@app.command()
 def dedup(
     paths: Annotated[
         list[str], typer.Argument(help="JSONL (.gz, .zst) or Parquet files, folders, patterns, s3:// URIs", metavar="PATH...")
@@ -173,7 +214,7 @@ def _brief(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_plan(phases: list[Any], as_json: bool) -> None:
-    from pipeline.dedup_plan import OPTIONAL
+    from pipeline.phase import OPTIONAL
 
     rows = [{"phase": p.name, "units": len(p.units), "pending": len(p.pending), "store": p.store.root} for p in phases]
     if as_json:
@@ -213,8 +254,8 @@ def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson
 @app.command()
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     """How far a run is: units done, failed and left per phase, rate, time left. Works while it runs and after."""
-    from pipeline.dedup_plan import OPTIONAL
     from pipeline.explain import status as read_status
+    from pipeline.phase import OPTIONAL
 
     with _told():
         state = read_status(absolute_path(run))
@@ -250,7 +291,7 @@ def report(run: RunFolder) -> None:
 def why(run: RunFolder, url: Annotated[str, typer.Argument(metavar="URL|ID")], as_json: AsJson = False) -> None:
     """What became of a page, by URL or input's id: rule, value and bound; or cluster and kept copy; or generation and rows."""
     from pipeline.explain import to_json
-    from pipeline.explain import why as read_why
+    from pipeline.why import why as read_why
 
     with _told():
         fates = read_why(absolute_path(run), url)
@@ -289,11 +330,50 @@ def _print_fate(fate: dict[str, Any]) -> None:
         cut = f"{len(fate['lines_cut']):,} lines or paragraphs ({fate['chars_cut']:,} characters)"
         out.print(f"  lost {cut} that earlier documents have")
     for name, score in fate["scores"].items():
-        out.print(f"    {name:<48} {score:.6g}", style="dim")
+        rank = fate["percentiles"].get(name)
+        out.print(f"    {name:<48} {score:<12.6g}" + (f" p{rank:.0f}" if rank is not None else ""), style="dim")
+    for name, note in fate["notes"].items():
+        out.print(f"    {name:<48} {_escaped(note)}", style="dim", soft_wrap=True)
 
 
 def _ranges(rows: list[int]) -> str:
     return str(rows[0]) if len(rows) == 1 else f"{min(rows)}-{max(rows)}"
+
+
+@app.command()
+def ablate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    drop: Annotated[list[str] | None, typer.Option(help="filter or rule to take out, e.g. c4 or c4.sentence_count")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value for the second side", metavar="KEY=VALUE")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="the config of the second side, if it is another file")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What other bounds would change, from the scores that the run stored: documents, tokens, overlap. Runs nothing."""
+    from pipeline.ablate import ablate as compare
+    from pipeline.ablate import rows_of, without
+
+    with _told():
+        before = load(config, overrides or [])
+        after = without(load(against or config, [*(overrides or []), *(settings or [])]), drop or [])
+        found = compare(before, after)
+        if as_json:
+            sides = {"before": found.before._asdict(), "after": found.after._asdict()}
+            print(json.dumps(found._asdict() | sides | {"hosts": [h._asdict() for h in found.hosts]}, indent=1))
+            return
+        table = Table("", "before", "after", "change", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for what, left, right in rows_of(found):
+            if left is not None and right is not None:
+                table.add_row(what, f"{left:,}", f"{right:,}", f"{right - left:+,}" if left != right else "")
+        Console(highlight=False, width=max(out.width, WIDE)).print(table)
+        shared = f"{found.both:,} documents in both, {found.only_before:,} only before, {found.only_after:,} only after"
+        out.print(f"overlap {found.jaccard:.1%}: {shared}; read {found.parts[0]:,} of {found.parts[1]:,} parts", soft_wrap=True)
+        for host in found.hosts:
+            out.print(f"  {_escaped(host.host or '(no host)')}: {host.before:,} → {host.after:,}", soft_wrap=True)
 
 
 @app.command()
@@ -339,19 +419,26 @@ def export(
 Licence = Annotated[str, typer.Option(help="licence of the sources, for the model's card, e.g. CC-BY-SA-4.0")]
 
 
+SOURCE = "text: .txt, .jsonl[.gz|.zst], .parquet, or rows of a run: RUN:corpus, RUN:rejected:quality.score<0.1"
+
+
 @app.command("train-lm")
 def train_lm(
-    sources: Annotated[list[Path], typer.Argument(help="texts: .txt, .jsonl[.gz|.zst], .parquet")],
+    sources: Annotated[list[str], typer.Argument(help=SOURCE)],
     output: Annotated[Path, typer.Option("-o", "--output", help="model to write; its card lies beside it")],
     licence: Licence,
     order: Annotated[int, typer.Option(help="n-gram order")] = 5,
     prune: Annotated[str, typer.Option(help="drop n-grams seen at most so often, one count per order")] = "0,0,1",
     memory: Annotated[str, typer.Option(help="memory for lmplz, e.g. 4G")] = "1G",
+    bits: Annotated[int, typer.Option(help="of quantised probabilities and back-offs; 0: not quantised")] = 8,
+    sentencepiece: Annotated[int, typer.Option(help="train SentencePiece to this vocabulary; 0: words")] = 0,
+    sentencepiece_model: Annotated[Path | None, typer.Option(help="or use this SentencePiece model")] = None,
+    lmplz_option: Annotated[list[str] | None, typer.Option(help="passed to lmplz as it stands; repeat for more")] = None,
     held_out: Annotated[float, typer.Option(help="share of documents kept out of training")] = 0.02,
     text_column: Annotated[str, typer.Option(help="column of the text in .jsonl and .parquet")] = "text",
 ) -> None:
     """Train a KenLM model for the filter `perplexity`, with KenLM's lmplz (make kenlm)."""
-    from pipeline.models import train_lm as train
+    from pipeline.train_lm import train_lm as train
 
     with _told():
         counts = tuple(int(n) for n in prune.split(","))
@@ -362,6 +449,10 @@ def train_lm(
             order=order,
             prune=counts,
             memory=memory,
+            bits=bits,
+            sentencepiece=sentencepiece,
+            sentencepiece_model=sentencepiece_model,
+            lmplz_options=tuple(lmplz_option or ()),
             held_out=held_out,
             text_column=text_column,
         )
@@ -369,10 +460,13 @@ def train_lm(
 
 @app.command("train-classifier")
 def train_classifier(
-    positive: Annotated[list[Path], typer.Option(help="texts to keep; repeat for more")],
-    negative: Annotated[list[Path], typer.Option(help="texts to drop; repeat for more")],
     output: Annotated[Path, typer.Option("-o", "--output", help="model to write: .ftz is quantised, .bin whole")],
     licence: Licence,
+    positive: Annotated[list[str] | None, typer.Option(help=f"the same as --source hq={SOURCE}")] = None,
+    negative: Annotated[list[str] | None, typer.Option(help="the same as --source lq=…")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="texts of a label, LABEL=…; repeat for more", metavar="LABEL=SOURCE")
+    ] = None,
     epochs: int = 5,
     learning_rate: float = 0.5,
     dimensions: int = 16,
@@ -381,15 +475,23 @@ def train_classifier(
     features: int = 50_000,
     seed: int = 0,
     held_out: Annotated[float, typer.Option(help="share of documents that precision and recall are measured on")] = 0.1,
+    sample: Annotated[str, typer.Option(help="texts like those to be filtered, to calibrate the threshold on")] = "",
+    keep_best: Annotated[str, typer.Option(help="percentages of the sample to find thresholds for")] = "5,10,20,50",
     text_column: Annotated[str, typer.Option(help="column of the text in .jsonl and .parquet")] = "text",
 ) -> None:
-    """Train a fastText classifier for the filter `quality`. The same texts make the same bytes."""
-    from pipeline.models import train_classifier as train
+    """Train a fastText classifier for the filter `quality`, with two labels or more. The same texts make the same bytes."""
+    from pipeline.train_classifier import train_classifier as train
 
     with _told():
+        named = [f"hq={path}" for path in positive or []] + [f"lq={path}" for path in negative or []] + (source or [])
+        labels: dict[str, list[str]] = {}
+        for one in named:
+            label, equals, path = one.partition("=")
+            if not equals or not label or not path:
+                raise ConfigError(f"--source {one}: write LABEL=SOURCE, e.g. --source sports=sports.jsonl")
+            labels.setdefault(label, []).append(path)
         train(
-            positive,
-            negative,
+            labels,
             output=output,
             licence=licence,
             epochs=epochs,
@@ -400,8 +502,36 @@ def train_classifier(
             features=features,
             seed=seed,
             held_out=held_out,
+            sample=sample or None,
+            keep_best=tuple(float(percent) for percent in keep_best.split(",")),
             text_column=text_column,
         )
+
+
+@app.command("index-benchmarks")
+def index_benchmarks(
+    files: Annotated[list[str], typer.Argument(help="evaluation sets: .jsonl, .json, .csv, .parquet, folders, .tar[.zst]")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="index to write, for decontamination.index")],
+    background: Annotated[
+        list[str] | None, typer.Option(help="clean text whose n-grams are no evidence; repeat for more")
+    ] = None,
+    n: Annotated[int, typer.Option(help="words of an n-gram")] = 13,
+    min_words: Annotated[int, typer.Option(help="passages shorter than this are left out")] = 10,
+    max_items: Annotated[int, typer.Option(help="n-grams of more items of a set than this are its template")] = 20,
+) -> None:
+    """Build the index of evaluation sets that the filter `decontamination` compares documents with."""
+    from pipeline.benchmark_index import build_index, by_benchmark
+
+    with _told():
+        header = build_index(files, output=output, background=background or [], n=n, min_words=min_words, max_items=max_items)
+        columns = ("rows", "bad_rows", "empty_rows", "passages", "common_passages", "ngrams")
+        table = Table("benchmark", *columns, box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, sums in sorted(by_benchmark(header).items()):
+            table.add_row(_escaped(name), *(f"{sums[c]:,}" for c in columns))
+        Console(highlight=False, width=max(out.width, WIDE)).print(table)
+        out.print(f"{output}  {output.stat().st_size:,} bytes", soft_wrap=True)
 
 
 def main() -> None:

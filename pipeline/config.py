@@ -6,6 +6,7 @@ wrong where. Paths are relative to the working directory.
 
 import dataclasses
 import difflib
+import glob
 import json
 import math
 import os
@@ -14,22 +15,24 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
+from filters.names import Names
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as section
 
-from filters import STRICT, available, filter_class
+from filters import STRICT, available, files, filter_class, rules, settings
 from filters.language import Language
 from filters.opt_out import OptOut
 from filters.pii import Pii
 from filters.url_policy import UrlPolicy
+from pipeline import percentiles
 from stages import mds, tokens
 from stages.dedup import DedupConfig
 from stages.document import NamedFilter, score_columns
 from stages.extract import ExtractConfig
 from stages.fetch import FetchOptions
-from stages.ledger import is_local
+from stages.ledger import digest, file_sha256, is_local, read_bytes
 from stages.pack import PackConfig
 from stages.records import InputConfig
 from stages.refine import RefineConfig
@@ -44,13 +47,15 @@ class RunConfig:
     """Where a run lives and how it bears failures.
 
     `directory` is a local path or object-store URI. A stage whose share of failed units exceeds `max_failed_share`, in
-    [0, 1], stops the run. A unit that takes its worker down with it `attempts` times is recorded as failed.
+    [0, 1], stops the run. A unit that takes its worker down with it `attempts` times is recorded as failed. `calibration`
+    is the table that percentiles are looked up in, "" the one that `gristmill calibrate` wrote to the run's own directory.
     """
 
     directory: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
     max_failed_share: float = Field(default=0.0, ge=0, le=1)
     attempts: int = Field(default=3, gt=0)
+    calibration: str = ""
 
 
 SECTIONS: dict[str, Any] = {
@@ -64,13 +69,17 @@ SECTIONS: dict[str, Any] = {
     "dedup": DedupConfig,
     "refine": RefineConfig,
     "pii": Pii,
+    "names": Names,
     "pack": PackConfig,
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """A checked configuration: one attribute per section, `filters` by name, and where each value came from."""
+    """A checked configuration: one attribute per section, `filters` by name, and where each value came from.
+
+    `per_language`: by name of a filter (or "language") and by language what takes the filter's place for its documents.
+    """
 
     run: RunConfig
     input: InputConfig
@@ -82,31 +91,47 @@ class Config:
     dedup: DedupConfig
     refine: RefineConfig
     pii: Pii
+    names: Names
     pack: PackConfig
     filters: dict[str, Any]
+    per_language: dict[str, dict[str, Any]]
     origins: dict[str, str]
+
+    def named(self, name: str) -> NamedFilter:
+        """A filter, or "language", with its variants."""
+        variants = tuple(sorted(self.per_language.get(name, {}).items()))
+        return NamedFilter(name, self.language if name == "language" else self.filters[name], variants)
 
     def chain(self, names: Sequence[str]) -> tuple[NamedFilter, ...]:
         """The filters of a stage in order."""
-        return tuple(NamedFilter(name, self.filters[name]) for name in names)
+        return tuple(self.named(name) for name in names)
 
 
-def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read (None: nothing but defaults), override, and check a configuration. ConfigError on the first thing that is wrong."""
+def load(file: str | Path | None, overrides: Sequence[str] = (), *, calibrated: bool = True) -> Config:
+    """Read (None: nothing but defaults), override, and check a configuration. ConfigError on the first thing that is wrong.
+
+    Bounds that are percentiles become the numbers of the run's calibration; if not `calibrated` they bound nothing.
+    """
     raw, origins = _read_file(Path(file)) if file is not None else ({}, {})
     for override in overrides:
         _apply_override(raw, origins, override)
     known = {**SECTIONS, **{name: filter_class(name) for name in available()}}
+    languages = raw.pop("per_language", {})
     for name in raw:
-        _check_known(name, known, "section or stage", origins)
-    values = {name: _section(name, cls, raw.get(name, {}), origins) for name, cls in known.items()}
+        _check_known(name, {**known, "per_language": None}, "section or stage", origins)
+    run = _section("run", RunConfig, raw.get("run", {}), origins)
+    source = _Source(raw, languages, origins, calibrated, _calibration_uri(run), _calibration(run) if calibrated else None)
+    values = {name: _read(name, cls, source) for name, cls in known.items()}
     config = Config(
         **{name: values[name] for name in SECTIONS},
         filters={name: values[name] for name in known if name not in SECTIONS},
+        per_language=_by_language(known, values["language"].allowed, source),
         origins=origins,
     )
     _check(config)
-    return _absolute(config)
+    config = _absolute(config)
+    _check_calibration(config, source)
+    return config
 
 
 def show(config: Config, *, used: bool = True) -> Iterator[tuple[str, str, str]]:
@@ -117,6 +142,13 @@ def show(config: Config, *, used: bool = True) -> Iterator[tuple[str, str, str]]
     for name, value in sections.items():
         for key, leaf in _leaves(name, value):
             yield key, to_toml(leaf), config.origins.get(key, "default")
+    for name, by_language in config.per_language.items():
+        base = dict(_leaves("", sections.get(name)))
+        for language, value in by_language.items():
+            for key, leaf in _leaves("", value):
+                if leaf != base[key]:
+                    full = f"per_language.{language}.{name}{key}"
+                    yield full, to_toml(leaf), config.origins.get(full, config.origins.get(f"{name}{key}", "default"))
 
 
 def to_toml(value: Any) -> str:
@@ -190,6 +222,137 @@ def _apply_override(raw: dict[str, Any], origins: dict[str, str], override: str)
             raise ConfigError(f"command line: '{key}': '{part}' is a value, not a section")
     table[last] = value
     origins[key] = "command line"
+
+
+# --- languages and percentiles ---------------------------------------------------------------------------------------
+
+
+class _Source(NamedTuple):
+    """The configuration as written, and the table that its percentiles are looked up in (None: not calibrated)."""
+
+    sections: dict[str, Any]
+    per_language: Any
+    origins: dict[str, str]
+    calibrated: bool
+    table_uri: str
+    table: percentiles.Table | None
+
+
+def _calibration_uri(run: RunConfig) -> str:
+    return absolute_path(run.calibration) or f"{absolute_path(run.directory)}/calibration.json"
+
+
+def _calibration(run: RunConfig) -> percentiles.Table | None:
+    uri = _calibration_uri(run)
+    try:
+        return percentiles.parse(read_bytes(uri))
+    except FileNotFoundError:
+        if run.calibration:
+            raise ConfigError(f"run.calibration: no such file: {uri}; write it with `gristmill calibrate`") from None
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{uri}: {error}") from None
+
+
+def _read(name: str, cls: Any, source: _Source, language: str = percentiles.ALL) -> Any:
+    """A section, as it is for documents of a language: what is said for it goes over what is said for all."""
+    raw, own = source.sections.get(name, {}), source.per_language[language].get(name, {}) if language else {}
+    where = f"per_language.{language}.{name}" if own else name
+    if not isinstance(raw, dict) or not isinstance(own, dict):
+        return _section(where, cls, own or raw, source.origins)
+    if name not in SECTIONS or name == "language":
+        raw = _without_percentiles(raw, name, name, cls, language, source)
+        own = _without_percentiles(own, where, name, cls, language, source)
+    return _section(where, cls, raw | own, source.origins)
+
+
+def _by_language(known: Mapping[str, Any], allowed: Sequence[str], source: _Source) -> dict[str, dict[str, Any]]:
+    """By section and language what takes the section's place: what is said for a language, and each language's percentiles."""
+    _check_languages(known, allowed, source)
+    wanted = [(name, language) for language, sections in source.per_language.items() for name in sections]
+    sampled = [lang for lang in (source.table.documents if source.table else ()) if lang and (lang in allowed or not allowed)]
+    if len(sampled) > 1:
+        calibrated = [name for name, raw in source.sections.items() if isinstance(raw, dict) and percentiles.used(raw)]
+        wanted += [(name, language) for name in calibrated for language in sampled]
+        for language in sampled:
+            source.per_language.setdefault(language, {})
+    found: dict[str, dict[str, Any]] = {}
+    for name, language in wanted:
+        found.setdefault(name, {})[language] = _read(name, known[name], source, language)
+    return found
+
+
+def _check_languages(known: Mapping[str, Any], allowed: Sequence[str], source: _Source) -> None:
+    places = {name: None for name in known if name not in SECTIONS or name == "language"}
+    for language, sections in _tables("per_language", source.per_language, source.origins):
+        if allowed:
+            named = {f"per_language.{name}": None for name in allowed}
+            _check_known(f"per_language.{language}", named, "language (of language.allowed)", source.origins)
+        for name, keys in _tables(f"per_language.{language}", sections, source.origins):
+            prefix = f"per_language.{language}"
+            _check_known(f"{prefix}.{name}", {f"{prefix}.{place}": None for place in places}, "filter", source.origins)
+            if name == "language":  # how it is identified cannot depend on what it is
+                bounds = {f"{prefix}.language.{rule}": None for rule in rules(Language())}
+                for key in keys:
+                    _check_known(f"{prefix}.language.{key}", bounds, "bound of a language", source.origins)
+
+
+def _tables(name: str, value: Any, origins: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{_at(name, origins)}'{name}' is a section: write [per_language.de.perplexity] with keys under it")
+    yield from value.items()
+
+
+def _without_percentiles(raw: dict[str, Any], where: str, name: str, cls: Any, language: str, source: _Source) -> dict[str, Any]:
+    numbers = {}
+    for key in percentiles.used(raw):
+        at = f"{_at(f'{where}.{key}', source.origins)}{where}.{key} = {raw[key]}"
+        if len(raw[key]) != 2:
+            raise ConfigError(f"{at}: give [low, high]")
+        if source.calibrated and source.table is None:
+            raise ConfigError(
+                f"{at}: percentiles of what? Run `gristmill calibrate` with this config: it writes {source.table_uri}"
+            )
+        score = f"{name}.{getattr(cls, 'percentiles_of', {}).get(key, key)}"
+        try:
+            numbers[key] = percentiles.bound(raw[key], score, language, source.table)
+        except KeyError:
+            of = f" in language '{language}'" if language else ""
+            message = f"{source.table_uri} holds no sample of {score}{of}; run `gristmill calibrate` again"
+            raise ConfigError(f"{at}: {message}") from None
+        if source.table is not None:
+            written = source.origins.get(f"{where}.{key}", "").partition(", percentiles")[0]
+            named = f"percentiles {' to '.join(map(str, raw[key]))} of {source.table.documents[language]:,} documents"
+            place = f"per_language.{language}.{name}" if language else name
+            source.origins[f"{place}.{key}"] = f"{written}, {named}"
+    return raw | numbers
+
+
+def measured_with(config: Config, name: str) -> str:
+    """Digest of what a filter's scores depend on: its settings and the content of its files, in every language."""
+    digests = {key: found for key, found in file_digests(config).items() if section_of(key) == name}
+    derived = getattr(type(config.named(name).filter), "percentiles_of", {})
+    kept = [
+        (language, {k: v for k, v in settings(filter).items() if k not in derived})
+        for language, filter in config.named(name).all()
+    ]
+    # a variant that differs in its bounds alone measures as its base does
+    return digest([kept[0], [variant for variant in kept[1:] if variant[1] != kept[0][1]], digests])
+
+
+def _check_calibration(config: Config, source: _Source) -> None:
+    if source.table is None:
+        return
+    raw = [source.sections, *source.per_language.values()]
+    names = {
+        name for sections in raw for name, section in sections.items() if isinstance(section, dict) and percentiles.used(section)
+    }
+    for name in sorted(names & {"language", *config.extract.filters, *config.refine.filters}):
+        if source.table.made_with.get(name) != measured_with(config, name):
+            raise ConfigError(
+                f"{source.table_uri} was measured with other settings or another model of '{name}'; "
+                "run `gristmill calibrate` again"
+            )
 
 
 # --- checking --------------------------------------------------------------------------------------------------------
@@ -269,13 +432,43 @@ def _check(config: Config) -> None:
             f"{_at('pack.hashes', config.origins)}pack.hashes = {list(hashes)}: unique names of {sorted(mds.HASHES)}"
         )
     _check_dedup(config)
+    _check_files(config)
+    _check_filters(config)
+
+
+def _check_files(config: Config) -> None:
     for key, path in _files(config):
-        if path and not is_local(path):
+        if not is_local(path):
             raise ConfigError(
                 f"{_at(key, config.origins)}{key} = {path}: models and lists must lie on a path that every worker has"
             )
-        if path and not os.path.exists(path):
+        if not os.path.exists(path):
             raise ConfigError(f"{_at(key, config.origins)}{key}: no such file or folder: {path}")
+
+
+def _check_filters(config: Config) -> None:
+    """What a section itself asks of its model or lists, and of the languages it will meet."""
+    allowed = config.language.allowed
+    for name in (*config.extract.filters, *config.refine.filters):
+        named = config.named(name)
+        others = tuple(language for language in allowed if language not in dict(named.by_language))
+        for language, filter in named.all():
+            if language or others or not allowed:
+                where = f"per_language.{language}.{name}" if language else name
+                _ask(filter, (language,) if language else others, where, config.origins)
+    _ask(config.language, allowed, "language", config.origins)
+    if config.refine.scrub_pii:
+        _ask(config.pii, allowed, "pii", config.origins)
+    if config.names.enabled:
+        _ask(config.names, allowed, "names", config.origins)
+
+
+def _ask(section: Any, languages: tuple[str, ...], where: str, origins: dict[str, str]) -> None:
+    if hasattr(section, "check"):
+        try:
+            section.check(languages)
+        except ValueError as error:
+            raise ConfigError(f"{_at(where, origins)}{where}: {error}") from error
 
 
 def _check_dedup(config: Config) -> None:
@@ -301,52 +494,61 @@ def _check_dedup(config: Config) -> None:
 
 def _files(config: Config) -> Iterator[tuple[str, str]]:
     """(key, path) of every model and list that this configuration uses."""
-    yield "language.model", config.language.model
-    yield "pack.vocabulary_dir", config.pack.vocabulary_dir
-    for key in ("blocked_lists", "blocked_words"):
-        for path in getattr(config.url_policy, key):
-            yield f"url_policy.{key}", path
+    for name in SECTIONS:
+        yield from _paths_of(name, getattr(config, name))
     for name in (*config.extract.filters, *config.refine.filters):
-        filter = config.filters[name]
-        if hasattr(filter, "model"):
-            if not filter.model:
-                raise ConfigError(f"{name}.model is not set: filter '{name}' needs a model file; see gristmill train-lm --help")
-            yield f"{name}.model", filter.model
+        yield from _paths_of(name, config.filters[name])
+        for language, variant in config.per_language.get(name, {}).items():
+            yield from _paths_of(f"per_language.{language}.{name}", variant)
 
 
-def model_digests(config: Config) -> dict[str, str]:
-    """Sha256 of every model and list in use by key: a stage whose model changed under its name must run again."""
-    from stages.ledger import digest, file_sha256
+def _paths_of(prefix: str, section: Any) -> Iterator[tuple[str, str]]:
+    for field, paths in files(section).items():
+        for path in paths:
+            yield f"{prefix}.{field}", path
 
+
+def section_of(key: str) -> str:
+    """The section that a key belongs to: 'perplexity' for 'per_language.de.perplexity.model'."""
+    parts = key.split(".")
+    return parts[2] if parts[0] == "per_language" else parts[0]
+
+
+def file_digests(config: Config) -> dict[str, str]:
+    """Digest of the content of every model and list in use by key: a stage whose model changed under its name must run again."""
     digests: dict[str, str] = {}
     for key, path in _files(config):
-        if not path or not is_local(path):
-            continue
         root = Path(path)
-        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-        digests[key] = digest([digests.get(key), *(file_sha256(f) for f in files)])
+        # what lies beside a model under its name belongs to it: its card, its SentencePiece
+        beside = sorted(root.parent.glob(f"{glob.escape(root.name)}.*"))
+        found = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root, *beside]
+        digests[key] = digest([digests.get(key), *(file_sha256(f) for f in found)])
     return digests
 
 
 def _absolute(config: Config) -> Config:
-    def of(value: Any, **paths: Any) -> Any:
-        return dataclasses.replace(value, **paths)
-
-    policy = config.url_policy
+    paths: dict[str, Any] = {name: _with_absolute_files(getattr(config, name)) for name in SECTIONS}
+    paths["run"] = dataclasses.replace(config.run, directory=absolute_path(config.run.directory))
+    paths["input"] = dataclasses.replace(config.input, paths=tuple(absolute_path(p) for p in config.input.paths))
+    paths["dedup"] = dataclasses.replace(config.dedup, against=tuple(absolute_path(p) for p in config.dedup.against))
     return dataclasses.replace(
         config,
-        run=of(config.run, directory=absolute_path(config.run.directory)),
-        input=of(config.input, paths=tuple(absolute_path(p) for p in config.input.paths)),
-        language=of(config.language, model=absolute_path(config.language.model)),
-        dedup=of(config.dedup, against=tuple(absolute_path(p) for p in config.dedup.against)),
-        pack=of(config.pack, vocabulary_dir=absolute_path(config.pack.vocabulary_dir)),
-        url_policy=of(
-            policy,
-            blocked_lists=tuple(absolute_path(p) for p in policy.blocked_lists),
-            blocked_words=tuple(absolute_path(p) for p in policy.blocked_words),
-        ),
-        filters={name: of(f, model=absolute_path(f.model)) if hasattr(f, "model") else f for name, f in config.filters.items()},
+        **paths,
+        filters={name: _with_absolute_files(f) for name, f in config.filters.items()},
+        per_language={
+            name: {language: _with_absolute_files(f) for language, f in variants.items()}
+            for name, variants in config.per_language.items()
+        },
     )
+
+
+def _with_absolute_files(section: Any) -> Any:
+    made = {
+        name: tuple(map(absolute_path, paths)) if isinstance(getattr(section, name), tuple) else absolute_path(*paths)
+        for name, paths in files(section).items()
+        if paths
+    }
+    return dataclasses.replace(section, **made)
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -269,9 +269,6 @@ LISTINGS: dict[str, Callable[[Plan], Listing]] = {
 }
 
 
-# phases that most runs have no units of
-OPTIONAL = {"dedup star", "dedup index", "dedup lines", "dedup repeats", "dedup cuts"}
-
 # --- shuffles --------------------------------------------------------------------------------------------------------
 
 

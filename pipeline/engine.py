@@ -24,11 +24,15 @@ Work = Callable[[Unit, Any, Store], Commit]
 
 
 class Resources(NamedTuple):
-    """What one worker of a stage may take. `parallelism` caps the workers, 0 for as many as fit the cluster."""
+    """What one worker of a stage may take. `parallelism` caps the workers, 0 for as many as fit the cluster.
+
+    `actors`: the workers are a pool of their own, which keeps its model to itself, and not tasks that any process takes.
+    """
 
     num_cpus: float
     memory: int
     parallelism: int = 0
+    actors: bool = False
 
 
 class Done(NamedTuple):
@@ -92,13 +96,14 @@ def _plan(name: str, task: Task, units: Sequence[Unit], resources: Resources) ->
     import ray.data
 
     rows = [{"unit": json.dumps(unit)} for unit in units]
-    # tasks, not actors: Ray keeps a job's worker processes, and with them the models they have loaded
+    compute: Any
+    if resources.actors:
+        work, compute = _pooled(name, task), ray.data.ActorPoolStrategy(min_size=1, max_size=_workers(resources, len(units)))
+    else:
+        # tasks, not actors: Ray keeps a job's worker processes, and with them the models they have loaded
+        work, compute = _function(name, task), ray.data.TaskPoolStrategy(size=resources.parallelism or None)
     plan = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
-        _function(name, task),
-        batch_size=1,
-        num_cpus=resources.num_cpus,
-        memory=min(resources.memory, _most_memory()),
-        compute=ray.data.TaskPoolStrategy(size=resources.parallelism or None),
+        work, batch_size=1, num_cpus=resources.num_cpus, memory=min(resources.memory, _most_memory()), compute=compute
     )
     for row in plan.iter_rows():
         commit = Commit(**json.loads(row["commit"])) if row["commit"] else None
@@ -120,6 +125,23 @@ def _function(name: str, task: Task) -> Any:
 
     run.__name__ = run.__qualname__ = name  # what progress output and the dashboard call the operator
     return run
+
+
+def _pooled(name: str, task: Task) -> Any:
+    class Worker:
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return _run_row(batch, task)
+
+    Worker.__name__ = Worker.__qualname__ = name.replace(" ", "_")
+    return Worker
+
+
+def _workers(resources: Resources, units: int) -> int:
+    """How many actors a pool may have: as many as the cluster has processors for, and no more than there are units."""
+    import ray
+
+    fit = int(ray.cluster_resources().get("CPU", 1) / resources.num_cpus)  # type: ignore[no-untyped-call]
+    return max(1, min(units, resources.parallelism or fit))
 
 
 def _run_row(batch: dict[str, Any], task: Task) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Questions about a finished or running run: how far it is, what became of a page, its documents as plain files."""
+"""Questions about a finished or running run: how far it is, and its documents as plain files."""
 
 import json
 import math
@@ -12,20 +12,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import catalog, dedup_plan
+from pipeline import dedup_plan
 from pipeline.progress import FunnelRow, funnel
 from pipeline.run import read_state, store_uri
-from stages.document import ordinal_of
-from stages.ledger import Commit, Store, exists
+from stages.ledger import Commit, Store
 from stages.parts import read_columns
 
-PHASES = ("extract", *dedup_plan.LISTINGS, "refine", "pack")
-KINDS = {"documents": "extract", "keep": "dedup keep", "corpus": "refine", "rejected": "refine"}
+PHASES = ("extract", *dedup_plan.LISTINGS, "refine", "refine names", "pack")
+KINDS = {"documents": "extract", "keep": "dedup keep", "rejected": "refine"}
 
 
 def store_of(root: str, state: dict[str, Any], phase: str) -> Store:
     """The store of a phase under the keys that the run used last."""
     return Store(store_uri(root, state["keys"], phase))
+
+
+def corpus_phase(root: str, state: dict[str, Any]) -> str:
+    """The phase that wrote the corpus: the one that scrubs names, if the run has it."""
+    return "refine names" if store_of(root, state, "refine names").listed_units() else "refine"
 
 
 def all_commits(root: str, state: dict[str, Any]) -> dict[str, list[Commit]]:
@@ -86,103 +90,6 @@ def _phase_status(store: Store, *, since: float) -> dict[str, Any]:
     }
 
 
-# --- why -------------------------------------------------------------------------------------------------------------
-
-
-def why(root: str, url: str) -> list[dict[str, Any]]:
-    """What became of every document of this URL, or of this id in the input, stage by stage; [] when the run never saw it."""
-    state = read_state(root)
-    store = store_of(root, state, "extract")
-    found = []
-    for commit in store.listed_commits():
-        uri = store.uri(commit.outputs[0]["path"])
-        names = read_columns(uri, ["url", "source_id"])
-        is_url = pc.is_in(names["url"], value_set=pa.array(_variants(url)))
-        is_id = pc.fill_null(pc.equal(names["source_id"], url), False)
-        rows = pc.indices_nonzero(pc.or_(is_url, is_id)).to_pylist()
-        if rows:
-            table = read_columns(uri, None).take(rows).drop_columns(["band_keys", "content_hash"])
-            found += [_fate(root, state, commit.unit, row) for row in table.to_pylist()]
-    return found
-
-
-def _variants(url: str) -> list[str]:
-    bare = url.strip().rstrip("/")
-    hosts = [bare] if "://" in bare else [f"https://{bare}", f"http://{bare}"]
-    return [h + end for h in hosts for end in ("", "/")]
-
-
-def _fate(root: str, state: dict[str, Any], unit: str, row: dict[str, Any]) -> dict[str, Any]:
-    identity = ("doc_id", "url", "source_id", "warc_file", "warc_offset", "crawl_date")
-    fate = {k: row[k] for k in (*identity, "charset", "charset_source", "language", "language_score", "opt_out")}
-    fate["scores"] = {k: v for k, v in row.items() if "." in k and v is not None}
-    if row["rejected_by"] is not None:
-        return fate | {"fate": "rejected", "stage": "extract", **_verdict(row), "text": row["text"]}
-    return fate | _after_extract(root, state, unit, row)
-
-
-def _verdict(row: dict[str, Any]) -> dict[str, Any]:
-    return {"rule": row["rejected_by"], "value": row["rejected_value"], "bound": [row["rejected_low"], row["rejected_high"]]}
-
-
-def _after_extract(root: str, state: dict[str, Any], unit: str, row: dict[str, Any]) -> dict[str, Any]:
-    keep = _row(store_of(root, state, "dedup keep").uri("keep", f"{unit}.parquet"), row["doc_id"])
-    if keep is None:
-        return {"fate": "pending", "stage": "dedup"}
-    cluster = {"cluster_id": keep["cluster_id"], "cluster_size": keep["cluster_size"]}
-    if not keep["keep"]:
-        cluster |= {"rule": keep["rule"], "similarity": keep["similarity"]}
-        return {"fate": "duplicate", "stage": "dedup", **cluster, "kept_copy": _kept_copy(root, state, keep)}
-    cuts = _row(store_of(root, state, "dedup cuts").uri("cuts", f"{unit}.parquet"), row["doc_id"])
-    if cuts is not None:
-        cluster |= {"lines_cut": cuts["cut"], "chars_cut": cuts["chars_cut"]}
-    store = store_of(root, state, "refine")
-    rejected = _row(store.uri("rejected", f"{unit}.parquet"), row["doc_id"])
-    if rejected is not None:
-        scores = {k: v for k, v in rejected.items() if "." in k and v is not None}
-        return {"fate": "rejected", "stage": "refine", **cluster, **_verdict(rejected), "scores": scores}
-    corpus = _row(store.uri("corpus", f"{unit}.parquet"), row["doc_id"])
-    if corpus is None:
-        return {"fate": "pending", "stage": "refine", **cluster}
-    kept_scores = {"scores": {k: v for k, v in corpus.items() if "." in k and v is not None}, "text": corpus["text"]}
-    placed = list(_generations(root, row["doc_id"]))
-    if not placed:
-        return {"fate": "pending", "stage": "pack", **cluster, **kept_scores}
-    return {"fate": "published", "stage": "pack", **cluster, **kept_scores, "generations": placed}
-
-
-def _generations(root: str, doc_id: int) -> Iterator[dict[str, Any]]:
-    for entry in catalog.read_catalog(root):
-        uri = f"{root}/generations/{entry['name']}/provenance.parquet"
-        table = read_columns(uri, None)
-        spans = table.filter(pc.equal(table["doc_id"], pa.scalar(doc_id, pa.uint64()))).to_pylist()
-        if spans:
-            tokens = sum(s["length"] for s in spans)
-            yield {"name": entry["name"], "rows": [s["row"] for s in spans], "tokens": tokens}
-
-
-def _row(uri: str, doc_id: int) -> dict[str, Any] | None:
-    if not exists(uri):
-        return None
-    table = read_columns(uri, None)
-    rows: list[dict[str, Any]] = table.filter(pc.equal(table["doc_id"], pa.scalar(doc_id, pa.uint64()))).to_pylist()
-    return rows[0] if rows else None
-
-
-def _kept_copy(root: str, state: dict[str, Any], keep: dict[str, Any]) -> dict[str, Any]:
-    """Who the copy is that stays: a document of this run, or of the earlier batch whose `documents` are named."""
-    doc_id, store = keep["kept_id"], store_of(root, state, "extract")
-    earlier = None if keep["kept_in"] is None else state["indexes"][keep["kept_in"]]
-    if earlier is not None:
-        store = Store(earlier["documents"])
-        # an index of all documents may name one that was itself dropped for another
-        there = _row(Store(earlier["keep"]).uri("keep", f"{ordinal_of(doc_id):06d}.parquet"), doc_id)
-        doc_id = there["kept_id"] if there and there["kept_in"] is None else doc_id
-    row = _row(store.uri("documents", f"{ordinal_of(doc_id):06d}.parquet"), doc_id) or {}
-    named = {"doc_id": doc_id, "url": row.get("url"), "source_id": row.get("source_id")}
-    return named | {"documents": earlier and earlier["documents"]}
-
-
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +99,7 @@ def tables(root: str, kind: str) -> Iterator[pa.Table]:
     if kind == "rejected":
         for table in tables(root, "documents"):
             yield table.filter(pc.is_valid(table["rejected_by"])).drop_columns(["band_keys", "content_hash"])
-    store = store_of(root, state, KINDS[kind])
+    store = store_of(root, state, corpus_phase(root, state) if kind == "corpus" else KINDS[kind])
     for commit in store.listed_commits():
         for output in commit.outputs:
             if output["path"].startswith(f"{kind}/"):

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 
 from pipeline import catalog
 from pipeline.charts import Histogram, binned
-from pipeline.dedup_plan import OPTIONAL
 from pipeline.duplicates import EXCERPT, Duplicates, Piece, clean, find_duplicates
 from pipeline.explain import PHASES
+from pipeline.phase import OPTIONAL
 from pipeline.progress import FunnelRow, funnel
 from pipeline.sample import (
     Ledger,
@@ -28,7 +28,6 @@ from pipeline.sample import (
     joined,
     read_ledger,
     read_sample,
-    score_names,
     spread,
 )
 from stages.document import sampled
@@ -80,7 +79,10 @@ class PhaseCost(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The distribution of one score; `outside` is the share of measured documents beyond the bound, NaN included."""
+    """The distribution of one score; `outside` is the share of measured documents beyond the bound, NaN included.
+
+    `by_language`: the bounds of languages that have their own; `outside` knows nothing of them.
+    """
 
     name: str
     stage: str
@@ -90,6 +92,15 @@ class Score(NamedTuple):
     outside: float
     not_numbers: int
     first_dropped: int
+    by_language: dict[str, tuple[float, float] | None]
+
+
+class Noted(NamedTuple):
+    """A value that a filter noted ("" for none): documents measured, and those of them that this filter dropped."""
+
+    value: str
+    documents: int
+    dropped: int
 
 
 class Group(NamedTuple):
@@ -165,6 +176,7 @@ class ReportData:
     sampled_documents: int
     sampled_corpus: int
     scores: list[Score]
+    notes: dict[str, list[Noted]]
     groups: dict[str, Ranking]
     inputs: Ranking
     lost_inputs: int
@@ -203,6 +215,7 @@ def gather(root: str) -> ReportData:
         sampled_documents=sample.documents.num_rows,
         sampled_corpus=sample.corpus.num_rows,
         scores=_scores(ledger, sample),
+        notes=_notes(ledger),
         groups=_rankings(sample.documents),
         inputs=Ranking.of(inputs, SHOWN),
         lost_inputs=sum(g.lost for g in inputs),
@@ -287,7 +300,7 @@ def _totals(ledger: Ledger, rows: Sequence[FunnelRow]) -> dict[str, int | None]:
     totals |= {"records": rows[0].count, "units": len(ledger.commits["extract"])}
     if ledger.commits["refine"]:
         totals["documents"] = sum(c.rows_out for c in ledger.commits["refine"])
-        totals["chars"] = int(sum(c.totals.get("chars_out", 0) for c in ledger.commits["refine"]))
+        totals["chars"] = int(sum(c.totals.get("chars_out", 0) for c in ledger.commits[ledger.corpus_phase]))
     if packed := ledger.commits["pack"]:
         totals["tokens"] = int(sum(c.totals["tokens"] for c in packed))
         rows_out = sum(c.rows_out for c in packed)
@@ -303,11 +316,27 @@ def _scores(ledger: Ledger, sample: Sample) -> list[Score]:
     scores = []
     if sample.documents.num_rows:
         scores.append(_score("language.score", "extract", sample.documents, ledger, column="language_score"))
-        scores += [_score(n, "extract", sample.documents, ledger) for n in score_names(sample.documents.column_names)]
+        scores += [_score(n, "extract", sample.documents, ledger) for n in _charted(sample.documents)]
     refined = joined([sample.corpus, sample.rejected], pa.schema([]))
     measured_before = {s.name for s in scores}
-    new = [n for n in score_names(refined.column_names) if n not in measured_before]
+    new = [n for n in _charted(refined) if n not in measured_before]
     return scores + [_score(n, "refine", refined, ledger) for n in new]
+
+
+def _notes(ledger: Ledger) -> dict[str, list[Noted]]:
+    """By note its values, most frequent first; notes that say nothing are left out."""
+    sums: dict[str, dict[str, Noted]] = {}
+    for commit in [*ledger.commits["extract"], *ledger.commits["refine"]]:
+        for column, tally in commit.extra.get("tallies", {}).items():
+            for value, (documents, dropped) in tally.items():
+                before = sums.setdefault(column, {}).get(value, Noted(value, 0, 0))
+                sums[column][value] = Noted(value, before.documents + documents, before.dropped + dropped)
+    return {column: sorted(found.values(), key=lambda n: (-n.documents, n.value)) for column, found in sums.items() if any(found)}
+
+
+def _charted(table: pa.Table) -> list[str]:
+    """Scores; what was scrubbed has a section of its own, but for the number that a rule may bound."""
+    return [n for n in table.column_names if "." in n and (n == "pii.count" or not n.startswith("pii."))]
 
 
 def _score(name: str, stage: str, table: pa.Table, ledger: Ledger, column: str = "") -> Score:
@@ -330,6 +359,7 @@ def _score(name: str, stage: str, table: pa.Table, ledger: Ledger, column: str =
         outside=float(1 - inside.mean()) if len(values) and bound is not None else 0.0,
         not_numbers=int(np.isnan(values).sum()),
         first_dropped=int(here.sum()),
+        by_language=ledger.bounds_by_language(name),
     )
 
 
@@ -431,10 +461,10 @@ def _lengths(ledger: Ledger, sample: Sample) -> dict[str, Histogram]:
 
 def _entities(ledger: Ledger, sample: Sample) -> list[Entity]:
     values: Counter[str] = Counter()
-    for commit in ledger.commits["refine"]:
+    for commit in [*ledger.commits["refine"], *ledger.commits["refine names"]]:
         values.update(commit.extra.get("pii", {}))
     entities = []
-    for name in ledger.setting("pii.entities", []):
+    for name in [*ledger.setting("pii.entities", []), *ledger.setting("names.entities", [])]:
         column = f"pii.{name.lower()}"
         if column in sample.corpus.column_names:
             affected = sample.corpus.filter(pc.greater(sample.corpus[column], 0))

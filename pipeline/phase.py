@@ -7,6 +7,9 @@ from typing import NamedTuple
 from stages.ledger import Commit, Store, Unit
 from stages.parts import PartRef
 
+# phases that most runs do not have
+OPTIONAL = {"dedup star", "dedup index", "dedup lines", "dedup repeats", "dedup cuts", "refine names"}
+
 
 class Listing(NamedTuple):
     """The units of a phase; what is to be done before they run (small jobs, harmless to do again); bytes that a unit needs.

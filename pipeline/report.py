@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from pipeline.charts import Column, columns_svg, histogram_svg
 from pipeline.duplicates import Alarm, clean
@@ -24,12 +25,18 @@ def write_report(root: str) -> str:
 
 def render(data: ReportData) -> str:
     """The page. Every crawled string passes through autoescape."""
+    return render_page("report.html.j2", d=data, notices=list(notices(data)))
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page of this package, with the style and the formats that all of them share."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"number": number, "percent": percent, "size": size, "duration": duration, "bound": bound}
     environment.filters |= {"counted": count, "limited": limited, "clean": clean}
     environment.globals |= {"histogram_svg": histogram_svg, "columns_svg": columns_svg, "Column": Column}
-    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(d=data, notices=list(notices(data)))
+    here = Path(__file__).parent
+    style = Markup((here / "page.css").read_text(encoding="utf-8"))
+    return environment.from_string((here / template).read_text(encoding="utf-8")).render(style=style, **values)
 
 
 def notices(data: ReportData) -> Iterator[tuple[str, str]]:

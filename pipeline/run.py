@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 from filters import rules, settings
 from pipeline import catalog, dedup_plan, engine
-from pipeline.config import Config, model_digests, show
+from pipeline.config import Config, file_digests, section_of, show
 from pipeline.lease import lease
 from pipeline.phase import Listing, Phase
-from stages import dedup, extract, keep, lines, pack, refine
+from stages import dedup, extract, keep, lines, names, pack, refine
 from stages.fetch import expand_inputs, fingerprint
 from stages.ledger import Commit, Store, Unit, digest, exists, read_bytes, write_atomically
 
@@ -28,7 +28,6 @@ _GRAPH = ("dedup sort", "dedup match", "dedup star", "dedup cluster")
 _POLICY = ("keep_rule", "verify_share")
 # phases whose outputs bear other names than their units, so that another unit's may take their place
 _BY_PART = ("dedup keep", "dedup cuts")
-_EXTRACT_READS = ("language.model", "url_policy.blocked_lists", "url_policy.blocked_words")
 
 
 class RunFailed(RuntimeError):
@@ -67,49 +66,42 @@ def stage_keys(config: Config, indexes: Sequence[dedup_plan.Index]) -> dict[str,
     The extract key has two halves, content and policy: parts of the same content under another policy can be judged anew
     from their stored scores.
     """
-    models = model_digests(config)
     plan = extract_plan(config)
-    reads = {k: models.get(k) for k in _EXTRACT_READS}
-    content = digest([_without_paths(extract.content_settings(plan)), reads, _filter_models(config.extract.filters, models)])
+    read = file_digests(config)
+
+    def read_by(*sections: str) -> dict[str, str]:
+        return {key: content for key, content in read.items() if section_of(key) in sections}
+
+    content = digest([extract.content_settings(plan), read_by("language", "url_policy", *config.extract.filters)])
     keys = {"extract": content[:8] + digest(extract.policy_settings(plan))[:8]}
     earlier = [[c.digest for c in index.commits] for index in indexes]
     graph = [keys["extract"], dedup.VERSION, config.dedup.enabled, config.dedup.signature, earlier]
     keys["graph"] = digest(graph)
     keys["dedup"] = digest([graph, [getattr(config.dedup, name) for name in _POLICY], config.run.seed])
-    chain = [(n, settings(f) | {"model": models.get(f"{n}.model")}, rules(f)) for n, f in config.chain(config.refine.filters)]
-    refining = [_section(config.refine), chain, config.pii, config.dedup.lines, config.run.seed]
+    chain = [
+        (named.name, [(language, settings(f), rules(f)) for language, f in named.all()])
+        for named in config.chain(config.refine.filters)
+    ]
+    scrubbing = [settings(config.pii), rules(config.pii), read_by("pii", *config.refine.filters)]
+    refining = [_section(config.refine), chain, scrubbing, config.dedup.lines, config.run.seed]
     keys["refine"] = digest([keys["dedup"], refine.VERSION, *refining])
-    packing = _section(config.pack) | {"vocabulary_dir": models.get("pack.vocabulary_dir")}
-    keys["pack"] = digest([keys["refine"], pack.VERSION, packing, config.run.seed])
+    keys["names"] = keys["refine"]
+    if config.names.enabled:
+        keys["names"] = digest([keys["refine"], names.VERSION, settings(config.names), read_by("names")])
+    packing = _section(config.pack) | {"vocabulary_dir": read_by("pack")}
+    keys["pack"] = digest([keys["names"], pack.VERSION, packing, config.run.seed])
     return keys
 
 
 def store_uri(root: str, keys: dict[str, str], phase: str) -> str:
-    """Where a phase keeps its units: RUN/<stage>/<key>, one folder deeper for the phases of dedup."""
+    """Where a phase keeps its units: RUN/<stage>/<key>, one folder deeper for a phase that is not the whole stage."""
     stage, _, part = phase.partition(" ")
-    return "/".join(filter(None, [root, stage, keys["graph" if phase in _GRAPH else stage], part]))
+    key = "graph" if phase in _GRAPH else "names" if phase == "refine names" else stage
+    return "/".join(filter(None, [root, stage, keys[key], part]))
 
 
 def _section(section: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(section).items() if k not in RESOURCES}
-
-
-def _filter_models(names: Sequence[str], models: dict[str, str]) -> dict[str, str | None]:
-    return {name: models.get(f"{name}.model") for name in names}
-
-
-def _without_paths(values: list[Any]) -> list[Any]:
-    # a model is known by its digest, not by where it lies: moving a checkout must not make work
-    def strip(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {k: v for k, v in dataclasses.asdict(value).items() if k not in ("model", "blocked_lists", "blocked_words")}
-        if isinstance(value, list | tuple):
-            return [strip(v) for v in value]
-        if isinstance(value, dict):
-            return {k: v for k, v in value.items() if k != "model"}
-        return value
-
-    return [strip(v) for v in values]
 
 
 def _fingerprint(path: str) -> str:
@@ -130,7 +122,7 @@ def extract_plan(config: Config, donors: tuple[str, ...] = ()) -> extract.Extrac
         fetch=config.fetch,
         url_policy=config.url_policy,
         opt_out=config.opt_out,
-        language=config.language,
+        language=config.named("language"),
         filters=config.chain(config.extract.filters),
         signature=config.dedup.signature,
         seed=config.run.seed,
@@ -143,15 +135,16 @@ def refine_plan(config: Config) -> refine.RefinePlan:
     return refine.RefinePlan(config.refine, config.chain(config.refine.filters), config.pii, config.run.seed, config.dedup.lines)
 
 
-def _tasks(config: Config) -> Sequence["_StageTask"]:
+def _tasks(config: Config) -> Sequence["StageTask"]:
     def of(section: Any) -> engine.Resources:
         return engine.Resources(section.num_cpus, section.memory, section.parallelism)
 
     return (
-        _StageTask("extract", extract.extract_unit, extract_plan(config), of(config.extract)),
-        *(_StageTask(phase, work, config.dedup, of(config.dedup)) for phase, work in DEDUP.items()),
-        _StageTask("refine", refine.refine_unit, refine_plan(config), of(config.refine)),
-        _StageTask("pack", pack.pack_unit, pack.PackPlan(config.pack, config.run.seed), of(config.pack)),
+        StageTask("extract", extract.extract_unit, extract_plan(config), of(config.extract)),
+        *(StageTask(phase, work, config.dedup, of(config.dedup)) for phase, work in DEDUP.items()),
+        StageTask("refine", refine.refine_unit, refine_plan(config), of(config.refine)),
+        StageTask("refine names", names.names_unit, names.NamesPlan(config.names), of(config.refine)._replace(actors=True)),
+        StageTask("pack", pack.pack_unit, pack.PackPlan(config.pack, config.run.seed), of(config.pack)),
     )
 
 
@@ -171,7 +164,9 @@ DEDUP: dict[str, engine.Work] = {
 }
 
 
-class _StageTask(NamedTuple):
+class StageTask(NamedTuple):
+    """What does the units of a phase, with which plan and resources."""
+
     phase: str
     work: engine.Work
     plan: Any
@@ -284,23 +279,23 @@ def execute(
         run.remember(stage="extract", generation=None, pid=_pid(), last="pack" if only else last or "pack")
         phases: dict[str, Phase] = {}
         failed: dict[str, list[str]] = {}
-        names = [n for n in run.tasks if last is None or STAGES.index(n.split()[0]) <= STAGES.index(last)]
-        for name in names:
+        wanted = [n for n in run.tasks if last is None or STAGES.index(n.split()[0]) <= STAGES.index(last)]
+        for name in wanted:
             phase = phases[name] = run.phase(name, phases, inputs)
             phase.store.list_units(phase.units)
             if not _wanted(name, first):
                 _require_done(phase, _share(name, config))
                 continue
             run.remember(stage=name, pid=_pid())
-            errors = _run_phase(run, phase, progress, run_units)
+            errors = run_phase(run, phase, progress, run_units)
             while name == "dedup star" and not errors and (phase := run.phase(name, phases, inputs)).pending:
                 phases[name] = phase  # the next round
                 phase.store.list_units(phase.units)
-                errors = _run_phase(run, phase, progress, run_units)
+                errors = run_phase(run, phase, progress, run_units)
             if errors:
                 failed[name] = errors
-            _check_failures(phase, errors, _share(name, config))
-        if "pack" not in names:
+            check_failures(phase, errors, _share(name, config))
+        if "pack" not in wanted:
             if only is None and phases["dedup index"].units:
                 run.publish_index(phases["dedup index"])
             run.remember(stage="done" if only is None else only, pid=None)
@@ -326,7 +321,7 @@ def _wanted(phase: str, first: str | None) -> bool:
 def _share(phase: str, config: Config) -> float:
     # a missing part of documents or corpus is a loss that can be borne; missing edges would be duplicates let through
     # unseen, and a missing group of packed rows a generation that is not what it says
-    return config.run.max_failed_share if phase in ("extract", "refine") else 0.0
+    return config.run.max_failed_share if phase in ("extract", "refine", "refine names") else 0.0
 
 
 def _require_done(phase: Phase, max_failed_share: float) -> None:
@@ -338,7 +333,8 @@ def _require_done(phase: Phase, max_failed_share: float) -> None:
         )
 
 
-def _run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.RunUnits) -> list[str]:
+def run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.RunUnits) -> list[str]:
+    """Do what is pending of a phase; the errors of the units that failed."""
     task = run.tasks[phase.name]
     plan = task.plan
     if phase.name == "extract":
@@ -383,7 +379,8 @@ def _donors(run: Run) -> tuple[str, ...]:
     return tuple(f"{run.root}/extract/{key}" for key in same)
 
 
-def _check_failures(phase: Phase, errors: list[str], max_failed_share: float) -> None:
+def check_failures(phase: Phase, errors: list[str], max_failed_share: float) -> None:
+    """RunFailed when more units failed than may."""
     if errors and len(errors) > max_failed_share * len(phase.units):
         shown = "\n  ".join(errors[:5])
         raise RunFailed(
@@ -422,8 +419,15 @@ def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -
     return Listing(units)
 
 
+def _names_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
+    if not run.config.names.enabled:
+        return Listing([])
+    outputs = [(c, o) for c in before["refine"].ordered() for o in c.outputs if o["path"].startswith("corpus/")]
+    return Listing([Unit(c.unit, o["sha256"], {"corpus": before["refine"].store.uri(o["path"])}) for c, o in outputs])
+
+
 def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
-    source = before["refine"]
+    source = before["refine names" if run.config.names.enabled else "refine"]
     parts = []
     for commit in source.ordered():
         output = next(o for o in commit.outputs if o["path"].startswith("corpus/"))
@@ -436,5 +440,6 @@ def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> 
 _UNITS: dict[str, Callable[[Run, dict[str, Phase], Sequence[Input]], Listing]] = {
     "extract": _extract_units,
     "refine": _refine_units,
+    "refine names": _names_units,
     "pack": _pack_units,
 }

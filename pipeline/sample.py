@@ -5,7 +5,7 @@ place, so that the texts of the few documents that are shown can be read later, 
 """
 
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.explain import all_commits, store_of
+from pipeline.explain import all_commits, corpus_phase, store_of
 from pipeline.run import read_state
 from stages.ledger import Commit, Store
-from stages.parts import column_names, read_columns
+from stages.parts import read_columns, score_names
 
 MAX_PARTS = 64
 MAX_ROWS = 1_000_000  # of sampled parts together: about 300 bytes each in memory
@@ -45,6 +45,16 @@ class Ledger:
     def bound(self, rule: str) -> tuple[float, float] | None:
         value = self.setting(rule)
         return (float(value[0]), float(value[1])) if isinstance(value, list) and len(value) == 2 else None
+
+    def bounds_by_language(self, rule: str) -> dict[str, tuple[float, float] | None]:
+        """The bounds of a rule for languages that have their own."""
+        keys = [key for key in self.state.get("config", {}) if key.startswith("per_language.") and key.endswith(f".{rule}")]
+        return {key.split(".")[1]: self.bound(key) for key in keys}
+
+    @cached_property
+    def corpus_phase(self) -> str:
+        """The phase that wrote the corpus."""
+        return corpus_phase(self.root, self.state)
 
     @cached_property
     def outputs(self) -> dict[str, set[str]]:
@@ -114,8 +124,7 @@ def part_uri(ledger: Ledger, phase: str, kind: str, unit: str) -> str | None:
 
 def _documents_of(ledger: Ledger, unit: str) -> pa.Table:
     uri = ledger.store("extract").uri("documents", f"{unit}.parquet")
-    names = column_names(uri)
-    table = read_columns(uri, [*_DOCUMENT_COLUMNS, *score_names(names)])
+    table = read_columns(uri, [*_DOCUMENT_COLUMNS, *score_names(uri)])
     table = _placed(table, uri)
     months = pc.strftime(table["crawl_date"], format="%Y-%m")
     fates = pa.array(_fates(ledger, unit, table), pa.string())
@@ -123,12 +132,11 @@ def _documents_of(ledger: Ledger, unit: str) -> pa.Table:
 
 
 def _refined_of(ledger: Ledger, kind: str, unit: str) -> pa.Table | None:
-    uri = part_uri(ledger, "refine", kind, unit)
+    uri = part_uri(ledger, ledger.corpus_phase if kind == "corpus" else "refine", kind, unit)
     if uri is None:
         return None
-    names = column_names(uri)
     wanted = ["doc_id", "num_chars", "rejected_by", "rejected_value", "rejected_low", "rejected_high"]
-    table = read_columns(uri, [*wanted, *(n for n in names if "." in n)])
+    table = read_columns(uri, [*wanted, *score_names(uri)])
     return _placed(table, uri)
 
 
@@ -137,10 +145,6 @@ def _placed(table: pa.Table, uri: str) -> pa.Table:
     rows = pa.array(np.arange(table.num_rows, dtype=np.int32))
     part = pa.DictionaryArray.from_arrays(pa.array(np.zeros(table.num_rows, np.int32)), pa.array([uri]))
     return table.append_column("_row", rows).append_column("_part", part.cast(pa.dictionary(pa.int32(), pa.string())))
-
-
-def score_names(names: Iterable[str]) -> list[str]:
-    return [n for n in names if "." in n and not n.startswith("pii.")]
 
 
 def _fates(ledger: Ledger, unit: str, table: pa.Table) -> list[str | None]:

@@ -1,12 +1,12 @@
 """The document row that every stage shares: its Arrow schema, its identity, and how policy is written into it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import xxhash
 
-from filters import rules
+from filters import notes, rules
 
 # Band keys are one binary value of 8 bytes a band (little-endian): a document of 14 bands costs 112 bytes.
 IDENTITY = [
@@ -24,6 +24,7 @@ EXTRACTED = [
     pa.field("opt_out", pa.string()),
     pa.field("language", pa.string()),
     pa.field("language_score", pa.float64()),
+    pa.field("language_line_share", pa.float64()),
     pa.field("num_chars", pa.int64()),
     pa.field("content_hash", pa.binary(16)),
     pa.field("band_keys", pa.binary()),
@@ -61,15 +62,56 @@ def ordinal_of(doc_id: int) -> int:
 
 
 class NamedFilter(NamedTuple):
-    """A filter with the name its scores are stored under."""
+    """A filter with the name its scores are stored under, and what takes its place for documents of some languages."""
 
     name: str
     filter: Any
+    by_language: tuple[tuple[str, Any], ...] = ()
+
+    def of(self, language: str | None) -> Any:
+        """The filter for documents of a language."""
+        return next((filter for name, filter in self.by_language if name == language), self.filter)
+
+    def all(self) -> list[tuple[str, Any]]:
+        """Every variant with its language; the one for all other languages first, under ""."""
+        return [("", self.filter), *self.by_language]
+
+
+def measured_columns(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a filter measured, under the names of its columns."""
+    return {
+        f"{name}.{key}": value if value is None or isinstance(value, str) else float(value) for key, value in measured.items()
+    }
 
 
 def score_columns(filters: Sequence[NamedFilter]) -> list[str]:
     """Names of the score columns, in the order in which rules are checked: '<filter>.<rule>'."""
-    return [f"{name}.{rule}" for name, filter in filters for rule in rules(filter)]
+    return [f"{named.name}.{rule}" for named in filters for rule in rules(named.filter)]
+
+
+def measured_fields(filters: Sequence[NamedFilter]) -> list[pa.Field]:
+    """Columns of scores, then of notes, filter by filter."""
+    columns = []
+    for named in filters:
+        columns += [pa.field(name, pa.float64()) for name in score_columns([named])]
+        columns += [pa.field(f"{named.name}.{note}", pa.string()) for note in notes(named.filter)]
+    return columns
+
+
+class Tallies:
+    """Documents by the value of each note that is counted: [measured, dropped by the filter that noted it]; "" for none."""
+
+    def __init__(self, filters: Sequence[NamedFilter]) -> None:
+        noted = [(named.name, note) for named in filters for note in getattr(named.filter, "tallied", ())]
+        self.counts: dict[str, dict[str, list[int]]] = {f"{name}.{note}": {} for name, note in noted}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row that has been judged; one that the filter never saw is left out."""
+        for column, tally in self.counts.items():
+            if column in row:
+                found = tally.setdefault(row[column] or "", [0, 0])
+                found[0] += 1
+                found[1] += (row["rejected_by"] or "").startswith(f"{column.partition('.')[0]}.")
 
 
 def document_schema(filters: Sequence[NamedFilter], *, keys: str) -> pa.Schema:
@@ -77,17 +119,16 @@ def document_schema(filters: Sequence[NamedFilter], *, keys: str) -> pa.Schema:
 
     `keys` says how band keys and content hashes are made; it goes into the parts' metadata.
     """
-    scores = [pa.field(name, pa.float64()) for name in score_columns(filters)]
-    return pa.schema(IDENTITY + EXTRACTED + scores + VERDICT, metadata={"gristmill.keys": keys})
+    return pa.schema(IDENTITY + EXTRACTED + measured_fields(filters) + VERDICT, metadata={"gristmill.keys": keys})
 
 
 def corpus_schema(documents: pa.Schema, filters: Sequence[NamedFilter], pii: Sequence[str]) -> pa.Schema:
     """Schema of the refine stage's parts: the documents' own, without dedup keys, with what refine adds."""
-    scores = [pa.field(name, pa.float64()) for name in score_columns(filters)]
     counts = [pa.field(f"pii.{entity.lower()}", pa.int32()) for entity in pii]
+    counts += [pa.field("pii.count", pa.float64())] * bool(pii)
     left_out = {"band_keys", *(f.name for f in VERDICT + REFINED)}
     kept = [f for f in documents if f.name not in left_out]
-    return pa.schema(kept + REFINED + scores + counts + VERDICT)
+    return pa.schema(kept + REFINED + measured_fields(filters) + counts + VERDICT)
 
 
 def sampled(doc_id: int, *, share: float, seed: int) -> bool:

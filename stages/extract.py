@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, Rejection, first_failure, rules, settings
+from filters import STRICT, Rejection, apply, first_failure, rules, settings
 from filters.language import Language
 from filters.opt_out import OptOut, in_headers
 from filters.text import TextView
 from filters.url_policy import UrlPolicy, host_of
 from stages import minhash
-from stages.document import NamedFilter, document_schema, make_doc_id, sampled, score_columns
+from stages.document import NamedFilter, Tallies, document_schema, make_doc_id, measured_columns, sampled, score_columns
 from stages.extractor import Extractor, ExtractorOptions, Gate, Page, ResiliparseOptions, TrafilaturaOptions
 from stages.fetch import FetchOptions, fingerprint, local_copy
 from stages.ledger import Commit, Store, Unit
@@ -73,7 +73,7 @@ class ExtractPlan:
     fetch: FetchOptions
     url_policy: UrlPolicy
     opt_out: OptOut
-    language: Language
+    language: NamedFilter
     filters: tuple[NamedFilter, ...]
     signature: minhash.Signature
     seed: int
@@ -126,16 +126,18 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
         config.pop("trafilatura")
     if plan.config.engine != "resiliparse":
         config.pop("resiliparse")
-    measured = [(name, settings(filter)) for name, filter in plan.filters]
+    measured = [(named.name, [(language, settings(filter)) for language, filter in named.all()]) for named in plan.filters]
     text_input = asdict(plan.input) | {"paths": None, "base_uri": None}
-    return [VERSION, config, measured, text_input, plan.url_policy, plan.opt_out, plan.language.allowed]
+    return [VERSION, config, measured, text_input, settings(plan.url_policy), plan.opt_out, settings(plan.language.filter)]
 
 
 def policy_settings(plan: ExtractPlan) -> list[Any]:
     """What is applied to stored text and scores: bounds, signatures, the kept sample: the second half of the stage key."""
     return [
-        plan.language.score,
-        [(name, rules(filter)) for name, filter in plan.filters],
+        [
+            (named.name, [(language, rules(filter)) for language, filter in named.all()])
+            for named in (plan.language, *plan.filters)
+        ],
         plan.signature,
         plan.config.keep_rejected_text,
         plan.config.keep_text,
@@ -216,15 +218,20 @@ def _finish(row: Row, page: Page, plan: ExtractPlan) -> Row:
     assert page.text is not None
     if len(page.text) > plan.config.max_text_chars:
         return row | _verdict_columns("extract.max_text_chars", float(len(page.text)), 0.0, plan.config.max_text_chars)
-    if plan.language.identify:
-        guess = plan.language.guess(page.text)
-        row |= {"language": guess.language, "language_score": guess.score}
-    view = TextView(page.text)
-    for name, filter in plan.filters:
-        if hasattr(filter, "edit"):  # C4 measures, and hands on, the text without the lines it removes
-            view = filter.edit(view)
-        row |= {f"{name}.{rule}": float(score) for rule, score in filter.measure(view).items()}
+    row |= _language_columns(page.text, plan.language.filter)
+    view = TextView(page.text, row.get("language"))
+    for named in plan.filters:
+        view, measured = apply(named.of(view.language), view)  # C4 hands on the text without the lines it removes
+        row |= measured_columns(named.name, measured)
     return _judge(row | {"text": view.text, "num_chars": len(view.text)}, plan)
+
+
+def _language_columns(text: str, language: Language) -> Row:
+    if not language.identify:
+        return {}
+    guess = language.guess(text)
+    share = language.line_share_of(text, guess.language) if language.measure_lines else None
+    return {"language": guess.language, "language_score": guess.score, "language_line_share": share}
 
 
 def _judge(row: Row, plan: ExtractPlan) -> Row:
@@ -239,15 +246,16 @@ def _judge(row: Row, plan: ExtractPlan) -> Row:
 
 
 def _verdict(row: Row, plan: ExtractPlan) -> Rejection | None:
-    if plan.language.identify:
-        language, score = plan.language, row["language_score"]
+    if plan.language.filter.identify:
+        language = plan.language.of(row["language"])
         if language.allowed and row["language"] not in language.allowed:
-            return Rejection("language.allowed", score, (-math.inf, math.inf))
-        if language.score is not None and not language.score[0] <= score <= language.score[1]:
-            return Rejection("language.score", score, language.score)
-    for name, filter in plan.filters:
-        scores = {c.removeprefix(f"{name}."): row[c] for c in score_columns([NamedFilter(name, filter)])}
-        failure = first_failure(name, filter, scores)
+            return Rejection("language.allowed", row["language_score"], (-math.inf, math.inf))
+        failure = first_failure("language", language, {rule: row[f"language_{rule}"] for rule in rules(language)})
+        if failure is not None:
+            return failure
+    for named in plan.filters:
+        scores = {c.removeprefix(f"{named.name}."): row[c] for c in score_columns([named])}
+        failure = first_failure(named.name, named.of(row["language"]), scores)
         if failure is not None:
             return failure
     return None
@@ -279,6 +287,7 @@ def _write(rows: Iterable[Row], commit: Commit, plan: ExtractPlan, store: Store)
     schema = document_schema(plan.filters, keys=minhash.describe(plan.signature))
     counts: Counter[str] = Counter()
     languages: Counter[str] = Counter()
+    tallies = Tallies(plan.filters)
     chars = 0
     with (
         store.create("documents", f"{commit.unit}.parquet", outputs=commit.outputs) as path,
@@ -288,12 +297,14 @@ def _write(rows: Iterable[Row], commit: Commit, plan: ExtractPlan, store: Store)
             for row in batch:
                 counts[row["rejected_by"] or "kept"] += 1
                 languages[row["language"] or "unknown"] += 1
+                tallies.add(row)
                 chars += row["num_chars"] if row["rejected_by"] is None else 0
             writer.write_table(pa.Table.from_pylist(_stored(_signed(batch, plan), plan), schema=schema))
     commit.counts |= dict(sorted(counts.items()))
     commit.rows_out = counts["kept"]
     commit.totals["chars_out"] = chars
     commit.extra["languages"] = dict(sorted(languages.items()))
+    commit.extra["tallies"] = tallies.counts
 
 
 def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -346,7 +357,7 @@ def _options(plan: ExtractPlan) -> ExtractorOptions:
         trafilatura=plan.config.trafilatura,
         resiliparse=plan.config.resiliparse,
         gate=plan.config.gate,
-        language=plan.language,
+        language=plan.language.filter,
         reject_opt_out=plan.opt_out.reject,
         cpu_seconds=plan.config.timeout_seconds,
         memory_bytes=plan.config.child_memory_bytes,

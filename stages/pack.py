@@ -15,7 +15,7 @@ import xxhash
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, off_is_none
+from filters import STRICT, File, off_is_none
 from stages import tokens
 from stages.ledger import Commit, Store, Unit, scratch_folder
 from stages.mds import INDEX, MDSWriter
@@ -43,7 +43,7 @@ class PackConfig:
     """
 
     encoding: str = "cl100k_base"
-    vocabulary_dir: str = ""
+    vocabulary_dir: File = ""
     seq_len: int = Field(default=2048, ge=2, le=1 << 20)
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     compression: Annotated[str | None, BeforeValidator(off_is_none)] = Field(

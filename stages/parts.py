@@ -25,11 +25,15 @@ def read_columns(uri: str, columns: list[str] | None) -> pa.Table:
         return part.read(columns=columns)
 
 
-def column_names(uri: str) -> list[str]:
-    """Names of the columns of a part, from its footer."""
+def schema_of(uri: str) -> pa.Schema:
+    """The schema of a part, from its footer."""
     with open_parquet(uri) as part:
-        names: list[str] = part.schema_arrow.names
-        return names
+        return part.schema_arrow
+
+
+def score_names(uri: str) -> list[str]:
+    """Names of the columns of a part that hold scores: numbers named '<filter>.<rule>'."""
+    return [field.name for field in schema_of(uri) if "." in field.name and not pa.types.is_string(field.type)]
 
 
 def rows_at(uri: str, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, first_failure
+from filters import STRICT, Rejection, apply, first_failure
 from filters.pii import Pii
 from filters.text import TextView
-from stages.document import NamedFilter, corpus_schema, sampled
+from stages.document import NamedFilter, Tallies, corpus_schema, measured_columns, measured_fields, sampled
 from stages.ledger import Commit, Store, Unit
 from stages.lines import cut_text
-from stages.parts import read_columns
+from stages.parts import read_columns, score_names
 
 VERSION = 1
 Row = dict[str, Any]
@@ -59,6 +59,18 @@ class RefinePlan:
         return self.pii.entities if self.config.scrub_pii else ()
 
 
+@dataclass(frozen=True)
+class SamplePlan:
+    """What a worker needs to measure a sample: the shares, in [0, 1], of the documents that dedup kept, and of all that
+    extract saw, which are drawn by `seed`.
+    """
+
+    refine: RefinePlan
+    share: float
+    extracted_share: float
+    seed: int
+
+
 def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
     """Do one documents part. `unit.task`: {"documents": URI, "keep": URI, "cuts": URI or None}."""
     commit = Commit(unit.name, unit.fingerprint)
@@ -67,16 +79,19 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
     schema = corpus_schema(documents.schema, plan.filters, plan.entities)
     counts: Counter[str] = Counter()
     pii: Counter[str] = Counter()
+    tallies = Tallies(plan.filters)
     with (
         store.create("corpus", f"{unit.name}.parquet", outputs=commit.outputs) as corpus_path,
         store.create("rejected", f"{unit.name}.parquet", outputs=commit.outputs) as rejected_path,
         pq.ParquetWriter(corpus_path, schema, compression="zstd") as corpus,
         pq.ParquetWriter(rejected_path, schema, compression="zstd") as rejected,
     ):
-        for rows in _rows(documents, cuts, plan):
+        for batch in _batches(documents, cuts, plan):
+            rows = [_refine(row, plan) for row in batch]
             for row in rows:
                 counts[row["rejected_by"] or "kept"] += 1
                 pii.update(span["entity"] for span in row["pii_spans"] or ())
+                tallies.add(row)
             kept = [row for row in rows if row["rejected_by"] is None]
             corpus.write_table(pa.Table.from_pylist(kept, schema=schema))
             rejected.write_table(pa.Table.from_pylist([r for r in rows if r["rejected_by"]], schema=schema))
@@ -84,7 +99,35 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
     commit.rows_in, commit.rows_out = documents.num_rows, counts["kept"]
     commit.counts = dict(sorted(counts.items()))
     commit.extra["pii"] = dict(sorted(pii.items()))
+    commit.extra["tallies"] = tallies.counts
     return commit
+
+
+def sample_unit(unit: Unit, plan: SamplePlan, store: Store) -> Commit:
+    """Measure a sample of one documents part with every filter, whatever the verdicts; the task is as for `refine_unit`.
+
+    "sample" holds the scores of documents that dedup kept, "extracted" those that extract stored, of rejected ones too.
+    """
+    commit = Commit(unit.name, unit.fingerprint)
+    documents = _kept_copies(unit.task["documents"], unit.task["keep"])
+    drawn = _drawn(documents, plan.share, plan.seed)
+    identity = [pa.field("doc_id", pa.uint64()), pa.field("language", pa.string())]
+    schema = pa.schema(identity + measured_fields(plan.refine.filters))
+    rows = [_measured(row, plan.refine)[0] for batch in _batches(drawn, _cuts(unit.task["cuts"]), plan.refine) for row in batch]
+    with store.create("sample", f"{unit.name}.parquet", outputs=commit.outputs) as path:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+    identified = ["doc_id", "num_chars", "language", "language_score", "language_line_share"]
+    extracted = read_columns(unit.task["documents"], [*identified, *score_names(unit.task["documents"])])
+    extracted = extracted.filter(pa.compute.is_valid(extracted["num_chars"]))
+    with store.create("extracted", f"{unit.name}.parquet", outputs=commit.outputs) as path:
+        pq.write_table(_drawn(extracted, plan.extracted_share, plan.seed), path, compression="zstd")
+    commit.rows_in, commit.rows_out = documents.num_rows, len(rows)
+    return commit
+
+
+def _drawn(rows: pa.Table, share: float, seed: int) -> pa.Table:
+    wanted = [sampled(doc_id, share=share, seed=seed) for doc_id in rows["doc_id"].to_pylist()]
+    return rows.filter(pa.array(wanted, pa.bool_()))
 
 
 def _kept_copies(documents_uri: str, keep_uri: str) -> pa.Table:
@@ -109,9 +152,9 @@ def _cuts(uri: str | None) -> dict[int, list[int]]:
     return dict(zip(table["doc_id"].to_pylist(), table["cut"].to_pylist(), strict=True))
 
 
-def _rows(documents: pa.Table, cuts: dict[int, list[int]], plan: RefinePlan) -> Iterator[list[Row]]:
+def _batches(documents: pa.Table, cuts: dict[int, list[int]], plan: RefinePlan) -> Iterator[list[Row]]:
     for batch in documents.to_batches(max_chunksize=plan.config.batch_size):
-        yield [_refine(_without_repeats(row, cuts, plan), plan) for row in batch.to_pylist()]
+        yield [_without_repeats(row, cuts, plan) for row in batch.to_pylist()]
 
 
 def _without_repeats(row: Row, cuts: dict[int, list[int]], plan: RefinePlan) -> Row:
@@ -126,18 +169,28 @@ def _refine(row: Row, plan: RefinePlan) -> Row:
     row |= {"rejected_by": None, "pii_spans": None}
     if plan.lines != "off" and not row["text"].strip():
         return row | {"rejected_by": "dedup.lines", "rejected_value": 0.0, "rejected_low": 1.0, "rejected_high": math.inf}
-    view = TextView(row["text"])
-    for name, filter in plan.filters:
-        scores = filter.measure(view)
-        row |= {f"{name}.{rule}": float(score) for rule, score in scores.items()}
-        failure = first_failure(name, filter, scores)
-        if failure is not None and row["rejected_by"] is None:
-            low, high = failure.bound
-            row |= {"rejected_by": failure.rule, "rejected_value": failure.value}
-            row |= {"rejected_low": low, "rejected_high": high}
-    if row["rejected_by"] is not None:
-        return row if sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed) else row | {"text": None}
-    return row | (_scrub(row["text"], plan) if plan.config.scrub_pii else {})
+    row, failure = _measured(row, plan)
+    if failure is None and not row["text"].strip():
+        failure = Rejection("refine.empty_text", 0.0, (1.0, math.inf))  # filters that edit left nothing
+    if failure is None and plan.config.scrub_pii:
+        row |= _scrub(row["text"], plan)
+        failure = first_failure("pii", plan.pii, {"count": row["pii.count"]})
+    if failure is None:
+        return row
+    low, high = failure.bound
+    row |= {"rejected_by": failure.rule, "rejected_value": failure.value, "rejected_low": low, "rejected_high": high}
+    return row if sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed) else row | {"text": None}
+
+
+def _measured(row: Row, plan: RefinePlan) -> tuple[Row, Rejection | None]:
+    """The row with every filter's scores and notes, its text as the filters hand it on, and the first rule that it breaks."""
+    view, failed = TextView(row["text"], row["language"]), None
+    for named in plan.filters:
+        filter = named.of(view.language)
+        view, measured = apply(filter, view)
+        row |= measured_columns(named.name, measured)
+        failed = failed or first_failure(named.name, filter, measured)
+    return row | {"text": view.text, "num_chars": len(view.text)}, failed
 
 
 def _scrub(text: str, plan: RefinePlan) -> Row:
@@ -145,4 +198,5 @@ def _scrub(text: str, plan: RefinePlan) -> Row:
     spans = [{"entity": entity, "start": start, "end": end} for entity, start, end in scrubbed.spans]
     counts = Counter(span["entity"] for span in spans)
     per_entity = {f"pii.{entity.lower()}": counts[entity] for entity in plan.entities}
-    return {"text": scrubbed.text, "num_chars": len(scrubbed.text), "pii_spans": spans, **per_entity}
+    columns = {"text": scrubbed.text, "num_chars": len(scrubbed.text), "pii_spans": spans}
+    return columns | per_entity | {"pii.count": float(len(spans))}

@@ -1,6 +1,7 @@
 """Pii: what is found and what stays, placeholders and their spans, and Presidio's bare recognisers as the oracle."""
 
 import json
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filters import pii
+from filters import first_failure, phones, pii
 from filters.pii import Pii, Span, counts
+from filters.surrogates import FORM
 
 FOUND = [
     ("EMAIL_ADDRESS", "jane.doe+news@mail.example.co.uk"),
@@ -22,6 +24,10 @@ FOUND = [
     ("PHONE_NUMBER", "+45 20.79.46.09"),  # a dotted quad
     ("CREDIT_CARD", "4111 1111 1111 1111"),
     ("CREDIT_CARD", "378282246310005"),
+    ("CREDIT_CARD", "2223003122003222"),  # the newer range of Mastercard
+    ("IBAN_CODE", "gb82west12345698765432"),
+    ("PHONE_NUMBER", "+1-903-140-4508"),  # no exchange is 140, but +1 and ten digits say what it is
+    ("PHONE_NUMBER", "98765 43210"),
     ("IBAN_CODE", "DE89 3704 0044 0532 0130 00"),
     ("IBAN_CODE", "GB82WEST12345698765432"),
     ("IP_ADDRESS", "93.184.216.34"),
@@ -46,11 +52,25 @@ STAYS = [
     "666-12-3456 and 123-45-6789",  # never issued
     "https://1aaa-123-45-678-910.example.net/",
     "<PHONE_NUMBER> <EMAIL_ADDRESS>@<IP_ADDRESS>",
+    "3234567890126 and 9111111111111111",  # Luhn holds, no card begins so
+    "4152 488 7134 459 523",  # Luhn holds; no card is grouped so, unless a word says it is one
+    "(hex) 2/0/4.283.0.0.0.0.0, also 400 / 600/800/1000 ml",
+    "62345 67890 12345 67891",  # a row of a table: its halves are numbers in India
+    "51 Franklin St, Fifth Floor, Boston, MA 02110-1301, USA",
+    "Chrome/96.0.4664.110, v93.184.216.34, foo-93.184.216.34.tar.gz and build 93.184.216.34",
 ]
 # What stands next to each other on pages, and what is built to be misread once a neighbour is gone.
 BITS = st.one_of(
     st.sampled_from([value for _, value in FOUND] + STAYS),
     st.sampled_from(["call ", "phone:\n", "SSN", "<CRYPTO>", "@", "::", "-", ".", "x", "0", "\n", " ", "\ud800", "\0", "\r"]),
+    st.sampled_from(
+        [
+            "ghp_" + "zQWBuTSOoRi4A9spHcVY5ncnsDkxkJ" + "0mLq17",
+            "-----BEGIN PRIVATE KEY-----",
+            "iB4x/+" * 9,
+            "-----END PRIVATE KEY-----",
+        ]
+    ),
     st.text("0123456789-. ()+:/@aAbcx\n", max_size=25),
     st.text(max_size=8),
 )
@@ -78,6 +98,14 @@ def test_what_is_no_ones_stays(text: str) -> None:
         ("2125550147 (fax)", "<PHONE_NUMBER> (fax)"),
         ("part 536221234", "part 536221234"),
         ("her SSN is 536221234", "her SSN is <US_SSN>"),
+        ("item 630427373398", "item 630427373398"),
+        ("my Maestro: 630427373398", "my Maestro: <CREDIT_CARD>"),
+        ("Phone:\n60-56-85-91", "Phone:\n<PHONE_NUMBER>"),
+        ("Fax (37) 788-063, 2 pages", "Fax <PHONE_NUMBER>, 2 pages"),
+        ("Mobile: 723 813 266", "Mobile: <PHONE_NUMBER>"),
+        ("mobile 723 813 266", "mobile 723 813 266"),
+        ("call me on 9472 7916", "call me on <PHONE_NUMBER>"),
+        ("phone 2011-12-13", "phone 2011-12-13"),
     ],
 )
 def test_bare_digits_need_a_word_near_them(text: str, expected: str) -> None:
@@ -109,11 +137,19 @@ def test_a_higher_score_asks_for_more_than_a_phone_number_alone() -> None:
         ({"phone_regions": ("UK",)}, "unknown phone region 'UK'"),
         ({"min_score": 2}, "less than or equal to 1"),
         ({"entity": ()}, "entity"),
+        ({"mode": "hash"}, "mode"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Pii(**settings)
+
+
+@pytest.fixture(scope="session")
+def surrogates(tmp_path_factory: pytest.TempPathFactory) -> Pii:
+    key = tmp_path_factory.mktemp("key") / "pii.key"
+    key.write_text("a key of the tests, kept by no one\n")
+    return Pii(mode="surrogate", key_file=str(key))
 
 
 @settings(deadline=None, max_examples=150)
@@ -125,18 +161,97 @@ def test_scrubbing_twice_changes_nothing_and_spans_hold_placeholders(text: str) 
     assert scrubbed.spans == sorted(scrubbed.spans, key=lambda s: s.start)
 
 
+@settings(deadline=None, max_examples=150)
+@given(TEXTS)
+def test_scrubbing_twice_changes_nothing_with_surrogates(surrogates: Pii, text: str) -> None:
+    scrubbed = surrogates.scrub(text)
+    assert surrogates.scrub(scrubbed.text) == (scrubbed.text, [])
+    for span in scrubbed.spans:
+        assert span.entity == "SECRET" or FORM.fullmatch(scrubbed.text[span.start : span.end]), span
+    assert scrubbed.spans == sorted(scrubbed.spans, key=lambda s: s.start)
+
+
+@settings(deadline=None, max_examples=50)
+@given(TEXTS)
+def test_what_stands_between_the_spans_is_what_stood_there(text: str) -> None:
+    scrubbed = Pii().scrub(text)
+    rest, at = [], 0
+    for span in scrubbed.spans:
+        rest.append(scrubbed.text[at : span.start])
+        at = span.end
+    position = 0
+    for part in [*rest, scrubbed.text[at:]]:
+        position = text.index(part, position) + len(part)
+
+
+@pytest.mark.parametrize("entity, value", FOUND)
+def test_a_value_becomes_the_same_surrogate_wherever_it_stands(surrogates: Pii, entity: str, value: str) -> None:
+    one, other = surrogates.scrub(f"ask for {value}, please"), surrogates.scrub(f"Zürich,\n\n{value}")
+    values = [s.text[s.spans[0].start : s.spans[0].end] for s in (one, other)]
+    assert [span.entity for span in one.spans + other.spans] == [entity, entity]
+    assert values[0] == values[1] != value
+    assert one.text == f"ask for {values[0]}, please"
+
+
+@pytest.mark.parametrize("content, message", [(None, "No such file"), (b"  short \n", "5 bytes, at least 16")])
+def test_surrogates_need_a_key(tmp_path: Path, content: bytes | None, message: str) -> None:
+    key = tmp_path / "key"
+    if content is not None:
+        key.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Pii(mode="surrogate", key_file=str(key)).check(())
+    with pytest.raises(ValueError, match=r"pii\.key_file"):
+        Pii(mode="surrogate").check(())
+    Pii().check(())
+
+
+def test_a_document_of_many_values_breaks_the_bound_on_their_count() -> None:
+    spans = Pii().scrub("a@b.org, c@d.org and 93.184.216.34").spans
+    rejection = first_failure("pii", Pii(count=(0, 2)), {"count": len(spans)})
+    assert rejection is not None and rejection.rule == "pii.count"
+    assert first_failure("pii", Pii(), {"count": len(spans)}) is None
+
+
+def test_a_value_that_its_neighbour_hid_is_found() -> None:
+    # the phone number makes the ten digits part of a table; the address makes the key a part of a word
+    key = "ghp_" + "zQWBuTSOoRi4A9spHcVY5ncnsDkxkJ0mLq17"
+    once = Pii().scrub(f"+44 20 7946 0958 98765 43210 and x@example.org{key}")
+    assert Pii().scrub(once.text) == (once.text, [])
+
+
+def test_an_error_tells_nothing_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Careless:
+        context: tuple[str, ...] = ()
+
+        def analyze(self, text: str, entities: list[str]) -> None:
+            raise KeyError(text)
+
+    monkeypatch.setattr(pii, "_recognizer", lambda *args: Careless())
+    with pytest.raises(RuntimeError, match=r"KeyError in test_pii\.py:\d+;") as caught:
+        Pii().scrub("@".join(["ja" + "ne", "doe-inc.org!"]))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None and "jane" not in shown
+
+
 def by_trigger(line: str, above: str) -> set[pii._Hit]:
-    return set(Pii()._find(line, above))
+    return set(Pii()._find(line, above, Pii()._present(line)))
 
 
 def by_every_recogniser(line: str, above: str) -> set[pii._Hit]:
     """Every recogniser on every line, whole; then the same policy."""
     found = set()
-    for entity in Pii().entities:
+    for entity in pii._TRIGGERS:
         recognizer = pii._recognizer(entity, Pii().phone_regions)
-        words = Pii().phone_context if entity == "PHONE_NUMBER" else tuple(recognizer.context)
-        for raw in recognizer.analyze(pii._shown_to(entity, line), [entity]):
-            hit = pii._Hit(entity, raw.start, raw.end, raw.score)
+        is_phone = entity == "PHONE_NUMBER"
+        words = Pii().phone_context if is_phone else pii._context(entity)
+        shown = phones.shown(line) if is_phone else line
+        raws = [raw for text in pii._writings(entity, shown) for raw in recognizer.analyze(text, [entity])]
+        hits = [pii._Hit(entity, raw.start, raw.end, raw.score) for raw in raws]
+        if is_phone:
+            hits = [h if phones.is_written_like_one(line, h.start, h.end) else h._replace(score=0.05) for h in hits]
+            hits += [pii._Hit(entity, *span, 0.75) for span in phones.labelled(shown, above)]
+            hits += [pii._Hit(entity, *span, 0.4) for span in phones.international(shown)]
+        for hit in hits:
             score = pii._score(hit, line, above, words)
             if score >= Pii().min_score:
                 found.add(hit._replace(score=score))
@@ -178,7 +293,7 @@ def test_recall_is_that_of_the_bare_recognisers_and_phone_numbers_are_more_preci
     bare_wrong = wrong = 0
     for sample in json.loads((corpus / "pii/presidio-research/synth_dataset_v2.json").read_text()):
         text, scrubbed = sample["full_text"], Pii().scrub(sample["full_text"])
-        for entity in Pii().entities:
+        for entity in pii._TRIGGERS:
             gold = [s for s in sample["spans"] if s["entity_type"] == entity]
             hits = pii._recognizer(entity, Pii().phone_regions).analyze(text, [entity])
             bare[entity] += sum(any(h.start < s["end_position"] and s["start_position"] < h.end for h in hits) for s in gold)

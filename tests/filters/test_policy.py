@@ -1,5 +1,6 @@
 """URL policy, opt-out signals, language, and the rules that all filters share."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from filters import available, filter_class, first_failure, rules, settings
+from filters import apply, available, files, filter_class, first_failure, rules, settings
+from filters.c4 import C4
 from filters.gopher_quality import GopherQuality
 from filters.language import Language
 from filters.opt_out import in_headers, in_html
+from filters.text import TextView
 from filters.url_policy import UrlPolicy, host_of
 
 NASTY = ["", "http://[", "//", "http://a\udcff.com/", "https://user@HOST.com:80/x", "http://" + "a." * 500]
@@ -110,8 +113,8 @@ def test_language_is_total_and_a_probability(text):
 @pytest.mark.parametrize("name", available())
 def test_every_filter_measures_exactly_its_rules(name):
     cls = filter_class(name)
-    declared = set(rules(cls())) | set(settings(cls()))
-    assert rules(cls()) and declared == {f for f in cls.__dataclass_fields__}
+    declared = {*rules(cls()), *settings(cls()), *files(cls())}
+    assert rules(cls()) and declared == {f.name for f in dataclasses.fields(cls)}
 
 
 def test_an_unknown_filter_names_the_nearest():
@@ -133,3 +136,35 @@ def test_bounds_are_inclusive_and_in_order():
     assert first_failure("g", filter, good | {"word_count": 5.1}).bound == (3.0, 5.0)
     with pytest.raises(ValidationError, match="low must not exceed high"):
         TypeAdapter(GopherQuality).validate_python({"word_count": [5, 3]})
+
+
+ENGLISH = "The miller opened the sluice before the sun had risen over the hill."
+GERMAN = "Der Müller öffnete das Wehr, bevor die Sonne über dem Hügel aufgegangen war."
+
+
+@pytest.mark.parametrize(
+    "lines, share",
+    [
+        ([ENGLISH], 1.0),
+        ([ENGLISH, GERMAN], 0.5),
+        ([ENGLISH, "Foo", "", GERMAN, ENGLISH, ENGLISH], 0.75),  # too short to tell
+        ([GERMAN], 0.0),
+        (["Foo", "12"], 1.0),  # nothing speaks against it
+        ([], 1.0),
+    ],
+)
+def test_share_of_lines_in_a_language(lines, share):
+    assert Language().line_share_of("\n".join(lines), "en") == share
+
+
+@given(st.text())
+def test_share_of_lines_is_total(text):
+    assert 0 <= Language().line_share_of(text, "en") <= 1
+
+
+def test_filters_apply_with_what_they_hand_on():
+    view = TextView(f"{ENGLISH}\ntoo short", "en")
+    edited, measured = apply(C4(), view)
+    assert edited.text == ENGLISH and edited.language == "en" and measured["sentence_count"] == 1
+    same, measured = apply(GopherQuality(), view)
+    assert same is view and measured["word_count"] > 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from pipeline import explain
 from pipeline.__main__ import app
 from tests.inline import make_config, run_inline
 
@@ -106,3 +107,23 @@ def test_a_run_that_keeps_nothing_ends_well_and_publishes_nothing(tmp_path, docu
     assert outcome.published is None and not outcome.failed
     assert call("status", tmp_path / "run").exit_code == 0
     assert call("report", tmp_path / "run").exit_code == 0
+
+
+def test_ablate_says_what_other_bounds_would_change(finished):
+    line = ["ablate", finished[0] / "config.toml", *NO_FILTERS]
+    result = call(*line, "--set", "language.score=[0.9999, 1.0]", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and found["before"]["documents"] == 1 == found["only_before"]
+    assert found["after"]["documents"] == 0 and found["after"]["losses"]["language.score"] >= 3
+    table = call(*line, "--set", "language.score=[0.9999, 1.0]").stdout
+    assert "lost to language.score" in table and "a.example: 1 → 0" in table
+    assert call(*line, "--drop", "languag").stderr == (
+        "error --drop languag: no filter or rule of this config; did you mean 'language'?\n"
+    )
+    assert call(*line, "run.directory=nowhere").exit_code == 1
+
+
+def test_why_shows_percentiles(finished):
+    [url] = [u for table in explain.tables(finished[1], "corpus") for u in table["url"].to_pylist()]
+    shown = call("why", finished[1], url).stdout
+    assert " p50" in next(line for line in shown.splitlines() if "pii.email_address" in line)

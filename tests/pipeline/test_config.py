@@ -1,10 +1,18 @@
 """Configuration: what is wrong is said with its place and the nearest right thing, before anything runs."""
 
-import pytest
+import math
+from pathlib import Path
 
-from pipeline.config import ConfigError, load, show
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import percentiles
+from pipeline.config import ConfigError, load, measured_with, show
 from pipeline.run import stage_keys
 
+ROOT = Path(__file__).parents[2]
 GOOD = '[run]\ndirectory = "r"\n[input]\npaths = ["x.warc.gz"]\n'
 
 
@@ -40,6 +48,29 @@ def config(tmp_path):
         ('[pack]\nencoding = "cl100k"\n', r"c\.toml:6: pack.encoding: unknown encoding 'cl100k'; tiktoken has"),
         ('[pack]\nhashes = ["md5", "md5"]\n', r"c\.toml:6: pack.hashes = .*unique names"),
         ("dedup = 3\n", r"unknown config key 'input.dedup'"),
+        ('[language]\nallowed = ["xq"]\n', r"c\.toml:5: language: the model lid.176.ftz has no language 'xq'; "),
+        ('[language]\nallowed = ["eng", "de"]\n', r"no language 'eng'; did you mean 'en'"),
+        ("[language]\nline_share = [0.5, 1.0]\n", "bounded but not measured: set language.measure_lines = true"),
+        ("[per_language]\nen = 3\n", r"'per_language.en' is a section: write \[per_language.de.perplexity\]"),
+        (
+            "[per_language.de.c4]\n",
+            r"c\.toml:5: unknown language \(of language.allowed\) 'per_language.de'; did you mean|known: per",
+        ),
+        ("[per_language.en.c5]\n", r"c\.toml:5: unknown filter 'per_language.en.c5'; did you mean 'per_language.en.c4'"),
+        ("[per_language.en.dedup]\nngram = 4\n", "unknown filter 'per_language.en.dedup'"),
+        (
+            "[per_language.en.c4]\nsentence_cuont = [1, 2]\n",
+            r"c\.toml:6: unknown config key 'per_language.en.c4.sentence_cuont'; did you mean 'per_language.en.c4.sentence_count'",
+        ),
+        ("[per_language.en.c4]\nsentence_count = [3, 2]\n", r"c\.toml:6: per_language.en.c4.sentence_count.*low must not exceed"),
+        ('[per_language.en.language]\nallowed = ["de"]\n', "unknown bound of a language 'per_language.en.language.allowed'"),
+        (
+            '[c4]\nsentence_count = ["p5", "p100"]\n',
+            r"c\.toml:6: c4.sentence_count = .*Run `gristmill calibrate`.*r/calibration.json",
+        ),
+        ('[c4]\nsentence_count = ["p5"]\n', r"c\.toml:6: c4.sentence_count = .*give \[low, high\]"),
+        ('[c4]\nsentence_count = ["p101", "p100"]\n', r"c\.toml:6: c4.sentence_count"),
+        ('[run]\ncalibration = "no.json"\n', "Cannot declare"),
         ("[extract\n", "not valid TOML"),
     ],
 )
@@ -93,12 +124,13 @@ def test_what_show_prints_is_a_config_that_loads_to_the_same(config, tmp_path):
         ("pack.parallelism=2", []),
         ("run.attempts=9", []),
         ("pack.seq_len=512", ["pack"]),
-        ("refine.scrub_pii=false", ["refine", "pack"]),
-        ("dedup.keep_rule=newest", ["dedup", "refine", "pack"]),
+        ("names.enabled=true", ["names", "pack"]),
+        ("refine.scrub_pii=false", ["refine", "names", "pack"]),
+        ("dedup.keep_rule=newest", ["dedup", "refine", "names", "pack"]),
         ("dedup.alarm_share=0.5", []),
         ("dedup.partition_bytes=1_000_000", []),
-        ("dedup.num_bands=26", ["extract", "graph", "dedup", "refine", "pack"]),
-        ("gopher_quality.word_count=[60, 1000]", ["extract", "graph", "dedup", "refine", "pack"]),
+        ("dedup.num_bands=26", ["extract", "graph", "dedup", "refine", "names", "pack"]),
+        ("gopher_quality.word_count=[60, 1000]", ["extract", "graph", "dedup", "refine", "names", "pack"]),
     ],
 )
 def test_a_change_touches_its_stage_and_those_below(config, override, changed):
@@ -122,9 +154,126 @@ def test_a_model_is_known_by_its_content_and_not_by_its_place(config, tmp_path):
         (folder / "lid.ftz").write_bytes(BUNDLED.read_bytes())
     here, there = (stage_keys(config("", f"language.model={f}/lid.ftz"), ()) for f in (tmp_path, tmp_path / "elsewhere"))
     assert here == there
-    (tmp_path / "lid.ftz").write_bytes(b"another model")
-    assert stage_keys(config("", f"language.model={tmp_path}/lid.ftz"), ())["extract"][:8] != here["extract"][:8]
+    (tmp_path / "lid.ftz").write_bytes((ROOT / "models" / "quality-en.ftz").read_bytes())
+    all_languages = "language.allowed=[]"
+    here, there = (
+        stage_keys(config("", all_languages, f"language.model={f}/lid.ftz"), ()) for f in (tmp_path, tmp_path / "elsewhere")
+    )
+    assert here["extract"][:8] != there["extract"][:8]
+
+
+def test_a_language_model_that_is_none_is_refused(config, tmp_path):
+    (tmp_path / "none.ftz").write_bytes(b"no model")
+    with pytest.raises(ConfigError, match=r"language: .*none\.ftz has wrong file format"):
+        config("", f"language.model={tmp_path}/none.ftz")
 
 
 def test_another_engine_is_other_content(config):
     assert stage_keys(config(""), ())["extract"][:8] != stage_keys(config("", "extract.engine=resiliparse"), ())["extract"][:8]
+
+
+# --- languages and percentiles ---------------------------------------------------------------------------------------
+
+PER_LANGUAGE = """
+[language]
+allowed = ["en", "de", "fr"]
+[c4]
+sentence_count = [5, 1000]
+curly_bracket_count = [0, 3]
+[per_language.de.c4]
+sentence_count = [2, 1000]
+[per_language.fr.language]
+score = [0.5, 1.0]
+"""
+
+
+def test_a_language_has_what_is_said_for_it_over_what_is_said_for_all(config):
+    named = config(PER_LANGUAGE).named("c4")
+    assert (named.of("de").sentence_count, named.of("en").sentence_count) == ((2, 1000), (5, 1000))
+    assert named.of("de").curly_bracket_count == named.of(None).curly_bracket_count == (0, 3)
+    language = config(PER_LANGUAGE).named("language")
+    assert (language.of("fr").score, language.of("de").score) == ((0.5, 1.0), (0.65, 1.0))
+
+
+def test_languages_can_be_set_on_the_command_line_and_are_shown(config):
+    loaded = config(PER_LANGUAGE, "per_language.de.c4.sentence_count=[1, 9]")
+    shown = {key: (value, origin) for key, value, origin in show(loaded)}
+    assert shown["per_language.de.c4.sentence_count"] == ("[1.0, 9.0]", "command line")
+    assert "per_language.de.c4.curly_bracket_count" not in shown
+    assert shown["per_language.fr.language.score"][1].endswith("c.toml:14")
+
+
+@pytest.mark.parametrize(
+    "override, same_content",
+    [("per_language.de.c4.sentence_count=[1, 9]", True), ("per_language.de.c4.min_line_words=1", False)],
+)
+def test_a_bound_of_a_language_is_policy_and_a_setting_content(config, override, same_content):
+    before, after = (stage_keys(config(PER_LANGUAGE, *o), ())["extract"] for o in ((), (override,)))
+    assert before != after and (before[:8] == after[:8]) == same_content
+
+
+def table(config, **scores):
+    return percentiles.dump(
+        percentiles.Table(
+            {"": 400, "en": 200, "de": 200},
+            {name.replace("__", "."): by_language for name, by_language in scores.items()},
+            {name: measured_with(config, name) for name in ("c4", "fineweb", "language")},
+        )
+    )
+
+
+UP, DOWN = [float(i) for i in range(1001)], [float(i) / 10 for i in range(1001)]
+
+
+def test_percentiles_are_looked_up_per_language_and_say_so(config, tmp_path):
+    plain = config(PER_LANGUAGE)
+    (tmp_path / "cal.json").write_bytes(table(plain, c4__sentence_count={"": UP, "en": UP, "de": DOWN}))
+    bounds = ['c4.sentence_count=["p5", "p100"]', f"run.calibration={tmp_path}/cal.json"]
+    loaded = config(PER_LANGUAGE.replace("[per_language.de.c4]\nsentence_count = [2, 1000]\n", ""), *bounds)
+    named = loaded.named("c4")
+    assert named.of("en").sentence_count == named.of("fr").sentence_count == (50.0, math.inf)
+    assert named.of("de").sentence_count == (5.0, math.inf)
+    shown = {key: origin for key, _, origin in show(loaded)}
+    assert shown["c4.sentence_count"] == "command line, percentiles p5 to p100 of 400 documents"
+    assert shown["per_language.de.c4.sentence_count"] == "command line, percentiles p5 to p100 of 200 documents"
+    # a number that is said for a language stands over a percentile that is said for all
+    assert config(PER_LANGUAGE, *bounds).named("c4").of("de").sentence_count == (2, 1000)
+
+
+def test_percentiles_bound_nothing_before_they_are_calibrated(config, tmp_path):
+    config("")
+    loaded = load(tmp_path / "c.toml", ['c4.sentence_count=["p5", 7]'], calibrated=False)
+    assert loaded.filters["c4"].sentence_count == (-math.inf, 7)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["c4.min_line_words=1"],
+            "cal.json was measured with other settings or another model of 'c4'; run `gristmill calibrate`",
+        ),
+        (
+            ['c4.curly_bracket_count=["p1", "p2"]'],
+            "cal.json holds no sample of c4.curly_bracket_count; run `gristmill calibrate`",
+        ),
+    ],
+)
+def test_a_calibration_that_does_not_fit_is_refused(config, tmp_path, overrides, message):
+    (tmp_path / "cal.json").write_bytes(table(config(""), c4__sentence_count={"": UP}))
+    with pytest.raises(ConfigError, match=message):
+        config("", 'c4.sentence_count=["p5", "p100"]', f"run.calibration={tmp_path}/cal.json", *overrides)
+
+
+@pytest.mark.parametrize("text, message", [(None, "no such file"), ("{}", "not a table"), ("[", "not a table")])
+def test_a_calibration_that_is_none_is_refused(config, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "cal.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        config("", f"run.calibration={tmp_path}/cal.json")
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.integers(0, 100))
+def test_percentiles_are_numpys(values, percent):
+    found = percentiles.Table({}, {"s": {"": percentiles.quantiles(np.array([*values, math.nan]))}}, {})
+    assert found.value("s", percent, "") == pytest.approx(np.percentile(values, percent), rel=1e-9, abs=1e-6)

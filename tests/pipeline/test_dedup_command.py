@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import dedup_plan, explain
+from pipeline import dedup_plan, explain, why
 from pipeline.config import ConfigError
 from pipeline.dedup_command import configure, dedup_files
 from pipeline.engine import in_process, on_ray
@@ -154,14 +154,14 @@ def test_why_names_the_copy_of_the_earlier_batch(tmp_path):
     columns = ("input.url_column=link", "dedup.write_index=kept")
     dedup(tmp_path / "a.jsonl", tmp_path / "1", *columns)
     dedup(tmp_path / "b.jsonl", tmp_path / "2", *columns, against=[str(tmp_path / "1")])
-    [fate] = explain.why(str(tmp_path / "2"), "https://new.example/")
+    [fate] = why.why(str(tmp_path / "2"), "https://new.example/")
     assert (fate["fate"], fate["rule"], fate["kept_copy"]["url"]) == ("duplicate", "dedup.earlier", "https://old.example/")
 
 
 def test_why_knows_a_document_by_its_id(inputs, table, tmp_path):
     dedup(inputs, tmp_path / "out", *SMALL)
     dropped = next(r for r in table[0].to_pylist() if r["rule"] == "dedup.near")
-    [fate] = explain.why(str(tmp_path / "out"), dropped["id"])
+    [fate] = why.why(str(tmp_path / "out"), dropped["id"])
     kept = next(r for r in table[0].to_pylist() if r["cluster_id"] == dropped["cluster_id"] and r["keep"])
     assert (fate["rule"], fate["kept_copy"]["source_id"]) == ("dedup.near", kept["id"])
     assert 0 < fate["similarity"] <= 1
@@ -206,9 +206,9 @@ def test_a_run_cuts_lines_that_an_earlier_document_has(tmp_path, size):
         "This is text number two of the site.",
         "This is text number three of the site.",
     ]
-    [lost] = explain.why(str(tmp_path / "run"), "https://a.example/3")
+    [lost] = why.why(str(tmp_path / "run"), "https://a.example/3")
     assert (lost["rule"], lost["lines_cut"]) == ("dedup.lines", [0, 1])
-    [kept] = explain.why(str(tmp_path / "run"), "https://a.example/1")
+    [kept] = why.why(str(tmp_path / "run"), "https://a.example/1")
     assert (kept["fate"], kept["lines_cut"], kept["chars_cut"]) == ("published", [0, 2], 2 * len(menu) + 2)
 
 

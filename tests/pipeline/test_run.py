@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import explain
+from pipeline import explain, why
 from pipeline.config import load
 from pipeline.engine import on_ray
 from pipeline.lease import Held, lease
@@ -201,7 +201,7 @@ def test_why_explains_a_document(done, pick, expected):
     keep = {r["doc_id"]: r for t in explain.tables(str(folder), "keep") for r in t.to_pylist()}
     rows = [r for t in explain.tables(str(folder), "documents") for r in t.to_pylist()]
     row = next(r for r in rows if pick(r, keep.get(r["doc_id"])))
-    fate = next(f for f in explain.why(str(folder), row["url"]) if f["doc_id"] == row["doc_id"])
+    fate = next(f for f in why.why(str(folder), row["url"]) if f["doc_id"] == row["doc_id"])
     assert expected.items() <= fate.items()
     if expected["fate"] == "duplicate":
         assert fate["kept_copy"]["doc_id"] == keep[row["doc_id"]]["kept_id"] and fate["kept_copy"]["url"]
@@ -213,7 +213,7 @@ def test_why_finds_the_rows_of_a_published_document(done):
     folder, outcome, _ = done
     go(settings(folder))
     corpus = next(t for t in explain.tables(str(folder), "corpus") if t.num_rows).to_pylist()[0]
-    fate = next(f for f in explain.why(str(folder), corpus["url"]) if f["doc_id"] == corpus["doc_id"])
+    fate = next(f for f in why.why(str(folder), corpus["url"]) if f["doc_id"] == corpus["doc_id"])
     assert fate["fate"] == "published" and fate["generations"][0]["name"] == "gen-0001"
     assert fate["text"] == corpus["text"]
 
@@ -405,3 +405,30 @@ def _kill_during(command, run, phase, delay):
     if process.poll() is None:
         os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_calibrate_then_run_then_ablate_from_the_command_line(ray_session, tmp_path):
+    from typer.testing import CliRunner
+
+    from pipeline.__main__ import app
+
+    def call(command, *arguments):
+        result = CliRunner().invoke(app, [command, str(ROOT / "configs" / "quickstart.toml"), *line, *arguments, "--json"])
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    line = [f"run.directory={tmp_path}/r", f"input.paths=['{ROOT}/samples/debian-handbook.warc.gz']", "pack.seq_len=512"]
+    line += [
+        "extract.engine=resiliparse",
+        'perplexity.perplexity=["p10", "p60"]',
+        f"perplexity.model={ROOT}/models/wiki-en.5gram.bin",
+    ]
+    line += [f"quality.model={ROOT}/models/quality-en.ftz"]
+    bounds = call("calibrate", "--sample", "200")["bounds"]
+    assert "percentiles p10 to p60" in bounds["perplexity.perplexity"]["origin"]
+    counts = {row["rule"] or row["unit"]: row["count"] for row in call("run")["funnel"]}
+    measured = counts["documents"] + counts["perplexity.perplexity"] + counts.get("quality.score", 0)
+    assert counts["perplexity.perplexity"] == pytest.approx(measured / 2, abs=2)
+    ablated = call("ablate", "--drop", "perplexity")
+    assert ablated["before"]["documents"] == counts["documents"] and ablated["only_before"] == 0
+    assert ablated["only_after"] == ablated["after"]["documents"] - ablated["before"]["documents"] > 0

@@ -1,0 +1,109 @@
+"""Toxic and adult text: words of a list per language, and a slot for a classifier of your own.
+
+Word lists know no context: medicine and law use the same words. So what is bounded is their share of a text, not their
+presence; C4 dropped every page with one word of such a list, and lost much of what minorities write (Dodge et al. 2021,
+arXiv:2104.08758). The lists that this was made for are LDNOOBW's (one file per language, CC BY 4.0).
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic.dataclasses import dataclass
+
+from filters import STRICT, Bound, File, Measured
+from filters.quality import Quality
+from filters.text import TextView
+
+
+@dataclass(frozen=True, config=STRICT)
+class Toxicity:
+    """Keep documents with few listed words, and that a classifier does not take for toxic.
+
+    `lists` is a folder with one file per language, named as the language model names it ("en", "de"), one word or phrase a
+    line; `model` a fastText model with its card beside it, whose `label` is the toxic class. Either may be "".
+    `listed_ratio` is the share of the letters and digits, in [0, 1], that belong to listed words or phrases, `listed_count`
+    the number of these, repeats included; both are 0 in a language without a list. `score` is the probability of `label`, in
+    [0, 1]; 0 without a model. The note `list` names the list that was looked at.
+    """
+
+    notes: ClassVar[tuple[str, ...]] = ("list",)
+    tallied: ClassVar[tuple[str, ...]] = ("list",)
+
+    lists: File = ""
+    model: File = ""
+    label: str = "toxic"
+    listed_ratio: Bound = (0.0, 0.01)
+    listed_count: Bound = None
+    score: Bound = (0.0, 0.5)
+
+    def check(self, languages: tuple[str, ...]) -> None:
+        """ValueError without a list or model, when a wanted language has no list, or the model is not one of ours."""
+        if not self.lists and not self.model:
+            raise ValueError("name a folder of word lists (toxicity.lists), or a classifier (toxicity.model)")
+        if self.lists:
+            there = sorted(p.name for p in Path(self.lists).iterdir()) if Path(self.lists).is_dir() else []
+            missing = [language for language in languages if language not in there]
+            if missing:
+                found = ", ".join(there) or "no file at all"
+                raise ValueError(f"lists = {self.lists}: no file named '{missing[0]}' for that language, only {found}")
+        if self.model:
+            Quality(model=self.model, label=self.label).check(languages)
+
+    def measure(self, view: TextView) -> Measured:
+        words = _load(self.lists, view.language) if self.lists and view.language else None
+        ratio, count = _listed(view.text, words) if words else (0.0, 0)
+        score = Quality(model=self.model, label=self.label).measure(view)["score"] if self.model else 0.0
+        return {
+            "listed_ratio": ratio,
+            "listed_count": float(count),
+            "score": score,
+            "list": view.language if words else None,
+        }
+
+
+class _Words(NamedTuple):
+    """Automata of what must stand between word borders, and of what is found anywhere; None for none."""
+
+    whole: Any
+    anywhere: Any
+
+
+_WORD = re.compile(r"[^\W_]+")
+# Thai, Lao, Burmese, Khmer, kana, ideographs: no spaces between words
+_NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+
+
+def _listed(text: str, words: _Words) -> tuple[float, int]:
+    """Share of letters and digits that are listed, and how many words and phrases are."""
+    text = text.lower()
+    found = _WORD.findall(text)
+    letters = sum(map(len, found))
+    # two spaces, so that neighbours do not share the border that both need
+    hits = [entry for _, entry in words.whole.iter_long(f" {'  '.join(found)} ")] if words.whole else []
+    hits += [entry for _, entry in words.anywhere.iter_long(text)] if words.anywhere else []
+    listed = sum(map(len, hits))
+    return min(1.0, listed / letters) if letters else float(bool(hits)), len(hits)
+
+
+@lru_cache(maxsize=64)
+def _load(folder: str, language: str) -> _Words | None:
+    file = Path(folder, language)
+    if not file.is_file():
+        return None
+    entries = {" ".join(line.lower().split()) for line in file.read_text(encoding="utf-8").splitlines()} - {""}
+    anywhere = {entry for entry in entries if _NO_SPACES.search(entry) or not _WORD.search(entry)}
+    return _Words(_automaton(entries - anywhere, border=" "), _automaton(anywhere, border=""))
+
+
+def _automaton(entries: set[str], *, border: str) -> Any:
+    import ahocorasick
+
+    automaton = ahocorasick.Automaton()
+    for entry in sorted(entries):
+        words = _WORD.findall(entry)
+        pattern = f"{border}{'  '.join(words)}{border}" if border else entry
+        automaton.add_word(pattern, "".join(words) or entry)
+    automaton.make_automaton()
+    return automaton if entries else None

@@ -1,0 +1,143 @@
+"""`gristmill calibrate`: the scores of a sample of the run's own documents, as the quantiles that bounds can name.
+
+The run is brought through dedup, whose work it needs anyway. Then every filter of refine measures a sample of the documents
+that dedup kept, whatever the others say of them; the scores of extract are read from its parts. The table lands beside the
+run's state, where the next `gristmill run` finds it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from filters import rules
+from pipeline import engine, percentiles
+from pipeline.charts import Floats, binned
+from pipeline.config import Config, measured_with
+from pipeline.lease import lease
+from pipeline.phase import Phase
+from pipeline.report import render_page
+from pipeline.run import Progress, Run, StageTask, check_failures, execute, refine_plan, run_phase
+from stages import refine
+from stages.document import score_columns
+from stages.ledger import Store, digest, write_atomically
+from stages.parts import read_columns
+
+# below this a percentile is noise: such languages are cut by the distribution of all documents
+MIN_DOCUMENTS = 100
+
+
+class Distribution(NamedTuple):
+    """One score over the sampled documents of a language ("" for all)."""
+
+    score: str
+    language: str
+    documents: int
+    percentiles: dict[int, float]
+    values: Floats
+
+
+class Calibration(NamedTuple):
+    """Where the table lies, and what it says."""
+
+    table: str
+    distributions: list[Distribution]
+
+
+SHOWN = (1, 5, 25, 50, 75, 95, 99)
+
+
+def calibrate(config: Config, progress: Progress, run_units: engine.RunUnits, *, sample: int) -> Calibration:
+    """Measure about `sample` documents and write RUN/calibration.json.
+
+    `config` is one whose percentiles bound nothing yet (`load(..., calibrated=False)`). Held, RunFailed as of a run;
+    ValueError when there is nothing to measure.
+    """
+    execute(config, progress, run_units, last="dedup")
+    with lease(config.run.directory):
+        columns = _sampled(config, progress, run_units, sample)
+    table, distributions = _described(config, columns)
+    uri = f"{config.run.directory}/calibration.json"
+    write_atomically(uri, percentiles.dump(table))
+    return Calibration(uri, distributions)
+
+
+def write_plot(config: Config, distributions: Sequence[Distribution]) -> str:
+    """Write RUN/calibration.html, the distributions with the bounds of `config`, which is calibrated; returns where it lies."""
+    charts = [(d, binned({"kept": d.values}, _bound(config, d))) for d in distributions]
+    page = render_page("calibration.html.j2", root=config.run.directory, charts=charts, shown=SHOWN)
+    uri = f"{config.run.directory}/calibration.html"
+    write_atomically(uri, page.encode("utf-8", "replace"))
+    return uri
+
+
+def _bound(config: Config, distribution: Distribution) -> tuple[float, float] | None:
+    section, _, rule = distribution.score.partition(".")
+    return rules(config.named(section).of(distribution.language))[rule]
+
+
+def _sampled(config: Config, progress: Progress, run_units: engine.RunUnits, sample: int) -> dict[str, pa.Table]:
+    """The sampled rows with their scores: those that extract measured, and those that dedup kept, with refine's scores."""
+    run = Run(config)
+    phases: dict[str, Phase] = {}
+    inputs = run.inputs(extend=False)
+    for name in run.tasks:
+        phases[name] = run.phase(name, phases, inputs)
+        if name == "refine":
+            break
+    kept = sum(c.rows_out for c in phases["dedup keep"].ordered())
+    rows = sum(sum(c.counts.values()) for c in phases["extract"].ordered())
+    if not kept:
+        raise ValueError(f"{run.root}: extract and dedup kept no document, so there is nothing to calibrate with")
+    plan = refine.SamplePlan(refine_plan(config), min(1.0, sample / kept), min(1.0, sample / rows), config.run.seed)
+    measuring = [[name, measured_with(config, name)] for name in config.refine.filters]
+    drawing = [plan.share, plan.extracted_share, plan.seed]
+    key = digest([run.keys["dedup"], refine.VERSION, measuring, config.dedup.lines, drawing])
+    store = Store(f"{run.root}/calibrate/{key}")
+    phase = Phase("calibrate", store, phases["refine"].units, store.commits())
+    run.tasks["calibrate"] = StageTask("calibrate", refine.sample_unit, plan, run.tasks["refine"].resources)
+    store.list_units(phase.units)
+    check_failures(phase, run_phase(run, phase, progress, run_units), config.run.max_failed_share)
+    commits = phase.ordered()
+    return {
+        kind: pa.concat_tables(
+            [read_columns(store.uri(kind, f"{c.unit}.parquet"), None) for c in commits], promote_options="default"
+        )
+        for kind in ("extracted", "sample")
+    }
+
+
+def _described(config: Config, columns: dict[str, pa.Table]) -> tuple[percentiles.Table, list[Distribution]]:
+    # the models' scores first: they are what percentiles are for
+    sources = {name: ("sample", name) for name in score_columns(config.chain(config.refine.filters))}
+    sources |= {"language.score": ("extracted", "language_score"), "language.line_share": ("extracted", "language_line_share")}
+    sources |= {name: ("extracted", name) for name in score_columns(config.chain(config.extract.filters))}
+    kept = _documents(columns["sample"])
+    table = percentiles.Table(kept, {}, {n: measured_with(config, n) for n in (*config.extract.filters, *config.refine.filters)})
+    table.made_with["language"] = measured_with(config, "language")
+    distributions = []
+    for score, (kind, column) in sources.items():
+        for language, values in _by_language(columns[kind], column, list(kept)):
+            found = percentiles.quantiles(values)
+            if found:
+                table.quantiles.setdefault(score, {})[language] = found
+                shown = {p: table.value(score, p, language) for p in SHOWN}
+                distributions.append(Distribution(score, language, len(values), shown, values))
+    return table, distributions
+
+
+def _documents(rows: pa.Table) -> dict[str, int]:
+    """Sampled documents by language, for all and for those that have enough."""
+    counted = {c["values"]: c["counts"] for c in pc.value_counts(rows["language"]).to_pylist()}
+    enough = {language: n for language, n in sorted(counted.items(), key=str) if language and n >= MIN_DOCUMENTS}
+    # of a run in one language the documents of that language and all documents are the same thing
+    return {percentiles.ALL: rows.num_rows} | (enough if len(enough) > 1 else {})
+
+
+def _by_language(rows: pa.Table, column: str, languages: Sequence[str]) -> Iterator[tuple[str, Floats]]:
+    measured = rows.filter(pc.is_valid(rows[column]))
+    for language in languages:
+        chosen = measured if language == percentiles.ALL else measured.filter(pc.equal(measured["language"], language))
+        yield language, chosen[column].to_numpy().astype(np.float64)

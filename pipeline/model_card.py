@@ -1,0 +1,93 @@
+"""The files of a trained model: written aside, then put in place together, the card last.
+
+A card lies beside its model as `<model>.json`: what it was trained on (with digests), how the text was normalised, under
+which licence, by which command, and how it does on documents held out. It holds no time: the same run makes the same bytes.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filters.cards import digest
+
+
+def card_path(model: Path) -> Path:
+    return model.with_name(model.name + ".json")
+
+
+@contextlib.contextmanager
+def replacing(*outputs: Path) -> Iterator[tuple[Path, ...]]:
+    """Temporary paths that become `outputs` on success, those that were written; the first is the model.
+
+    The old card goes before anything is replaced, so that none describes another model.
+    """
+    for output in outputs:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tuple(output.with_name(f".{output.name}.{os.getpid()}") for output in outputs)
+    try:
+        yield temporary
+        card_path(outputs[0]).unlink(missing_ok=True)
+        for written, output in zip(temporary, outputs, strict=True):
+            if written.exists():
+                written.replace(output)
+            else:
+                output.unlink(missing_ok=True)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def write_card(model: Path, **facts: Any) -> dict[str, Any]:
+    """Write the card of a model that is in place; returns it."""
+    card = {"name": model.name, **facts, "sha256": digest(model)}
+    temporary = model.with_name(f".{model.name}.json.{os.getpid()}")
+    temporary.write_text(_compact(json.dumps(card, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
+    temporary.replace(card_path(model))
+    return card
+
+
+def _compact(text: str) -> str:
+    """Lists of numbers on one line each; no string in JSON holds a line break."""
+    return re.sub(r"\[\n[^\[\]{}\"]*\]", lambda m: re.sub(r"\s+", " ", m[0]).replace("[ ", "[").replace(" ]", "]"), text)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    # the normalisers ask Unicode's tables what is a digit, an accent, a word
+    return {p: importlib.metadata.version(p) for p in packages} | {"unicode": unicodedata.unidata_version}
+
+
+def is_held_out(text: str, *, share: float) -> bool:
+    """Whether a document is kept out of training; by its hash, so that equal ones fall on the same side."""
+    found = hashlib.sha256(repr(text).encode()).digest()  # repr: lone surrogates too have a hash
+    return int.from_bytes(found[:8], "big") < share * 2**64
+
+
+def check_split(held: int, train: int, *, held_out: float, of: str = "") -> None:
+    """ValueError unless there are documents on both sides."""
+    if not held or not train:
+        raise ValueError(
+            f"held_out = {held_out}: of {held + train} documents{of} {held} are held out and {train} left to train on; "
+            "both must be some, so give more text or another share"
+        )
+
+
+def command_line(name: str, *arguments: Any, **options: Any) -> str:
+    """The line for a shell: an option is repeated for each item of a list, items of a tuple are parted by commas.
+
+    None and empty ones are left out.
+    """
+    words = ["gristmill", name, *map(str, arguments)]
+    for option, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one != ():
+                text = ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+                words += [f"--{option.replace('_', '-')}", text]
+    return shlex.join(words)

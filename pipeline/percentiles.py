@@ -1,0 +1,75 @@
+"""Bounds as percentiles of a sample of the run: `["p0", "p60"]` in a config, and the table that `gristmill calibrate` writes.
+
+Perplexities and classifier scores mean nothing across models and corpora, percentiles do: CCNet cuts at the 30th and 60th of
+each language (arXiv:1911.00359, 5.1), DCLM keeps the best tenth (arXiv:2406.11794, 4.3).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+STEPS = 1000  # the table holds every tenth of a percent; between them it is interpolated
+ALL = ""  # the language of all documents together
+
+_PERCENTILE = re.compile(r"p(\d{1,3}(?:\.\d+)?)")
+
+
+class Table(NamedTuple):
+    """What a sample said: documents by language, `STEPS` + 1 quantiles by score and language, and by section a digest of what
+    it was measured with.
+    """
+
+    documents: dict[str, int]
+    quantiles: dict[str, dict[str, list[float]]]
+    made_with: dict[str, str]
+
+    def value(self, score: str, percent: float, language: str) -> float:
+        """The value that `percent` of the sample's documents of a language do not exceed; KeyError without any such."""
+        return float(np.interp(percent * STEPS / 100, np.arange(STEPS + 1), self.quantiles[score][language]))
+
+
+def quantiles(values: npt.NDArray[np.float64]) -> list[float]:
+    """The STEPS + 1 quantiles of the finite values, smallest to largest; [] when there is none."""
+    finite = values[np.isfinite(values)]
+    return np.quantile(finite, np.linspace(0, 1, STEPS + 1)).tolist() if len(finite) else []
+
+
+def dump(table: Table) -> bytes:
+    """The table as JSON."""
+    return json.dumps(table._asdict()).encode()
+
+
+def parse(text: bytes) -> Table:
+    """The table from JSON; ValueError when it is none."""
+    try:
+        return Table(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"not a table of `gristmill calibrate`: {error}") from None
+
+
+def used(section: Mapping[str, Any]) -> list[str]:
+    """The keys of a raw config section whose values name percentiles."""
+    return [key for key, value in section.items() if isinstance(value, list) and any(_percent(v) is not None for v in value)]
+
+
+def bound(limits: Sequence[Any], score: str, language: str, table: Table | None) -> list[Any]:
+    """[low, high] as numbers: p0 and p100 leave their side open, and so does every percentile while there is no table."""
+    return [_limit(limit, score, language, table, open=end) for limit, end in zip(limits, (-math.inf, math.inf), strict=True)]
+
+
+def _limit(limit: Any, score: str, language: str, table: Table | None, *, open: float) -> Any:
+    percent = _percent(limit)
+    if percent is None:
+        return limit
+    return open if table is None or percent in (0, 100) else table.value(score, percent, language)
+
+
+def _percent(limit: Any) -> float | None:
+    """The percentage that "p60" names, None for anything else."""
+    found = _PERCENTILE.fullmatch(limit) if isinstance(limit, str) else None
+    return float(found[1]) if found and float(found[1]) <= 100 else None

@@ -1,0 +1,312 @@
+"""Coverage is that of a slow matcher on tuples of words; trimming takes the items and leaves the rest; bad indexes are refused."""
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from filters import first_failure, ngrams
+from filters.decontamination import MAGIC, Decontamination, _table, find, load, normalize
+from filters.text import TextView
+from pipeline.benchmark_index import build_index
+from tests.filters.texts import PROSE, TEXTS
+
+ITEM = (
+    "Janet’s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins for her friends "
+    "every day with four. She sells the remainder at the farmers' market daily for $2 per fresh duck egg."
+)
+OTHER = "The astronomer's planet rotates faster after a meteorite impact; which is the most likely effect of this increase?"
+SHORT = "A sentence of ten words, which is just long enough here."
+
+N, MIN_WORDS, MAX_ITEMS = 4, 2, 2
+WORDS = st.sampled_from(["a", "b", "c", "don't", "é", "7", "42", "internationalization", "東"])
+PASSAGES = st.lists(WORDS, max_size=9).map(" ".join)
+# a set is a list of items, an item a list of texts
+SETS = st.lists(st.lists(st.lists(PASSAGES, max_size=2), min_size=1, max_size=5), min_size=1, max_size=3)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("index")
+    write(folder / "gsm8k.jsonl", [{"question": ITEM, "answer": "18"}, {"question": SHORT}])
+    write(folder / "arc.jsonl", [{"query": {"text": OTHER, "choices": ["yes", "no"]}}])
+    return built(folder, folder.parent / "sets.index")
+
+
+def write(path: Path, rows: list) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def built(folder: Path, output: Path, **options) -> str:
+    build_index([str(folder)], output=output, **options)
+    load.cache_clear()
+    return str(output)
+
+
+def measured(text: str, index: str, **options) -> dict:
+    return Decontamination(index=index, **options).measure(TextView(text))
+
+
+# --- coverage --------------------------------------------------------------------------------------------------------
+
+
+def slow_normalize(text):
+    text = re.sub("['’‘\u00ad\u200b-\u200d\u2060\ufeff\u0300-\u036f]", "", unicodedata.normalize("NFD", text.lower()))
+    alone = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    return re.sub(" +", " ", re.sub(f"({alone})", r" \1 ", re.sub(r"[\W_]+", " ", text))).strip()
+
+
+def slow_grams(text):
+    words = slow_normalize(text).split()
+    n = min(N, len(words))
+    grams = {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n >= MIN_WORDS else set()
+    return {gram for gram in grams if not all(word.isdecimal() for word in gram)}
+
+
+def slow_coverage(text, sets):
+    common = set()
+    for items in sets:
+        counts = Counter(gram for item in items for gram in {g for passage in item for g in slow_grams(passage)})
+        common |= {gram for gram, count in counts.items() if count > MAX_ITEMS}
+    words = slow_normalize(text).split()
+    held = {tuple(words[i : i + n]) for n in range(MIN_WORDS, N + 1) for i in range(len(words) - n + 1)}
+    passages = [slow_grams(passage) - common for items in sets for item in items for passage in item]
+    return max((len(grams & held) / len(grams) for grams in passages if grams), default=None)
+
+
+@settings(max_examples=150)
+@given(sets=SETS, data=st.data())
+@example(sets=[[["a b c"], ["a b 7 42 7"]], [["7 42 7 42 7"]]], data=None)
+def test_coverage_is_that_of_the_slow_matcher(tmp_path_factory, sets, data):
+    texts = [text for items in sets for item in items for text in item]
+    if data is None:
+        text = "a b c 7 42 7 42 7 a b 7 42"
+    else:
+        parts = st.lists(st.sampled_from([*texts, "a b", "7 42"]) | PASSAGES, max_size=4)
+        text = data.draw(st.sampled_from([" ", ", ", "\n", "\t– "])).join(data.draw(parts))
+    expected = slow_coverage(text, sets)
+    folder = tmp_path_factory.mktemp("sets")
+    for number, items in enumerate(sets):
+        write(folder / f"set{number}.jsonl", items)
+    options = {"n": N, "min_words": MIN_WORDS, "max_items": MAX_ITEMS}
+    if expected is None:
+        with pytest.raises(ValueError, match="nothing to index"):
+            built(folder, folder / "index", **options)
+    else:
+        found = measured(text.upper(), built(folder, folder / "index", **options))
+        assert found["coverage"] == pytest.approx(expected)
+        assert (found["evidence"] is None) == (expected == 0)
+        assert (found["benchmark"] is None) == (expected <= Decontamination().coverage[1])  # traces drop nothing
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        str.upper,
+        lambda text: text.replace(" ", " \n\u00a0"),
+        lambda text: re.sub(r"[.,;$?]", "", text).replace("’", "'"),
+        lambda text: unicodedata.normalize("NFD", text),
+        lambda text: f"Before it.{text}And after it.",
+    ],
+)
+def test_case_spaces_and_punctuation_do_not_hide_an_item(index, change):
+    assert measured(change(ITEM), index)["coverage"] == 1.0
+
+
+def test_a_problem_with_other_numbers_is_another_problem(index):
+    """Two of the numbers changed: no 13 words in a row without one of them but in the middle."""
+    assert measured(ITEM.replace("16", "20").replace("$2", "$5"), index)["coverage"] < 0.7
+
+
+def test_an_idiom_that_an_item_quotes_is_a_small_part_of_it(index):
+    found = measured("She eats three for breakfast every morning and bakes muffins for her friends, they say.", index)
+    assert found["coverage"] == pytest.approx(1 / 27)
+    assert first_failure("decontamination", Decontamination(index=index), found) is None
+
+
+def test_evidence_names_the_best_match_s_set_row_and_words(index):
+    found = measured(f"{SHORT} She eats three for breakfast every morning and bakes muffins for her friends every day.", index)
+    assert found["benchmark"] == "gsm8k"
+    assert found["evidence"] == f"gsm8k.jsonl:2, 1.00 of 1 n-grams: {SHORT[:-1]}"
+    failure = first_failure("decontamination", Decontamination(index=index), found)
+    assert failure is not None and failure.rule == "decontamination.coverage"
+
+
+@given(TEXTS)
+def test_measure_is_total(index, text):
+    for action in ("drop", "trim"):
+        found = measured(text, index, action=action)
+        assert list(found) == ["coverage", "cut_share", *Decontamination.notes]
+        assert list(found.values()) == [0.0, 0.0, None, None]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_normalize_is_the_slow_way_s_on_every_code_point():
+    text = "".join(f"{chr(point)}x {chr(point)} " for point in range(0x110000))
+    assert normalize(text) == slow_normalize(text)
+
+
+@given(TEXTS | st.text(alphabet="aΣİé'’. \u0301\u200b東ーＡ각1２-_\n"))
+def test_word_places_are_those_of_the_words(text):
+    starts, ends = ngrams.word_places(text, _table())
+    words = normalize(text).split()
+    # alone, a sigma may be a final one
+    alone = [normalize(text[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    assert [word.replace("ς", "σ") for word in alone] == [word.replace("ς", "σ") for word in words]
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=20), st.integers(1, 5))
+def test_the_hash_of_an_ngram_goes_on_from_that_of_its_first_words(hashes, k):
+    words = np.array(hashes, np.uint64)
+    first = ngrams.ngram_hashes(words, k)[: len(words) - 5]
+    longer = ngrams.extended(first.copy(), (words[i : i + len(words) - 5] for i in range(k, 6)))
+    assert longer.tolist() == ngrams.ngram_hashes(words, 6).tolist()
+
+
+# --- trimming --------------------------------------------------------------------------------------------------------
+
+
+def test_drop_leaves_the_document_as_it_is(index):
+    view = TextView(f"{PROSE}\n{ITEM}")
+    assert Decontamination(index=index).edit(view)[0] is view
+
+
+def test_trim_takes_the_item_and_leaves_the_rest(index):
+    before, after = PROSE.split("\n\n")
+    view = TextView(f"{before}\nQ: {ITEM}\n\n{after}", "en")
+    edited, found = Decontamination(index=index, action="trim").edit(view)
+    assert edited.text == f"{before}\n\n{after}" and edited.language == "en"
+    assert found["coverage"] == 0.0
+    assert found["cut_share"] == pytest.approx(1 - len(edited.text) / len(view.text))
+    assert found["benchmark"] == "gsm8k" and found["evidence"].startswith("gsm8k.jsonl:1, 1.00 of 27 n-grams: Janet’s ducks")
+
+
+def test_trim_takes_the_whole_sentence_but_no_more(index):
+    part = OTHER[: OTHER.index("; which")]
+    view = TextView(f"Here it starts. (See no.{OTHER} Here it goes on.")
+    assert Decontamination(index=index, action="trim").edit(view)[0].text == "Here it starts.\n\nHere it goes on."
+    # of half the item too few n-grams are left to be cut
+    assert Decontamination(index=index, action="trim").edit(TextView(part))[0].text == part
+
+
+def test_trim_goes_no_further_than_200_characters_for_a_sentence_s_end(index):
+    far = "word " * 60
+    edited, _ = Decontamination(index=index, action="trim").edit(TextView(f"{far}so-called({OTHER[:-1]}) {far}."))
+    assert edited.text == f"{far.strip()}\n\n{far}."
+
+
+def test_trim_takes_what_lies_between_two_matches_along(index):
+    changed = ITEM.replace("muffins", "scones").replace(" She sells", " Think of that! She sells")
+    edited, found = Decontamination(index=index, action="trim").edit(TextView(f"{PROSE}\n{changed}"))
+    assert edited.text == PROSE
+    assert found["evidence"].startswith("gsm8k.jsonl:1, 0.26 of 27")
+
+
+def test_trim_takes_an_item_that_the_first_cut_brought_together(index):
+    head, tail = SHORT[:30], SHORT[30:]
+    edited, found = Decontamination(index=index, action="trim").edit(TextView(f"{PROSE}\n{head}\n{OTHER}\n{tail}"))
+    assert edited.text == PROSE and found["coverage"] == 0.0
+
+
+def test_trim_takes_only_what_the_bound_does_not_allow(index):
+    view = TextView("She eats three for breakfast every morning and bakes muffins for her friends, they say.")
+    assert Decontamination(index=index, action="trim", coverage=(0, 1 / 27)).edit(view)[0] is view
+    assert Decontamination(index=index, action="trim", coverage=(0, 1 / 28)).edit(view)[0].text == ""
+
+
+def test_a_document_that_is_mostly_test_items_is_dropped(index):
+    filter = Decontamination(index=index, action="trim")
+    edited, found = filter.edit(TextView(f"{ITEM}\n{OTHER}\nThe end."))
+    assert edited.text == "The end."
+    failure = first_failure("decontamination", filter, found)
+    assert failure is not None and failure.rule == "decontamination.cut_share"
+
+
+PIECES = st.lists(
+    st.sampled_from([ITEM, OTHER, SHORT, *ITEM.split(". "), "It is. ", "\n", "\n\n", "3.5 ", "東京。", "yes "])
+    | st.text(max_size=9),
+    max_size=8,
+).map("".join)
+
+
+@settings(max_examples=200)
+@given(PIECES)
+def test_after_trimming_nothing_is_left_to_trim(index, text):
+    filter = Decontamination(index=index, action="trim", cut_share=None)
+    edited, found = filter.edit(TextView(text))
+    assert found["coverage"] <= filter.coverage[1] and 0 <= found["cut_share"] <= 1
+    assert (found["cut_share"] > 0) == (measured(text, index)["coverage"] > filter.coverage[1])
+    again, second = filter.edit(edited)
+    assert again is edited and second["cut_share"] == 0
+    # what is left stood there, in this order
+    place = 0
+    for line in edited.text.split("\n\n"):
+        place = text.index(line, place) + len(line)
+
+
+# --- the index -------------------------------------------------------------------------------------------------------
+
+
+def refusal(path: str) -> str:
+    load.cache_clear()
+    with pytest.raises(ValueError) as refused:
+        Decontamination(index=path).check(())
+    return str(refused.value)
+
+
+def test_an_index_that_is_not_there_is_refused(tmp_path):
+    assert re.search("names no file; build one with `gristmill index-benchmarks", refusal(""))
+    assert re.search(r"nowhere: no such file; build one", refusal(str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("raw", [b"", b"PAR1", MAGIC[:-1]])
+def test_another_file_is_refused(tmp_path, raw):
+    (tmp_path / "x").write_bytes(raw)
+    assert "x: not an index of evaluation sets" in refusal(str(tmp_path / "x"))
+
+
+def test_a_damaged_index_is_refused(index, tmp_path):
+    raw = Path(index).read_bytes()
+    for cut in (len(MAGIC), len(MAGIC) + 8, len(MAGIC) + 20, len(raw) // 2, len(raw) - 1):
+        (tmp_path / "cut").write_bytes(raw[:cut])
+        assert f"cut short or damaged, its {cut:,} bytes" in refusal(str(tmp_path / "cut"))
+    for place in (len(MAGIC), len(MAGIC) + 9, len(raw) // 2, len(raw) - 1):
+        (tmp_path / "bad").write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        assert "cut short or damaged" in refusal(str(tmp_path / "bad"))
+
+
+def test_an_index_of_another_normalizer_is_refused(index, tmp_path):
+    rest = Path(index).read_bytes()[len(MAGIC) + 8 :].replace(b"nfd-words-numbers-1", b"nfd-words-numbers-9")
+    (tmp_path / "other").write_bytes(MAGIC + xxhash.xxh3_64_digest(rest) + rest)
+    assert re.search(
+        r"numbers-9.*this filter reads version 1 and normalizer 'nfd-words-numbers-1'.*anew", refusal(str(tmp_path / "other"))
+    )
+
+
+def test_trimming_above_no_bound_is_refused(index):
+    with pytest.raises(ValueError, match="coverage is off, so action = 'trim' has no share"):
+        Decontamination(index=index, action="trim", coverage=None).check(())
+    Decontamination(index=index, coverage=None).check(())
+
+
+def test_all_bits_of_a_fingerprint_count(index):
+    whole = load(index)
+    assert len(find(ITEM, whole).entries) == 27
+    assert not len(find(ITEM, whole._replace(low=whole.low ^ np.uint16(1))).entries)
+
+
+def test_matches_are_the_same_for_a_text_of_any_length(index):
+    """Long texts have words that pass the bitmap by chance: none of them may count."""
+    rng = np.random.default_rng(1)
+    text = " ".join(f"w{k}" for k in rng.integers(0, 1000, 200_000))
+    assert not len(find(text, load(index)).entries)
+    assert measured(f"{text} {OTHER} {text}", index)["coverage"] == 1.0

@@ -1,0 +1,204 @@
+"""Calibrate and ablate on a run of two languages, in this process: cut-offs against NumPy's, ablations against real runs."""
+
+import json
+import random
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import explain, why
+from pipeline.ablate import ablate, without
+from pipeline.calibrate import calibrate, write_plot
+from pipeline.config import ConfigError, load
+from pipeline.engine import in_process
+from pipeline.run import read_state
+from tests.inline import Silent, run_inline
+
+SENTENCES = {
+    "en": [
+        "The miller opened the sluice before the sun had risen over the hill.",
+        "Nobody in the village remembered when the wheel had last been mended.",
+        "Every autumn the farmers brought their wheat down the narrow road.",
+        "She wrote the weight of each sack into a book with a leather cover.",
+        "When the river froze they had to wait until the thaw came in March.",
+    ],
+    "de": [
+        "Der Müller öffnete das Wehr, bevor die Sonne über dem Hügel stand.",
+        "Niemand im Dorf wusste noch, wann das Rad zuletzt repariert worden war.",
+        "Jeden Herbst brachten die Bauern ihren Weizen die schmale Straße hinunter.",
+        "Sie schrieb das Gewicht jedes Sackes in ein Buch mit einem Einband aus Leder.",
+        "Wenn der Fluss zufror, mussten sie warten, bis im März das Tauwetter kam.",
+    ],
+}
+FILTERS = ["extract.filters=['c4']", "refine.filters=['gopher_quality']"]
+OPEN = ["gopher_quality.mean_word_length='off'", "gopher_quality.stop_word_count='off'", "gopher_quality.word_count=[1, inf]"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """The command line of a run over 200 English and 200 German texts; English ones are longer."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    draw = random.Random(0)
+    rows = []
+    for i in range(400):
+        language = ("en", "de")[i % 2]
+        text = " ".join(draw.choices(SENTENCES[language], k=draw.randint(4, 40 if language == "en" else 16)))
+        rows.append({"id": i, "text": f"{text} {i}.", "url": f"https://{language}{i % 3}.example/{i}"})
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = [f"input.paths=['{folder}/in.jsonl']", "input.format=jsonl", "input.url_column=url", f"run.directory={folder}/run"]
+    languages = ["language.allowed=['en', 'de']", "language.score='off'", "dedup.enabled=false", "pack.seq_len=64"]
+    return [*inputs, *languages, *FILTERS, *OPEN]
+
+
+CUT = 'gopher_quality.word_count=["p20", "p90"]'
+
+
+@pytest.fixture(scope="module")
+def calibrated(options):
+    return calibrate(load(None, [*options, CUT], calibrated=False), Silent(), in_process, sample=10_000)
+
+
+def test_cut_offs_are_percentiles_of_each_language(options, calibrated):
+    config = load(None, [*options, CUT])
+    run_inline(config)
+    rows = [r for t in explain.tables(config.run.directory, "documents") for r in t.to_pylist()]
+    refined = [r for kind in ("corpus", "rejected") for t in explain.tables(config.run.directory, kind) for r in t.to_pylist()]
+    for language in ("en", "de"):
+        counts = [
+            r["gopher_quality.word_count"] for r in refined if r["language"] == language and "gopher_quality.word_count" in r
+        ]
+        low, high = config.named("gopher_quality").of(language).word_count
+        assert (low, high) == pytest.approx((np.percentile(counts, 20), np.percentile(counts, 90)))
+        kept = sum(low <= n <= high for n in counts) / len(counts)
+        assert kept == pytest.approx(0.7, abs=0.03)
+        bound = {(r["rejected_low"], r["rejected_high"]) for r in refined if r["language"] == language and r["rejected_by"]}
+        assert bound == {(low, high)}
+    assert {r["language"] for r in rows} == {"en", "de"}
+
+
+def test_the_plot_and_the_table_hold_every_score(options, calibrated):
+    config = load(None, [*options, CUT])
+    with open(write_plot(config, calibrated.distributions)) as page:
+        text = page.read()
+    low, high = config.named("gopher_quality").of("de").word_count
+    assert f"{low:,.4g}" in text and f"{high:,.4g}" in text
+    scores = {d.score for d in calibrated.distributions}
+    assert {"language.score", "c4.sentence_count", "gopher_quality.word_count"} <= scores
+    assert all(f"<title>{score}</title>" in text for score in scores)
+    assert {d.language for d in calibrated.distributions} == {"", "en", "de"}
+
+
+def test_a_sample_is_smaller_and_the_same_every_time(options, tmp_path):
+    config = load(None, [*options, f"run.directory={tmp_path}/run", CUT], calibrated=False)
+    tables = [calibrate(config, Silent(), in_process, sample=100) for _ in range(2)]
+    counts = {d.documents for d in tables[0].distributions if d.score == "gopher_quality.word_count" and not d.language}
+    assert 60 < counts.pop() < 140
+    assert str(tables[0]) == str(tables[1])
+
+
+def test_nothing_kept_is_nothing_to_calibrate_with(options, tmp_path):
+    config = load(None, [*options, f"run.directory={tmp_path}/run", "c4.sentence_count=[1000, 2000]"], calibrated=False)
+    with pytest.raises(ValueError, match="extract and dedup kept no document"):
+        calibrate(config, Silent(), in_process, sample=100)
+
+
+# --- ablate ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(options, tmp_path_factory):
+    """A finished run with bounds in both stages, and its command line."""
+    folder = tmp_path_factory.mktemp("ablate")
+    bounds = ["c4.sentence_count=[6, 1000]", "gopher_quality.word_count=[60, 300]"]
+    line = [*options, f"run.directory={folder}/run", *bounds, "per_language.en.gopher_quality.word_count=[40, 300]"]
+    run_inline(load(None, line))
+    return line
+
+
+def kept_ids(root):
+    return {i for t in explain.tables(root, "corpus") for i in t["doc_id"].to_pylist()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["gopher_quality.word_count=[100, 200]"],
+        ["gopher_quality.word_count='off'", "per_language.en.gopher_quality.word_count=[1, 90]"],
+        ["c4.sentence_count=[8, 1000]", "language.allowed=['en']"],
+        ["language.score=[0.99, 1.0]", "gopher_quality.mean_word_length=[4, 4.6]"],
+    ],
+)
+def test_an_ablation_says_what_a_run_then_does(run, tmp_path, changes):
+    before, after = load(None, run), load(None, [*run, *changes])
+    found = ablate(before, after)
+    real = load(None, [*run, *changes, f"run.directory={tmp_path}/run"])
+    run_inline(real)
+    old, new = kept_ids(before.run.directory), kept_ids(real.run.directory)
+    assert (found.before.documents, found.after.documents) == (len(old), len(new))
+    assert (found.both, found.only_before, found.only_after) == (len(old & new), len(old - new), len(new - old))
+    assert found.after.unmeasured == 0
+    rows = {row.rule: row.count for row in explain.run_funnel(real.run.directory) if row.rule}
+    assert {rule: n for rule, n in found.after.losses.items() if n} == {rule: n for rule, n in rows.items() if n}
+    chars = sum(pc.sum(t["num_chars"]).as_py() or 0 for t in explain.tables(real.run.directory, "corpus"))
+    assert found.after.chars == chars
+
+
+def test_dropping_a_filter_of_refine_is_exact_and_of_extract_counted_apart(run):
+    config = load(None, run)
+    found = ablate(config, without(config, ["gopher_quality"]))
+    total = found.before.documents + sum(n for rule, n in found.before.losses.items() if rule.startswith("gopher_quality"))
+    assert found.after.documents == total and found.only_before == 0
+    found = ablate(config, without(config, ["c4.sentence_count"]))
+    assert found.after.documents == found.before.documents
+    assert found.after.unmeasured == found.before.losses["c4.sentence_count"] > 0
+
+
+def test_tokens_are_those_of_the_run_per_character(run):
+    config = load(None, run)
+    found = ablate(config, config)
+    entry = json.loads(open(f"{config.run.directory}/catalog.jsonl").read().splitlines()[-1])
+    assert found.before.tokens == found.after.tokens == entry["tokens"]
+    assert (found.jaccard, found.hosts) == (1.0, [])
+
+
+@pytest.mark.parametrize(
+    "dropped, message",
+    [("c5", "did you mean 'c4'"), ("c4.sentence_cuont", "did you mean 'c4.sentence_count'"), ("zzz", "its filters are language")],
+)
+def test_dropping_what_is_not_there_is_refused(run, dropped, message):
+    with pytest.raises(ConfigError, match=message):
+        without(load(None, run), [dropped])
+
+
+def test_a_filter_that_was_not_measured_is_refused(run):
+    config = load(None, run)
+    with pytest.raises(ValueError, match="did not measure 'fineweb'; it has scores of c4, gopher_quality"):
+        ablate(config, load(None, [*run, "extract.filters=['c4', 'fineweb']"]))
+    with pytest.raises(ValueError, match=r"measured with c4.min_line_words = 3, not 5: only bounds can be changed"):
+        ablate(config, load(None, [*run, "c4.min_line_words=5"]))
+
+
+# --- why -------------------------------------------------------------------------------------------------------------
+
+
+def test_why_says_where_each_score_lies_in_the_run(run):
+    root = load(None, run).run.directory
+    rows = [r for kind in ("corpus", "rejected") for t in explain.tables(root, kind) for r in t.to_pylist()]
+    counts = [r["gopher_quality.word_count"] for r in rows if r.get("gopher_quality.word_count") is not None]
+    row = next(r for r in rows if r.get("gopher_quality.word_count") is not None)
+    [fate] = why.why(root, row["url"])
+    value = row["gopher_quality.word_count"]
+    expected = 100 * (sum(n < value for n in counts) + sum(n == value for n in counts) / 2) / len(counts)
+    assert fate["percentiles"]["gopher_quality.word_count"] == pytest.approx(expected)
+    assert fate["percentiles"].keys() == fate["scores"].keys()
+    assert read_state(root)["stage"]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 9))
+def test_rank_is_the_mean_of_strict_and_weak(values, value):
+    strict, weak = (sum(v < value for v in values), sum(v <= value for v in values))
+    assert why._rank(value, np.array(values, float)) == pytest.approx(100 * (strict + weak) / 2 / len(values))

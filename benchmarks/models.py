@@ -1,12 +1,14 @@
 """What the models that users can train are worth, and what they cost.
 
-    python -m benchmarks.models {lm,classifier} [DATA]      one line a figure: name, value, unit
+    python -m benchmarks.models {lm,classifier,refine} [DATA]      one line a figure: name, value, unit
 
 lm          Held-out perplexity by our trainer and filter, against plain lmplz and query on the same lines. How well perplexity
             parts clean text, web text, boilerplate and shuffled words (AUC: how often a text of the second kind is the more
             surprising). A spam paragraph in a good page: what the worst window sees of it. Speed against a bare loop over
             kenlm.Model.score, on lines that are already normalised.
 classifier  Clean text (Wikipedia, gold main texts) against whole pages as they come: AUC, precision, speed; twice the same bytes.
+refine      What each step of refine costs on the main texts of the 500 pages, and its share of the whole. Names, which are a
+            phase of their own, on every tenth page.
 
 The text to train on: leads of Wikipedia, two packages of documentation in prose, 20 MB; for the speed of a larger model all
 documentation, 5-grams kept if seen once. The web text: the 500 pages of WCXB.
@@ -28,10 +30,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.heuristics import extracted
 from benchmarks.texts import documentation, leads, lines, seeded
 from filters import ccnet, perplexity, quality
+from filters.decontamination import Decontamination
+from filters.names import Names
 from filters.perplexity import Perplexity
+from filters.pii import Pii
+from filters.quality import Quality
 from filters.text import TextView
+from filters.toxicity import Toxicity
+from pipeline.benchmark_index import build_index
 from pipeline.model_card import is_held_out
 from pipeline.train_classifier import auc, train_classifier
 from pipeline.train_lm import find_kenlm, train_lm
@@ -286,7 +295,39 @@ def cpu(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-BENCHMARKS: dict[str, Callable[[Path, Path], None]] = {"lm": lm, "classifier": classifier}
+# --- the steps of refine ---------------------------------------------------------------------------------------------
+
+
+def refine(data: Path, folder: Path) -> None:
+    """Milliseconds per document and share of the total of every step; all benchmarks in the index, all English words listed."""
+    views = [TextView(text, "en") for text in extracted(data / "warc" / "web" / "wcxb-500.warc.gz")]
+    build_index([str(data / "benchmarks" / "decontam-all.tar.zst")], output=folder / "index")
+    steps: dict[str, Callable[[TextView], object]] = {
+        "perplexity": Perplexity(model=str(perplexity.BUNDLED)).measure,
+        "quality": Quality(model=str(quality.BUNDLED)).measure,
+        "toxicity": Toxicity(lists=str(data / "lists" / "badwords")).measure,
+        "decontamination": Decontamination(index=str(folder / "index")).measure,
+        "pii": lambda view: Pii().scrub(view.text),
+    }
+    costs = {name: per_document(step, views) for name, step in steps.items()}
+    figure("documents", len(views), "", 0)
+    figure("mean_size", sum(len(view.text) for view in views) / len(views), "characters", 0)
+    for name, cost in costs.items():
+        figure(f"{name}.cost", cost, "ms a document")
+        figure(f"{name}.share", 100 * cost / sum(costs.values()), "%", 1)
+    figure("names.cost", per_document(lambda view: Names(enabled=True).scrub(view.text), views[::10]), "ms a document", 1)
+
+
+def per_document(step: Callable[[TextView], object], views: Sequence[TextView]) -> float:
+    """Milliseconds of CPU; models are loaded before."""
+    step(TextView("Write to jane@example.net, or call +1 212 555 0147. The quick brown fox.", "en"))
+    start = time.process_time()
+    for view in views:
+        step(TextView(view.text, view.language))
+    return (time.process_time() - start) / len(views) * 1000
+
+
+BENCHMARKS: dict[str, Callable[[Path, Path], None]] = {"lm": lm, "classifier": classifier, "refine": refine}
 
 if __name__ == "__main__":
     main()

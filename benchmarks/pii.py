@@ -30,6 +30,8 @@ from filters.pii import Pii, Scrubbed, _recognizer, counts
 MB = 1_000_000
 CONFIG = Pii()
 PATTERNS = tuple(entity for entity in CONFIG.entities if entity != "SECRET")
+# what bare Presidio has
+SAME = Pii(entities=PATTERNS)
 WARM_UP = "jane@doe-inc.org 93.184.216.34 (212) 555-0147 4111 1111 1111 1111 536-22-1234 GB82WEST12345698765432"
 
 
@@ -59,10 +61,12 @@ def main(corpus: Path) -> None:
 
 def report_speed(name: str, pages: list[str]) -> None:
     size = sum(len(page.encode()) for page in pages)
-    seconds, bare_seconds = timed(CONFIG.scrub, pages), timed(scrub_bare, pages)
+    timed(CONFIG.scrub, pages)  # warm
+    seconds, same, bare = (timed(scrub, pages) for scrub in (CONFIG.scrub, SAME.scrub, scrub_bare))
     print(f"size.{name} {size / MB:.3f} MB")
-    print(f"speed.gristmill.{name} {size / MB / seconds:.3f} MB/s")
-    print(f"speed.presidio.{name} {size / MB / bare_seconds:.3f} MB/s")
+    print(f"speed.gristmill.{name} {size / MB / same:.3f} MB/s")
+    print(f"speed.gristmill_and_secrets.{name} {size / MB / seconds:.3f} MB/s")
+    print(f"speed.presidio.{name} {size / MB / bare:.3f} MB/s")
 
 
 def tables() -> dict[str, str]:

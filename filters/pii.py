@@ -41,19 +41,23 @@ def counts(spans: Iterable[Span]) -> dict[str, int]:
     return dict(sorted(Counter(span.entity for span in spans).items()))
 
 
-# Every value we accept of an entity contains its trigger, so a line without the trigger holds no value. None looks
-# further than the ends of words: what is found in a value is found in its line. Each starts with a digit, a sign or a
-# literal, for speed. (Secrets have their own in filters.secrets.)
+# Every value we accept of an entity contains one of its triggers, so a line without holds no value. None looks further
+# than the ends of words: what is found in a value is found in its line. Each starts with a digit, a sign or a literal,
+# for speed. (Secrets have their own in filters.secrets.)
 _TRIGGERS = {
-    "CREDIT_CARD": re.compile(
-        r"[1-68](?<!\w.)\d{3}(?:[- ]?\d{4}[- ]?\d{4}|[- ]?\d{3,4}[- ]?\d{3,4}[- ]?\d{3,5})(?:[- ]?\d{3,4})?\b"
+    "CREDIT_CARD": (
+        re.compile(r"[1-68](?<!\w.)\d{3}(?:[- ]?\d{4}[- ]?\d{4}|[- ]?\d{3,4}[- ]?\d{3,4}[- ]?\d{3,5})(?:[- ]?\d{3,4})?\b"),
     ),
-    "CRYPTO": re.compile(r"[13][a-zA-Z0-9]{25}"),
-    "EMAIL_ADDRESS": re.compile(r"@\w"),
-    "IBAN_CODE": re.compile(r"[0-9]{2}(?<=[A-Za-z]{2}..)[ -]?[A-Za-z0-9]{4}"),
-    "IP_ADDRESS": re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:|\d\.\d{1,3}\.\d{1,3}\.\d"),
-    "PHONE_NUMBER": phones.DIGITS,
-    "US_SSN": re.compile(r"[0-9](?<!\w.)[0-9]{2}(?:[- .][0-9]{2}[- .][0-9]{4}|[0-9]{2}-?[0-9]{4}|-[0-9]{6})\b"),
+    "CRYPTO": (re.compile(r"[13][a-zA-Z0-9]{25}"),),
+    "EMAIL_ADDRESS": (re.compile(r"@\w"),),
+    "IBAN_CODE": (re.compile(r"[0-9](?<=[A-Za-z].)[0-9](?<=[A-Za-z]{2}..)[ -]?[A-Za-z0-9]{4}"),),
+    # the last three numbers of four, of which no fifth makes an OID; and two colons
+    "IP_ADDRESS": (
+        re.compile(r"\.(?<=\d.)(?<!\d\.\d.)(?<!\d\.\d\d.)(?<!\d\.\d{3}.)\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\d)"),
+        re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:"),
+    ),
+    "PHONE_NUMBER": (phones.DIGITS,),
+    "US_SSN": (re.compile(r"[0-9](?<!\w.)[0-9]{2}(?:[- .][0-9]{2}[- .][0-9]{4}|[0-9]{2}-?[0-9]{4}|-[0-9]{6})\b"),),
 }
 # What is believed of these without a word that says so near it; the rest of their values needs one.
 _ALONE = {
@@ -146,21 +150,22 @@ class Pii:
             again = self._scrub_secrets(scrubbed)
             if again is not scrubbed:
                 done = frozenset()
-            present = done.union(self._present(self._seen(again.text)))
+            present = done.union(self._present(self._seen(again.text), known=self._seen(text) if done else ""))
             if present == done:
                 return again
             scrubbed, done = self._scrub_lines(again, present), present
 
-    def _present(self, text: str) -> Iterator[str]:
-        """The entities that a text may hold a value of: most texts hold none, and are done."""
-        lines = "\n".join(filter(_ANY.search, text.split("\n")))
+    def _present(self, text: str, *, known: str = "") -> Iterator[str]:
+        """The entities that a text may hold a value of: most texts hold none, and are done. Lines of `known` hold none."""
+        old = set(known.split("\n"))
+        lines = "\n".join(line for line in text.split("\n") if _ANY.search(line) and line not in old)
         without = () if phones.DIGITS.search(lines) else _LONG_NUMBERS
         asked = (entity for entity in self.entities if entity in _TRIGGERS and entity not in without)
         return (entity for entity in asked if self._may_hold(entity, lines, text))
 
     def _may_hold(self, entity: str, text: str, context: str) -> bool:
         """Whether lines may hold a value, given the text in which a word could be that says so."""
-        if not _TRIGGERS[entity].search(text):
+        if not _is_triggered(entity, text):
             return False
         if entity not in _ALONE or self.min_score <= _BARE_DIGITS or _ALONE[entity].search(text):
             return True
@@ -168,10 +173,10 @@ class Pii:
         return _mentions(context, labels)
 
     def _scrub_secrets(self, scrubbed: Scrubbed) -> Scrubbed:
-        hits = secrets.find(self._seen(scrubbed.text)) if "SECRET" in self.entities else []
-        if not hits:
-            return scrubbed
-        return self._replace(scrubbed.text, scrubbed.spans, [_Hit("SECRET", start, end, 1.0) for start, end in hits])
+        while "SECRET" in self.entities and (found := secrets.find(self._seen(scrubbed.text))):
+            hits = [_Hit("SECRET", start, end, 1.0) for start, end in found]
+            scrubbed = self._replace(scrubbed.text, scrubbed.spans, hits)
+        return scrubbed
 
     def _scrub_lines(self, scrubbed: Scrubbed, entities: frozenset[str]) -> Scrubbed:
         """Line by line, as no other value crosses one. A number's label may stand on the line above: that line is read
@@ -253,7 +258,7 @@ class Pii:
         recognizer = _recognizer(entity, self.phone_regions if entity == "PHONE_NUMBER" else ())
         for text in _writings(entity, line):
             for offset, piece in pieces(text):
-                if _TRIGGERS[entity].search(piece):
+                if _is_triggered(entity, piece):
                     for raw in recognizer.analyze(piece, [entity]):
                         yield _Hit(entity, offset + raw.start, offset + raw.end, raw.score)
 
@@ -289,6 +294,10 @@ def _without_overlap(hits: Iterable[_Hit]) -> list[_Hit]:
         if i == len(kept) or hit.end <= kept[i].start:
             kept.insert(i, hit)
     return kept
+
+
+def _is_triggered(entity: str, text: str) -> bool:
+    return any(trigger.search(text) for trigger in _TRIGGERS[entity])
 
 
 _LOWER = str.maketrans("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -401,7 +410,14 @@ def _any_word(words: tuple[str, ...]) -> re.Pattern[str]:
 def _mentions(text: str, words: tuple[str, ...]) -> bool:
     """Whether one of the words is in the text; a search for all at once is ten times slower."""
     lower = text.lower()
-    return any(word in lower for word in words) and _any_word(words).search(text) is not None
+    return any(stem in lower for stem in _stems(words)) and _any_word(words).search(text) is not None
+
+
+@lru_cache
+def _stems(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words that hold no other, in lower case: one of them is in every text that holds any."""
+    lower = {word.lower() for word in words}
+    return tuple(sorted(word for word in lower if not any(other in word for other in lower - {word})))
 
 
 @lru_cache

@@ -153,14 +153,14 @@ def tree_of(size):
 
 
 @pytest.mark.parametrize("shape", [chain_of, tree_of])
-def test_a_component_of_a_million_shuffled_nodes_has_one_root(shape):
+def test_a_component_of_two_hundred_thousand_shuffled_nodes_has_one_root(shape):
     rng = np.random.default_rng(1)
-    names = np.unique(rng.integers(0, 2**32, 1_010_000, dtype=np.uint64))[:1_000_000]
+    names = np.unique(rng.integers(0, 2**32, 201_000, dtype=np.uint64))[:200_000]
     edges = rng.permutation(rng.permutation(names)[shape(len(names))])
     nodes, roots = dense_components(lambda: iter(np.array_split(edges, 7)))
     np.testing.assert_array_equal(nodes, names)
     assert set(roots.tolist()) == {int(names[0])}
-    starred, starred_roots, rounds = alternate(edges, group=by_hash_packed, cuts=range(100_000, 1_000_000, 100_000))
+    starred, starred_roots, rounds = alternate(edges, group=by_hash_packed, cuts=range(20_000, 200_000, 20_000))
     np.testing.assert_array_equal((starred, starred_roots), (nodes, roots))
     assert rounds < 25  # seen: 16 for the chain, 8 for the tree
 

@@ -69,7 +69,7 @@ def in_parts(rows):
     return parts
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(rows=some_docs, size=st.sampled_from([1, 4, 100]), rounds=st.sampled_from([{}, IN_ROUNDS]))
 def test_clusters_equal_a_dictionary_of_buckets(tmp_path_factory, rows, size, rounds):
     parts = in_parts(rows)
@@ -118,7 +118,7 @@ def test_ranks_order_like_the_values_and_nothing_comes_last(values):
                 assert rank_a < rank_b
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(first=some_docs, second=some_docs, which=st.sampled_from(["all", "kept"]), rounds=st.sampled_from([{}, IN_ROUNDS]))
 def test_a_second_batch_keeps_what_one_run_over_both_keeps(tmp_path_factory, first, second, which, rounds):
     folder = tmp_path_factory.mktemp("batches")

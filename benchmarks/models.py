@@ -181,7 +181,7 @@ def scores_of(model: str, texts: Iterable[str], window: int = 64) -> tuple[Any, 
 
 
 def speed(name: str, model: str, texts: Sequence[str]) -> None:
-    """The filter on documents against KenLM alone on their lines.
+    """The filter on documents, and its scoring of lines already normalised, against KenLM alone on the same lines.
 
     In turn, a few documents each time and not the same ones, so that what else the machine does slows both alike.
     """
@@ -189,16 +189,19 @@ def speed(name: str, model: str, texts: Sequence[str]) -> None:
     normalized = [loaded.normalize(text) for text in texts]
     ready = [[" ".join(line.decode().split()) for line, t in zip(*n, strict=True) if t] for n in normalized]
     views = [TextView(text) for text in texts]
-    seconds = {"kenlm": 0.0, "filter": 0.0, "normalizer": 0.0}
+    seconds = {"kenlm": 0.0, "filter": 0.0, "scoring": 0.0, "normalizer": 0.0}
     for start in range(0, len(texts) * ROUNDS, TURN):
-        here, there, elsewhere = ([(start + k + shift * len(texts) // 3) % len(texts) for k in range(TURN)] for shift in range(3))
+        starts = [start + shift * len(texts) // 4 for shift in range(4)]
+        here, there, later, last = ([(first + k) % len(texts) for k in range(TURN)] for first in starts)
         seconds["kenlm"] += cpu(lambda numbers=here: [loaded.kenlm.score(line) for i in numbers for line in ready[i]])
         seconds["filter"] += cpu(lambda numbers=there: [filter.measure(views[i]) for i in numbers])
-        seconds["normalizer"] += cpu(lambda numbers=elsewhere: [loaded.normalize(texts[i]) for i in numbers])
+        seconds["scoring"] += cpu(lambda ns=later: [perplexity.score(normalized[i], loaded.kenlm, window=64) for i in ns])
+        seconds["normalizer"] += cpu(lambda numbers=last: [loaded.normalize(texts[i]) for i in numbers])
     size = sum(len(text.encode("utf-8", "replace")) for text in texts) * ROUNDS / MB
     for what, spent in seconds.items():
         figure(f"speed.{name}.{what}", size / spent, "MB/s", 1)
-    figure(f"speed.{name}.ratio", seconds["kenlm"] / seconds["filter"], "of KenLM")
+    for what in ("filter", "scoring"):
+        figure(f"speed.{name}.ratio.{what}", seconds["kenlm"] / seconds[what], "of KenLM")
 
 
 # --- classifiers -----------------------------------------------------------------------------------------------------

@@ -523,7 +523,17 @@ def file_digests(config: Config) -> dict[str, str]:
         beside = sorted(root.parent.glob(f"{glob.escape(root.name)}.*"))
         found = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root, *beside]
         digests[key] = digest([digests.get(key), *(file_sha256(f) for f in found)])
-    return digests
+    for name, variants in config.per_language.items():
+        for language, variant in variants.items():
+            for field in files(variant):
+                digests.setdefault(f"per_language.{language}.{name}.{field}", "")
+    # a language whose bounds alone are its own reads what all read: nothing is measured anew for it
+    return {key: found for key, found in digests.items() if found != digests.get(_for_all(key), "")}
+
+
+def _for_all(key: str) -> str:
+    """The key that 'per_language.de.perplexity.model' stands in for; '' for one of all languages."""
+    return ".".join(key.split(".")[2:]) if key.startswith("per_language.") else ""
 
 
 def _absolute(config: Config) -> Config:

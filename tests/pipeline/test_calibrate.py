@@ -2,6 +2,8 @@
 
 import json
 import random
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,6 +19,7 @@ from pipeline.engine import in_process
 from pipeline.run import read_state
 from tests.inline import Silent, run_inline
 
+ROOT = Path(__file__).parents[2]
 SENTENCES = {
     "en": [
         "The miller opened the sluice before the sun had risen over the hill.",
@@ -59,6 +62,20 @@ CUT = 'gopher_quality.word_count=["p20", "p90"]'
 @pytest.fixture(scope="module")
 def calibrated(options):
     return calibrate(load(None, [*options, CUT], calibrated=False), Silent(), in_process, sample=10_000)
+
+
+def test_buckets_are_thirds_of_each_language(options):
+    mine = [*options, options[3] + "-buckets", "refine.filters=['perplexity']"]
+    mine += [f"perplexity.model={ROOT}/models/wiki-en.5gram.bin", 'perplexity.buckets=["p33.3", "p66.7"]']
+    calibrate(load(None, mine, calibrated=False), Silent(), in_process, sample=10_000)
+    config = load(None, mine)
+    run_inline(config)
+    rows = [row for table in explain.tables(config.run.directory, "corpus") for row in table.to_pylist()]
+    for language in ("en", "de"):
+        own = [row for row in rows if row["language"] == language]
+        low, high = np.percentile([row["perplexity.perplexity"] for row in own], [33.3, 66.7])
+        assert config.named("perplexity").of(language).buckets == pytest.approx((low, high), rel=1e-3)
+        assert Counter(row["perplexity.bucket"] for row in own) == {"head": 67, "middle": 66, "tail": 67}
 
 
 def test_cut_offs_are_percentiles_of_each_language(options, calibrated):

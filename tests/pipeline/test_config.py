@@ -212,6 +212,17 @@ def test_a_bound_of_a_language_is_policy_and_a_setting_content(config, override,
     assert before != after and (before[:8] == after[:8]) == same_content
 
 
+@pytest.mark.parametrize(
+    "override, same_content",
+    [("listed_ratio=[0, 0.5]", True), (f"lists='{ROOT}/tests/filters/lists'", True), ("lists=''", False)],
+)
+def test_a_file_that_a_language_shares_is_no_file_of_its_own(config, override, same_content):
+    toxicity = f"[toxicity]\nlists = '{ROOT}/tests/filters/lists'\nmodel = '{ROOT}/models/quality-en.ftz'\nlabel = 'hq'\n"
+    text = "[extract]\nfilters = ['toxicity']\n[language]\nallowed = ['en']\n" + toxicity
+    before, after = (stage_keys(config(text, *o), ())["extract"] for o in ((), (f"per_language.en.toxicity.{override}",)))
+    assert (before[:8] == after[:8]) == same_content
+
+
 def table(config, **scores):
     return percentiles.dump(
         percentiles.Table(

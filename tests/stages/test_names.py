@@ -6,8 +6,9 @@ import pytest
 
 from pipeline import explain, why
 from pipeline.config import ConfigError
-from pipeline.run import Run, read_state
-from tests.inline import make_config, run_inline
+from pipeline.engine import on_ray
+from pipeline.run import Run, execute, read_state
+from tests.inline import Silent, make_config, run_inline
 
 TEXTS = {
     "en": "Jane Smith wrote to bob@example.org when she had moved from London to Paris with Peter Miller last year.",
@@ -40,6 +41,18 @@ def test_names_go_from_texts_of_the_models_language_and_from_no_others(make):
     assert (rows["en"]["pii.person"], rows["en"]["pii.location"], rows["en"]["pii.email_address"]) == (2, 2, 1)
     assert rows["en"]["num_chars"] == len(rows["en"]["text"])
     assert rows["de"]["text"] == TEXTS["de"] and rows["de"]["pii.person"] == 0
+
+
+@pytest.mark.ray
+def test_a_pool_of_actors_writes_the_same_corpus(ray_session, make):
+    config = make("names.enabled=true")
+    run_inline(config)
+    alone = Run(config).store("refine names").commits()
+    again = make("names.enabled=true", f"run.directory={config.run.directory}-ray")
+    execute(again, Silent(), on_ray())
+    pooled = Run(again).store("refine names").commits()
+    assert [c.outputs for c in alone.values()] == [c.outputs for c in pooled.values()] and alone
+    assert corpus(again) == corpus(config)
 
 
 def test_names_are_no_part_of_a_run_that_does_not_ask_for_them(make):

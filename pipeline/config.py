@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from filters.names import Names
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as section
 
-from filters import STRICT, available, files, filter_class, rules, settings
+from filters import STRICT, available, files, filter_class, rules
 from filters.language import Language
+from filters.names import Names
 from filters.opt_out import OptOut
 from filters.pii import Pii
 from filters.url_policy import UrlPolicy
@@ -332,12 +332,7 @@ def measured_with(config: Config, name: str) -> str:
     """Digest of what a filter's scores depend on: its settings and the content of its files, in every language."""
     digests = {key: found for key, found in file_digests(config).items() if section_of(key) == name}
     derived = getattr(type(config.named(name).filter), "percentiles_of", {})
-    kept = [
-        (language, {k: v for k, v in settings(filter).items() if k not in derived})
-        for language, filter in config.named(name).all()
-    ]
-    # a variant that differs in its bounds alone measures as its base does
-    return digest([kept[0], [variant for variant in kept[1:] if variant[1] != kept[0][1]], digests])
+    return digest([config.named(name).settings(without=derived), digests])
 
 
 def _check_calibration(config: Config, source: _Source) -> None:

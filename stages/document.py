@@ -1,12 +1,12 @@
 """The document row that every stage shares: its Arrow schema, its identity, and how policy is written into it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import xxhash
 
-from filters import notes, rules
+from filters import notes, rules, settings
 
 # Band keys are one binary value of 8 bytes a band (little-endian): a document of 14 bands costs 112 bytes.
 IDENTITY = [
@@ -75,6 +75,14 @@ class NamedFilter(NamedTuple):
     def all(self) -> list[tuple[str, Any]]:
         """Every variant with its language; the one for all other languages first, under ""."""
         return [("", self.filter), *self.by_language]
+
+    def settings(self, *, without: Collection[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+        """What decides the scores, by language; a variant that differs in its bounds alone measures as its base does."""
+        base, *variants = [
+            (language, {key: value for key, value in settings(filter).items() if key not in without})
+            for language, filter in self.all()
+        ]
+        return [base, *(variant for variant in variants if variant[1] != base[1])]
 
 
 def measured_columns(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
         config.pop("trafilatura")
     if plan.config.engine != "resiliparse":
         config.pop("resiliparse")
-    measured = [(named.name, [(language, settings(filter)) for language, filter in named.all()]) for named in plan.filters]
+    measured = [(named.name, named.settings()) for named in plan.filters]
     text_input = asdict(plan.input) | {"paths": None, "base_uri": None}
     return [VERSION, config, measured, text_input, settings(plan.url_policy), plan.opt_out, settings(plan.language.filter)]
 

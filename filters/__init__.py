@@ -86,6 +86,11 @@ def files(section: Any) -> dict[str, tuple[str, ...]]:
     return {name: found if isinstance(found, tuple) else (found,) * bool(found) for name, found in paths.items()}
 
 
+def derived(filter: Any) -> dict[str, str]:
+    """The settings that only sort documents by a score, with that score: no score changes with them. As percentiles allowed."""
+    return dict(getattr(filter, "percentiles_of", {}))
+
+
 def notes(filter: Any) -> tuple[str, ...]:
     """Names of the text columns that a filter fills besides its scores."""
     return tuple(getattr(filter, "notes", ()))

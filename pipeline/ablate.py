@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from filters import rules, settings
+from filters import derived, rules, settings
 from pipeline.catalog import read_catalog
 from pipeline.config import Config, ConfigError, to_toml
 from pipeline.sample import Ledger, part_uri, read_ledger, spread
@@ -133,11 +133,12 @@ def _require_measured(config: Config, ledger: Ledger) -> None:
             raise ValueError(f"{ledger.root} did not measure '{name}'; it has scores of {', '.join(sorted(measured))}")
         for language, filter in config.named(name).all():
             prefix = f"per_language.{language}.{name}" if language else name
-            for key, value in settings(filter).items():
+            for key in sorted(settings(filter).keys() - derived(filter).keys()):
+                value = to_toml(getattr(filter, key))
                 known = ledger.state["config"].get(f"{prefix}.{key}", ledger.state["config"].get(f"{name}.{key}"))
-                if known is not None and known["value"] != to_toml(value):
+                if known is not None and known["value"] != value:
                     raise ValueError(
-                        f"{ledger.root} measured with {prefix}.{key} = {known['value']}, not {to_toml(value)}: "
+                        f"{ledger.root} measured with {prefix}.{key} = {known['value']}, not {value}: "
                         "only bounds can be changed without running it"
                     )
 

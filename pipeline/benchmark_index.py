@@ -152,7 +152,8 @@ def sources(path: str) -> Iterator[Source]:
     except (OSError, EOFError, tarfile.TarError, zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"{named}: cannot be read ({error}); is it whole, and what its name says?") from None
     if not members:
-        raise ValueError(f"{named}: holds no evaluation file; they end in {', '.join(_KINDS)}, or with .gz or .zst behind")
+        kinds = f"{', '.join(_KINDS)}, or with .gz or .zst behind"
+        raise ValueError(f"{named}: holds no evaluation file; they end in {kinds}; name a .tar archive itself, not its folder")
     for place, data in members:
         rows = list(_rows(place, data))
         if not any(row is not None for row in rows):

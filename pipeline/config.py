@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as section
 
-from filters import STRICT, available, files, filter_class, rules
+from filters import STRICT, available, derived, files, filter_class, rules
 from filters.language import Language
 from filters.names import Names
 from filters.opt_out import OptOut
@@ -313,7 +313,7 @@ def _without_percentiles(raw: dict[str, Any], where: str, name: str, cls: Any, l
             raise ConfigError(
                 f"{at}: percentiles of what? Run `gristmill calibrate` with this config: it writes {source.table_uri}"
             )
-        score = f"{name}.{getattr(cls, 'percentiles_of', {}).get(key, key)}"
+        score = f"{name}.{derived(cls).get(key, key)}"
         try:
             numbers[key] = percentiles.bound(raw[key], score, language, source.table)
         except KeyError:
@@ -331,8 +331,8 @@ def _without_percentiles(raw: dict[str, Any], where: str, name: str, cls: Any, l
 def measured_with(config: Config, name: str) -> str:
     """Digest of what a filter's scores depend on: its settings and the content of its files, in every language."""
     digests = {key: found for key, found in file_digests(config).items() if section_of(key) == name}
-    derived = getattr(type(config.named(name).filter), "percentiles_of", {})
-    return digest([config.named(name).settings(without=derived), digests])
+    named = config.named(name)
+    return digest([named.settings(without=derived(named.filter)), digests])
 
 
 def _check_calibration(config: Config, source: _Source) -> None:

@@ -76,6 +76,7 @@ def test_buckets_are_thirds_of_each_language(options):
         low, high = np.percentile([row["perplexity.perplexity"] for row in own], [33.3, 66.7])
         assert config.named("perplexity").of(language).buckets == pytest.approx((low, high), rel=1e-3)
         assert Counter(row["perplexity.bucket"] for row in own) == {"head": 67, "middle": 66, "tail": 67}
+    assert ablate(config, load(None, [*mine, "perplexity.buckets='off'"])).both == 400  # they are no scores
 
 
 def test_cut_offs_are_percentiles_of_each_language(options, calibrated):

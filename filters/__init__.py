@@ -5,7 +5,8 @@ its name is at once the score that `measure` returns, the Arrow column, the reje
 the command-line override (`gopher_quality.word_count`). Adding a filter is one file and one word in a config.
 
 What a filter may have besides: fields of type `File` (models, lists: known by their content, not by their path), `notes`
-(names of text columns that `measure` fills), `edit` (it changes the text too), `check` (what must hold before a run starts).
+(names of text columns that `measure` fills), `edit` (it changes the text too; `edits_by` names the bounds that say how), `check`
+(what must hold before a run starts).
 """
 
 import dataclasses
@@ -76,8 +77,16 @@ def rules(filter: Any) -> dict[str, tuple[float, float] | None]:
 
 
 def settings(filter: Any) -> dict[str, Any]:
-    """The fields of a filter that change what is measured, as opposed to where the limits lie; files not, see `files`."""
-    return {f.name: getattr(filter, f.name) for f in dataclasses.fields(filter) if f.type not in (Bound, File, Files)}
+    """The fields of a filter that change what is measured, as opposed to where the limits lie; files not, see `files`.
+
+    Limits by which a filter edits, its `edits_by`, decide what it and all filters after it measure.
+    """
+    kept = getattr(filter, "edits_by", ())
+    return {
+        f.name: getattr(filter, f.name)
+        for f in dataclasses.fields(filter)
+        if f.name in kept or f.type not in (Bound, File, Files)
+    }
 
 
 def files(section: Any) -> dict[str, tuple[str, ...]]:

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
+from filters.ngrams import decomposed
+
 # Stored on the card of every model. Any change to what is returned under a name needs a new number.
 WORDS = "ccnet-words-1"
 PIECES = "ccnet-sp-1"
@@ -142,8 +144,8 @@ class _Runs(dict[str, bytes]):
 
     def __missing__(self, run: str) -> bytes:
         # lone surrogates cannot be encoded for KenLM
-        decomposed = unicodedata.normalize("NFD", run.lower().encode("utf-8", "replace").decode())
-        folded = decomposed.translate(self._characters).encode()
+        canonical = decomposed(run.lower().encode("utf-8", "replace").decode())
+        folded = canonical.translate(self._characters).encode()
         if len(run) <= _LONG:
             if len(self) >= _HELD:
                 self.clear()

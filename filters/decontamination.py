@@ -44,7 +44,6 @@ NORMALIZER = "nfd-words-numbers-1"
 PROBES: tuple[Literal[0, 1], ...] = (0, 1)
 # Characters around a match that may go with it (GPT-3's window), and that may part two matches of one cut.
 _REACH = 200
-_QUOTED = 100
 # marks that stand inside words: apostrophes, soft hyphen, zero-width characters
 _INSIDE_WORDS = "'’‘\u00ad\u200b\u200c\u200d\u2060\ufeff"
 _BREAK = re.compile(rf"\n|[。！？｡]|[{SENTENCE_TERMINAL}][\"'”’»)\]]*(?=\s|$)")
@@ -94,7 +93,7 @@ class Decontamination:
     upper end the document is contaminated. With `action = "trim"` the passages above it are cut, in whole sentences where
     these end within 200 characters, and `coverage` is of what remains; `cut_share` is the share of the document's characters
     that went, in [0, 1]: what is mostly test items is not worth keeping. The notes tell of the passage matched best, before
-    any cut: `evidence` its file and row with words of the match, None where nothing matches; `benchmark` its evaluation set,
+    any cut: `evidence` its file and row, and the characters that match, None where nothing does; `benchmark` its evaluation set,
     of documents that are dropped or cut for it.
     """
 
@@ -112,6 +111,10 @@ class Decontamination:
         load(self.index)
         if self.action == "trim" and self.coverage is None:
             raise ValueError("decontamination.coverage is off, so action = 'trim' has no share above which to cut; set a bound")
+
+    @property
+    def edits_by(self) -> tuple[str, ...]:
+        return ("coverage",) if self.action == "trim" else ()
 
     def measure(self, view: Any) -> Measured:
         return self.edit(view)[1]
@@ -272,16 +275,18 @@ def _entries(hashes: U64, index: Index) -> tuple[I64, I64]:
 
 
 def _evidence(text: str, matches: Matches, index: Index) -> tuple[str, str]:
-    """The set of the passage that is matched best, the longer one of equals; and where it stands, how much of it, and words."""
+    """The set of the passage that is matched best, the longer one of equals; its row, how much of it, and where in the text.
+
+    Not in words: they would be the page's own, and this is read before it is scrubbed.
+    """
     passages, shares = coverage(matches, index)
     sizes = index.ngrams[passages]
     best = np.lexsort((-passages, sizes, shares))[-1]
     passage = passages[best]
     source = index.header["files"][index.file[passage]]
     start, end = max(_runs(text, _of(matches, passages[best : best + 1], index)), key=lambda span: span[1] - span[0])
-    quoted = " ".join(text[start : min(end, start + _QUOTED)].split())
     where = f"{source['name']}:{index.row[passage]}"
-    return source["benchmark"], f"{where}, {shares[best]:.2f} of {sizes[best]} n-grams: {quoted}"
+    return source["benchmark"], f"{where}, {shares[best]:.2f} of {sizes[best]} n-grams, at {start} to {end}"
 
 
 def _of(matches: Matches, passages: I64, index: Index) -> Matches:

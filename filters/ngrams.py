@@ -21,6 +21,7 @@ U32 = npt.NDArray[np.uint32]
 # Odd constant of the polynomial that joins word hashes to n-gram hashes (2^64 / golden ratio, as in splitmix64).
 _JOIN = np.uint64(0x9E3779B97F4A7C15)
 _SPACE, _MARK = 32, 0
+_PIECE = 1024  # characters
 # kana; ideographs: extension A, unified, compatibility, the supplementary planes
 _WITHOUT_SPACES = [(0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)]
 _FMIX: dict[int, tuple[Any, list[tuple[int, int]], int]] = {
@@ -34,14 +35,29 @@ def normalize(text: str, table: U32) -> str:
 
     A character of Chinese or Japanese, which put no spaces between words, is a word.
     """
-    decomposed = unicodedata.normalize("NFD", text.lower())
-    points: U32 = table.take(code_points(decomposed))
-    if not decomposed.isascii() or table[ord("'")] == _MARK:
+    canonical = decomposed(text.lower())
+    points: U32 = table.take(code_points(canonical))
+    if not canonical.isascii() or table[ord("'")] == _MARK:
         points = _spaced(points[points != _MARK])
     keep = points != _SPACE
     keep[1:] |= keep[:-1]  # the first space of each run stays
     kept: U32 = points[keep]
     return kept.astype("<u4", copy=False).tobytes().decode("utf-32-le").strip(" ")
+
+
+def decomposed(text: str) -> str:
+    """NFD piece by piece: CPython sorts a run of combining marks in quadratic time, an hour for a page of nothing else.
+
+    Only marks in runs longer than any in writing (Unicode's UAX 15 says 30) can end up in another order.
+    """
+    parts, start = [], 0
+    while start < len(text):
+        end = start + _PIECE
+        while end < min(len(text), start + 2 * _PIECE) and unicodedata.combining(text[end]):
+            end += 1
+        parts.append(unicodedata.normalize("NFD", text[start:end]))
+        start = end
+    return "".join(parts)
 
 
 def code_points(text: str) -> U32:
@@ -121,7 +137,7 @@ def word_places(text: str, table: U32) -> tuple[I64, I64]:
     """Where each word of `normalize(text, table)` begins and ends in the text itself, each (W,); slower than normalising."""
     distinct, which = np.unique(code_points(text), return_inverse=True)
     lengths = np.array([len(unicodedata.normalize("NFD", chr(point).lower())) for point in distinct.tolist()], np.int64)
-    points = table.take(code_points(unicodedata.normalize("NFD", text.lower())))
+    points = table.take(code_points(decomposed(text.lower())))
     kept = points != _MARK
     points, origin = points[kept], np.repeat(np.arange(len(text)), lengths[which])[kept]
     borders = _borders(points)

@@ -55,15 +55,20 @@ def probabilities(texts: Sequence[str], model: Any, *, label: str) -> list[float
 def predict(texts: Sequence[str], model: Any) -> list[dict[str, float]]:
     """The labels of a model, likeliest first, and their probabilities, in [0, 1], for each text.
 
-    None for a text without a word, or without anything that the model knows.
+    None for a text without a word that the model knows: of such fastText would say what it says of an empty line.
     """
-    lines = [normalize(text) for text in texts]
+    lines = [line if _is_known(line, model) else "" for line in map(normalize, texts)]
     # a list, because for a single string other builds of fastText fail under NumPy 2
     predicted = zip(*model.predict(lines, k=-1), strict=True) if lines else ()
     return [
         _probabilities(labels, found) if line and len(labels) else {}
         for line, (labels, found) in zip(lines, predicted, strict=True)
     ]
+
+
+def _is_known(line: str, model: Any) -> bool:
+    """Whether a word of the line, or a part of one, has a vector of its own."""
+    return any(len(model.get_subwords(word)[1]) for word in line.split())
 
 
 def _probabilities(labels: Sequence[str], found: Sequence[float]) -> dict[str, float]:

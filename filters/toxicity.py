@@ -6,6 +6,8 @@ arXiv:2104.08758). The lists that this was made for are LDNOOBW's (one file per 
 """
 
 import re
+import unicodedata
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -70,7 +72,9 @@ class _Words(NamedTuple):
     anywhere: Any
 
 
-_WORD = re.compile(r"[^\W_]+")
+# letters, digits, and the marks that belong to them: vowel signs of Hindi or Thai are no letters to `re`
+_SIGNS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
+_WORD = re.compile(rf"(?:[^\W_]|[{_SIGNS}])+")
 # Thai, Lao, Burmese, Khmer, kana, ideographs: no spaces between words
 _NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
@@ -81,10 +85,22 @@ def _listed(text: str, words: _Words) -> tuple[float, int]:
     found = _WORD.findall(text)
     letters = sum(map(len, found))
     # two spaces, so that neighbours do not share the border that both need
-    hits = [entry for _, entry in words.whole.iter_long(f" {'  '.join(found)} ")] if words.whole else []
-    hits += [entry for _, entry in words.anywhere.iter_long(text)] if words.anywhere else []
+    hits = [*_longest(words.whole, f" {'  '.join(found)} "), *_longest(words.anywhere, text)]
     listed = sum(map(len, hits))
     return min(1.0, listed / letters) if letters else float(bool(hits)), len(hits)
+
+
+def _longest(automaton: Any, text: str) -> Iterator[str]:
+    """Entries in the text from left to right, of those that overlap the first and then the longest.
+
+    The automaton's own `iter_long` passes over an entry that stands within the beginning of a longer one.
+    """
+    found = sorted((end - length, -length, entry) for end, (length, entry) in automaton.iter(text)) if automaton else []
+    free = -1
+    for before, negative, entry in found:
+        if before >= free:
+            yield entry
+            free = before - negative
 
 
 @lru_cache(maxsize=64)
@@ -104,6 +120,6 @@ def _automaton(entries: set[str], *, border: str) -> Any:
     for entry in sorted(entries):
         words = _WORD.findall(entry)
         pattern = f"{border}{'  '.join(words)}{border}" if border else entry
-        automaton.add_word(pattern, "".join(words) or entry)
+        automaton.add_word(pattern, (len(pattern), "".join(words) or entry))
     automaton.make_automaton()
     return automaton if entries else None

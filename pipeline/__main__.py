@@ -422,6 +422,13 @@ Licence = Annotated[str, typer.Option(help="licence of the sources, for the mode
 SOURCE = "text: .txt, .jsonl[.gz|.zst], .parquet, or rows of a run: RUN:corpus, RUN:rejected:quality.score<0.1"
 
 
+def _numbers(option: str, given: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {given}: write numbers, parted by commas") from None
+
+
 @app.command("train-lm")
 def train_lm(
     sources: Annotated[list[str], typer.Argument(help=SOURCE)],
@@ -441,7 +448,7 @@ def train_lm(
     from pipeline.train_lm import train_lm as train
 
     with _told():
-        counts = tuple(int(n) for n in prune.split(","))
+        counts = tuple(int(n) for n in _numbers("--prune", prune))
         train(
             sources,
             output=output,
@@ -503,7 +510,7 @@ def train_classifier(
             seed=seed,
             held_out=held_out,
             sample=sample or None,
-            keep_best=tuple(float(percent) for percent in keep_best.split(",")),
+            keep_best=_numbers("--keep-best", keep_best),
             text_column=text_column,
         )
 

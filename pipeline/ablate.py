@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from filters import derived, rules, settings
 from pipeline.catalog import read_catalog
-from pipeline.config import Config, ConfigError, to_toml
+from pipeline.config import Config, ConfigError, for_all, section_of, show
 from pipeline.sample import Ledger, part_uri, read_ledger, spread
 from stages.document import NamedFilter, score_columns
 from stages.parts import read_columns, score_names
@@ -131,16 +131,41 @@ def _require_measured(config: Config, ledger: Ledger) -> None:
     for name in (*config.extract.filters, *config.refine.filters):
         if name not in measured:
             raise ValueError(f"{ledger.root} did not measure '{name}'; it has scores of {', '.join(sorted(measured))}")
-        for language, filter in config.named(name).all():
-            prefix = f"per_language.{language}.{name}" if language else name
-            for key in sorted(settings(filter).keys() - derived(filter).keys()):
-                value = to_toml(getattr(filter, key))
-                known = ledger.state["config"].get(f"{prefix}.{key}", ledger.state["config"].get(f"{name}.{key}"))
-                if known is not None and known["value"] != value:
-                    raise ValueError(
-                        f"{ledger.root} measured with {prefix}.{key} = {known['value']}, not {value}: "
-                        "only bounds can be changed without running it"
-                    )
+    now = {key: value for key, value, _ in show(config)}
+    then = {key: entry["value"] for key, entry in ledger.state["config"].items()}
+    for key in sorted(now.keys() | {key for key in then if key.startswith("per_language.")}):
+        # what is not said for a language is as for all
+        known, wanted = (values.get(key, values.get(for_all(key))) for values in (then, now))
+        if None not in (known, wanted) and known != wanted and _is_measured_with(key, config):
+            raise ValueError(
+                f"{ledger.root} measured with {key} = {known}, not {wanted}: only bounds can be changed without running it"
+            )
+
+
+# beside bounds, what changes no document: these sections, and these keys of others
+_FREE_SECTIONS = {"run", "fetch", "pack", "names"}
+_FREE_KEYS = {
+    *(
+        "filters",
+        "allowed",
+        "keep_text",
+        "keep_rejected_text",
+        "num_cpus",
+        "memory",
+        "parallelism",
+        "batch_size",
+        "recycle_after",
+    ),
+    *("verify_share", "alarm_share", "write_index", "documents_per_unit", "partition_bytes", "cluster_memory"),
+}
+
+
+def _is_measured_with(key: str, config: Config) -> bool:
+    name, field = section_of(key), key.rpartition(".")[2]
+    if name in _FREE_SECTIONS or field in _FREE_KEYS:
+        return False
+    named = config.filters.get(name) or getattr(config, name)
+    return field not in derived(named) and (field not in rules(named) or field in settings(named))
 
 
 def _tokens_per_char(ledger: Ledger) -> float | None:

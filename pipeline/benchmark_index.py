@@ -236,10 +236,13 @@ def _json(data: bytes) -> Any:
 
 
 def _json_rows(value: Any) -> list[Any]:
-    """The rows of a file that is one JSON value: the list, or the longest list in an object ({"data": [...]})."""
-    if isinstance(value, dict):
-        return max((v for v in value.values() if isinstance(v, list)), key=len, default=[value])
-    return value if isinstance(value, list) else [value]
+    """The rows of a file that is one JSON value: a list, an object's lists ({"train": [...], "test": [...]}) or columns."""
+    if isinstance(value, list):
+        return value
+    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
+    if len(lists) > 1 and len({len(v) for v in lists}) == 1 and not all(isinstance(row, dict) for v in lists for row in v):
+        return [list(row) for row in zip(*lists, strict=True)]
+    return [row for rows in lists for row in rows] if lists else [value]
 
 
 def _csv(text: str, *, delimiter: str) -> Iterator[list[str] | None]:

@@ -19,7 +19,7 @@ from pipeline.config import Config, measured_with
 from pipeline.lease import lease
 from pipeline.phase import Phase
 from pipeline.report import render_page
-from pipeline.run import Progress, Run, StageTask, check_failures, execute, refine_plan, run_phase
+from pipeline.run import Progress, Run, StageTask, check_failures, execute, plan, refine_plan, run_phase
 from stages import refine
 from stages.document import score_columns
 from stages.ledger import Store, digest, write_atomically
@@ -55,13 +55,20 @@ def calibrate(config: Config, progress: Progress, run_units: engine.RunUnits, *,
     `config` is one whose percentiles bound nothing yet (`load(..., calibrated=False)`). Held, RunFailed as of a run;
     ValueError when there is nothing to measure.
     """
-    execute(config, progress, run_units, last="dedup")
+    if _is_pending(config):  # else run.json goes on telling of the corpus that is there
+        execute(config, progress, run_units, last="dedup")
     with lease(config.run.directory):
         columns = _sampled(config, progress, run_units, sample)
     table, distributions = _described(config, columns)
     uri = f"{config.run.directory}/calibration.json"
     write_atomically(uri, percentiles.dump(table))
     return Calibration(uri, distributions)
+
+
+def _is_pending(config: Config) -> bool:
+    """Whether extract or dedup has anything to do."""
+    reached = plan(config, only=None, first=None)[-1]
+    return bool(reached.pending) and reached.name.split()[0] in ("extract", "dedup")
 
 
 def write_plot(config: Config, distributions: Sequence[Distribution]) -> str:

@@ -143,7 +143,9 @@ def show(config: Config, *, used: bool = True) -> Iterator[tuple[str, str, str]]
         for key, leaf in _leaves(name, value):
             yield key, to_toml(leaf), config.origins.get(key, "default")
     for name, by_language in config.per_language.items():
-        base = dict(_leaves("", sections.get(name)))
+        if name not in sections:
+            continue
+        base = dict(_leaves("", sections[name]))
         for language, value in by_language.items():
             for key, leaf in _leaves("", value):
                 if leaf != base[key]:
@@ -316,23 +318,26 @@ def _without_percentiles(raw: dict[str, Any], where: str, name: str, cls: Any, l
         score = f"{name}.{derived(cls).get(key, key)}"
         try:
             numbers[key] = percentiles.bound(raw[key], score, language, source.table)
-        except KeyError:
-            of = f" in language '{language}'" if language else ""
-            message = f"{source.table_uri} holds no sample of {score}{of}; run `gristmill calibrate` again"
-            raise ConfigError(f"{at}: {message}") from None
+        except KeyError as error:
+            raise ConfigError(f"{at}: {source.table_uri} {error.args[0]}") from None
+        except ValueError as error:
+            raise ConfigError(f"{at}: {error}") from None
         if source.table is not None:
             written = source.origins.get(f"{where}.{key}", "").partition(", percentiles")[0]
-            named = f"percentiles {' to '.join(map(str, raw[key]))} of {source.table.documents[language]:,} documents"
+            named = f"percentiles {' to '.join(map(str, raw[key]))} of `gristmill calibrate`"
             place = f"per_language.{language}.{name}" if language else name
             source.origins[f"{place}.{key}"] = f"{written}, {named}"
     return raw | numbers
 
 
 def measured_with(config: Config, name: str) -> str:
-    """Digest of what a filter's scores depend on: its settings and the content of its files, in every language."""
-    digests = {key: found for key, found in file_digests(config).items() if section_of(key) == name}
+    """Digest of what a filter's scores depend on: its settings and files, by language, and the filters that edit before it."""
+    chain = [*config.extract.filters, *config.refine.filters]
+    before = chain[: chain.index(name)] if name in chain else []
+    edits = [[n, config.named(n).settings()] for n in before if hasattr(config.filters[n], "edit")]
+    digests = {key: found for key, found in file_digests(config).items() if section_of(key) in (name, *(n for n, _ in edits))}
     named = config.named(name)
-    return digest([named.settings(without=derived(named.filter)), digests])
+    return digest([named.settings(without=derived(named.filter)), edits, digests])
 
 
 def _check_calibration(config: Config, source: _Source) -> None:
@@ -517,16 +522,18 @@ def file_digests(config: Config) -> dict[str, str]:
         # what lies beside a model under its name belongs to it: its card, its SentencePiece
         beside = sorted(root.parent.glob(f"{glob.escape(root.name)}.*"))
         found = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root, *beside]
-        digests[key] = digest([digests.get(key), *(file_sha256(f) for f in found)])
+        # in a folder names mean something, such as a language
+        names = [f.relative_to(root).as_posix() if root.is_dir() else f.name.removeprefix(root.name) for f in found]
+        digests[key] = digest([digests.get(key), *zip(names, map(file_sha256, found), strict=True)])
     for name, variants in config.per_language.items():
         for language, variant in variants.items():
             for field in files(variant):
                 digests.setdefault(f"per_language.{language}.{name}.{field}", "")
     # a language whose bounds alone are its own reads what all read: nothing is measured anew for it
-    return {key: found for key, found in digests.items() if found != digests.get(_for_all(key), "")}
+    return {key: found for key, found in digests.items() if found != digests.get(for_all(key), "")}
 
 
-def _for_all(key: str) -> str:
+def for_all(key: str) -> str:
     """The key that 'per_language.de.perplexity.model' stands in for; '' for one of all languages."""
     return ".".join(key.split(".")[2:]) if key.startswith("per_language.") else ""
 

@@ -29,8 +29,16 @@ class Table(NamedTuple):
     made_with: dict[str, str]
 
     def value(self, score: str, percent: float, language: str) -> float:
-        """The value that `percent` of the sample's documents of a language do not exceed; KeyError without any such."""
-        return float(np.interp(percent * STEPS / 100, np.arange(STEPS + 1), self.quantiles[score][language]))
+        """The value that `percent` of the sample's documents of a language do not exceed; KeyError says what there is not."""
+        if score not in self.quantiles:
+            raise KeyError(
+                f"holds no sample of {score}; run `gristmill calibrate` again, with a filter in use that has that score"
+            )
+        # of a run in one language, the documents of that language and all documents are the same thing
+        sampled = self.quantiles[score].get(ALL if len(self.documents) == 1 else language)
+        if sampled is None:
+            raise KeyError(f"has too few documents of language '{language}' for percentiles; give numbers, or a larger --sample")
+        return float(np.interp(percent * STEPS / 100, np.arange(STEPS + 1), sampled))
 
 
 def quantiles(values: npt.NDArray[np.float64]) -> list[float]:
@@ -58,15 +66,30 @@ def used(section: Mapping[str, Any]) -> list[str]:
 
 
 def bound(limits: Sequence[Any], score: str, language: str, table: Table | None) -> list[Any]:
-    """[low, high] as numbers: p0 and p100 leave their side open, and so does every percentile while there is no table."""
-    return [_limit(limit, score, language, table, open=end) for limit, end in zip(limits, (-math.inf, math.inf), strict=True)]
+    """[low, high] as numbers: p0 leaves the low side open, p100 the high side, and every percentile while there is no table.
+
+    KeyError says what the table does not hold, ValueError what cannot be meant.
+    """
+    low, high = map(_percent, limits)
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"the first percentile must be below the second, got {limits[0]} and {limits[1]}")
+    return [
+        _limit(limit, percent, score, language, table, end)
+        for limit, percent, end in zip(limits, (low, high), (_Side(0, -math.inf), _Side(100, math.inf)), strict=True)
+    ]
 
 
-def _limit(limit: Any, score: str, language: str, table: Table | None, *, open: float) -> Any:
-    percent = _percent(limit)
+class _Side(NamedTuple):
+    """The percentile that leaves a side open, and what is written then."""
+
+    percent: float
+    value: float
+
+
+def _limit(limit: Any, percent: float | None, score: str, language: str, table: Table | None, end: _Side) -> Any:
     if percent is None:
         return limit
-    return open if table is None or percent in (0, 100) else table.value(score, percent, language)
+    return end.value if table is None or percent == end.percent else table.value(score, percent, language)
 
 
 def _percent(limit: Any) -> float | None:

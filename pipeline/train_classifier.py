@@ -51,7 +51,8 @@ def train_classifier(
     filtered as can be: on it the scores are found that keep the best `keep_best` percent. On one thread, with a fixed seed:
     the same texts make the same bytes.
     """
-    _check_arguments(sources, output=output, keep_best=keep_best)
+    counts = {"epochs": epochs, "dimensions": dimensions, "word_ngrams": word_ngrams, "buckets": buckets, "features": features}
+    _check_arguments(sources, output=output, keep_best=keep_best, learning_rate=learning_rate, seed=seed, **counts)
     with replacing(output) as (temporary,), tempfile.TemporaryDirectory() as scratch:
         texts = write_texts(sources, Path(scratch, "texts"), text_column=text_column, held_out=held_out)
         found = distinct(texts)
@@ -96,7 +97,15 @@ def train_classifier(
     return card
 
 
-def _check_arguments(sources: Mapping[str, Sequence[str | Path]], *, output: Path, keep_best: tuple[float, ...]) -> None:
+def _check_arguments(
+    sources: Mapping[str, Sequence[str | Path]],
+    *,
+    output: Path,
+    keep_best: tuple[float, ...],
+    learning_rate: float,
+    seed: int,
+    **counts: int,
+) -> None:
     if output.suffix not in (".ftz", ".bin"):
         raise ValueError(f"output {output}: must end in .ftz (quantised) or .bin (whole)")
     if len(sources) < 2:
@@ -106,6 +115,13 @@ def _check_arguments(sources: Mapping[str, Sequence[str | Path]], *, output: Pat
             raise ValueError(f"label '{label}': must be letters, digits, '_', '.' or '-', and is named without {quality.PREFIX}")
         if not names:
             raise ValueError(f"label '{label}': no source; name one or more")
+    for name, value in counts.items():
+        if not 1 <= value < 1 << 31:
+            raise ValueError(f"{name} = {value}: must be 1 or more")
+    if not 0 < learning_rate <= 10:
+        raise ValueError(f"learning_rate = {learning_rate}: must be above 0 and up to 10")
+    if not 0 <= seed < 1 << 31:
+        raise ValueError(f"seed = {seed}: must be from 0 to {(1 << 31) - 1}")
     if not all(0 < share <= 100 for share in keep_best):
         raise ValueError(f"keep_best = {keep_best}: must be percentages, above 0 and up to 100")
 
@@ -137,14 +153,17 @@ def _write_labelled(path: Path, texts: Texts, numbers: Sequence[int]) -> None:
 def _fit(text: Path, **options: Any) -> Any:
     import fasttext
 
-    return fasttext.train_supervised(str(text), minCount=2, verbose=0, **options)
+    try:
+        return fasttext.train_supervised(str(text), minCount=2, verbose=0, **options)
+    except RuntimeError as error:  # it ran away from the minimum
+        raise ValueError(f"fastText: {error} Try a smaller learning rate than {options['lr']}") from None
 
 
 # --- what is held out, and the sample --------------------------------------------------------------------------------
 
 
 def _scores(lines: Iterable[str], model: Any, labels: Sequence[str]) -> Floats:
-    """Probabilities of some labels, (documents, labels); NaN for a text without a word."""
+    """Probabilities of some labels, (documents, labels); NaN for a text without a word that the model knows."""
     rows, left = list[Floats](), iter(lines)
     while batch := list(islice(left, BATCH)):
         found = quality.predict(batch, model)
@@ -160,7 +179,8 @@ def _curves(texts: Texts, held: Sequence[int], model: Any, *, judged: Sequence[s
 
 
 def curve(scores: Floats, truth: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """AUC; and precision and recall of what scores at least as the percentiles 1 to 99 of all documents do."""
+    """AUC; and precision and recall of what scores at least as the percentiles 1 to 99 of all documents do. NaN counts as 0."""
+    scores = np.nan_to_num(scores, nan=0.0)
     ascending = np.sort(scores)
     best = np.cumsum(truth[np.argsort(-scores, kind="stable")])  # right ones among the best 1, 2, ...
     thresholds = np.percentile(ascending, PERCENTILES, method="lower")
@@ -203,8 +223,10 @@ def _calibrate(source: Source, model: Any, judged: Sequence[str], keep_best: Seq
 
 
 def threshold(scores: Floats, percent: float) -> dict[str, float]:
-    """The score that the best `percent` of documents have at least; one without a word (NaN) is never among them."""
+    """The score that the best `percent` of documents have at least; one without a known word (NaN) is never among them."""
     descending = -np.sort(-scores[~np.isnan(scores)])
+    if not len(descending):
+        raise ValueError(f"sample: none of its {len(scores)} documents has a word that the model knows")
     number = min(max(1, round(len(scores) * percent / 100)), len(descending))
     found = float(descending[number - 1])
     return {"percent": percent, "threshold": found, "kept": round(float((descending >= found).sum() / len(scores) * 100), 2)}

@@ -59,7 +59,8 @@ def train_lm(
     spm = output.with_name(output.name + ".spm")
     with replacing(output, spm) as (model, new_spm), tempfile.TemporaryDirectory() as scratch:
         if sentencepiece_model:
-            shutil.copyfile(_existing(sentencepiece_model), new_spm)
+            _check_pieces(sentencepiece_model)
+            shutil.copyfile(sentencepiece_model, new_spm)
         written = _write_texts(sources, Path(scratch), text_column=text_column, held_out=held_out, in_pieces=in_pieces)
         if sentencepiece:
             _train_pieces(written.train, new_spm, size=sentencepiece)
@@ -139,10 +140,13 @@ def _add(counts: dict[str, int], **more: int) -> None:
 # --- SentencePiece ---------------------------------------------------------------------------------------------------
 
 
-def _existing(path: Path) -> Path:
+def _check_pieces(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"sentencepiece_model {path}: no such file")
-    return path
+    try:
+        _describe(path)
+    except RuntimeError as error:
+        raise ValueError(f"sentencepiece_model {path}: no SentencePiece model ({error})") from None
 
 
 def _train_pieces(text: Path, output: Path, *, size: int) -> None:

@@ -168,7 +168,10 @@ class _Chosen:
 
 def _line_documents(path: Path, *, kind: str, text_column: str) -> Iterator[str]:
     with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
-        yield from _blocks(file) if kind == ".txt" else _json_documents(file, path=path, text_column=text_column)
+        try:
+            yield from _blocks(file) if kind == ".txt" else _json_documents(file, path=path, text_column=text_column)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"source {path}: not UTF-8 ({error.reason}: {error.object[error.start : error.end]!r})") from None
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:
@@ -189,6 +192,8 @@ def _json_documents(lines: Iterable[str], *, path: Path, text_column: str) -> It
             raise ValueError(f"source {path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            if isinstance(row, dict) and text_column in row:
+                found = f"{type(row[text_column]).__name__} {json.dumps(row[text_column])[:40]}"
             raise ValueError(f"source {path}, line {number}: no text in column '{text_column}', only {found}")
         yield row[text_column]
 

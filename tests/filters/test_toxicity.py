@@ -11,7 +11,7 @@ from filters import first_failure
 from filters.text import TextView
 from filters.toxicity import Toxicity
 
-LISTS = {"en": "darn\nbloody hell\ng-spot\n🖕\nhell\n", "ja": "くそ\nsm\n", "xx": "\n"}
+LISTS = {"en": "darn\nbloody hell\ng-spot\n🖕\nhell\n", "ja": "くそ\nsm\n", "xx": "\n", "hi": "चूत\n", "zz": "b d a\nd\n"}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,10 @@ def lists(tmp_path_factory) -> str:
         ("darn", None, 0, 0.0),
         ("darn", "xx", 0, 0.0),  # an empty list
         ("", "en", 0, 0.0),
+        ("bloody bloody hell darn", "en", 2, 14 / 20),
+        ("चेतना चित्त", "hi", 0, 0.0),  # vowel signs belong to the word
+        ("चूत", "hi", 1, 1.0),
+        ("e e d e b d", "zz", 2, 2 / 6),  # one stands within the beginning of another
     ],
 )
 def test_what_is_listed(lists: str, text: str, language: str | None, count: int, ratio: float) -> None:

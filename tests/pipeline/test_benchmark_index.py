@@ -66,6 +66,8 @@ def best(text: str, path: str) -> float:
         ("mill.json", json.dumps([ROW]).encode()),
         ("mill.json", json.dumps({"version": 1, "data": [ROW]}).encode()),
         ("mill.json", json.dumps(ROW).encode()),
+        ("mill.json", json.dumps({"train": [ROW], "test": [], "dev": []}).encode()),
+        ("mill.json", json.dumps({key: [value] for key, value in ROW.items()}).encode()),
         ("mill.parquet", parquet()),
         ("all.tar", tarred("mill.jsonl", JSONL)),
         ("all.tar.zst", zstandard.compress(tarred("sets/mill.jsonl", JSONL))),
@@ -77,6 +79,12 @@ def test_every_kind_of_file_gives_the_strings_of_its_rows(tmp_path, name, data):
     (source,) = sources(str(tmp_path / name))
     assert source.benchmark == "mill"
     assert source.rows == [STRINGS]
+
+
+def test_all_splits_of_an_object_are_read(tmp_path):
+    (tmp_path / "mill.json").write_text(json.dumps({"train": [ROW, ROW], "test": [ROW]}))
+    (source,) = sources(str(tmp_path / "mill.json"))
+    assert source.rows == [STRINGS] * 3
 
 
 def test_json_of_many_lines_is_read_as_such(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def calibrated(options):
     return calibrate(load(None, [*options, CUT], calibrated=False), Silent(), in_process, sample=10_000)
 
 
-def test_buckets_are_thirds_of_each_language(options):
+def test_buckets_are_thirds_of_each_language(options, tmp_path):
     mine = [*options, options[3] + "-buckets", "refine.filters=['perplexity']"]
     mine += [f"perplexity.model={ROOT}/models/wiki-en.5gram.bin", 'perplexity.buckets=["p33.3", "p66.7"]']
     calibrate(load(None, mine, calibrated=False), Silent(), in_process, sample=10_000)
@@ -77,6 +78,18 @@ def test_buckets_are_thirds_of_each_language(options):
         assert config.named("perplexity").of(language).buckets == pytest.approx((low, high), rel=1e-3)
         assert Counter(row["perplexity.bucket"] for row in own) == {"head": 67, "middle": 66, "tail": 67}
     assert ablate(config, load(None, [*mine, "perplexity.buckets='off'"])).both == 400  # they are no scores
+    with pytest.raises(ValueError, match=r"measured with perplexity.model = .*wiki-en.5gram.bin\", not .*copy.bin"):
+        ablate(config, load(None, [*mine, f"perplexity.model={_copied(config.filters['perplexity'].model, tmp_path)}"]))
+    # calibrating anew, for other bounds, hides nothing of the run that is there
+    keys = read_state(config.run.directory)["keys"]
+    calibrate(load(None, [*mine, CUT], calibrated=False), Silent(), in_process, sample=200)
+    assert read_state(config.run.directory)["keys"] == keys
+
+
+def _copied(model, folder):
+    for suffix in ("", ".json"):
+        shutil.copyfile(model + suffix, folder / f"copy.bin{suffix}")
+    return folder / "copy.bin"
 
 
 def test_cut_offs_are_percentiles_of_each_language(options, calibrated):
@@ -198,6 +211,13 @@ def test_a_filter_that_was_not_measured_is_refused(run):
         ablate(config, load(None, [*run, "extract.filters=['c4', 'fineweb']"]))
     with pytest.raises(ValueError, match=r"measured with c4.min_line_words = 3, not 5: only bounds can be changed"):
         ablate(config, load(None, [*run, "c4.min_line_words=5"]))
+    with pytest.raises(ValueError, match=r"measured with per_language.de.c4.min_line_words = 3, not 5"):
+        ablate(config, load(None, [*run, "per_language.de.c4.min_line_words=5"]))
+    with pytest.raises(ValueError, match=r"measured with pii.entities = .*, not \[\"SECRET\"\]"):
+        ablate(config, load(None, [*run, "pii.entities=['SECRET']"]))
+    with pytest.raises(ValueError, match=r"measured with dedup.num_bands = 14, not 26"):
+        ablate(config, load(None, [*run, "dedup.num_bands=26"]))
+    assert ablate(config, load(None, [*run, "pack.seq_len=32", "dedup.alarm_share=0.5"])).jaccard == 1
 
 
 # --- why -------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Configuration: what is wrong is said with its place and the nearest right thing, before anything runs."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import percentiles
-from pipeline.config import ConfigError, load, measured_with, show
+from pipeline.benchmark_index import build_index
+from pipeline.config import ConfigError, file_digests, load, measured_with, show
 from pipeline.run import stage_keys
 
 ROOT = Path(__file__).parents[2]
@@ -245,10 +247,56 @@ def test_percentiles_are_looked_up_per_language_and_say_so(config, tmp_path):
     assert named.of("en").sentence_count == named.of("fr").sentence_count == (50.0, math.inf)
     assert named.of("de").sentence_count == (5.0, math.inf)
     shown = {key: origin for key, _, origin in show(loaded)}
-    assert shown["c4.sentence_count"] == "command line, percentiles p5 to p100 of 400 documents"
-    assert shown["per_language.de.c4.sentence_count"] == "command line, percentiles p5 to p100 of 200 documents"
+    assert shown["c4.sentence_count"] == "command line, percentiles p5 to p100 of `gristmill calibrate`"
+    assert shown["per_language.de.c4.sentence_count"] == shown["c4.sentence_count"]
     # a number that is said for a language stands over a percentile that is said for all
     assert config(PER_LANGUAGE, *bounds).named("c4").of("de").sentence_count == (2, 1000)
+
+
+def test_p0_and_p100_leave_a_side_open_that_is_theirs_and_need_no_sample(config, tmp_path):
+    (tmp_path / "cal.json").write_bytes(table(config(PER_LANGUAGE), c4__sentence_count={"": UP, "en": UP, "de": DOWN}))
+    path, key = f"run.calibration={tmp_path}/cal.json", "c4.sentence_count"
+    assert config(PER_LANGUAGE, path, f'{key}=["p100", inf]').filters["c4"].sentence_count == (1000, math.inf)
+    french = config(PER_LANGUAGE, path, f'per_language.fr.{key}=["p0", "p100"]')
+    assert french.named("c4").of("fr").sentence_count == (-math.inf, math.inf)
+    with pytest.raises(ConfigError, match="too few documents of language 'fr' for percentiles; give numbers, or a larger"):
+        config(PER_LANGUAGE, path, f'per_language.fr.{key}=["p1", "p100"]')
+
+
+def test_of_a_run_in_one_language_its_documents_are_all_documents(config, tmp_path):
+    whole = percentiles.Table({"": 400}, {"c4.sentence_count": {"": UP}}, {"c4": measured_with(config(""), "c4")})
+    (tmp_path / "cal.json").write_bytes(percentiles.dump(whole))
+    loaded = config("", 'per_language.en.c4.sentence_count=["p5", "p60"]', f"run.calibration={tmp_path}/cal.json")
+    assert loaded.named("c4").of("en").sentence_count == (50, 600)
+
+
+def test_a_language_s_section_of_a_filter_that_no_stage_names_is_not_shown(config):
+    shown = [key for key, _, _ in show(config(PER_LANGUAGE, "extract.filters=[]"))]
+    assert "language.score" in shown and not [key for key in shown if "c4" in key]
+
+
+def test_the_name_of_a_word_list_is_part_of_its_content(config, tmp_path):
+    (tmp_path / "lists").mkdir()
+    keys = []
+    for language in ("en", "de"):
+        (tmp_path / "lists" / language).write_text("darn\n")
+        loaded = config(
+            f"[refine]\nfilters = ['toxicity']\n[language]\nallowed = ['{language}']\n[toxicity]\nlists = '{tmp_path}/lists'\n"
+        )
+        keys.append(file_digests(loaded))
+        (tmp_path / "lists" / language).unlink()
+    assert keys[0] != keys[1]
+
+
+def test_the_bound_by_which_a_filter_cuts_decides_what_it_and_those_after_it_measure(config, tmp_path):
+    (tmp_path / "set.jsonl").write_text(json.dumps({"question": " ".join(f"word{i}" for i in range(40))}) + "\n")
+    build_index([str(tmp_path / "set.jsonl")], output=tmp_path / "index")
+    text = f"[extract]\nfilters = ['decontamination', 'c4']\n[decontamination]\nindex = '{tmp_path}/index'\n"
+    for action, same in (("drop", True), ("trim", False)):
+        bounds = [f"decontamination.coverage=[0, {x}]" for x in (0.1, 0.9)]
+        one, other = (config(text, f"decontamination.action={action}", bound) for bound in bounds)
+        assert (stage_keys(one, ())["extract"][:8] == stage_keys(other, ())["extract"][:8]) == same
+        assert (measured_with(one, "c4") == measured_with(other, "c4")) == same
 
 
 def test_percentiles_bound_nothing_before_they_are_calibrated(config, tmp_path):
@@ -268,6 +316,8 @@ def test_percentiles_bound_nothing_before_they_are_calibrated(config, tmp_path):
             ['c4.curly_bracket_count=["p1", "p2"]'],
             "cal.json holds no sample of c4.curly_bracket_count; run `gristmill calibrate`",
         ),
+        (['c4.sentence_count=["p60", "p50"]'], "the first percentile must be below the second, got p60 and p50"),
+        (['c4.sentence_count=["p100", "p100"]'], "the first percentile must be below the second"),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused(config, tmp_path, overrides, message):

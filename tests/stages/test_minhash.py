@@ -3,12 +3,14 @@
 import re
 import tracemalloc
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from filters import ngrams
 from stages import minhash
 from stages.minhash import Signature, band_keys, content_hash, minima, normalize, shingle_hashes, signatures
 
@@ -205,3 +207,15 @@ def test_texts_without_words_are_one_content_only_when_equal():
     texts = ["", "***", "!!!", "\ud800"]
     assert [normalize(text) for text in texts] == [""] * 4
     assert len({content_hash(text, "") for text in texts}) == 4
+
+
+def test_a_page_of_combining_marks_is_normalised_piece_by_piece(monkeypatch):
+    longest = []
+    normalize_form = ngrams.unicodedata.normalize
+    monkeypatch.setattr(ngrams, "unicodedata", SimpleNamespace(
+        normalize=lambda form, text: longest.append(len(text)) or normalize_form(form, text), combining=unicodedata.combining
+    ))  # fmt: skip
+    text = "a" + "\u0301\u0316" * 20_000 + " Ünïcode \u1100\u1161 end"
+    assert ngrams.decomposed("é" * 5000) == normalize_form("NFD", "é" * 5000)
+    assert ngrams.normalize(text, ngrams.replacements(digits="kept")).startswith("a unicode")
+    assert max(longest) <= 2048

@@ -22,7 +22,7 @@ from stages.ledger import Commit, Store, Unit
 from stages.lines import cut_text
 from stages.parts import read_columns, score_names
 
-VERSION = 1
+VERSION = 2
 Row = dict[str, Any]
 
 

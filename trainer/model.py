@@ -1,0 +1,447 @@
+"""A Llama-style decoder (Touvron et al. 2023, arXiv:2307.09288) for packed rows: plain modules, parallelised from outside.
+
+Shapes: B rows, S positions, D dim, H heads, K key/value heads, E = D / H, V vocabulary, T = B x S positions of a batch.
+`documents` (B, S) says which document of its row a token belongs to; no token attends to another document's, and rotary
+positions restart with each. Fill (-1) is treated as one more document, so that no row of attention is ever empty.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Set
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from trainer.config import ModelConfig
+
+IGNORE = -100  # target of a position that predicts nothing
+CHUNK = 4096  # positions whose float32 logits exist at once: 1.6 GB at 100,352 words
+INIT_STD = 0.02
+
+Mask = Tensor | BlockMask | None
+
+
+class Loss(NamedTuple):
+    """Summed cross-entropy in nats, float32, and the number of targets it sums over, int64; both are 0-dim."""
+
+    sum: Tensor
+    tokens: Tensor
+
+
+class Transformer(nn.Module):
+    """The model, uninitialised: build it under torch.device("meta") or not, `to_empty`, parallelize, then `init_weights`.
+
+    It has no buffers, so nothing but weights is lost on the meta device. A tied head is no module of its own: `to_empty`
+    would part two parameters that share memory.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        _check(config)
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.loss_and_gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_gradient  # to compile, if wanted
+
+    def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        """Logits (B, S, V) of the next token, in the precision of the weights. Training calls `loss`, which never holds them.
+
+        `documents` None: each row is one document and has no fill, which takes the fastest kernel (see `unless_whole`).
+        """
+        return F.linear(self._hidden(tokens, documents), self._head_weight())
+
+    def loss(self, tokens: Tensor, documents: Tensor | None) -> Loss:
+        """Cross-entropy of the next token within each document, without the logits of more than CHUNK positions in memory.
+
+        With gradients enabled the gradient is computed on the way (see _ChunkedLoss). A forward method of its own, and no
+        function of hidden states: under FSDP the head's weight is whole only inside one.
+        """
+        hidden_TD = self._hidden(tokens, documents).flatten(0, 1)
+        targets = next_tokens(tokens, documents)
+        weight = self._head_weight()
+        if torch.is_grad_enabled() and hidden_TD.requires_grad:
+            loss = _ChunkedLoss.apply(hidden_TD, weight, targets.flatten(), self.loss_and_gradient)  # type: ignore[no-untyped-call]
+        else:
+            parts = _chunks(hidden_TD, targets.flatten())
+            loss = torch.stack([_loss(F.linear(hidden, weight), target) for hidden, target in parts]).sum()
+        return Loss(loss, (targets != IGNORE).sum())
+
+    def init_weights(self, seed: int) -> None:
+        """Matrices normal (std 0.02, those that write to the residual stream / sqrt(2 layers), GPT-2), norms 1.
+
+        Each parameter is drawn whole, on the CPU, from a generator of (seed, its name), then sharded: the values depend on
+        neither the number of ranks nor the device. Costs about 10 s per billion parameters, once per run.
+        """
+        for name, parameter in self.named_parameters():
+            _fill(parameter, _initial(name, parameter.shape, seed, self.config.layers))
+
+    def _hidden(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        x_BSD = self.embedding(tokens)
+        cos, sin = _rotations(tokens, documents, self.config)
+        mask = _mask(documents, self.config.attention)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, cos, sin, mask)
+        return self.norm(x_BSD)  # type: ignore[no-any-return]
+
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU (Shazeer 2020), each normed before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.hidden_dim)
+
+    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        """The stream after this block."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, mask)
+        return x_BSD + self.mlp(self.mlp_norm(x_BSD))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): H / K query heads share a key/value head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        kv_dim = config.kv_heads * config.dim // config.heads
+        self.query = nn.Linear(config.dim, config.dim, bias=False)
+        self.key = nn.Linear(config.dim, kv_dim, bias=False)
+        self.value = nn.Linear(config.dim, kv_dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        """What attention adds to the stream."""
+        q_BSHE = _rotate(self.query(x_BSD).unflatten(-1, (self.heads, -1)), cos, sin)
+        k_BSKE = _rotate(self.key(x_BSD).unflatten(-1, (self.kv_heads, -1)), cos, sin)
+        v_BSKE = self.value(x_BSD).unflatten(-1, (self.kv_heads, -1))
+        out_BHSE = _attend(q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2), mask)
+        return self.out(out_BHSE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the stream."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+def unless_whole(documents: Tensor) -> Tensor | None:
+    """None when every row is one document without fill, else `documents`. Looks at the values: call it on the CPU's copy."""
+    return None if bool((documents == 0).all()) else documents
+
+
+def next_tokens(tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """Targets (B, S): the next token of the same document, IGNORE at its last token and in fill."""
+    targets = torch.full_like(tokens, IGNORE)
+    targets[:, :-1] = tokens[:, 1:] if documents is None else tokens[:, 1:].masked_fill(~_has_next(documents), IGNORE)
+    return targets
+
+
+def num_targets(documents: Tensor) -> int:
+    """How many positions of the batch predict a token; what the step's loss is divided by, summed over ranks."""
+    return int(_has_next(documents).sum())
+
+
+def cross_entropy_sum(logits: Tensor, tokens: Tensor, documents: Tensor | None) -> Loss:
+    """The same as `Transformer.loss`, from logits (B, S, V) that are there already."""
+    targets = next_tokens(tokens, documents)
+    parts = _chunks(logits.flatten(0, 1), targets.flatten())
+    return Loss(torch.stack([_loss(*part) for part in parts]).sum(), (targets != IGNORE).sum())
+
+
+def loss_and_gradient(logits_TV: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, float32, and its gradient by the logits: softmax - one-hot, in their precision."""
+    x_TV = logits_TV.float()
+    valid = targets != IGNORE
+    target = targets.clamp(min=0)[:, None]
+    log_total = x_TV.logsumexp(-1)
+    nats = log_total - x_TV.gather(1, target).squeeze(1)
+    # exp(x - inf) = 0: a position without a target gives no gradient
+    p_TV = (x_TV - log_total.masked_fill(~valid, float("inf"))[:, None]).exp_()
+    p_TV.scatter_add_(1, target, -valid.to(p_TV.dtype)[:, None])
+    return nats.masked_fill(~valid, 0.0).sum(), p_TV.to(logits_TV.dtype)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Weights of the model, a tied head counted once."""
+    kv_dim = config.kv_heads * config.dim // config.heads
+    block = 2 * config.dim * (config.dim + kv_dim) + 3 * config.dim * config.hidden_dim + 2 * config.dim
+    words = config.vocab_size * config.dim
+    return (1 if config.tied else 2) * words + config.layers * block + config.dim
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Floating-point operations of a token's forward and backward pass: 6 N + 12 layers dim seq_len.
+
+    PaLM's formula for MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). N is without the embedding's lookup, which
+    multiplies nothing, and with the head, tied or not. Attention is counted whole, as there and as in our peers' figures: not
+    halved for the causal mask, nor cut at documents. What checkpointing computes again does not count.
+    """
+    looked_up = 0 if config.tied else config.vocab_size * config.dim
+    return 6 * (num_parameters(config) - looked_up) + 12 * config.layers * config.dim * seq_len
+
+
+def to_hugging_face(
+    state_dict: Mapping[str, Tensor], config: ModelConfig, *, max_positions: int = 2048, end_of_text: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights (whole tensors) under Llama's names, and its config.json. ValueError when names are missing or unknown.
+
+    Names alone differ: queries and keys are rotated by halves, as transformers does, so that nothing is permuted.
+    """
+    names = _llama_names(config)
+    _same_names(names.keys(), state_dict.keys())
+    tensors = {theirs: state_dict[ours] for ours, theirs in names.items()}
+    return tensors, {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.dim // config.heads,
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": None,
+        "eos_token_id": end_of_text,
+        "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+    }
+
+
+def from_hugging_face(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], ModelConfig]:
+    """Our state dict and config from a Llama's; ValueError for what this model cannot express (scaled RoPE, biases, …)."""
+    ours = _config_from(config)
+    names = _llama_names(ours)
+    found = {name: tensor for name, tensor in tensors.items() if not (ours.tied and name == "lm_head.weight")}
+    _same_names(set(names.values()), found.keys())
+    return {name: found[theirs] for name, theirs in names.items()}, ours
+
+
+def save_hugging_face(
+    folder: Path,
+    state_dict: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    max_positions: int = 2048,
+    end_of_text: int | None = None,
+) -> None:
+    """Write config.json and model.safetensors, which transformers loads by `from_pretrained(folder)`."""
+    from safetensors.torch import save_file
+
+    tensors, described = to_hugging_face(state_dict, config, max_positions=max_positions, end_of_text=end_of_text)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(described, indent=2))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden states (T, D) against a head (V, D), CHUNK positions at a time.
+
+    The gradient is computed in the forward pass, where the logits are: backward only scales it, and nothing is computed twice
+    (checkpointing each chunk would multiply by the head four times in place of three). Between the passes it holds
+    T D + V D numbers in the precision of the weights. The head's gradient is summed over chunks in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, kernel: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        by_hidden = torch.empty_like(hidden_TD)
+        by_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for start in range(0, len(hidden_TD), CHUNK):
+            part = slice(start, start + CHUNK)
+            loss, by_logits = kernel(hidden_TD[part] @ weight_VD.T, targets[part])
+            total += loss
+            by_hidden[part] = by_logits @ weight_VD
+            by_weight += by_logits.T @ hidden_TD[part]
+        ctx.save_for_backward(by_hidden, by_weight.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        by_hidden, by_weight = ctx.saved_tensors
+        return by_hidden * scale, by_weight * scale, None, None
+
+
+def _chunks(states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(states, CHUNK), torch.split(targets, CHUNK), strict=True)
+
+
+def _loss(logits_TV: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits_TV.float(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+def _has_next(documents: Tensor) -> Tensor:
+    """(B, S - 1): whether a position and the next are of one document."""
+    return (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
+
+
+def _positions(documents: Tensor) -> Tensor:
+    """(B, S): the place of each token in its document."""
+    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.zeros_like(place)
+    starts[:, 1:] = place[:, 1:] * (documents[:, 1:] != documents[:, :-1])
+    return place - starts.cummax(1).values
+
+
+def _rotations(tokens: Tensor, documents: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B or 1, S, 1, E / 2) of rotary embedding (Su et al. 2021), always float32."""
+    head_dim = config.dim // config.heads
+    frequencies = config.rope_theta ** (-torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float32) / head_dim)
+    positions = _positions(torch.zeros_like(tokens[:1]) if documents is None else documents)
+    angles = (positions.float()[..., None] * frequencies)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (e, e + E / 2), computed in float32: bfloat16 cannot tell positions beyond 256 apart."""
+    low, high = x_BSHE.float().chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_BSHE.dtype)
+
+
+def _mask(documents: Tensor | None, attention: str) -> Mask:
+    """Causal within documents, made once for all blocks; None for plain causal attention."""
+    if documents is None:
+        return None
+    if attention == "sdpa":
+        causal = torch.ones(documents.shape[1], documents.shape[1], dtype=torch.bool, device=documents.device).tril()
+        return (documents[:, None, :, None] == documents[:, None, None, :]) & causal
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[row, query] == documents[row, key])
+
+    rows, length = documents.shape
+    make = create_block_mask if documents.device.type == "cpu" else _compiled(create_block_mask)
+    return make(sees, rows, None, length, length, device=documents.device)
+
+
+def _attend(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask) -> Tensor:
+    grouped = q_BHSE.shape[1] != k_BKSE.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(q_BHSE, k_BKSE, v_BKSE, is_causal=True, enable_gqa=grouped)
+    if isinstance(mask, Tensor):
+        # on CUDA no kernel takes both a mask and grouped heads except the one that holds all scores: repeat the heads instead
+        repeats = q_BHSE.shape[1] // k_BKSE.shape[1]
+        k_BHSE, v_BHSE = k_BKSE.repeat_interleave(repeats, 1), v_BKSE.repeat_interleave(repeats, 1)
+        return F.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, attn_mask=mask)
+    # uncompiled it holds all scores; on CPUs, which have its forward pass alone, that serves; a compiled block compiles it anyway
+    plain = torch.compiler.is_compiling() or q_BHSE.device.type == "cpu"
+    attend: Any = flex_attention if plain else _compiled(flex_attention)
+    return attend(q_BHSE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=grouped)  # type: ignore[no-any-return]
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _initial(name: str, shape: torch.Size, seed: int, layers: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape)
+    drawn_by = hashlib.sha256(f"{seed}/init/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(drawn_by[:8], "little") >> 1)
+    writes_to_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+    return torch.randn(shape, generator=generator) * (INIT_STD / (2 * layers) ** 0.5 if writes_to_stream else INIT_STD)
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
+    if parameter.is_meta:
+        raise ValueError("the model is on the meta device; call to_empty(device=...) before init_weights")
+    if isinstance(parameter, DTensor):  # every rank drew the same: each cuts out its part, nothing is sent
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
+
+
+def _check(config: ModelConfig) -> None:
+    if config.dim % config.heads or config.heads % config.kv_heads or config.dim // config.heads % 2:
+        raise ValueError(
+            f"model: dim {config.dim}, heads {config.heads}, kv_heads {config.kv_heads}; dim must be a multiple of 2 heads, "
+            "and heads of kv_heads"
+        )
+
+
+_OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_IN_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+def _llama_names(config: ModelConfig) -> dict[str, str]:
+    """Our parameter names → those of transformers' LlamaForCausalLM."""
+    outside = {ours: theirs for ours, theirs in _OUTSIDE.items() if not (config.tied and ours == "head")}
+    blocks = {
+        f"blocks.{n}.{ours}": f"model.layers.{n}.{theirs}" for n in range(config.layers) for ours, theirs in _IN_BLOCK.items()
+    }
+    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in (outside | blocks).items()}
+
+
+def _same_names(expected: Set[str], found: Set[str]) -> None:
+    if expected != found:
+        missing, unknown = sorted(expected - found), sorted(found - expected)
+        raise ValueError(f"weights do not fit the config: missing {missing[:3]}, unknown {unknown[:3]}")
+
+
+def _config_from(config: Mapping[str, Any]) -> ModelConfig:
+    rope = config.get("rope_parameters") or {}  # transformers 5; before, rope_theta stood outside
+    scaling = config.get("rope_scaling") or ({} if rope.get("rope_type", "default") == "default" else rope)
+    heads = config["num_attention_heads"]
+    foreign = {
+        "model_type": config["model_type"] != "llama",
+        "rope_scaling": bool(scaling) and scaling.get("rope_type", "default") != "default",
+        "attention_bias": config.get("attention_bias", False),
+        "mlp_bias": config.get("mlp_bias", False),
+        "hidden_act": config["hidden_act"] != "silu",
+        "head_dim": (config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"],
+    }
+    if any(foreign.values()):
+        raise ValueError(f"config.json: this model cannot express its {[key for key, differs in foreign.items() if differs]}")
+    return ModelConfig(
+        vocab_size=config["vocab_size"],
+        dim=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        hidden_dim=config["intermediate_size"],
+        rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10_000.0),
+        norm_eps=config["rms_norm_eps"],
+        tied=config.get("tie_word_embeddings", False),
+    )

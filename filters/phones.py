@@ -19,7 +19,9 @@ DIGITS = re.compile(rf"\d(?:{BETWEEN}\d){{6}}")
 _SPACE = r"[ \xa0\u2009]"
 _DASH = r"[-\u2010-\u2013]"
 _REST_OF_DATE = (
-    r"(?:(?:(?<=1)9|(?<=2)0)\d\d[-.][01]\d[-.][0-3]\d|(?<=[0-3])\d[-.][0-3]\d[-.](?:19|20)\d\d)(?!\d)"  # after its first digit
+    # after its first digit
+    r"(?:(?:(?<=1)9|(?<=2)0)\d\d[-.][01]\d[-.][0-3]\d|(?<=[0-3])\d[-.][0-3]\d[-.](?:19|20)\d\d)(?!\d)"
+    rf"|(?:(?:(?<=1)9|(?<=2)0)\d\d{_SPACE}[01]\d{_SPACE}[0-3]\d|(?<=[0-3])\d{_SPACE}[0-3]\d{_SPACE}(?:19|20)\d\d)(?!{_SPACE}?\d)"
 )
 _MORE = r"(?![-‐-–./]?\d)"
 _NO_MORE_BEFORE = rf"(?<!\d[-‐-–./]\d)(?<!\d{_SPACE}\d)"
@@ -31,8 +33,10 @@ _WAYS = (
     rf"(?<=0)(?<!\d[-./:]\d)(?<!\d{_SPACE}\d)\d(?:{BETWEEN}\d){{5}}",
     rf"(?<=1)[-. \xa0]{{0,2}}\(\d{{3}}\)(?:{BETWEEN}\d){{7}}",
     rf"(?<!\d[-‐-–./]\d)(?:(?<=1){_DASH}\d)?\d{{1,4}}+(?:{_DASH}\d{{2,5}}+){{2,4}}{_MORE}",
-    rf"(?<!\d[-./]\d)(?:(?<=1)\.\d)?\d{{1,3}}+(?:\.\d{{2,4}}+){{2,4}}{_MORE}",
-    rf"{_NO_MORE_BEFORE}(?:(?<=1){_SPACE}\d)?\d{{1,3}}+(?:{_SPACE}|/)\d{{2,5}}+(?:(?:{_SPACE}|{_DASH})\d{{2,5}}+){{1,3}}{_MORE}(?!{_SPACE}\d)",
+    rf"(?<!\d[-./]\d)(?!\d{{0,2}}(?:\.\d{{1,3}}){{3}}(?!\.?\d))\d{{1,3}}+(?:\.\d{{2,4}}+){{2,4}}{_MORE}",
+    # … after a 1 in North America's way: 1.2.840.113549 is no number, nor is 1 754 696 090
+    rf"(?<=1)(?<!\d[-./]\d)\.\d{{3}}\.\d{{3}}\.\d{{4}}{_MORE}",
+    rf"{_NO_MORE_BEFORE}(?:(?<=1){_SPACE}\d(?=\d\d(?:{_SPACE}|/)\d{{3}}(?:{_SPACE}|{_DASH})\d{{4}}(?!\d)))?\d{{1,3}}+(?:{_SPACE}|/)\d{{2,5}}+(?:(?:{_SPACE}|{_DASH})\d{{2,5}}+){{1,3}}{_MORE}(?!{_SPACE}\d)",
     rf"(?<=[6-9]){_NO_MORE_BEFORE}\d{{4}}[- \xa0]\d{{5}}{_MORE}(?!{_SPACE}\d)",
     rf"(?<=[2-9])(?<!\d[-‐-–./]\d)\d\d{_DASH}\d{{7}}{_MORE}",
 )
@@ -40,14 +44,18 @@ _WAYS = (
 WRITTEN = re.compile(rf"[+＋(（\[\d](?<!\d\d)(?!{_REST_OF_DATE})(?:{'|'.join(_WAYS)})")
 
 # No phone number, yet often the like of one in some region: dates, ranges of years, dotted quads (none after '+45 '),
-# times, fractions and tables (more than 40 digits in a row, four numbers' worth). Blanked for the phone recogniser,
+# degrees, times, fractions and tables (more than 40 digits in a row, four numbers' worth). Blanked for the phone recogniser,
 # which does 15 kB/s on them.
 _NO_PHONE = re.compile(
     r"(?<![\d.+-])(?<!\+\d )(?<!\+\d\d )(?<!\+\d{3} )"
     r"(?:[12]\d{3}([-/.])[01]?\d\1[0-3]?\d(?![.-]?\d)|[0-3]?\d([-/.])[0-3]?\d\2[12]\d{3}(?![.-]?\d)"
+    r"|[0-3]?\d[ \xa0](?<!\d \d.)(?<!\d \d\d.)[0-3]?\d[ \xa0](?:19|20)\d\d(?![-. \xa0]?\d)"
+    r"|(?:19|20)\d\d[ \xa0](?<!\d \d{4}.)[01]?\d[ \xa0][0-3]?\d(?![-. \xa0]?\d)"
     r"|(?:1\d|20)\d\d ?[-‐-―/] ?(?:1\d|20)\d\d(?!\d)|\d{1,3}(?:\. ?\d{1,3}){3}(?: ?/ ?\d{1,3})?(?!\.?\d))"
     r"|(?<!\d)\d\d?:\d\d(?::\d\d)?(?!\d)"
     r"|(?<![\d.])0\.\d+(?!\.?\d)"
+    # degrees; the numbers of the registries of domains, +1.2125550147, have eight digits and more
+    r"|\+(?<![\w+].)\d{1,3}\.(?:\d{4,7}(?!\d)|\d{4,}[,; ]{1,2}[-+]?\d{1,3}\.\d{4,}(?!\d))"
     rf"|\d(?:{BETWEEN}\d){{40,}}"
 )
 

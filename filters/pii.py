@@ -201,7 +201,8 @@ class Pii:
         return Scrubbed("\n".join(lines), spans) if changed else scrubbed
 
     def _scrub_line(self, line: str, spans: list[Span], *, above: str, entities: frozenset[str]) -> Scrubbed:
-        """Replace until nothing is found: what is left of a replaced value may be one in its new surroundings.
+        """Replace until nothing is found: what is left of a replaced value may be one in its new surroundings. Few rounds
+        on any length of line, as a replacement moves the cuts of its own piece only (`_piece`).
 
         Ends, as every value holds a digit or an @ and no placeholder does; no value can reach across < or >, which is
         what recognisers are shown in the place of surrogates.
@@ -230,37 +231,57 @@ class Pii:
     def _instead_of(self, entity: str, value: str) -> str:
         return surrogate(entity, value, key=load_key(self.key_file)) if self.mode == "surrogate" else f"<{entity}>"
 
-    def _find(self, line: str, above: str, entities: Iterable[str]) -> Iterator["_Hit"]:
-        context = f"{above[-40:]}\n{line}"
+    def _find(self, line: str, above: str, entities: frozenset[str]) -> Iterator["_Hit"]:
+        """Piece by piece. A value that ends at a cut through a word may go on beyond it: it begins the next piece."""
+        start = 0
+        while start < len(line):
+            piece = _piece(line, start)
+            hits = list(self._find_in(piece, above, entities))
+            if piece.is_between_words:
+                yield from hits
+                start = piece.end
+                continue
+            cut = min((hit.start for hit in hits if hit.end >= piece.end), default=piece.end)
+            whole = [hit for hit in hits if hit.end <= cut and hit.end < piece.end]
+            yield from whole
+            # behind the last value, where its placeholder will end and the next round cut
+            start = max((hit.end for hit in whole), default=cut if cut > start else piece.end)
+
+    def _find_in(self, piece: "_Piece", above: str, entities: frozenset[str]) -> Iterator["_Hit"]:
+        line, start, end, low, high = piece
+        near = line[low:high]
+        above = "" if low else above
         for entity in entities:
-            if not self._may_hold(entity, line, context):
+            if not self._may_hold(entity, near, f"{above[-40:]}\n{near}"):
                 continue
             words = self.phone_context if entity == "PHONE_NUMBER" else _context(entity)
-            for hit in self._phones(line, above) if entity == "PHONE_NUMBER" else self._recognised(entity, line):
+            found = self._phones(piece, above) if entity == "PHONE_NUMBER" else self._recognised(entity, line[start:end], start)
+            for hit in found:
                 score = _score(hit, line, above, words)
                 if score >= self.min_score:
                     yield hit._replace(score=score)
 
-    def _phones(self, line: str, above: str) -> Iterator["_Hit"]:
+    def _phones(self, piece: "_Piece", above: str) -> Iterator["_Hit"]:
         """What phonenumbers knows; a number that is not written like one has only its digits to speak for it."""
-        shown = phones.shown(line)
+        line, start, end, low, high = piece
+        shown = phones.shown(line[low:high])
         if self.min_score > _BARE_DIGITS:
             shown = phones.worth_reading(shown, above, _any_word(self.phone_context + phones.LABELS))
-        for start, end in phones.labelled(shown, above):
-            yield _Hit("PHONE_NUMBER", start, end, _LABELLED)
-        for start, end in phones.international(shown):
-            yield _Hit("PHONE_NUMBER", start, end, 0.4)
-        for hit in self._recognised("PHONE_NUMBER", shown):
+        announced = [(span, _LABELLED) for span in phones.labelled(shown, above)]
+        announced += [(span, 0.4) for span in phones.international(shown)]
+        for span, score in announced:
+            if start <= low + span[0] < end:
+                yield _Hit("PHONE_NUMBER", low + span[0], low + span[1], score)
+        for hit in self._recognised("PHONE_NUMBER", shown[start - low : end - low], start):
             written = phones.is_written_like_one(line, hit.start, hit.end)
             yield hit if written else hit._replace(score=_BARE_DIGITS)
 
-    def _recognised(self, entity: str, line: str) -> Iterator["_Hit"]:
+    def _recognised(self, entity: str, piece: str, offset: int) -> Iterator["_Hit"]:
         recognizer = _recognizer(entity, self.phone_regions if entity == "PHONE_NUMBER" else ())
-        for text in _writings(entity, line):
-            for offset, piece in pieces(text):
-                if _is_triggered(entity, piece):
-                    for raw in recognizer.analyze(piece, [entity]):
-                        yield _Hit(entity, offset + raw.start, offset + raw.end, raw.score)
+        for text in _writings(entity, piece):
+            if _is_triggered(entity, text):
+                for raw in recognizer.analyze(text, [entity]):
+                    yield _Hit(entity, offset + raw.start, offset + raw.end, raw.score)
 
 
 _T = TypeVar("_T")
@@ -302,37 +323,75 @@ def _is_triggered(entity: str, text: str) -> bool:
 
 _LOWER = str.maketrans("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _LOWER_IBAN = re.compile(r"[a-z]{2}[0-9]{2}[ -]?[a-z0-9]{4}")
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"  # kana, Han, Hangul: written without spaces
+_GLUED = re.compile(rf"@[\w.-]{{1,250}}\.[A-Za-z]{{2,18}}[{_CJK}]")
+_CJK_LETTER = re.compile(f"[{_CJK}]")
 
 
 def _writings(entity: str, line: str) -> list[str]:
-    """The line, and for account numbers, which Presidio knows in capitals only, the line in capitals."""
-    return [line, line.translate(_LOWER)] if entity == "IBAN_CODE" and _LOWER_IBAN.search(line) else [line]
+    """The line, and what Presidio misses in it: account numbers not in capitals, addresses with a CJK letter behind."""
+    if entity == "IBAN_CODE" and _LOWER_IBAN.search(line):
+        return [line, line.translate(_LOWER)]
+    if entity == "EMAIL_ADDRESS" and _GLUED.search(line):
+        return [line, _CJK_LETTER.sub(" ", line)]
+    return [line]
 
 
-# On long lines recognisers are slower than linear (e-mail: quadratic), so a long one is cut between two words.
-_LONG = 2000
-_GAP = re.compile(r"[^\W\d_]{2} (?=[^\W\d_]{2})")
+# On long lines recognisers are slower than linear (e-mail: quadratic), so a long one is cut.
+LONG = 2000
+GAP = re.compile(r"[^\W\d_]{2} (?=[^\W\d_]{2})")
+_SIDE = 120  # characters: no word is asked for further from a value
 
 
-def pieces(line: str) -> Iterator[tuple[int, str]]:
-    """(offset, piece) of a line. A run of 1,000 characters without a gap, which is no prose, is cut anywhere."""
-    start = 0
-    while len(line) - start > _LONG:
-        gap = _GAP.search(line, start + _LONG // 2, start + _LONG)
-        end = gap.end() if gap else start + _LONG
-        yield start, line[start:end]
-        start = end
-    yield start, line[start:]
+class _Piece(NamedTuple):
+    """line[start:end], which is searched for values, within line[low:high], which says what they are."""
+
+    line: str
+    start: int
+    end: int
+    low: int
+    high: int
+
+    @property
+    def is_between_words(self) -> bool:
+        """Whether no value can reach across its end."""
+        line, end = self.line, self.end
+        return end == len(line) or line[end - 1] in "<>" or GAP.match(line, end - 3) is not None
+
+
+def _piece(line: str, start: int) -> _Piece:
+    """The piece of a line that begins at `start`: cut behind < or > or between two words, and where there is neither,
+    which is no prose, behind a comma or anywhere.
+
+    Angles go first: a cut through a word then lies where the last angle before it says, which is what placeholders bring,
+    and not where the length of all before it says. Else each round would cut elsewhere, and find more.
+    """
+    end = start + LONG
+    if end >= len(line):
+        end = len(line)
+    elif angle := max(line.rfind("<", start, end), line.rfind(">", start, end)) + 1:
+        end = angle
+    elif gap := GAP.search(line, start + LONG // 2, end):
+        end = gap.end()
+    else:
+        end = max(line.rfind(mark, start + LONG // 2, end) for mark in ',;"') + 1 or end
+    return _Piece(line, start, end, max(0, start - _SIDE), end + _SIDE)
 
 
 _BARE_DIGITS = 0.05  # Presidio's score for nine digits as an SSN: nothing but their number speaks for them
 _LABELLED = 0.75  # Presidio's score for a phone number with a context word
-_CATALOGUE = re.compile(r"\b(?:ISBN|ISSN|EAN|UPC|DOI|OID)\b(?:-1[03])?[\s:#]*$", re.IGNORECASE)
+_CATALOGUE = re.compile(
+    r"\b(?:(?:ISBN|ISSN|EAN|UPC|DOI|OID)\b(?:-1[03])?|(?:SKU|P/N|item|model|serial)\b(?:[ -]?(?:no|nr|number|code)\b)?"
+    # 'to order 800 …' and 'part 2' alone say less
+    r"|(?:part|order)[ -]?(?:no|nr|number|code|id)\b|(?:part|order) ?(?=#))[.\s:#]*$",
+    re.IGNORECASE,
+)
 _PART_BEFORE = re.compile(r"\d[.:]$")  # of a time or a fraction
 _PART_AFTER = re.compile(r"[.:]\d|\.[a-z]")  # … or of a host name: 192-168-0-131.example.net
 _ZIP, _STATE_BEFORE = re.compile(r"\d{5}-\d{4}"), re.compile(r"\b[A-Z]{2}\.?[ \xa0]+$")  # Boston, MA 02110-1301
 _MORE_BEFORE = re.compile(r"\d[- ]$")
-_MORE_AFTER = re.compile(r"[- ]\d{4}(?!\d)")
+_EXPIRY = r" (?:0[1-9]|1[0-2])[2-4]\d(?: \d{3})?(?![- ]?\d)"  # of a card: 0827, and the code on its back
+_MORE_AFTER = re.compile(rf"(?!{_EXPIRY})[- ]\d{{4}}(?!\d)")
 
 
 def _score(hit: _Hit, line: str, above: str, context: tuple[str, ...]) -> float:
@@ -380,7 +439,8 @@ def _card_score(value: str, before: str, after: str, context: re.Pattern[str]) -
 
 _VERSION = re.compile(
     r"(?:\bv|\b(?:ver|versions?|releases?|released|build|firmware|update|patch|rev|revision|driver|kernel|section|chapter|clause|oid)"
-    r"[.:]?)\s?$|(?<!ip)[A-Za-z_][-_]$|(?<![A-Za-z]ip)(?<!\bip)\w/$",
+    r"[.:]?)\s?$|[A-Za-z_](?<!\bip)(?<!_ip)[-_]$"
+    r"|\w(?<!\bip)(?<!\bhost)(?<!\btcp)(?<!\budp)(?<!\bhttp)(?<!\bhttps)/$",
     re.IGNORECASE,
 )
 _VERSION_AFTER = re.compile(r"-\d|[-.~+]?(?:rc|beta|alpha|tar|zip|exe|dmg|deb|rpm|jar|msi|dll)\b|-x(?:64|86)\b", re.IGNORECASE)
@@ -392,14 +452,17 @@ def _is_someones(address: str, before: str, after: str) -> bool:
         return False
     try:
         ip = ipaddress.ip_address(re.split("[/%]", address)[0])
+        ip = getattr(ip, "ipv4_mapped", None) or ip  # ::ffff:93.184.216.34, as servers log it
     except ValueError:
         return False
     if ip.version == 4:
         # two numbers of two digits: not section 4.2.13.1; one real address in 4,000 is lost
         is_version = _VERSION.search(before) or _VERSION_AFTER.match(after)
         return not is_version and ip.is_global and sum(byte > 9 for byte in ip.packed) >= 2
-    groups = [group for group in address.split(":") if group]
-    return ip.is_global and len(groups) >= 3 and any(c.isdigit() for c in address)
+    groups = [group for group in re.split("[/%]", address)[0].split(":") if group]
+    # eight pairs are the name of a disk or a port (WWN, EUI-64)
+    is_full = len(groups) >= 3 and ("::" in address or max(map(len, groups)) >= 3)
+    return ip.is_global and is_full and any(c.isdigit() for c in address)
 
 
 @lru_cache

@@ -63,10 +63,10 @@ _JWT = re.compile(r"eyJ(?<![A-Za-z0-9_-]eyJ)[A-Za-z0-9_-]{10,2000}+\.[A-Za-z0-9_
 
 _PEM_BEGIN = re.compile(r"-{4,5} ?BEGIN (?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)? ?-{4,5}")
 _PEM_END = re.compile(r"-{4,5} ?END (?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)? ?-{4,5}")
-# Base 64 in lines, which a page may have quoted, indented, joined, or written as \n in a string; a line of lower-case
-# letters is a word. What stands between the mark at the top and the base 64 is headers: Proc-Type, DEK-Info, Version.
-# Possessive, as a long run of base 64 can be cut into lines in exponentially many ways.
-_PEM_GAP = r"(?:\s|\\+[nr]|[\"'>,;+|])*+"
+# Base 64 in lines, which a page may have quoted, commented out, numbered, indented, joined, or written as \n in a string;
+# a line of lower-case letters is a word. What stands between the mark at the top and the base 64 is headers: Proc-Type,
+# DEK-Info, Version. Possessive, as a long run of base 64 can be cut into lines in exponentially many ways.
+_PEM_GAP = r"(?:\s|\\+[nr]|[\"'>,;+|#*]|/{2,3}(?=[ \t])|<br ?/?>|(?<![A-Za-z0-9+/=])\d{1,4}+[:.)|]?(?=[ \t]))*+"
 _PEM_LINE = r"(?![a-z]+(?![A-Za-z0-9+/=]))[A-Za-z0-9+/=]{16,}+"
 _PEM_HEADER = r"(?:Proc-Type|DEK-Info|Version|Comment|Hash|Charset|Subject): [^\n<>]{0,200}"
 _PEM_BODY = re.compile(
@@ -127,7 +127,8 @@ def _is_key(prefix: str, key: str) -> bool:
     if prefix in _CRC and has_checksum(key.rpartition("_")[2]):
         return True
     if prefix == "sk-":  # the prefix is short, and words-with-hyphens are long
-        return _is_random(payload, classes=2 if "or-v1-" in key else 3)
+        is_hex = "or-v1-" in key or re.fullmatch("[0-9a-f]{32}", payload)  # OpenRouter, DeepSeek
+        return _is_random(payload, classes=2 if is_hex else 3)
     return _is_random(payload, classes=1 if prefix in ("AKIA", "ASIA", "hf_", "AGE-SECRET-KEY-1") else 2)
 
 
@@ -175,12 +176,16 @@ def _private_keys(text: str, signs: set[str]) -> Iterator[tuple[int, int]]:
 
 def _start_of_base64(text: str, low: int, high: int) -> int:
     """Where the lines of base 64 begin that end at `high`, not before `low`; only the last may be short."""
-    start = high
+    start, between = high, 0
     for token in reversed(list(re.finditer(r"[A-Za-z0-9+/=]+", text[low:high]))):
+        # the number of a line, its // or the br of the one before; more than three do not come together
+        if between < 3 and len(token[0]) <= 4 and _BETWEEN_LINES.fullmatch(text, low + token.start() - (token[0] == "br"), start):
+            between += 1
+            continue
         is_line = re.fullmatch(_PEM_LINE, token[0]) or (start == high and len(token[0]) < 16)
         if not is_line or not _BETWEEN_LINES.fullmatch(text, low + token.end(), start):
             break
-        start = low + token.start()
+        start, between = low + token.start(), 0
     return start
 
 

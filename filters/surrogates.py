@@ -1,7 +1,7 @@
 """Values that belong to no one, chosen by a keyed hash: the same value gets the same one in every document.
 
 Each comes from a range that its own standard keeps free, or that its check digits can never have. The ranges are
-smaller than the world, so two values may meet in one (IPv4: 762 addresses, telephone: 71,200 numbers); without the key
+smaller than the world, so two values may meet in one (IPv4: 762 addresses, telephone: 71,100 numbers); without the key
 none can be traced or tried out. Every surrogate has a form that nothing real has (`FORM`), and that form is never
 taken for a value again.
 """
@@ -20,12 +20,13 @@ _BECH32 = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
 _DOMAINS = ("example.com", "example.net", "example.org")
 # RFC 5737: TEST-NET-1, 2 and 3
 _TEST_NETS = ("192.0.2", "198.51.100", "203.0.113")
-# North American area codes are [2-9][0-8]x; x11 are services. In each 555-0100 to 555-0199 are kept for fiction (ATIS-0300115).
-_AREAS = tuple(f"{n}" for n in range(200, 990) if n // 10 % 10 != 9 and n % 100 != 11)
+# North American area codes are [2-9][0-8]x; x11 are services. In each 555-0100 to 555-0199 are kept for fiction,
+# but in 800 only 555-0199 is (ATIS-0300115).
+_AREAS = tuple(f"{n}" for n in range(200, 990) if n // 10 % 10 != 9 and n % 100 != 11 and n != 800)
 
 _FORMS = {
     "EMAIL_ADDRESS": r"user-[0-9a-f]{12}@example\.(?:com|net|org)",
-    "PHONE_NUMBER": r"[2-9][0-8]\d-555-01\d\d",
+    "PHONE_NUMBER": r"(?!800)[2-9][0-8]\d-555-01\d\d",
     "IP_ADDRESS": r"(?:192\.0\.2|198\.51\.100|203\.0\.113)\.\d{1,3}|2001:db8(?::[0-9a-f]{4}){6}",
     # a card's first digit is its industry: 0 has no issuer of cards (ISO/IEC 7812-1)
     "CREDIT_CARD": r"0000 \d{4} \d{4} \d{4}",
@@ -69,7 +70,8 @@ def normalized(entity: str, value: str) -> str:
     if entity == "EMAIL_ADDRESS":
         return value.lower()
     if entity == "IP_ADDRESS":
-        return str(ipaddress.ip_address(re.split("[/%]", value)[0]))
+        ip = ipaddress.ip_address(re.split("[/%]", value)[0])
+        return str(getattr(ip, "ipv4_mapped", None) or ip)
     if entity == "PHONE_NUMBER":
         # +44 20 …, 0044 20 … and 020 … end alike; nine digits tell nearly all numbers apart
         return "".join(str(int(c)) for c in re.split(r"(?i)[ ,;]*(?:e?xt|x|#)", value)[0] if c.isdecimal())[-9:]

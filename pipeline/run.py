@@ -87,7 +87,7 @@ def stage_keys(config: Config, indexes: Sequence[dedup_plan.Index]) -> dict[str,
     keys["refine"] = digest([keys["dedup"], refine.VERSION, *refining])
     keys["names"] = keys["refine"]
     if config.names.enabled:
-        keys["names"] = digest([keys["refine"], names.VERSION, settings(config.names), read_by("names")])
+        keys["names"] = digest([keys["refine"], names.VERSION, settings(config.names), config.names.version])
     packing = _section(config.pack) | {"vocabulary_dir": read_by("pack")}
     keys["pack"] = digest([keys["names"], pack.VERSION, packing, config.run.seed])
     return keys

@@ -1,11 +1,14 @@
 """Names: what is replaced, spans that move, twice is once; the model only where it is installed."""
 
 import pickle
+import re
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from presidio_analyzer import RecognizerResult
 
 from filters import names
 from filters.names import Names
@@ -34,7 +37,7 @@ TEXTS = st.lists(st.sampled_from(BITS), max_size=12).map("".join) | st.text(max_
 
 
 def test_a_model_that_is_not_there_is_asked_for_by_name() -> None:
-    with pytest.raises(ValueError, match=r"names\.model 'en_no_such' is neither"):
+    with pytest.raises(ValueError, match=r"'en_no_such' is no installed spaCy package: install it"):
         Names(enabled=True, model="en_no_such").check(())
     Names(model="en_no_such").check(("en",))
 
@@ -59,7 +62,41 @@ def test_it_is_cheap_to_send() -> None:
     ],
 )
 def test_a_name_ends_where_a_placeholder_begins(hit: tuple[int, int], line: str, spans: list[Span], left: list[str]) -> None:
-    assert [line[s.start : s.end] for s in names._outside(Span("PERSON", *hit), line, spans)] == left
+    assert [line[s.start : s.end] for s in names._outside(Span("PERSON", *hit), line, names._kept(line, spans))] == left
+
+
+def test_each_hit_looks_only_at_what_is_kept_near_it() -> None:
+    class Counted(list[tuple[int, int]]):
+        looked = 0
+
+        def __getitem__(self, i: Any) -> Any:
+            self.looked += 1
+            return super().__getitem__(i)
+
+    line = "Jane <PERSON> " * 5_000
+    kept = Counted(names._kept(line, [Span("PERSON", i + 5, i + 13) for i in range(0, len(line), 14)]))
+    assert len(kept) == 5_000
+    for i in range(0, len(line), 14):
+        assert list(names._outside(Span("PERSON", i, i + 13), line, kept)) == [Span("PERSON", i, i + 4)]
+    assert kept.looked < 20 * len(kept)
+
+
+def test_what_is_kept_is_asked_for_once_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    kept = names._kept
+
+    def counted(line: str, spans: list[Span]) -> list[tuple[int, int]]:
+        asked.append(line)
+        return kept(line, spans)
+
+    class KnowsJane:
+        def read(self, texts: list[str]) -> list[list[RecognizerResult]]:
+            return [[RecognizerResult("PERSON", *m.span(), 0.85) for m in re.finditer("Jane", text)] for text in texts]
+
+    monkeypatch.setattr(names, "_kept", counted)
+    [(text, spans)] = Names()._scrub_batch([Scrubbed("Jane " * 100, [])], KnowsJane())  # type: ignore[arg-type]
+    assert text == "<PERSON> " * 100 and len(spans) == 100
+    assert len(asked) == 2  # the line, and what became of it
 
 
 @needs_model

@@ -33,6 +33,10 @@ FOUND = [
     ("IP_ADDRESS", "93.184.216.34"),
     ("IP_ADDRESS", "2606:2800:220:1:248:1893:25c8:1946"),
     ("IP_ADDRESS", "2a00:1450:4001:81b::200e"),
+    ("IP_ADDRESS", "::ffff:93.184.216.34"),  # as servers log it
+    ("PHONE_NUMBER", "1.212.555.0147"),
+    ("PHONE_NUMBER", "1 212 555 0147"),
+    ("PHONE_NUMBER", "+44.2079460958"),  # as registries of domains write it
     ("US_SSN", "536-22-1234"),
     ("CRYPTO", "1BvBMSEYstWetqTFn5Au4m4GFg7xJaNVN2"),
     ("CRYPTO", "bc1qar0srrr7xfkvy5l643lydnw9re59gtzzwf5mdq"),
@@ -57,6 +61,14 @@ STAYS = [
     "(hex) 2/0/4.283.0.0.0.0.0, also 400 / 600/800/1000 ml",
     "62345 67890 12345 67891",  # a row of a table: its halves are numbers in India
     "51 Franklin St, Fifth Floor, Boston, MA 02110-1301, USA",
+    "50:06:0b:00:00:c2:62:00 and ::ffff:10.0.0.1",  # the name of a disk
+    "1.93.184.216.34, OID 1.2.840.10045 and 1.28.96.928.493",
+    "node-93.184.216.34 and a-93.184.216.34",
+    "09 10 2014, and 2014 10 09",
+    "+35.827384, +23.056012; +35.82738412, +23.05601234",
+    "population 1 234 567 890, or 1\xa0754\xa0696\xa0090",
+    "4111 1111 1111 1111 4827",  # a table, for all we know
+    "foo/93.184.216.34",
     "Chrome/96.0.4664.110, v93.184.216.34, foo-93.184.216.34.tar.gz and build 93.184.216.34",
 ]
 # What stands next to each other on pages, and what is built to be misread once a neighbour is gone.
@@ -106,9 +118,30 @@ def test_what_is_no_ones_stays(text: str) -> None:
         ("mobile 723 813 266", "mobile 723 813 266"),
         ("call me on 9472 7916", "call me on <PHONE_NUMBER>"),
         ("phone 2011-12-13", "phone 2011-12-13"),
+        ("559-4312-4238", "<PHONE_NUMBER>"),
+        *(
+            (f"{label} 559-4312-4238",) * 2
+            for label in ("SKU", "part no.", "P/N:", "Model", "item #", "Order no:", "serial number")
+        ),
+        ("to order 800-555-0147", "to order <PHONE_NUMBER>"),
     ],
 )
 def test_bare_digits_need_a_word_near_them(text: str, expected: str) -> None:
+    assert Pii().scrub(text).text == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("IP-93.184.216.34", "IP-<IP_ADDRESS>"),
+        ("Host/93.184.216.34", "Host/<IP_ADDRESS>"),
+        ("tcp/93.184.216.34:443", "tcp/<IP_ADDRESS>:443"),
+        ("jane@doe-inc.com联系", "<EMAIL_ADDRESS>联系"),
+        ("jane@doe-inc.com으로", "<EMAIL_ADDRESS>으로"),
+        ("4111 1111 1111 1111 0827", "<CREDIT_CARD> 0827"),
+    ],
+)
+def test_what_is_glued_to_a_value_stays(text: str, expected: str) -> None:
     assert Pii().scrub(text).text == expected
 
 
@@ -234,7 +267,7 @@ def test_an_error_tells_nothing_of_the_text(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def by_trigger(line: str, above: str) -> set[pii._Hit]:
-    return set(Pii()._find(line, above, Pii()._present(line)))
+    return set(Pii()._find(line, above, frozenset(Pii()._present(line))))
 
 
 def by_every_recogniser(line: str, above: str) -> set[pii._Hit]:
@@ -267,13 +300,48 @@ def test_triggers_lose_nothing(text: str) -> None:
 
 def test_a_long_line_is_cut_between_words_only() -> None:
     line = " ".join(f"and then {value} came to mind" for _, value in FOUND * 20)
-    assert len(line) > 4 * pii._LONG
+    assert len(line) > 4 * pii.LONG
     assert by_trigger(line, "") == by_every_recogniser(line, "")
 
 
 def test_many_values_on_one_line_take_linear_time() -> None:
     text = " ".join(f"u{i}@example.org" for i in range(5_000))  # quadratic in any step: minutes
     assert counts(Pii().scrub(text).spans) == {"EMAIL_ADDRESS": 5_000}
+
+
+# one without a gap, whose end no top-level domain is, and which a cut may give one; and values that touch a cut
+GLUED = ["user-0123456789ab@example.com", "a@b.com1@c.com2@d.com", "jane@doe-inc.org|", "93.184.216.34,", "x@y.org;x"]
+
+
+@pytest.mark.parametrize("glued", GLUED)
+def test_text_without_gaps_is_read_a_few_times_only(glued: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+    piece = pii._piece
+
+    def counted(line: str, start: int) -> pii._Piece:
+        nonlocal read
+        cut = piece(line, start)
+        read += cut.end - start
+        return cut
+
+    monkeypatch.setattr(pii, "_piece", counted)
+    Pii().scrub((glued * 100_000)[:100_000])  # if each round cut elsewhere: 100 rounds, and more on longer ones
+    assert read <= 4 * 100_000
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.tuples(st.sampled_from([*GLUED, *(value for _, value in FOUND)]) | BITS, st.integers(1, 150)), max_size=4))
+def test_scrubbing_a_long_line_twice_changes_nothing(surrogates: Pii, runs: list[tuple[str, int]]) -> None:
+    line = "".join(bit.replace("\n", "") * count for bit, count in runs)
+    for scrubber in (Pii(), surrogates):
+        once = scrubber.scrub(line)
+        assert scrubber.scrub(once.text) == (once.text, [])
+
+
+def test_a_value_that_a_cut_goes_through_is_found_whole() -> None:
+    for before in range(pii.LONG - 40, pii.LONG + 1):
+        text = "," * before + "jane@doe-inc.com,+442079460958" + "," * pii.LONG
+        assert Pii().scrub(text).text.strip(",") == "<EMAIL_ADDRESS>,<PHONE_NUMBER>", before
 
 
 @pytest.mark.corpus

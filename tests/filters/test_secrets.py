@@ -40,6 +40,7 @@ KEYS = [
     "rk_live_" + rolled(BASE62, 99),
     "AIza" + rolled(BASE64URL, 35, seed=1),
     "sk-" + rolled(BASE62, 20) + "T3Blbk" + "FJ" + rolled(BASE62, 20),
+    "sk-" + rolled(HEX, 32),  # DeepSeek
     "sk-proj-" + rolled(BASE64URL, 120),
     "sk-ant-api03-" + rolled(BASE64URL, 93) + "AA",
     "hf_" + rolled(string.ascii_letters, 34),
@@ -121,6 +122,15 @@ def end(kind: str = "RSA ") -> str:
         "\\n".join([begin(""), *LINES, end("")]),
         "\n    ".join([begin("EC "), *LINES, end("EC ")]),
         "\n> ".join([begin("EC "), *LINES, end("EC ")]),
+        "\n# ".join([begin("EC "), *LINES, end("EC ")]),
+        "\n// ".join([begin("EC "), *LINES, end("EC ")]),
+        "\n * ".join([begin("EC "), *LINES, end("EC ")]),
+        "<br>\n".join([begin("EC "), *LINES, end("EC ")]),
+        "<br />".join([begin("EC "), *LINES, end("EC ")]),
+        "".join([begin("EC "), *(f"\n{i:3} {line}" for i, line in enumerate([*LINES, end("EC ")], 2))]),
+        "\n// ".join([*LINES, end("EC ")]),
+        "<br>\n".join([*LINES, end("EC ")]),
+        LINES[0] + "".join(f"\n{i}: {line}" for i, line in enumerate([*LINES[1:], end("EC ")], 2)),
         "\r\n".join([begin(), *LINES[:1], end()]),
         "\n".join([begin(), *LINES[:-1]]),
         "\n".join([*LINES, end()]),
@@ -139,7 +149,8 @@ def test_prose_after_a_cut_key_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["A" * 60_000, "eyJ" * 30_000, (begin() + "\n") * 3_000, ("Ab1/" * 16 + "\n") * 2_000, end() * 3_000]
+    "text",
+    ["A" * 60_000, "eyJ" * 30_000, (begin() + "\n") * 3_000, ("Ab1/" * 16 + "\n") * 2_000, end() * 3_000, "// 1 <br>" * 8_000],
 )
 def test_no_text_takes_more_than_linear_time(text: str) -> None:
     # exponential or quadratic: hours or minutes

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from filters.pii import _recognizer
-from filters.surrogates import _FORMS, FORM, inert, surrogate
+from filters.surrogates import _AREAS, _FORMS, FORM, inert, surrogate
 
 KEY, OTHER = b"the key of a test", b"another key of it"
 VALUES = {
@@ -47,6 +47,7 @@ def test_another_key_gives_another_surrogate(entity: str, value: str) -> None:
         ("CREDIT_CARD", ["4111 1111 1111 1111", "4111-1111-1111-1111", "4111111111111111"]),
         ("IBAN_CODE", ["DE89 3704 0044 0532 0130 00", "de89370400440532013000"]),
         ("IP_ADDRESS", ["2A00:1450::200E", "2a00:1450:0:0:0:0:0:200e", "2a00:1450::200e/64"]),
+        ("IP_ADDRESS", ["93.184.216.34", "::ffff:93.184.216.34"]),
         ("US_SSN", ["536-22-1234", "536 22 1234", "536221234"]),
     ],
 )
@@ -68,6 +69,11 @@ def test_each_is_no_ones() -> None:
     for entity in ("IBAN_CODE", "US_SSN", "CRYPTO"):
         assert _recognizer(entity, ()).analyze(f" {surrogate(entity, VALUES[entity], key=KEY)} ", [entity]) == []
     assert surrogate("CREDIT_CARD", VALUES["CREDIT_CARD"], key=KEY).startswith("0")
+
+
+def test_area_800_is_left_out_as_only_one_of_its_numbers_is_kept() -> None:
+    assert "800" not in _AREAS and len(_AREAS) == 711
+    assert not FORM.fullmatch("800-555-0150") and FORM.fullmatch("801-555-0150")
 
 
 def test_a_secret_gets_its_type() -> None:

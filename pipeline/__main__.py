@@ -541,6 +541,23 @@ def index_benchmarks(
         out.print(f"{output}  {output.stat().st_size:,} bytes", soft_wrap=True)
 
 
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train a model on published generations, from its last checkpoint if it has one. Ranks of torchrun train together."""
+    from trainer.launch import ConfigError as TrainConfigError
+    from trainer.launch import TrainingError, launch
+
+    with _told():
+        try:
+            ended = launch(config, overrides or [])
+        except TrainConfigError as error:
+            raise ConfigError(str(error)) from None
+        except TrainingError as error:
+            _fail(error, 1)
+        out.print(f"{ended.steps:,} steps, loss {ended.loss:.4f} nats a token; {ended.why}", soft_wrap=True)
+        out.print(f"plot {_escaped(str(ended.plot))}", soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of `python -m pipeline`."""
     app()

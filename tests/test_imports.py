@@ -18,7 +18,10 @@ ALLOWED = {
     "pipeline": ("pipeline", "stages", "filters", "trainer.feedback", "trainer.launch"),
 }
 # loaded on every curation node, by tests and by the trainer: cheap to import, and free of the engines
-FORMATS = ("filters", "stages/mds.py", "stages/document.py", "stages/ledger.py")
+FORMATS = (
+    *("filters", "stages/mds.py", "stages/document.py", "stages/ledger.py"),
+    *("trainer/feedback.py", "trainer/config.py", "trainer/devices.py", "trainer/launch.py"),
+)
 
 
 class Import(NamedTuple):

@@ -1,7 +1,11 @@
 """What a training run is made of: sizes, precision, optimiser, data, checkpoints. Plain values, read without torch or Ray."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import difflib
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,104 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TelemetryConfig:
+    """Where figures go (console, jsonl, tensorboard, wandb, mlflow), and how often the pipeline is told, in seconds.
+
+    `feedback` is the folder that the pipeline reads; "" is `feedback/` of the first source's run.
+    """
+
+    sinks: tuple[str, ...] = ("console", "jsonl")
+    feedback: str = ""
+    every_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """A training run in `directory`, of `max_steps` steps (0: until the data ends)."""
+    """A training run in the folder `directory`, of `max_steps` steps (0: until the data ends)."""
 
     directory: str
     seed: int = 0
     max_steps: int = 0
-    model: ModelConfig = PRESETS["tiny"]
-    parallel: ParallelConfig = ParallelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message says where and what to do."""
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a TOML file and section.key=value overrides. ConfigError on the first thing that is wrong.
+
+    `model.preset` names one of PRESETS, over which the section's other keys are laid. Paths are of the working directory.
+    """
+    try:
+        raw = tomllib.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    for override in overrides:
+        _override(raw, override)
+    model = raw.get("model", {})
+    if isinstance(model, dict) and "preset" in model:
+        name = model.pop("preset")
+        _known(name, PRESETS, "model.preset")
+        raw["model"] = asdict(PRESETS[name]) | model
+    return cast(TrainConfig, _build(TrainConfig, raw, ""))
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"'{override}': write section.key=value")
+    *sections, last = key.split(".")
+    for name in sections:
+        raw = raw.setdefault(name, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"'{override}': {name} is no section")
+    try:
+        raw[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        raw[last] = value  # a word needs no quotes
+
+
+def _build(cls: type[Any], raw: Any, at: str) -> Any:
+    """A dataclass from a table, every key and type checked."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{at} is a section, found {raw!r}")
+    hints = get_type_hints(cls)
+    for key in raw:
+        _known(key, hints, f"{at}.{key}".lstrip("."))
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in raw]
+    if required:
+        raise ConfigError(f"{f'{at}.{required[0]}'.lstrip('.')} is missing")
+    return cls(**{key: _value(hints[key], value, f"{at}.{key}".lstrip(".")) for key, value in raw.items()})
+
+
+def _value(wanted: Any, value: Any, at: str) -> Any:
+    if is_dataclass(wanted):
+        return _build(cast(type[Any], wanted), value, at)
+    if get_origin(wanted) is Literal:
+        _known(value, get_args(wanted), at)
+        return value
+    if get_origin(wanted) is tuple:
+        inner = get_args(wanted)[0]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{at} = {value!r}: a list is wanted")
+        return tuple(_value(inner, item, f"{at}[{i}]") for i, item in enumerate(value))
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not wanted:
+        raise ConfigError(f"{at} = {value!r}: {wanted.__name__} is wanted, found {type(value).__name__}")
+    return value
+
+
+def _known(name: Any, known: Iterable[str], at: str) -> None:
+    if name not in (names := list(known)):
+        close = difflib.get_close_matches(str(name), names, 1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(map(str, names))}"
+        raise ConfigError(f"unknown '{name}' ({at}); {hint}")

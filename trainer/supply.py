@@ -114,6 +114,11 @@ class Supply:
                 self._count(batch)
         return batches
 
+    @property
+    def seq_len(self) -> int | None:
+        """Tokens of a row, None before the first generation is known."""
+        return self._shape[0] if self._shape else None
+
     def state_dict(self) -> dict[str, Any]:
         """Where the supply stands after the last step handed out, for JSON: the same on every rank and for any number of them."""
         return self._state

@@ -1,0 +1,51 @@
+"""The trainer's configuration: what is wrong is said with its place and the nearest right thing."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config import PRESETS, ConfigError, SourceConfig, load
+
+ROOT = Path(__file__).parents[2]
+GOOD = 'directory = "r"\n[[data.sources]]\nrun = "runs/x"\n'
+
+
+def loaded(tmp_path, text, *overrides):
+    (tmp_path / "t.toml").write_text(text)
+    return load(tmp_path / "t.toml", overrides)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("train_*.toml")), ids=lambda path: path.name)
+def test_bundled_configs_are_right(file):
+    assert load(file).data.sources
+
+
+def test_a_preset_is_a_base_for_other_keys(tmp_path):
+    config = loaded(tmp_path, GOOD, "model.preset=125M", "model.layers=2", "optimizer.lr=1", "optimizer.name=sgd")
+    assert (config.model.dim, config.model.layers) == (PRESETS["125M"].dim, 2)
+    assert (config.optimizer.lr, config.optimizer.name) == (1.0, "sgd") and isinstance(config.optimizer.lr, float)
+    assert config.data.sources == (SourceConfig("runs/x"),)
+
+
+@pytest.mark.parametrize(
+    "text, override, message",
+    [
+        (GOOD, "modle.dim=3", r"unknown 'modle' \(modle\); did you mean 'model'"),
+        (GOOD, "model.dims=3", r"unknown 'dims' \(model.dims\); did you mean 'dim'"),
+        (GOOD, "model.preset=124M", r"unknown '124M' \(model.preset\); did you mean '125M'"),
+        (GOOD, "optimizer.name=adam", r"unknown 'adam' \(optimizer.name\); did you mean 'adamw'"),
+        (GOOD, "optimizer.lr=fast", r"optimizer.lr = 'fast': float is wanted, found str"),
+        (GOOD, "model.layers=true", r"model.layers = True: int is wanted, found bool"),
+        (GOOD, "model=3", r"model is a section, found 3"),
+        (GOOD, "data.sources=[{}]", r"data.sources\[0\].run is missing"),
+        (GOOD, "data.sources=[{run='x', wieght=2}]", r"unknown 'wieght' \(data.sources\[0\].wieght\); did you mean 'weight'"),
+        (GOOD, "seed", r"'seed': write section.key=value"),
+        (GOOD, "seed.x=1", r"seed = {'x': 1}: int is wanted, found dict"),
+        (GOOD, "directory.x=1", r"directory is no section"),
+        ("[model]\n", "seed=1", r"directory is missing"),
+        ("directory = \n", "seed=1", r"t.toml: "),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, override, message):
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, text, override)

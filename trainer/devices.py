@@ -12,9 +12,7 @@ from trainer.feedback import Health
 PEAK_FLOPS = {
     r"NVIDIA H100 \d+GB HBM3": 989e12,  # SXM5; "H100 Tensor Core GPU" data sheet: 1,979 TFLOPS with sparsity
     r"NVIDIA H100 PCIe": 756e12,  # the same sheet, 2022: 1,513 with sparsity
-    r"NVIDIA H100 NVL": 835e12,  # the same sheet, 2024: 1,671 with sparsity
     r"NVIDIA H200": 989e12,  # SXM; "H200 Tensor Core GPU" data sheet: 1,979 with sparsity
-    r"NVIDIA H200 NVL": 835e12,  # the same sheet: 1,671 with sparsity
     r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe": 312e12,  # "A100" data sheet: 312, 624 with sparsity
     r"NVIDIA L40S": 362e12,  # "L40S" data sheet: 362.05, 733 with sparsity
     r"NVIDIA B200": 2250e12,  # "HGX B200", 8 GPUs: 36 PFLOPS with sparsity

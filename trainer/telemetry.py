@@ -5,7 +5,7 @@ Every second belongs to one part: waiting for data, checkpoint, evaluation, rest
     tokens/s without stalls  tokens / seconds of compute
     data-wait share          data wait / (data wait + compute)
     goodput                  compute of the steps in the state now / time since the first start; what a restart threw away,
-                             replays and the time between incarnations are lost, as in Google's ML goodput (2024)
+                             replays and the time between incarnations are lost
     MFU                      tokens/s × FLOP per token / peak FLOP/s (PaLM, arXiv:2204.02311, appendix B)
 Rates are over the last WINDOW steps and the time since. A GPU works ahead of Python, so the parts are right only if a step
 ends by waiting for it, as reading the loss does.
@@ -207,7 +207,7 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 class Spikes:
-    """Finds losses that lie `sigmas` standard deviations above the mean of the last `window` (OLMo-core's bounds: 6, 128).
+    """Finds losses that lie `sigmas` standard deviations above the mean of the last `window`.
 
     A spike joins the window, so that a level the loss stays at ceases to be one. A checkpoint keeps `losses`.
     """

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from trainer.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig  # noqa: E402
 from trainer.model import Transformer  # noqa: E402
 from trainer.optim import Adafactor, learning_rate, make_optimizer, set_learning_rate  # noqa: E402
-from trainer.parallel import clip_grad_norm, join_ranks, make_mesh, parallelize  # noqa: E402
+from trainer.parallel import clip_grad_norm, make_mesh, parallelize  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -35,13 +35,6 @@ CONFIGS = {
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def group_of_one():
-    join_ranks("cpu")
-    yield
-    dist.destroy_process_group()
 
 
 def parameters(shapes, seed):

@@ -51,13 +51,6 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def group_of_one():
-    join_ranks("cpu")
-    yield
-    dist.destroy_process_group()
-
-
 def batch():
     """8 rows whose valid targets are very unequal: 27, 20, 14 … and none at all."""
     tokens = torch.randint(0, SMALL.vocab_size, (8, 28), generator=torch.Generator().manual_seed(1))

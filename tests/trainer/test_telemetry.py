@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.trainer.test_feedback import NOW, summary
 from trainer import devices
 from trainer.devices import gpu_health, peak_flops
 from trainer.feedback import Health, Totals, Writer, read_lines, read_summaries, resumed
@@ -192,8 +193,6 @@ def test_goodput_is_a_share_even_when_feedback_was_older_than_the_checkpoint(don
     run(meter, clock, steps=done)
     last = meter.report("running", mfu=None, health=None, budget=None)
     run(meter, clock, steps=more)
-    from tests.trainer.test_feedback import NOW, summary
-
     line = summary(time="2027-01-15T08:00:00+00:00")._replace(report=last)
     meter = Meter(resumed(meter.totals, line, now=NOW + skew), clock=clock)
     run(meter, clock, steps=1)

@@ -130,6 +130,34 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Every `every_steps` (0: never) the loss on what `pack` held out, and multiple-choice questions.
+
+    Of each source the first `held_out_rows` rows held out in the first generation that has any, so that figures compare as
+    the supply grows; 0 for none. `cloze` are files in the format of HellaSwag or ARC; the first `cloze_questions` are asked.
+    """
+
+    every_steps: int = 0
+    held_out_rows: int = 256
+    cloze: tuple[str, ...] = ()
+    cloze_questions: int = 500
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Workers of Ray Train, one a GPU where there are any: from `min_workers` (0: as many as `workers`) to `workers`.
+
+    Only counts that divide the global batch are taken. `cpus_per_worker` are reserved for each with its loaders. A worker that
+    dies restarts all from the last checkpoint, `max_failures` times (-1: always); a preempted node does not count.
+    """
+
+    workers: int = 1
+    min_workers: int = 0
+    cpus_per_worker: float = 1.0
+    max_failures: int = 3
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run in the folder `directory`, of `max_steps` steps (0: until the data ends)."""
 
@@ -142,6 +170,8 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 

@@ -3,12 +3,12 @@
 import json
 import multiprocessing
 import os
-import queue
 import socket
 import threading
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -422,14 +422,20 @@ def test_rows_and_tokens_are_counted_by_source(published):
 
 
 def test_a_slow_reader_is_what_the_wait_measures(published, monkeypatch):
-    slow = queue.Queue()
-    monkeypatch.setattr("trainer.data.read_batch", lambda places, read=read_batch: slow.get() and read(places))
-    clock = iter([0.0, 3.5])
-    with Supply(config(published(64), micro_batch_rows=8), rank=0, world_size=1) as data:
-        slow.put(True)
-        monkeypatch.setattr(supply.time, "monotonic", lambda: next(clock))
+    run, now = published(64), [0.0]
+
+    def slow(places, read=read_batch):
+        if places[0].run == run:  # a supply closed in another test may still be reading
+            now[0] = 3.5
+        return read(places)
+
+    monkeypatch.setattr("trainer.data.read_batch", slow)
+    monkeypatch.setattr(supply, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Supply(config(run, micro_batch_rows=8), rank=0, world_size=1) as data:
         data.next(0)
         assert data.wait_seconds == 3.5
+        data.next(1)
+        assert data.wait_seconds == 0.0
 
 
 def shared_memory() -> list[str]:

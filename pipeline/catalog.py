@@ -4,6 +4,7 @@
     RUN/generations/gen-0001/index.json                        one index for all parts, what StreamingDataset reads
     RUN/generations/gen-0001/manifest.json                     rows, tokens, sources, tokenizer, sha256 of every shard
     RUN/generations/gen-0001/provenance.parquet                row -> spans of documents
+    RUN/generations/gen-0001/held_out/                         parts, index and provenance of what is never trained on
     RUN/catalog.jsonl                                          one line per generation; what is not listed is not published
 
 A generation is never changed: StreamingDataset corrupts its order when a data set grows under it.
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from stages.ledger import (
     scratch_folder,
     write_atomically,
 )
-from stages.pack import PROVENANCE, PackConfig
+from stages.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Side
 
 
 class PublishError(RuntimeError):
@@ -67,7 +68,7 @@ def publish(run: str, store: Store, commits: Sequence[Commit], config: PackConfi
     uri = f"{run}/generations/{name}"
     with _workshop(run, name) as folder:
         manifest = _build(folder, store, commits, config, name=name, identity=identity, sources=sources)
-        faults = mds.verify(folder, expected=manifest)
+        faults = verify_shards(folder, manifest)
         if faults:
             raise PublishError(f"{len(faults)} faults, first: {faults[0]}; remove {store.root} and run again")
         _move(folder, uri)
@@ -76,6 +77,15 @@ def publish(run: str, store: Store, commits: Sequence[Commit], config: PackConfi
     lines = "".join(json.dumps(e) + "\n" for e in [*catalog, entry])
     write_atomically(f"{run}/catalog.jsonl", lines.encode())
     return Published(name, uri, manifest, new=True)
+
+
+def verify_shards(folder: Path, manifest: dict[str, Any]) -> list[mds.Fault]:
+    """All faults of a generation's shards, those held out included."""
+    faults = mds.verify(folder, expected=manifest)
+    if manifest.get("held_out") is not None:  # no such key before there was pack.held_out
+        found = mds.verify(folder / "held_out", expected=manifest["held_out"])
+        faults += [fault._replace(shard=f"held_out/{fault.shard}") for fault in found]
+    return faults
 
 
 def digest_of(uri: str) -> str:
@@ -118,36 +128,58 @@ def _build(
     identity: str,
     sources: dict[str, int],
 ) -> dict[str, Any]:
-    names = [f"part-{c.unit}" for c in commits]
-    for part, commit in zip(names, commits, strict=True):
-        (folder / part).mkdir()
-        for output in commit.outputs:
-            if output["path"].startswith("parts/"):
-                _fetch(store.uri(output["path"]), folder / part / os.path.basename(output["path"]))
-    indexes = [mds.read_index(folder / part) for part in names]
-    for part in names:
-        (folder / part / mds.INDEX).unlink()
-    mds.write_index(folder, mds.merge_indexes(names, indexes))
-    _merge_provenance(folder, store, commits)
+    written = _assemble(folder, store, commits, TRAINING)
     encoding = tokens.load_encoding(config.encoding, config.vocabulary_dir)
     manifest = {
         "name": name,
         "identity": identity,
         "rows": sum(c.rows_out for c in commits),
         "tokens": int(sum(c.totals["tokens"] for c in commits)),
-        "documents": sum(c.rows_in for c in commits),
+        "documents": sum(c.rows_in - c.counts.get("pack.held_out", 0) for c in commits),
         "seq_len": config.seq_len,
         "packing": config.packing,
         "tokenizer": config.encoding,
         "tokenizer_sha256": tokens.encoding_digest(encoding),
         "end_of_text": encoding.eot_token,
-        "sources": sources,
+        "sources": sources,  # documents by input file, those held out included
         "provenance": "provenance.parquet",
-        "provenance_sha256": file_sha256(folder / "provenance.parquet"),
-        "shards": _shards(folder, names, indexes),
+        **written,
+        "held_out": _held_out(folder / "held_out", store, commits, seq_len=config.seq_len),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return manifest
+
+
+def _held_out(folder: Path, store: Store, commits: Sequence[Commit], *, seq_len: int) -> dict[str, Any] | None:
+    """Put what was held out into `folder`, shaped like a generation; its part of the manifest, None when there is nothing."""
+    commits = [c for c in commits if "pack.held_out" in c.counts]
+    if not commits:
+        return None
+    folder.mkdir()
+    return {
+        "rows": int(sum(c.totals["held_out_rows"] for c in commits)),
+        "tokens": int(sum(c.totals[HELD_OUT.tokens] for c in commits)),
+        "documents": sum(c.counts["pack.held_out"] for c in commits),
+        "seq_len": seq_len,
+        **_assemble(folder, store, commits, HELD_OUT),
+    }
+
+
+def _assemble(folder: Path, store: Store, commits: Sequence[Commit], side: Side) -> dict[str, Any]:
+    """Put one side of the commits into `folder`: shards, one index, provenance; what the manifest says of the files."""
+    names = [f"part-{c.unit}" for c in commits]
+    for part, commit in zip(names, commits, strict=True):
+        (folder / part).mkdir()
+        for output in commit.outputs:
+            if output["path"].startswith(f"{side.parts}/"):
+                _fetch(store.uri(output["path"]), folder / part / os.path.basename(output["path"]))
+    indexes = [mds.read_index(folder / part) for part in names]
+    for part in names:
+        (folder / part / mds.INDEX).unlink()
+    mds.write_index(folder, mds.merge_indexes(names, indexes))
+    rows = [sum(shard["samples"] for shard in index["shards"]) for index in indexes]
+    _merge_provenance(folder, (store.read_part(c, kind=f"{side.provenance}/") for c in commits), rows)
+    return {"provenance_sha256": file_sha256(folder / "provenance.parquet"), "shards": _shards(folder, names, indexes)}
 
 
 def _shards(folder: Path, names: Sequence[str], indexes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,14 +199,14 @@ def _shards(folder: Path, names: Sequence[str], indexes: Sequence[dict[str, Any]
     return shards
 
 
-def _merge_provenance(folder: Path, store: Store, commits: Sequence[Commit]) -> None:
+def _merge_provenance(folder: Path, tables: Iterable[pa.Table], rows: Sequence[int]) -> None:
+    """One table of all parts', whose numbers of `rows` say where each begins."""
     first = 0
     with pq.ParquetWriter(folder / "provenance.parquet", PROVENANCE, compression="zstd") as writer:
-        for commit in commits:
-            table = store.read_part(commit, kind="provenance/")
-            rows = pa.compute.add(table["row"], first).combine_chunks()
-            writer.write_table(table.set_column(0, PROVENANCE.field("row"), rows))
-            first += commit.rows_out
+        for table, count in zip(tables, rows, strict=True):
+            shifted = pa.compute.add(table["row"], first).combine_chunks()
+            writer.write_table(table.set_column(0, PROVENANCE.field("row"), shifted))
+            first += count
 
 
 def _fetch(uri: str, target: Path) -> None:

@@ -295,7 +295,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _totals(ledger: Ledger, rows: Sequence[FunnelRow]) -> dict[str, int | None]:
-    names = ("documents", "chars", "tokens", "rows", "row_tokens", "packed_documents")
+    names = ("documents", "chars", "tokens", "rows", "row_tokens", "packed_documents", "held_out", "held_out_tokens")
     totals: dict[str, int | None] = dict.fromkeys(names)
     totals |= {"records": rows[0].count, "units": len(ledger.commits["extract"])}
     if ledger.commits["refine"]:
@@ -305,7 +305,9 @@ def _totals(ledger: Ledger, rows: Sequence[FunnelRow]) -> dict[str, int | None]:
         totals["tokens"] = int(sum(c.totals["tokens"] for c in packed))
         rows_out = sum(c.rows_out for c in packed)
         totals |= {"rows": rows_out, "row_tokens": rows_out * ledger.setting("pack.seq_len", 0)}
-        totals["packed_documents"] = sum(c.rows_in for c in packed)
+        totals["packed_documents"] = sum(c.counts["kept"] for c in packed)
+        totals["held_out"] = sum(c.counts.get("pack.held_out", 0) for c in packed)
+        totals["held_out_tokens"] = int(sum(c.totals.get("held_out_tokens", 0) for c in packed))
     return totals
 
 

@@ -94,8 +94,11 @@ def funnel(
         rows += _losses("refine", refined)
         rows.append(FunnelRow("refine", None, sum(c.rows_out for c in refined)))
     if packed:
+        rows += _losses("pack", packed)
         rows.append(FunnelRow("pack", None, int(sum(c.totals["tokens"] for c in packed)), "tokens"))
         rows.append(FunnelRow("pack", None, sum(c.rows_out for c in packed), "rows"))
+        if held_out := int(sum(c.totals.get("held_out_tokens", 0) for c in packed)):
+            rows.append(FunnelRow("pack", None, held_out, "held-out tokens"))
     return rows
 
 

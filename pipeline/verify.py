@@ -13,7 +13,7 @@ from stages.ledger import exists, file_sha256, is_local, scratch_folder
 
 
 class Verified(NamedTuple):
-    """What was found in one generation; no faults means that it is whole."""
+    """A generation's manifest, of its training part, and what is wrong with either part; no faults means that it is whole."""
 
     path: str
     shards: int
@@ -49,15 +49,13 @@ def _verify_folder(folder: Path, uri: str, entry: dict[str, Any] | None) -> Veri
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError) as error:
         return Verified(uri, 0, 0, 0, [mds.Fault("manifest.json", "content", "a JSON manifest", str(error))])
-    faults = list(mds.verify(folder, expected=manifest))
-    faults += _catalog_faults(uri, entry)
-    faults += _provenance_faults(folder, manifest)
-    tokens = manifest.get("tokens", 0)
+    sides = {"": manifest, "held_out/": manifest.get("held_out")}
+    sides = {place: side for place, side in sides.items() if side is not None}
+    faults = catalog.verify_shards(folder, manifest) + _catalog_faults(uri, entry)
+    faults += [fault for place, side in sides.items() for fault in _provenance_faults(folder, place, side)]
     if not faults:
-        tokens = _count_tokens(folder, manifest)
-        if tokens != manifest["tokens"]:
-            faults.append(mds.Fault("manifest.json", "tokens", manifest["tokens"], tokens))
-    return Verified(uri, len(manifest["shards"]), manifest["rows"], tokens, faults)
+        faults += [fault for place, side in sides.items() for fault in _token_faults(folder, place, side)]
+    return Verified(uri, len(manifest["shards"]), manifest["rows"], manifest.get("tokens", 0), faults)
 
 
 def _catalog_faults(uri: str, entry: dict[str, Any] | None) -> list[mds.Fault]:
@@ -68,20 +66,19 @@ def _catalog_faults(uri: str, entry: dict[str, Any] | None) -> list[mds.Fault]:
     return [] if found == expected else [mds.Fault("manifest.json", "sha256 in catalog", expected, found)]
 
 
-def _provenance_faults(folder: Path, manifest: dict[str, Any]) -> list[mds.Fault]:
-    file = folder / manifest["provenance"]
-    if not file.exists():
-        return [mds.Fault(file.name, "file", "present", "missing")]
-    found = file_sha256(file)
-    expected = manifest["provenance_sha256"]
-    return [] if found == expected else [mds.Fault(file.name, "sha256", expected, found)]
+def _provenance_faults(folder: Path, place: str, side: dict[str, Any]) -> list[mds.Fault]:
+    name = f"{place}provenance.parquet"
+    if not (folder / name).exists():
+        return [mds.Fault(name, "file", "present", "missing")]
+    found = file_sha256(folder / name)
+    expected = side["provenance_sha256"]
+    return [] if found == expected else [mds.Fault(name, "sha256", expected, found)]
 
 
-def _count_tokens(folder: Path, manifest: dict[str, Any]) -> int:
-    """Tokens that spans cover in the shards, which must be the spans of the provenance table too."""
-    from_shards = sum(
-        int(row["spans"].sum()) for shard in manifest["shards"] for row in mds.read_shard(folder / shard["basename"])
-    )
-    lengths = pq.read_table(folder / manifest["provenance"], columns=["length"])["length"]
-    from_table = int(sum(lengths.to_pylist()))
-    return from_shards if from_shards == from_table else -1
+def _token_faults(folder: Path, place: str, side: dict[str, Any]) -> list[mds.Fault]:
+    """Tokens that spans cover, in the shards and in the provenance table, against the manifest."""
+    paths = [folder / place / shard["basename"] for shard in side["shards"]]
+    from_shards = sum(int(row["spans"].sum()) for path in paths for row in mds.read_shard(path))
+    lengths = pq.read_table(folder / place / "provenance.parquet", columns=["length"])["length"]
+    found = {"manifest.json": from_shards, f"{place}provenance.parquet": sum(lengths.to_pylist())}
+    return [mds.Fault(n, f"{place}tokens", side["tokens"], tokens) for n, tokens in found.items() if tokens != side["tokens"]]

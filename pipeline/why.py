@@ -90,13 +90,16 @@ def _after_extract(root: str, state: dict[str, Any], unit: str, row: dict[str, A
 
 
 def _generations(root: str, doc_id: int) -> Iterator[dict[str, Any]]:
+    """Where a document lies in each generation: rows of its training part, or of its held-out part."""
     for entry in catalog.read_catalog(root):
-        uri = f"{root}/generations/{entry['name']}/provenance.parquet"
-        table = read_columns(uri, None)
-        spans = table.filter(pc.equal(table["doc_id"], pa.scalar(doc_id, pa.uint64()))).to_pylist()
-        if spans:
-            tokens = sum(s["length"] for s in spans)
-            yield {"name": entry["name"], "rows": [s["row"] for s in spans], "tokens": tokens}
+        uri = f"{root}/generations/{entry['name']}"
+        parts = {False: uri, True: f"{uri}/held_out"} if exists(f"{uri}/held_out") else {False: uri}
+        for held_out, folder in parts.items():
+            table = read_columns(f"{folder}/provenance.parquet", None)
+            spans = table.filter(pc.equal(table["doc_id"], pa.scalar(doc_id, pa.uint64()))).to_pylist()
+            if spans:
+                tokens = sum(s["length"] for s in spans)
+                yield {"name": entry["name"], "held_out": held_out, "rows": [s["row"] for s in spans], "tokens": tokens}
 
 
 def _row(uri: str, doc_id: int) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 Documents are shuffled without a distributed shuffle: a permutation drawn by the seed deals the corpus parts into groups, and
 a unit shuffles the documents of its group. StreamingDataset's own shuffle mixes across groups at training time.
+
+A share of the documents may be held out of training, for evaluation: rows of their own, packed alike.
 """
 
 import math
@@ -21,7 +23,7 @@ from stages.ledger import Commit, Store, Unit, scratch_folder
 from stages.mds import INDEX, MDSWriter
 from stages.parts import read_columns
 
-VERSION = 1
+VERSION = 2
 PROVENANCE = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -29,6 +31,7 @@ PROVENANCE = pa.schema(
         pa.field("start", pa.int32(), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),  # a trainer that asks for it may have the generation alone
     ]
 )
 
@@ -38,6 +41,8 @@ class PackConfig:
     """Settings of the pack stage.
 
     `packing`: 'concatenate' lays documents end to end and cuts; 'best_fit' cuts fewer documents (arXiv:2404.10830).
+    `held_out` is the share of documents that are set aside for evaluation and in no training row, drawn by their text.
+    Generations of another share or seed are drawn apart: what one holds out another may train on.
     `vocabulary_dir` is a tiktoken cache folder, "" the vocabularies that ship with the install. `shard_bytes` is the size of
     a raw shard; `group_bytes` of corpus Parquet make one unit, which is shuffled in memory.
     """
@@ -46,6 +51,7 @@ class PackConfig:
     vocabulary_dir: File = ""
     seq_len: int = Field(default=2048, ge=2, le=1 << 20)
     packing: Literal["concatenate", "best_fit"] = "concatenate"
+    held_out: float = Field(default=0.0, ge=0, lt=1)
     compression: Annotated[str | None, BeforeValidator(off_is_none)] = Field(
         default=None, pattern=r"^zstd(:([1-9]|1\d|2[0-2]))?$"
     )
@@ -67,6 +73,18 @@ class CorpusPart(NamedTuple):
     digest: str
 
 
+class Side(NamedTuple):
+    """Where pack leaves one side of the documents: kinds of its outputs, and the name of its total of tokens."""
+
+    parts: str
+    provenance: str
+    tokens: str
+
+
+TRAINING = Side("parts", "provenance", "tokens")
+HELD_OUT = Side("held_out", "held_out_provenance", "held_out_tokens")
+
+
 def derive_seed(seed: int, purpose: str, item: str = "") -> int:
     """A seed for one purpose and item of a run; equal names give equal draws, whoever asks and when."""
     return xxhash.xxh64_intdigest(f"{seed}/{purpose}/{item}".encode())
@@ -81,15 +99,39 @@ def group_parts(parts: Sequence[CorpusPart], *, group_bytes: int, seed: int) -> 
     return [[parts[i] for i in order[g::count]] for g in range(count)]
 
 
+def is_held_out(text: bytes | pa.Buffer, *, share: float, seed: int) -> bool:
+    """Whether a document of this text (UTF-8) is set aside, wherever it comes from; a larger share takes more, and the same.
+
+    By the text and not by the id: an exact copy in another unit, generation or crawl falls on the same side.
+    """
+    return xxhash.xxh64_intdigest(text, seed=derive_seed(seed, "pack.held_out")) < share * 2.0**64
+
+
 def pack_unit(unit: Unit, plan: "PackPlan", store: Store) -> Commit:
-    """Do one group of corpus parts. `unit.task`: {"parts": [CorpusPart...]}."""
-    commit, config = Commit(unit.name, unit.fingerprint), plan.config
+    """Do one group of corpus parts. `unit.task`: {"parts": [CorpusPart...]}.
+
+    `rows_in` are documents, counted as 'kept' for training or 'pack.held_out'; `rows_out` are training rows. Totals: tokens,
+    and where any document is held out held_out_tokens and held_out_rows.
+    """
+    commit = Commit(unit.name, unit.fingerprint)
+    training, held_out = _dealt([CorpusPart(*p) for p in unit.task["parts"]], plan, unit.name)
+    commit.rows_in = training.num_rows + held_out.num_rows
+    commit.counts = {"kept": training.num_rows}
+    for side in (TRAINING, HELD_OUT):
+        store.clear(side.parts, unit.name)
+    commit.rows_out = _write(training, TRAINING, plan.config, commit, store)
+    if held_out.num_rows:
+        commit.counts["pack.held_out"] = held_out.num_rows
+        commit.totals["held_out_rows"] = _write(held_out, HELD_OUT, plan.config, commit, store)
+    return commit
+
+
+def _write(documents: pa.Table, side: Side, config: PackConfig, commit: Commit, store: Store) -> int:
+    """Tokenise, pack and write one side of a unit's documents; the number of rows."""
     encoding = tokens.load_encoding(config.encoding, config.vocabulary_dir)
-    ids, texts = _shuffled([CorpusPart(*p) for p in unit.task["parts"]], seed=derive_seed(plan.seed, "pack.documents", unit.name))
-    commit.rows_in = len(ids)
-    documents = _tokenized(texts, encoding, config.batch_size, commit)
+    ids, urls, rows = documents["doc_id"].to_pylist(), documents["url"].to_pylist(), 0
+    tokenized = _tokenized(documents["text"], encoding, config.batch_size, commit.totals, side.tokens)
     pack = tokens.concatenate_and_chunk if config.packing == "concatenate" else tokens.best_fit
-    store.clear("parts", unit.name)
     with scratch_folder("gristmill-pack") as folder:
         spans = []
         with MDSWriter(
@@ -99,19 +141,18 @@ def pack_unit(unit: Unit, plan: "PackPlan", store: Store) -> Commit:
             hashes=sorted(config.hashes),
             size_limit=config.shard_bytes,
         ) as writer:
-            for number, row in enumerate(pack(documents, seq_len=config.seq_len, fill=encoding.eot_token)):
+            for row in pack(tokenized, seq_len=config.seq_len, fill=encoding.eot_token):
                 lengths = np.array([span.length for span in row.spans], np.uint32)
                 writer.write({"tokens": row.tokens, "spans": lengths})
-                spans += [(number, ids[s.document], s.start, s.length, s.offset) for s in row.spans]
-                commit.rows_out += 1
+                spans += [(rows, ids[s.document], s.start, s.length, s.offset, urls[s.document]) for s in row.spans]
+                rows += 1
         for file in sorted((folder / "part").iterdir(), key=lambda f: (f.name == INDEX, f.name)):
-            with store.create("parts", unit.name, file.name, outputs=commit.outputs) as path:
+            with store.create(side.parts, commit.unit, file.name, outputs=commit.outputs) as path:
                 path.write_bytes(file.read_bytes())
-    with store.create("provenance", f"{unit.name}.parquet", outputs=commit.outputs) as path:
-        table = pa.table([list(column) for column in zip(*spans, strict=True)] or [[]] * 5, schema=PROVENANCE)
+    with store.create(side.provenance, f"{commit.unit}.parquet", outputs=commit.outputs) as path:
+        table = pa.table([list(column) for column in zip(*spans, strict=True)] or [[]] * len(PROVENANCE), schema=PROVENANCE)
         pq.write_table(table, path, compression="zstd")
-    commit.counts = {"kept": commit.rows_in}
-    return commit
+    return rows
 
 
 class PackPlan(NamedTuple):
@@ -126,17 +167,21 @@ def columns(seq_len: int) -> dict[str, str]:
     return {"tokens": f"ndarray:uint32:{seq_len}", "spans": "ndarray:uint32"}
 
 
-def _shuffled(parts: Sequence[CorpusPart], *, seed: int) -> tuple[list[int], list[str]]:
-    tables = [read_columns(part.uri, ["doc_id", "text"]) for part in parts]
-    table = pa.concat_tables(tables).combine_chunks()
-    order = np.random.default_rng(seed).permutation(table.num_rows)
-    shuffled = table.take(pa.array(order))
-    return shuffled["doc_id"].to_pylist(), shuffled["text"]
+def _dealt(parts: Sequence[CorpusPart], plan: PackPlan, unit: str) -> tuple[pa.Table, pa.Table]:
+    """The documents of some parts in an order drawn by the seed: those for training, and those held out."""
+    table = pa.concat_tables([read_columns(part.uri, ["doc_id", "url", "text"]) for part in parts]).combine_chunks()
+    share = plan.config.held_out
+    held_out = np.array([is_held_out(t.as_buffer(), share=share, seed=plan.seed) for t in table["text"]], bool)
+    order = np.random.default_rng(derive_seed(plan.seed, "pack.documents", unit)).permutation(table.num_rows)
+    return table.take(pa.array(order[~held_out[order]])), table.take(pa.array(order[held_out[order]]))
 
 
-def _tokenized(texts: Any, encoding: Any, batch_size: int, commit: Commit) -> Iterator[tokens.Tokens]:
-    commit.totals["tokens"] = 0
+def _tokenized(
+    texts: pa.ChunkedArray, encoding: Any, batch_size: int, totals: dict[str, float], name: str
+) -> Iterator[tokens.Tokens]:
+    """Token ids of each text; the total of that name counts them."""
+    totals[name] = 0
     for start in range(0, len(texts), batch_size):
         batch = tokens.tokenize(texts.slice(start, batch_size).to_pylist(), encoding)
-        commit.totals["tokens"] += sum(len(ids) for ids in batch)
+        totals[name] += sum(len(ids) for ids in batch)
         yield from batch

@@ -83,6 +83,8 @@ def test_every_record_is_accounted_for(done):
         assert sum(commit.counts.values()) == commit.rows_in
     assert sum(c.rows_in for c in commits["refine"]) == sum(c.rows_out for c in commits["dedup keep"])
     assert sum(c.rows_in for c in commits["pack"]) == sum(c.rows_out for c in commits["refine"])
+    for commit in commits["pack"]:
+        assert sum(commit.counts.values()) == commit.rows_in
     assert outcome.published.manifest["tokens"] == sum(c.totals["tokens"] for c in commits["pack"])
 
 
@@ -122,14 +124,13 @@ def test_provenance_leads_from_a_row_back_to_its_document(done):
     folder, outcome, _ = done
     encoding = load_encoding("cl100k_base")
     corpus = {row["doc_id"]: row["text"] for t in explain.tables(str(folder), "corpus") for row in t.to_pylist()}
-    rows = [
-        row for s in outcome.published.manifest["shards"] for row in mds.read_shard(f"{outcome.published.uri}/{s['basename']}")
-    ]
-    spans = pq.read_table(f"{outcome.published.uri}/provenance.parquet").to_pylist()
+    uri, manifest = outcome.published.uri, outcome.published.manifest
     pieces = {}
-    for span in spans:
-        ids = rows[span["row"]]["tokens"][span["start"] : span["start"] + span["length"]]
-        pieces.setdefault(span["doc_id"], []).append((span["offset"], ids.tolist()))
+    for part, shards in ((uri, manifest["shards"]), (f"{uri}/held_out", manifest["held_out"]["shards"])):
+        rows = [row for s in shards for row in mds.read_shard(f"{part}/{s['basename']}")]
+        for span in pq.read_table(f"{part}/provenance.parquet").to_pylist():
+            ids = rows[span["row"]]["tokens"][span["start"] : span["start"] + span["length"]]
+            pieces.setdefault(span["doc_id"], []).append((span["offset"], ids.tolist()))
     assert pieces.keys() == corpus.keys()
     for doc_id, found in pieces.items():
         ids = [i for _, part in sorted(found) for i in part]

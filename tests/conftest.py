@@ -1,6 +1,13 @@
-"""Shared fixtures: where the real corpus lies, and the one Ray session."""
+"""Shared fixtures: where the real corpus lies, the one Ray session, and an S3 server."""
 
 import os
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,3 +40,48 @@ def ray_session():
     import ray
 
     ray.shutdown()
+
+
+@contextmanager
+def s3_process(folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    """An S3 server of its own, empty, its log in `folder`: the process and its endpoint. It forgets all when it ends."""
+    log = folder / "s3.log"  # a pipe that nobody reads would fill
+    with log.open("w") as stream:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+    try:
+        while not (found := re.search(r"Running on (http://[\d.:]+)\s", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield server, found[1]
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[str]:
+    """Endpoint of the one S3 server of the session. The environment names it: s3fs and pyarrow.fs take s3:// URLs as they are."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with s3_process(tmp_path_factory.mktemp("s3")) as (_, endpoint), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AWS_PROFILE", raising=False)
+        for name, value in {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "no_proxy": "127.0.0.1,localhost",
+        }.items():
+            patch.setenv(name, value)
+        yield endpoint
+
+
+@pytest.fixture
+def s3_bucket(s3_server) -> str:
+    """URL of an empty bucket, s3://…, for one test."""
+    import fsspec
+
+    name = f"test-{uuid.uuid4().hex}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"

@@ -14,7 +14,7 @@ OURS = {"filters", "stages", "pipeline", "trainer"}
 ALLOWED = {
     "filters": ("filters",),
     "stages": ("stages", "filters"),
-    "trainer": ("trainer", "stages.mds"),
+    "trainer": ("trainer", "stages.mds", "stages.tokens"),
     "pipeline": ("pipeline", "stages", "filters", "trainer.feedback", "trainer.launch"),
 }
 # loaded on every curation node, by tests and by the trainer: cheap to import, and free of the engines
@@ -85,6 +85,11 @@ def test_formats_and_filters_load_neither_ray_nor_torch():
         if at_import and module.split(".")[0] in {"ray", "torch"}
     ]
     assert wrong == []
+
+
+def test_a_trainer_asks_for_a_tokenizer_only_where_it_has_text():
+    found = [i for path in sources("trainer") for i in imports_of(path) if is_under(i.module, "stages.tokens")]
+    assert found and not [i for i in found if i.at_import]
 
 
 def test_curation_never_imports_torch_or_streaming():

@@ -7,6 +7,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
+STOP = "stop"  # a file in the training's folder that asks it to save and end, wherever its ranks run
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -109,8 +111,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `every_steps`, the last `keep_last` and the best `keep_best` by held-out loss kept."""
+    """A checkpoint every `every_steps`, the last `keep_last` and the best `keep_best` by held-out loss kept.
 
+    `folder` is a disk that every rank sees or a URL (s3://BUCKET/RUN); "" is `checkpoints/` of the training's directory.
+    """
+
+    folder: str = ""
     every_steps: int = 100
     keep_last: int = 2
     keep_best: int = 1
@@ -159,11 +165,15 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run in the folder `directory`, of `max_steps` steps (0: until the data ends)."""
+    """A training run in the folder `directory`, of `max_steps` steps (0: until the data ends).
+
+    A step whose loss is a spike, 6 sigma above the last 128, is logged with its rows, and left out with `skip_spikes`.
+    """
 
     directory: str
     seed: int = 0
     max_steps: int = 0
+    skip_spikes: bool = False
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

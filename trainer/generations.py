@@ -4,6 +4,7 @@
     RUN/generations/gen-0001/manifest.json       rows, tokens, sha256 of every shard
     RUN/generations/gen-0001/index.json          what StreamingDataset and its readers go by
     RUN/generations/gen-0001/provenance.parquet  row -> spans of documents
+    RUN/generations/gen-0001/held_out/           rows for evaluation alone, with an index and provenance of their own; or none
 
 The catalog vouches for the manifest, the manifest for every shard. RUN lies on a disk of this machine.
 """
@@ -11,8 +12,9 @@ The catalog vouches for the manifest, the manifest for every shard. RUN lies on 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,12 +39,14 @@ class Manifest(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document's span of `length` tokens in `row` of a generation; `start` counts from the document's first token."""
+    """A document's span: tokens [start, start + length) of `row` of a generation, from the document's token `offset` on."""
 
     row: int
     doc_id: int
     start: int
     length: int
+    offset: int
+    url: str
 
 
 def fault(name: str, file: str, *, expected: object, found: object, do: str) -> GenerationFault:
@@ -78,35 +82,56 @@ def verify_generation(run: str, entry: Mapping[str, Any], *, mode: Literal["full
     well, files side by side; a generation that passed is not hashed again by this process. This is less than `mds.verify`, which
     ran when it was published: bytes with the published sha256 need no second look inside, and here they are read once.
     """
-    folder, name = folder_of(run, entry["name"]), entry["name"]
-    try:
+    folder = folder_of(run, entry["name"])
+    with _readable(entry["name"]):
+        return _verify(run, folder, _read_manifest(folder, entry), entry["manifest_sha256"], mode=mode)
+
+
+def verify_held_out(run: str, entry: Mapping[str, Any]) -> Manifest | None:
+    """Check in full what a generation holds out for evaluation, None where that is nothing.
+
+    It is a generation in itself, to `trainer.data` too, of the name "gen-0001/held_out", and its rows are in no other.
+    """
+    folder = folder_of(run, entry["name"])
+    with _readable(entry["name"]):
         manifest = _read_manifest(folder, entry)
-        shards = _check_index(folder, manifest)
-        for shard in manifest["shards"]:
-            _check_size(folder, name, shard)
-        if mode == "full" and (str(folder), entry["manifest_sha256"]) not in _hashed:
-            _check_hashes(folder, name, manifest["shards"])
-            _hashed.add((str(folder), entry["manifest_sha256"]))
-    except OSError as error:
-        raise fault(name, str(error.filename), expected="a readable file", found=error.strerror, do=_RESTORE) from error
-    shape = {key: manifest[key] for key in ("rows", "tokens", "seq_len", "tokenizer")}
-    return Manifest(run, name, entry["manifest_sha256"], **shape, shard_rows=tuple(shards))
+        part = manifest.get("held_out")
+        if part is None or part["rows"] == 0:
+            return None
+        part = {**manifest, **part, "name": f"{entry['name']}/held_out"}
+        return _verify(run, folder / "held_out", part, entry["manifest_sha256"], mode="full")
 
 
 def documents_of(run: str, name: str, rows: Iterable[int]) -> list[Document]:
     """The documents that rows of a generation are made of, in the order of the rows and of the spans within them."""
     import pyarrow.parquet as pq  # only where somebody asks: a training node need not carry it
 
-    columns = ["row", "doc_id", "start", "length", "offset"]
-    table = pq.read_table(
-        folder_of(run, name) / "provenance.parquet", columns=columns, filters=[("row", "in", sorted(set(rows)))]
-    )
-    found = table.sort_by([("row", "ascending"), ("offset", "ascending")]).select(columns[:4]).to_pylist()
-    return [Document(**span) for span in found]
+    path, wanted = folder_of(run, name) / "provenance.parquet", sorted(set(rows))
+    table = pq.read_table(path, columns=list(Document._fields), filters=[("row", "in", wanted)])
+    return [Document(**span) for span in table.sort_by([("row", "ascending"), ("start", "ascending")]).to_pylist()]
 
 
 _RESTORE = "restore the generation from a copy, or leave it out of `generations`"
 _hashed: set[tuple[str, str]] = set()  # folder and manifest of generations whose shards this process has hashed
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise fault(name, str(error.filename), expected="a readable file", found=error.strerror, do=_RESTORE) from error
+
+
+def _verify(run: str, folder: Path, manifest: Mapping[str, Any], sha256: str, *, mode: Literal["full", "quick"]) -> Manifest:
+    name, shard_rows = manifest["name"], _check_index(folder, manifest)
+    for shard in manifest["shards"]:
+        _check_size(folder, name, shard)
+    if mode == "full" and (str(folder), sha256) not in _hashed:
+        _check_hashes(folder, name, manifest["shards"])
+        _hashed.add((str(folder), sha256))
+    shape = {key: manifest[key] for key in ("rows", "tokens", "seq_len", "tokenizer")}
+    return Manifest(run, name, sha256, **shape, shard_rows=tuple(shard_rows))
 
 
 def _read_manifest(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:

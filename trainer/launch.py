@@ -1,12 +1,25 @@
-"""Start a training: on this machine, or as one rank of torchrun."""
+"""Start a training: by Ray Train, on this machine or a cluster; or in this process, alone or as one rank of torchrun.
 
+The one file that knows Ray Train. Workers are restarted from the last checkpoint when one dies. Of what Ray offers, its own
+checkpoints and reports are not used: ours lie in the training's folder, and its reports are a barrier that keeps rank 0's alone.
+"""
+
+import logging
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trainer.config import STOP, TrainConfig, load
 from trainer.config import ConfigError as ConfigError  # for those who launch
-from trainer.config import load
+from trainer.plan import fitting_ranks
+
+if TYPE_CHECKING:
+    from trainer.blame import Blamed
 
 
 class Ended(NamedTuple):
@@ -22,8 +35,12 @@ class TrainingError(RuntimeError):
     """The training could not go on; what its checkpoints hold stays."""
 
 
-def launch(file: Path, overrides: Sequence[str]) -> Ended:
-    """Train as the file says, on the GPU if there is one, and draw the run.
+class FinalError(TrainingError):
+    """One that all ranks met alike, and would meet again."""
+
+
+def launch(file: Path, overrides: Sequence[str], *, on_ray: bool) -> Ended:
+    """Train as the file says, on GPUs where there are any, and draw the run. Ranks of torchrun take no Ray.
 
     ConfigError for a config that is wrong in itself, TrainingError for data or a model that is at fault.
     """
@@ -32,16 +49,211 @@ def launch(file: Path, overrides: Sequence[str]) -> Ended:
         import torch
     except ImportError:
         raise ConfigError("training needs PyTorch: pip install 'gristmill[train]'") from None
-    from trainer.checkpoint import CheckpointError
-    from trainer.generations import GenerationFault
-    from trainer.loop import Diverged, train
     from trainer.plot import plot
 
-    try:
-        result = train(config, device="cuda" if torch.cuda.is_available() else "cpu")
-    except (CheckpointError, GenerationFault, Diverged) as error:
-        raise TrainingError(str(error)) from error
+    rank = os.environ.get("RANK")
+    ended = _on_ray(config) if on_ray and rank is None else _here(config, "cuda" if torch.cuda.is_available() else "cpu")
     drawn = Path(config.directory, "training.html")
-    if os.environ.get("RANK", "0") == "0":
+    if rank in (None, "0"):
         plot(config.directory, drawn)
-    return Ended(*result, drawn)
+    return Ended(**ended, plot=drawn)
+
+
+def why_step(directory: Path, step: int) -> "list[Blamed]":
+    """The rows that a step was taken on, and their documents (see trainer.blame). TrainingError when they cannot be told."""
+    from trainer import blame
+    from trainer.generations import GenerationFault
+
+    try:
+        return blame.why_step(directory, step)
+    except (LookupError, OSError, ValueError, GenerationFault) as error:
+        raise TrainingError(str(error)) from error
+
+
+def export(training: str, output: str, *, step: int | None) -> int:
+    """Write a checkpoint's weights, the newest or that of `step`, for transformers; the step.
+
+    `training` is its directory, or the folder or URL of its checkpoints. TrainingError if there is none or it is damaged.
+    """
+    from trainer.checkpoint import CheckpointError, committed, export_hugging_face
+
+    folder = training if "://" in training or not Path(training, "checkpoints").exists() else f"{training}/checkpoints"
+    try:
+        found = committed(folder)
+        chosen = max(found, default=None) if step is None else step
+        if chosen not in found:
+            raise TrainingError(f"{folder} holds checkpoints of the steps {list(found)}{f', none of {step}' if step else ''}")
+        export_hugging_face(found[chosen], output)
+    except (CheckpointError, ValueError) as error:
+        raise TrainingError(str(error)) from error
+    return chosen
+
+
+def _here(config: TrainConfig, device: str, preempted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Train as this rank: how it ended, as plain values."""
+    from trainer.checkpoint import CheckpointError
+    from trainer.generations import GenerationFault
+    from trainer.loop import Diverged, Training
+
+    with ExitStack() as opened:
+        try:
+            training = Training(config, opened, device=device, preempted=preempted)
+        except (CheckpointError, GenerationFault, ValueError) as error:
+            raise FinalError(str(error)) from error
+        try:
+            return training.to_the_end()._asdict()
+        except Diverged as error:
+            raise FinalError(str(error)) from error
+        except (CheckpointError, GenerationFault) as error:
+            raise TrainingError(str(error)) from error
+
+
+# --- Ray Train --------------------------------------------------------------------------------------------------------
+
+
+def _on_ray(config: TrainConfig) -> dict[str, Any]:
+    """Train by Ray Train on the cluster of $RAY_ADDRESS, as `ray job submit` sets it, else on this machine."""
+    counts, on_gpus = worker_counts(config), _start_ray()
+    import ray.train
+
+    api: Any = ray.train  # of whose two interfaces type checkers see the old one
+    trainer = _trainer(counts)(
+        _worker,
+        train_loop_config={"config": _for_workers(config), "device": "cuda" if on_gpus else "cpu"},
+        scaling_config=api.ScalingConfig(
+            num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
+            use_gpu=on_gpus,
+            resources_per_worker={"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if on_gpus else {}),
+        ),
+        run_config=api.RunConfig(
+            name="ray", storage_path=os.path.abspath(config.directory), failure_config=api.FailureConfig(config.ray.max_failures)
+        ),
+    )
+    with _shown(config), _stoppable(config):
+        try:
+            ended: dict[str, Any] = trainer.fit().return_value
+        except api.TrainingFailedError as error:
+            raise TrainingError(_cause(error)) from error
+    if "fault" in ended:
+        raise TrainingError(ended["fault"])
+    return ended
+
+
+def worker_counts(config: TrainConfig) -> list[int]:
+    """The numbers of workers that Ray may take, rising. ConfigError when none in the range divides the global batch."""
+    least, most, data = config.ray.min_workers or config.ray.workers, config.ray.workers, config.data
+    fitting = fitting_ranks(data.global_batch_rows, data.micro_batch_rows)
+    counts = [count for count in fitting if least <= count <= most]
+    if not counts:
+        raise ConfigError(
+            f"ray.workers = {most}, ray.min_workers = {config.ray.min_workers}: {data.global_batch_rows} rows in micro-batches "
+            f"of {data.micro_batch_rows} divide among {', '.join(map(str, fitting))} workers; take one of these"
+        )
+    return counts
+
+
+@contextmanager
+def _stoppable(config: TrainConfig) -> Iterator[None]:
+    """SIGTERM and Ctrl-C of this process ask the workers to save and end; it then waits for them."""
+    stop = Path(config.directory, STOP)
+    before = {number: signal.signal(number, lambda *_: stop.touch()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _shown(config: TrainConfig) -> Iterator[None]:
+    """The figures of the workers on this console: their own output is lost among Ray's."""
+    from trainer.telemetry import METRICS, Console, follow
+
+    ended = threading.Event()
+    thread = threading.Thread(target=follow, args=(Path(config.directory, METRICS), Console(), ended))
+    if "console" in config.telemetry.sinks:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+def _start_ray() -> bool:
+    """Connect or start; whether there are GPUs."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # importing torch can take longer than the 60 s given
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
+    if not ray.is_initialized():
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    return bool(ray.cluster_resources().get("GPU"))  # type: ignore[no-untyped-call]
+
+
+def _trainer(counts: Sequence[int]) -> Any:
+    """TorchTrainer, but for what its public interface leaves no room for; with Ray 2.60 this is where it lies."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+    class Dividing(ElasticScalingPolicy):
+        """Ray would take any number of workers in a range."""
+
+        def _count_possible_workers(self, reserved_resources: Any) -> int:
+            room = super()._count_possible_workers(reserved_resources)
+            return max((count for count in counts if count <= room), default=0)
+
+    class Trainer(TorchTrainer):
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            scaling: Any = self.scaling_config
+            if scaling.elasticity_enabled:
+                parts["scaling_policy"] = Dividing(scaling)
+            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray's would end the workers before they have saved."""
+
+    return Trainer
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs. What another start would meet again is returned: to raise it would start all anew."""
+    import ray.train
+    import torch
+
+    if settings["device"] == "cpu":  # Ray allows torch a thread for each CPU reserved, which is one
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
+    try:
+        return _here(settings["config"], settings["device"], lambda: ray.train.get_preemption_info() is not None)
+    except FinalError as error:
+        return {"fault": str(error)}
+
+
+def _for_workers(config: TrainConfig) -> TrainConfig:
+    """The config for workers: paths as this process means them, as theirs may run elsewhere, and no console."""
+
+    def path(name: str) -> str:
+        return name if "://" in name or not name else os.path.abspath(name)
+
+    sinks = tuple(sink for sink in config.telemetry.sinks if sink != "console")  # see _shown
+    sources = tuple(replace(source, run=path(source.run)) for source in config.data.sources)
+    return replace(
+        config,
+        directory=path(config.directory),
+        data=replace(config.data, sources=sources),
+        checkpoint=replace(config.checkpoint, folder=path(config.checkpoint.folder)),
+        evaluation=replace(config.evaluation, cloze=tuple(map(path, config.evaluation.cloze))),
+        telemetry=replace(config.telemetry, feedback=path(config.telemetry.feedback), sinks=sinks),
+    )
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong first, without Ray's frames; ranks that lost their neighbours say so only after one that has a reason."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    ours = [failure for failure in failures if "TrainingError" in repr(failure)]
+    return str((ours or failures)[0])

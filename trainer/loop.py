@@ -5,11 +5,12 @@ update. A loss or gradient that is not finite never reaches the optimiser. Every
 that the steps after it are those that would have come.
 """
 
+import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,20 +18,24 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.optim import Optimizer
+from torch import Tensor
 
 from trainer import feedback
+from trainer.blame import CONFIG, RowLoss, log_spike
 from trainer.checkpoint import Checkpoints
-from trainer.config import TrainConfig
+from trainer.config import STOP, TrainConfig
 from trainer.data import Batch
 from trainer.devices import gpu_health, peak_flops
-from trainer.model import Transformer, flops_per_token, num_targets, unless_whole
-from trainer.optim import learning_rate, make_optimizer, set_learning_rate
-from trainer.parallel import clip_grad_norm, join_ranks, make_mesh, parallelize, sum_over_ranks
+from trainer.evaluate import Evaluation, Scores
+from trainer.model import flops_per_token, num_targets
+from trainer.optim import learning_rate, set_learning_rate
+from trainer.parallel import clip_grad_norm, join_ranks, sum_over_ranks
+from trainer.step import Sums, accumulate, build
 from trainer.supply import Supply
-from trainer.telemetry import Meter, Spikes, Taken, Telemetry, merged, mfu
+from trainer.telemetry import Meter, Spikes, Taken, Telemetry, mfu
 
 MAX_BAD_STEPS = 10  # in a row, before a run that only makes NaN gives up
+LOOK_EVERY = 10  # steps between two questions whether the machine is about to be taken away
 
 
 class Diverged(RuntimeError):
@@ -46,83 +51,43 @@ class Result(NamedTuple):
 
 
 class Update(NamedTuple):
-    """One step's figures over all ranks: loss in nats a target, gradient norm before clipping, tokens without fill, by source."""
+    """One step's figures over all ranks: loss in nats a target, gradient norm before clipping, what it took by source."""
 
     loss: float
     grad_norm: float
-    tokens: int
     sources: dict[str, Taken]
+    spike: bool
 
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def train(config: TrainConfig, *, device: str) -> Result:
-    """Train until `max_steps`, SIGTERM, or the end of the data, from the newest checkpoint in the folder if there is one.
+class Training:
+    """One incarnation of a training: what it holds, and its steps, from the newest checkpoint in the folder if there is one.
 
-    `device` is "cpu" or "cuda"; one process a device. GenerationFault for data that is not what was published, ValueError for
-    a config that does not fit it or a checkpoint, Diverged when only NaN comes.
+    `device` is "cpu" or "cuda"; one process a device. `preempted`, asked on all ranks alike, tells whether a machine is about
+    to be taken away. GenerationFault for data that is not what was published, CheckpointError when no checkpoint can be used,
+    ValueError for a config that does not fit either: on all ranks alike. What is opened is closed with `opened`.
     """
-    join_ranks(device)
-    with ExitStack() as opened:
-        run = _Run(config, device, opened)
-        return run.to_the_end()
 
-
-def build(config: TrainConfig, device: str) -> tuple[Transformer, Optimizer]:
-    """The model, sharded and initialised by the seed, and its optimiser."""
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    parallelize(model, config.parallel, make_mesh(config.parallel, device=device))
-    model.to_empty(device=device)
-    model.init_weights(config.seed)
-    return model, make_optimizer(model, config.optimizer)
-
-
-def accumulate(model: Transformer, batches: Sequence[Batch], *, device: str) -> tuple[float, int, dict[str, Taken]]:
-    """Gradients of the global batch's mean loss, this rank's part of it given: the loss, targets, and this rank's sources.
-
-    Collective. FSDP averages gradients over ranks, so each rank's sum is scaled by their number.
-    """
-    ranks = dist.get_world_size()
-    targets = int(sum_over_ranks(sum(num_targets(batch.documents) for batch in batches), device=device))
-    total, taken = torch.zeros((), dtype=torch.float64, device=device), list[dict[str, Taken]]()
-    for number, batch in enumerate(batches):
-        model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
-        documents = unless_whole(batch.documents)
-        loss = model.loss(batch.tokens.to(device), None if documents is None else documents.to(device))
-        (loss.sum * (ranks / max(1, targets))).backward()  # type: ignore[no-untyped-call]
-        total += loss.sum.detach()
-        taken.append(_taken(batch, float(loss.sum.detach()), int(loss.tokens)))
-    return float(sum_over_ranks(total, device=device)) / max(1, targets), targets, merged(taken)
-
-
-def _taken(batch: Batch, loss_sum: float, targets: int) -> dict[str, Taken]:
-    """What a micro-batch took of each source. Its loss is shared out by targets, as one sum comes back for all rows."""
-    rows_targets = [num_targets(batch.documents[i : i + 1]) for i in range(len(batch.sources))]
-    rows_tokens = (batch.documents >= 0).sum(1).tolist()
-    return merged(
-        {source: Taken({generation: 1}, rows_tokens[i], loss_sum * rows_targets[i] / max(1, targets), rows_targets[i])}
-        for i, (source, (generation, _)) in enumerate(zip(batch.sources, batch.where, strict=True))
-    )
-
-
-class _Run:
-    """One incarnation of a training: what it holds, and its steps."""
-
-    def __init__(self, config: TrainConfig, device: str, opened: ExitStack) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: TrainConfig, opened: ExitStack, *, device: str, preempted: Callable[[], bool] = lambda: False
+    ) -> None:
+        join_ranks(device)
+        self.config, self.device, self.preempted = config, device, preempted
         self.leads = dist.get_rank() == 0
         self.folder = Path(config.directory)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint)
+        self.checkpoints = Checkpoints(config.checkpoint.folder or f"{config.directory}/checkpoints", config.checkpoint)
         saved = self.checkpoints.latest()
         extra = saved.extra if saved else {}
         self.step = self.saved_at = saved.step if saved else 0
         # first the data, which can be wrong in ways that a model's minutes of set-up should not hide
-        self.supply = opened.enter_context(
-            Supply(config.data, rank=dist.get_rank(), world_size=dist.get_world_size(), state=extra.get("supply"))
-        )
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        self.supply = opened.enter_context(Supply(config.data, rank=rank, world_size=ranks, state=extra.get("supply")))
+        self.runs = list(dict.fromkeys(source.run for source in config.data.sources))
+        told = config.evaluation
+        self.evaluation = Evaluation(told, config.data, rank=rank, world_size=ranks, device=device) if told.every_steps else None
         self.writer = self._writer() if self.leads else None
         before = feedback.Totals(**extra["totals"]) if saved else None
         self.meter = Meter(feedback.resumed(before, self.writer.previous if self.writer else None, now=time.time()))
@@ -133,18 +98,23 @@ class _Run:
             if saved:
                 self.checkpoints.load(saved, self.model, self.optimizer)
         self.loss, self.bad_steps = math.nan, 0
-        self.sigterm = False
+        self.scores: Scores | None = None  # of the step before, if it was time for them
+        self.signalled = False
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            opened.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                opened.callback(signal.signal, number, signal.signal(number, self._on_signal))
 
-    def _on_sigterm(self, *_: object) -> None:
-        self.sigterm = True
+    def _on_signal(self, *_: object) -> None:
+        self.signalled = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who asks twice does not want to wait
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank was, as when its machine is taken away: then all save and end at the same step."""
-        return bool(sum_over_ranks(float(self.sigterm), device=self.device) > 0)
+        asked = self.signalled or (self.leads and (self.folder / STOP).exists())
+        return bool(sum_over_ranks(float(asked), device=self.device) > 0)
 
     def to_the_end(self) -> Result:
+        """Train until `max_steps`, the end of the data, SIGTERM, Ctrl-C, or a file "stop". Diverged when only NaN comes."""
         why, state = "a fault", "failed"
         try:
             self._tell("running")
@@ -160,46 +130,81 @@ class _Run:
     def _steps(self) -> str:
         """Step after step; why they ended."""
         while not self.config.max_steps or self.step < self.config.max_steps:
-            with self.meter.part("data_wait"):
-                batches = self.supply.next(self.step)
-            if not batches:
-                return "the data ended"
-            self._tell_step(self._update(batches))
+            batches = self._next()
+            if batches:
+                self._tell_step(self._update(batches))
             if self._asked_to_stop():
                 return "it was asked to stop"
-            if self.step % self.config.checkpoint.every_steps == 0:
+            if not batches:
+                return "the data ended"
+            taken_away = self.step % LOOK_EVERY == 0 and self.preempted()
+            if self.step % self.config.checkpoint.every_steps == 0 or taken_away:
                 self._save()
         return f"step {self.config.max_steps} was reached"
+
+    def _next(self) -> list[Batch]:
+        """The micro-batches of the next step; [] when there are none, and waiting is over or not wanted."""
+        with self.meter.part("data_wait"):
+            while not (batches := self.supply.next(self.step)):
+                while self.supply.may_grow() and not self._asked_to_stop():
+                    if self.supply.grows():
+                        break
+                    self._tell("waiting", when_due=True)
+                else:
+                    return []
+        return batches
 
     def _update(self, batches: Sequence[Batch]) -> Update:
         """One step, counted whether or not its update was fit to be made."""
         rate = learning_rate(self.step, self.config.max_steps, self.config.schedule, self.config.optimizer.lr)
         set_learning_rate(self.optimizer, rate)
-        loss, _, sources = accumulate(self.model, batches, device=self.device)
-        norm = float(clip_grad_norm(self.model.parameters(), self.config.optimizer.clip_norm))
-        update = Update(loss, norm, sum(taken.tokens for taken in sources.values()), sources)
-        if update.is_finite:
+        sums = accumulate(self.model, batches, self.runs, device=self.device)
+        norm = clip_grad_norm(self.model.parameters(), self.config.optimizer.clip_norm)
+        update = self._figures(sums, norm)
+        if update.is_finite and not (update.spike and self.config.skip_spikes):
             self.optimizer.step()
         self.bad_steps = 0 if update.is_finite else self.bad_steps + 1
         if self.bad_steps == MAX_BAD_STEPS:
             raise Diverged(f"{MAX_BAD_STEPS} steps in a row up to {self.step} had no finite loss or gradient: lower optimizer.lr")
         self.optimizer.zero_grad()
-        self.step, self.loss = self.step + 1, loss
-        everyone = _gathered(sources)
-        return update._replace(sources=everyone, tokens=sum(taken.tokens for taken in everyone.values()))
+        self.step, self.loss = self.step + 1, update.loss
+        if update.spike:
+            rows = _row_losses(batches, sums.row_nats)
+            if self.leads:
+                log_spike(self.folder, self.step, update.loss, rows)
+        return update
+
+    def _figures(self, sums: Sums, norm: Tensor) -> Update:
+        """In numbers, which waits for the device: here a step ends."""
+        *flat, grad_norm = torch.cat([sums.by_run.flatten(), norm.double().reshape(1)]).tolist()
+        sources = {}
+        for run, tokens, targets, nats in zip(self.runs, flat[::3], flat[1::3], flat[2::3], strict=True):
+            rows: dict[str, int] = {}
+            for drawn in self.supply.taken[run]:
+                rows[drawn.generation] = rows.get(drawn.generation, 0) + drawn.stop - drawn.start
+            sources[run] = Taken(rows, int(tokens), nats, int(targets))
+        loss = sum(taken.loss_sum for taken in sources.values()) / max(1, sum(taken.targets for taken in sources.values()))
+        return Update(loss, grad_norm, sources, self.spikes.observe(loss))
+
+    def _evaluate(self) -> Scores | None:
+        every = self.config.evaluation.every_steps
+        if self.evaluation is None or self.step % every:
+            return None
+        with self.meter.part("evaluation"):
+            return self.evaluation.run(self.model)
 
     def _tell_step(self, update: Update) -> None:
-        spike = self.spikes.observe(update.loss)
-        step = self.meter.step(tokens=update.tokens, sources=update.sources)
+        self.scores = self._evaluate()
+        tokens = sum(taken.tokens for taken in update.sources.values())
+        step = self.meter.step(tokens=tokens, sources=update.sources)
         if self.telemetry:
-            rates = self.meter.rates()
             sources = {name: {"loss": t.loss_sum / max(1, t.targets), "tokens": t.tokens} for name, t in update.sources.items()}
-            figures = {"step": self.step, "loss": update.loss, "grad_norm": update.grad_norm, "tokens": update.tokens}
+            figures = {"step": self.step, "loss": update.loss, "grad_norm": update.grad_norm, "tokens": tokens}
             rate = self.optimizer.param_groups[0]["lr"]
-            more = {"lr": rate, "spike": spike, "mfu": self._mfu(), "seconds": step.seconds, "sources": sources}
-            self.telemetry.step(figures | more | rates._asdict())
-        if self.writer and self.writer.due():
-            self._tell("running")
+            more = {"lr": rate, "spike": update.spike, "mfu": self._mfu(), "seconds": step.seconds, "sources": sources}
+            evaluated: dict[str, float] = self.scores.figures() if self.scores else {}
+            self.telemetry.step(figures | more | self.meter.rates()._asdict() | evaluated | {"data": self.supply.taken})
+        self._tell("running", when_due=True)
 
     def _save(self) -> None:
         with self.meter.part("checkpoint"):
@@ -209,16 +214,19 @@ class _Run:
                 "losses": self.spikes.losses,
                 "config": asdict(self.config),
             }
-            self.checkpoints.save(self.step, self.model, self.optimizer, extra)
+            metric = self.scores.loss if self.scores else None
+            self.checkpoints.save(self.step, self.model, self.optimizer, extra, metric=metric)
         self.saved_at = self.step
 
-    def _tell(self, state: feedback.State) -> None:
-        if self.writer:
+    def _tell(self, state: feedback.State, *, when_due: bool = False) -> None:
+        if self.writer and (not when_due or self.writer.due()):
             self.writer.write(self._report(state))
 
     def _report(self, state: Any) -> feedback.Report:
         health = gpu_health(str(torch.cuda.get_device_properties(0).uuid)) if self.device == "cuda" else None
-        return self.meter.report(state, mfu=self._mfu(), health=health, budget=None)
+        rows = (self.config.max_steps - self.step) * self.config.data.global_batch_rows
+        budget = rows * self.supply.seq_len if self.config.max_steps and self.supply.seq_len else None
+        return self.meter.report(state, mfu=self._mfu(), health=health, budget=budget)
 
     def _mfu(self) -> float | None:
         if self.device != "cuda" or self.config.parallel.precision != "bf16" or self.supply.seq_len is None:
@@ -236,13 +244,24 @@ class _Run:
     def _telemetry(self, opened: ExitStack) -> Telemetry:
         telemetry = Telemetry(self.folder, run=self.folder.resolve().name, sinks=self.config.telemetry.sinks)
         opened.callback(telemetry.close)
+        (self.folder / STOP).unlink(missing_ok=True)
+        (self.folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
         return telemetry
 
 
-def _gathered(sources: dict[str, Taken]) -> dict[str, Taken]:
-    """What all ranks took."""
-    if dist.get_world_size() == 1:
-        return sources
+def train(config: TrainConfig, *, device: str) -> Result:
+    """Train from where the folder stands to the end. Raises what Training does."""
+    with ExitStack() as opened:
+        return Training(config, opened, device=device).to_the_end()
+
+
+def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[RowLoss]:
+    """The rows of all ranks with the loss of each, in nats a target; for the rare step that needs them."""
+    mine = []
+    for batch, nats in zip(batches, row_nats, strict=True):
+        targets = [max(1, num_targets(row[None])) for row in batch.documents]
+        means = [total / count for total, count in zip(nats.tolist(), targets, strict=True)]
+        mine += [RowLoss(run, *place, mean) for run, place, mean in zip(batch.sources, batch.where, means, strict=True)]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, sources)
-    return merged(everyone)
+    dist.all_gather_object(everyone, mine)
+    return [row for rows in everyone for row in rows]

@@ -21,17 +21,23 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from trainer.config import ModelConfig
 
 IGNORE = -100  # target of a position that predicts nothing
-CHUNK = 4096  # positions whose float32 logits exist at once: 1.6 GB at 100,352 words
+# float32 logits that exist at once: 4,096 positions of 100,352 words; on a CPU what its allocator gives again, as it maps
+# anew, page by page, what is above 32 MiB: a third of the time of a small model's step
+LOGITS_BYTES = {"cuda": 4096 * 100_352 * 4, "cpu": 24 << 20}
 INIT_STD = 0.02
 
 Mask = Tensor | BlockMask | None
 
 
 class Loss(NamedTuple):
-    """Summed cross-entropy in nats, float32, and the number of targets it sums over, int64; both are 0-dim."""
+    """Cross-entropy in nats, float32, summed over all targets (0-dim) and over those of each row (B,), which has no gradient.
+
+    `targets`: how many there are in all, int64, 0-dim.
+    """
 
     sum: Tensor
-    tokens: Tensor
+    rows: Tensor
+    targets: Tensor
 
 
 class Transformer(nn.Module):
@@ -59,7 +65,7 @@ class Transformer(nn.Module):
         return F.linear(self._hidden(tokens, documents), self._head_weight())
 
     def loss(self, tokens: Tensor, documents: Tensor | None) -> Loss:
-        """Cross-entropy of the next token within each document, without the logits of more than CHUNK positions in memory.
+        """Cross-entropy of the next token within each document, without more than LOGITS_BYTES of logits in memory.
 
         With gradients enabled the gradient is computed on the way (see _ChunkedLoss). A forward method of its own, and no
         function of hidden states: under FSDP the head's weight is whole only inside one.
@@ -68,11 +74,12 @@ class Transformer(nn.Module):
         targets = next_tokens(tokens, documents)
         weight = self._head_weight()
         if torch.is_grad_enabled() and hidden_TD.requires_grad:
-            loss = _ChunkedLoss.apply(hidden_TD, weight, targets.flatten(), self.loss_and_gradient)  # type: ignore[no-untyped-call]
+            total, nats = _ChunkedLoss.apply(hidden_TD, weight, targets.flatten(), self.loss_and_gradient)  # type: ignore[no-untyped-call]
         else:
-            parts = _chunks(hidden_TD, targets.flatten())
-            loss = torch.stack([_loss(F.linear(hidden, weight), target) for hidden, target in parts]).sum()
-        return Loss(loss, (targets != IGNORE).sum())
+            parts = _chunks(hidden_TD, targets.flatten(), vocabulary=len(weight))
+            nats = torch.cat([_nats(F.linear(hidden, weight), target) for hidden, target in parts])
+            total = nats.sum()
+        return Loss(total, nats.view_as(targets).sum(1), (targets != IGNORE).sum())
 
     def init_weights(self, seed: int) -> None:
         """Matrices normal (std 0.02, those that write to the residual stream / sqrt(2 layers), GPT-2), norms 1.
@@ -163,15 +170,8 @@ def num_targets(documents: Tensor) -> int:
     return int(_has_next(documents).sum())
 
 
-def cross_entropy_sum(logits: Tensor, tokens: Tensor, documents: Tensor | None) -> Loss:
-    """The same as `Transformer.loss`, from logits (B, S, V) that are there already."""
-    targets = next_tokens(tokens, documents)
-    parts = _chunks(logits.flatten(0, 1), targets.flatten())
-    return Loss(torch.stack([_loss(*part) for part in parts]).sum(), (targets != IGNORE).sum())
-
-
 def loss_and_gradient(logits_TV: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, float32, and its gradient by the logits: softmax - one-hot, in their precision."""
+    """Cross-entropy (T,), float32, 0 without a target, and its gradient by the logits: softmax - one-hot, in their precision."""
     x_TV = logits_TV.float()
     valid = targets != IGNORE
     target = targets.clamp(min=0)[:, None]
@@ -180,7 +180,7 @@ def loss_and_gradient(logits_TV: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     # exp(x - inf) = 0: a position without a target gives no gradient
     p_TV = (x_TV - log_total.masked_fill(~valid, float("inf"))[:, None]).exp_()
     p_TV.scatter_add_(1, target, -valid.to(p_TV.dtype)[:, None])
-    return nats.masked_fill(~valid, 0.0).sum(), p_TV.to(logits_TV.dtype)
+    return nats.masked_fill(~valid, 0.0), p_TV.to(logits_TV.dtype)
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -263,42 +263,51 @@ def save_hugging_face(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden states (T, D) against a head (V, D), CHUNK positions at a time.
+    """Cross-entropy of hidden states (T, D) against a head (V, D), in chunks: its sum, and that of each position (T,).
 
-    The gradient is computed in the forward pass, where the logits are: backward only scales it, and nothing is computed twice
-    (checkpointing each chunk would multiply by the head four times in place of three). Between the passes it holds
-    T D + V D numbers in the precision of the weights. The head's gradient is summed over chunks in float32.
+    The gradient of the sum is computed in the forward pass, where the logits are: backward only scales it, and nothing is
+    computed twice (checkpointing each chunk would multiply by the head four times in place of three). Between the passes it
+    holds T D + V D numbers in the precision of the weights. The head's gradient is summed over chunks in float32.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, kernel: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        total = hidden_TD.new_zeros((), dtype=torch.float32)
+    ) -> tuple[Tensor, Tensor]:
+        nats = []
         by_hidden = torch.empty_like(hidden_TD)
         by_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for start in range(0, len(hidden_TD), CHUNK):
-            part = slice(start, start + CHUNK)
-            loss, by_logits = kernel(hidden_TD[part] @ weight_VD.T, targets[part])
-            total += loss
-            by_hidden[part] = by_logits @ weight_VD
-            by_weight += by_logits.T @ hidden_TD[part]
+        chunks = _chunks(hidden_TD, targets, vocabulary=len(weight_VD))
+        for (hidden, target), out in zip(chunks, _split(by_hidden, len(weight_VD)), strict=True):
+            found, by_logits = kernel(hidden @ weight_VD.T, target)
+            nats.append(found)
+            out.copy_(by_logits @ weight_VD)
+            by_weight += by_logits.T @ hidden
         ctx.save_for_backward(by_hidden, by_weight.to(weight_VD.dtype))
-        return total
+        each = torch.cat(nats)
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         by_hidden, by_weight = ctx.saved_tensors
         return by_hidden * scale, by_weight * scale, None, None
 
 
-def _chunks(states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(states, CHUNK), torch.split(targets, CHUNK), strict=True)
+def _split(states: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    """Cut along positions, so that the logits of a part fit in LOGITS_BYTES."""
+    room = LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"])
+    return torch.split(states, max(1, room // (4 * vocabulary)))
 
 
-def _loss(logits_TV: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits_TV.float(), targets, ignore_index=IGNORE, reduction="sum")
+def _chunks(states: Tensor, targets: Tensor, *, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    parts = _split(states, vocabulary)
+    return zip(parts, torch.split(targets, len(parts[0])), strict=True)
+
+
+def _nats(logits_TV: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits_TV.float(), targets, ignore_index=IGNORE, reduction="none")
 
 
 def _has_next(documents: Tensor) -> Tensor:

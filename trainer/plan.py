@@ -27,18 +27,23 @@ class Stretch(NamedTuple):
     stop: int
 
 
-def micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
-    """Micro-batches of a rank in each step. ValueError, with the numbers of ranks that do, where the batch does not divide."""
+def fitting_ranks(global_rows: int, micro_rows: int) -> list[int]:
+    """Numbers of ranks among which a global batch divides, rising. ValueError where it does not divide into micro-batches."""
     if min(global_rows, micro_rows) < 1 or global_rows % micro_rows:
         raise ValueError(f"global_batch_rows={global_rows} must be a positive multiple of micro_batch_rows={micro_rows}")
     total = global_rows // micro_rows
-    if total % world_size:
-        fitting = [ranks for ranks in range(1, total + 1) if total % ranks == 0]
+    return [ranks for ranks in range(1, total + 1) if total % ranks == 0]
+
+
+def micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
+    """Micro-batches of a rank in each step. ValueError, with the numbers of ranks that do, where the batch does not divide."""
+    fitting = fitting_ranks(global_rows, micro_rows)
+    if world_size not in fitting:
         raise ValueError(
             f"a global batch of {global_rows} rows in micro-batches of {micro_rows} does not divide among {world_size} ranks; "
             f"run with {', '.join(map(str, fitting))} ranks, or change global_batch_rows or micro_batch_rows"
         )
-    return total // world_size
+    return global_rows // micro_rows // world_size
 
 
 def draw(weights: Sequence[float], drawn: Sequence[int], rows: int) -> I64:

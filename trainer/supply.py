@@ -7,10 +7,9 @@ next    hand out a step's micro-batches; `state_dict` is where the supply stands
 
 import hashlib
 import itertools
-import logging
 import queue
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +21,19 @@ import torch.distributed as dist
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import Batch, Place, epoch_order, import_streaming, read_ahead
 from trainer.generations import GenerationFault, Manifest, fault, read_catalog, verify_generation
-from trainer.plan import I64, Position, draw, micro_batches, stretches
+from trainer.plan import I64, Position, Stretch, draw, micro_batches, stretches
 
 POLL_SECONDS = 2.0  # between looks at the catalog while waiting
 _T = TypeVar("_T")
-_LOG = logging.getLogger(__name__)
+
+
+class Drawn(NamedTuple):
+    """What a step took of a generation: places [start, stop) of its order in an epoch (see `epoch_order`)."""
+
+    generation: str
+    epoch: int
+    start: int
+    stop: int
 
 
 class Supply:
@@ -40,9 +47,8 @@ class Supply:
     A generation is hashed before its first row is read; that stops the training for as long as it takes when it was published
     after the start. Compressed shards are unpacked beside themselves when first read.
 
-    `wait_seconds` is how long the last `next` took to have its rows; `rows` and `tokens` (fill not counted) are what this rank
-    was given by source since this Supply was made. ValueError for a config or state that does not fit, GenerationFault for
-    data that does not. `close` it, or use it as a context.
+    `taken` is what the last step took of each run, on all ranks together. ValueError for a config or state that does not fit,
+    GenerationFault for data that does not. `close` it, or use it as a context.
     """
 
     def __init__(
@@ -67,9 +73,8 @@ class Supply:
         self._planned: deque[_Plan] = deque()  # steps that are being read
         self._loader: Iterator[Batch] | None = None
         self._closed = False
-        self.wait_seconds = 0.0
-        self.rows: Counter[str] = Counter()
-        self.tokens: Counter[str] = Counter()
+        self._empty_since: float | None = None
+        self.taken: dict[str, list[Drawn]] = {}
         import_streaming()  # seconds, and before there are workers that would each take them
         if state is not None:
             self._load(state)
@@ -102,17 +107,25 @@ class Supply:
             raise ValueError(
                 f"asked for step {step}, but the supply stands at {self._step}; make one from the state of that step"
             )
-        started = time.monotonic()
         # twice: what was published after the end was met, while reading ahead, is found by the second
         batches = self._collect() or self._collect()
-        while not batches and self._config.when_empty == "wait" and self._wait():
-            batches = self._collect()
-        self.wait_seconds = time.monotonic() - started
         if batches:
-            self._step, self._state = step + 1, self._planned.popleft().state
-            for batch in batches:
-                self._count(batch)
+            plan = self._planned.popleft()
+            self._step, self._state, self.taken, self._empty_since = step + 1, plan.state, plan.taken, None
         return batches
+
+    def may_grow(self) -> bool:
+        """After a `next` that gave nothing: whether to wait for another generation, by config and the clock of rank 0."""
+        if self._config.when_empty != "wait":
+            return False
+        self._empty_since = self._empty_since or time.monotonic()
+        waited = time.monotonic() - self._empty_since
+        return self._agreed(lambda: waited < self._config.wait_seconds)
+
+    def grows(self) -> bool:
+        """Look for new generations after a pause of POLL_SECONDS; if there are, `next` gives more."""
+        time.sleep(POLL_SECONDS)
+        return any([self._extend(source) for source in self._sources])  # a list: every rank asks for every source
 
     @property
     def seq_len(self) -> int | None:
@@ -135,35 +148,39 @@ class Supply:
         rows, sources = self._config.global_batch_rows, self._sources
         owners = draw([s.config.weight for s in sources], [s.drawn for s in sources], rows)
         picked, positions = np.empty((rows, 2), np.int64), []
+        taken: dict[str, list[Drawn]] = {source.config.run: [] for source in sources}
         for number, source in enumerate(sources):
-            taken = self._take(source, int((owners == number).sum()))
-            if taken is None:
+            found = self._take(source, int((owners == number).sum()))
+            if found is None:
                 return None
-            picked[owners == number], position = taken
+            picked[owners == number], position = self._rows(source, found[0]), found[1]
             positions.append(position)
+            taken[source.config.run] += [Drawn(source.known[s.at].name, s.epoch, s.start, s.stop) for s in found[0]]
         for source, position, count in zip(sources, positions, np.bincount(owners, minlength=len(sources)), strict=True):
             source.position, source.drawn = position, source.drawn + int(count)
         mine = range(self._rank * rows // self._world, (self._rank + 1) * rows // self._world)
         places = [sources[owners[i]].place(*picked[i].tolist()) for i in mine]
         size = self._config.micro_batch_rows
         micro = [places[i : i + size] for i in range(0, len(places), size)]
-        return _Plan(micro, self._state_at(self._step + len(self._planned) + 1))
+        return _Plan(micro, taken, self._state_at(self._step + len(self._planned) + 1))
 
-    def _take(self, source: "_Source", count: int) -> tuple[I64, Position] | None:
-        """(generation's place in the list, row) [count, 2] of the next rows of a source, without moving it."""
+    def _take(self, source: "_Source", count: int) -> tuple[list[Stretch], Position] | None:
+        """Where the next rows of a source lie, and its position after them, without moving it."""
         position = source.position
         found = stretches(source.sizes, position, count, epochs=position.epoch + 1)
         while found is None and self._extend(source):
             found = stretches(source.sizes, position, count, epochs=position.epoch + 1)
         if found is None and self._config.when_empty == "repeat":
             found = stretches(source.sizes, position, count, epochs=self._config.max_epochs)
-        if found is None:
-            return None
+        return found
+
+    def _rows(self, source: "_Source", found: list[Stretch]) -> I64:
+        """(generation's place in the list, row) [rows, 2]."""
         picked = [np.empty((0, 2), np.int64)]
-        for epoch, at, start, stop in found[0]:
+        for epoch, at, start, stop in found:
             rows = self._order(source, at, epoch)[start:stop]
             picked.append(np.stack([np.full(len(rows), at), rows], axis=1))
-        return np.concatenate(picked), found[1]
+        return np.concatenate(picked)
 
     def _order(self, source: "_Source", at: int, epoch: int) -> I64:
         """The rows of a generation in this epoch's order; the last one of a source is kept, 8 bytes a row."""
@@ -215,16 +232,6 @@ class Supply:
             expected, found = (f"seq_len {seq_len} and tokenizer {tokenizer}" for seq_len, tokenizer in (self._shape, shape))
             do = "leave it out of `generations`, or pack it like those before"
             raise fault(manifest.name, "manifest.json", expected=f"{expected}, as in this run so far", found=found, do=do)
-
-    def _wait(self) -> bool:
-        """Wait until the catalog of any source grows; False after `wait_seconds` by the clock of rank 0."""
-        until = time.monotonic() + self._config.wait_seconds
-        _LOG.info("out of rows; waiting for a new generation in %s", [s.config.run for s in self._sources])
-        while not any([self._extend(source) for source in self._sources]):  # a list: every rank asks for every source
-            if self._agreed(lambda: time.monotonic() >= until):
-                return False
-            time.sleep(POLL_SECONDS)
-        return True
 
     def _agreed(self, action: Callable[[], _T]) -> _T:
         """Rank 0's result of what all ranks do; if it fails on any of them, the first failure, raised on every rank."""
@@ -311,14 +318,10 @@ class Supply:
         do = "look whether its disk answers, or raise batch_timeout_seconds"
         return fault(places[0].generation, f"rows {rows}", expected=f"a batch within {seconds:g} s", found=found, do=do)
 
-    def _count(self, batch: Batch) -> None:
-        self.rows.update(batch.sources)
-        for source, tokens in zip(batch.sources, (batch.documents >= 0).sum(dim=1).tolist(), strict=True):
-            self.tokens[source] += tokens
-
 
 class _Plan(NamedTuple):
     micro: list[list[Place]]  # of this rank
+    taken: dict[str, list[Drawn]]
     state: dict[str, Any]  # of the supply after the step
 
 

@@ -11,7 +11,9 @@ Rates are over the last WINDOW steps and the time since. A GPU works ahead of Py
 ends by waiting for it, as reading the loss does.
 """
 
+import json
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -327,7 +329,7 @@ def _shown(value: Any, shape: str) -> str:
 
 def _open(name: str, folder: Path, run: str) -> Sink:
     opened: dict[str, Callable[[], Sink]] = {
-        "console": _Console,
+        "console": Console,
         "jsonl": lambda: _JsonLines(folder / METRICS),
         "tensorboard": lambda: _TensorBoard(folder / "tensorboard"),
         "wandb": lambda: _Wandb(folder, run),
@@ -339,13 +341,13 @@ def _open(name: str, folder: Path, run: str) -> Sink:
         raise ImportError(f"telemetry to {name!r}: {error}; install it or take {name!r} out of the sinks") from error
 
 
-class _Console:
+class Console:
     """A line every ten seconds, and for each spike."""
 
     def __init__(self, *, every_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        from rich.console import Console
+        import rich.console
 
-        self._console, self._every, self._clock = Console(highlight=False, soft_wrap=True), every_seconds, clock
+        self._console, self._every, self._clock = rich.console.Console(highlight=False, soft_wrap=True), every_seconds, clock
         self._next = clock()
 
     def step(self, record: Record) -> None:
@@ -355,6 +357,21 @@ class _Console:
 
     def close(self) -> None:
         pass
+
+
+def follow(path: Path, sink: Sink, ended: threading.Event) -> None:
+    """Tell a sink each record that another process appends to a metrics file from now on, until it has `ended`."""
+    at = path.stat().st_size if path.exists() else 0
+    last = False
+    while not last:
+        last = ended.wait(0.5)
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(at)
+                for line in file:
+                    if line.endswith(b"\n"):  # else it is still being written
+                        at += len(line)
+                        sink.step(json.loads(line))
 
 
 class _JsonLines:

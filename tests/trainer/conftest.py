@@ -2,6 +2,18 @@
 
 import pytest
 
+from tests.trainer.shards import publish
+from trainer.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
+
 
 @pytest.fixture
 def group_of_one():
@@ -13,3 +25,25 @@ def group_of_one():
     join_ranks("cpu")
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A training of 12 steps of 8 rows on a generation of 40, repeated; a model of some thousand weights."""
+    publish(tmp_path / "run", 40)
+    return TrainConfig(
+        directory=str(tmp_path / "train"),
+        max_steps=12,
+        model=ModelConfig(vocab_size=64, dim=16, layers=1, heads=2, kv_heads=1, hidden_dim=32),
+        optimizer=OptimizerConfig(lr=1e-2),
+        schedule=ScheduleConfig(warmup_steps=2),
+        data=DataConfig(
+            sources=(SourceConfig(str(tmp_path / "run")),),
+            global_batch_rows=8,
+            micro_batch_rows=4,
+            when_empty="repeat",
+            max_epochs=20,
+        ),
+        checkpoint=CheckpointConfig(every_steps=4),
+        telemetry=TelemetryConfig(sinks=("jsonl",)),
+    )

@@ -8,7 +8,6 @@ import threading
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,14 +375,21 @@ def test_a_dead_worker_is_named_with_what_it_was_asked_for(tmp_path, monkeypatch
 # --- waiting ----------------------------------------------------------------------------------------------------------
 
 
+def waited(data, step):
+    """The batches of a step, new generations waited for, as the loop does it."""
+    while not (batches := data.next(step)) and data.may_grow():
+        data.grows()
+    return batches
+
+
 @BOTH
 def test_waiting_sees_a_generation_published_later(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(supply, "POLL_SECONDS", 0.01)
     with Supply(config(tmp_path, when_empty="wait", workers=workers), rank=0, world_size=1) as data:
         threading.Timer(0.2, publish, (tmp_path, 12)).start()
-        first = data.next(0)
+        first = waited(data, 0)
         threading.Timer(0.2, publish, (tmp_path, 12)).start()
-        rest = data.next(1) + data.next(2)
+        rest = waited(data, 1) + waited(data, 2)
     assert len({place for batch in first + rest for place in batch.where}) == 24
 
 
@@ -391,51 +397,38 @@ def test_waiting_ends_and_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(supply, "POLL_SECONDS", 0.01)
     publish(tmp_path, 12)
     with Supply(config(tmp_path, when_empty="wait", wait_seconds=0.05), rank=0, world_size=1) as data:
-        first = data.next(0)
-        assert data.next(1) == []
+        first = waited(data, 0)
+        assert waited(data, 1) == []
         assert data.state_dict()["sources"][0]["rows"] == 8
         publish(tmp_path, 4)
         assert len({place for batch in first + data.next(1) for place in batch.where}) == 16
 
 
-def test_rows_that_are_there_are_not_kept_back_by_waiting(tmp_path):
-    publish(tmp_path, 16)
-    with Supply(config(tmp_path, when_empty="wait"), rank=0, world_size=1) as data:
-        assert len(data.next(0) + data.next(1)) == 8  # with an hour to wait, this would not return
+@pytest.mark.parametrize("when_empty", ["stop", "repeat"])
+def test_who_is_not_told_to_wait_does_not(published, when_empty):
+    with Supply(config(published(8), when_empty=when_empty), rank=0, world_size=1) as data:
+        assert data.next(0) and not data.next(1) and not data.may_grow()
 
 
-# --- counters, and what is left behind --------------------------------------------------------------------------------
+# --- what is told, and what is left behind ----------------------------------------------------------------------------
 
 
-def test_rows_and_tokens_are_counted_by_source(published):
-    runs = published(64), published(33, 40)
-    with Supply(config(*runs), rank=0, world_size=1) as data:
-        batches = [batch for step in range(3) for batch in data.next(step)]
-        rows, tokens, wait = data.rows, data.tokens, data.wait_seconds
-    expected = Counter()
-    for batch in batches:
-        for run, (_, row) in zip(batch.sources, batch.where, strict=True):
-            expected[run] += 5 + 4 * (row % 2)
-    assert rows == dict.fromkeys(runs, 12)
-    assert tokens == expected
-    assert wait >= 0
-
-
-def test_a_slow_reader_is_what_the_wait_measures(published, monkeypatch):
-    run, now = published(64), [0.0]
-
-    def slow(places, read=read_batch):
-        if places[0].run == run:  # a supply closed in another test may still be reading
-            now[0] = 3.5
-        return read(places)
-
-    monkeypatch.setattr("trainer.data.read_batch", slow)
-    monkeypatch.setattr(supply, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with Supply(config(run, micro_batch_rows=8), rank=0, world_size=1) as data:
-        data.next(0)
-        assert data.wait_seconds == 3.5
-        data.next(1)
-        assert data.wait_seconds == 0.0
+def test_what_a_step_took_is_told_so_that_its_rows_can_be_found_again(published):
+    runs = published(64), published(9, 40)
+    data = config(*runs)
+    with Supply(data, rank=0, world_size=1) as supplied:
+        for step in range(5):
+            given = {
+                (run, *place) for batch in supplied.next(step) for run, place in zip(batch.sources, batch.where, strict=True)
+            }
+            told = set()
+            for run, drawn in supplied.taken.items():
+                for name, epoch, start, stop in drawn:
+                    [entry] = [entry for entry in read_catalog(run) if entry["name"] == name]
+                    manifest = verify_generation(run, entry, mode="quick")
+                    rows = epoch_order(manifest, epoch, seed=data.shuffle_seed, nodes=data.canonical_nodes)[start:stop]
+                    told |= {(run, name, row) for row in rows.tolist()}
+            assert given == told and len(told) == 8
 
 
 def shared_memory() -> list[str]:

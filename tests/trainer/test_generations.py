@@ -155,16 +155,17 @@ def test_no_catalog_is_no_generation_and_object_storage_is_refused(tmp_path):
 
 
 def test_documents_come_in_the_order_of_rows_and_spans(run):
-    spans = [(0, 7, 0, 9, 0), (1, 5, 0, 4, 8), (1, 7, 9, 8, 0), (2, 3, 0, 16, 0), (9, 1, 0, 2, 0)]
-    names = ["row", "doc_id", "start", "length", "offset"]
-    pq.write_table(pa.table([list(c) for c in zip(*spans, strict=True)], names=names), folder(run) / "provenance.parquet")
-    assert documents_of(str(run), "gen-0001", [2, 1, 1]) == [Document(1, 7, 9, 8), Document(1, 5, 0, 4), Document(2, 3, 0, 16)]
+    spans = [(0, 7, 0, 9, 0, "a"), (1, 5, 8, 4, 0, "b"), (1, 7, 0, 8, 9, "a"), (2, 3, 0, 16, 0, "c"), (9, 1, 0, 2, 0, "d")]
+    table = pa.table([list(column) for column in zip(*spans, strict=True)], schema=PROVENANCE)
+    pq.write_table(table, folder(run) / "provenance.parquet")
+    expected = [Document(1, 7, 0, 8, 9, "a"), Document(1, 5, 8, 4, 0, "b"), Document(2, 3, 0, 16, 0, "c")]
+    assert documents_of(str(run), "gen-0001", [2, 1, 1]) == expected
     assert documents_of(str(run), "gen-0001", []) == []
 
 
 def pack_by_hand(store: Store, unit: str, rows: int) -> Commit:
     """What stage pack leaves for a unit of `rows` rows, each of one document of nine tokens."""
-    commit = Commit(unit, "fingerprint", rows_in=rows, rows_out=rows, totals={"tokens": 9.0 * rows})
+    commit = Commit(unit, "fingerprint", rows_in=rows, rows_out=rows, counts={"kept": rows}, totals={"tokens": 9.0 * rows})
     with scratch_folder("pack") as folder:
         with MDSWriter(folder / "part", columns=columns(SEQ_LEN), hashes=["sha1"]) as writer:
             for row in range(rows):
@@ -172,7 +173,7 @@ def pack_by_hand(store: Store, unit: str, rows: int) -> Commit:
         for file in (folder / "part").iterdir():
             with store.create("parts", unit, file.name, outputs=commit.outputs) as path:
                 path.write_bytes(file.read_bytes())
-    spans = [(row, 100 * int(unit) + row, 3, 9, 0) for row in range(rows)]
+    spans = [(row, 100 * int(unit) + row, 0, 9, 3, "https://a.example/") for row in range(rows)]
     with store.create("provenance", f"{unit}.parquet", outputs=commit.outputs) as path:
         pq.write_table(pa.table([list(column) for column in zip(*spans, strict=True)], schema=PROVENANCE), path)
     return commit
@@ -185,4 +186,5 @@ def test_what_the_pipeline_publishes_is_read_and_verified(tmp_path):
     manifest = verified(tmp_path, "full")
     assert (manifest.name, manifest.rows, manifest.tokens) == (published.name, 7, 63)
     assert (manifest.shard_rows, manifest.tokenizer) == ((3, 4), "cl100k_base")
-    assert documents_of(str(tmp_path), published.name, [1, 4]) == [Document(1, 1, 3, 9), Document(4, 101, 3, 9)]
+    url = "https://a.example/"
+    assert documents_of(str(tmp_path), published.name, [1, 4]) == [Document(1, 1, 0, 9, 3, url), Document(4, 101, 0, 9, 3, url)]

@@ -1,56 +1,39 @@
 """The loop on one process: it learns, resumes bit for bit, keeps NaN from the weights, and its feedback is its own count."""
 
 import itertools
-import json
 import math
 import os
 import signal
+import threading
+import time
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.train
 torch = pytest.importorskip("torch")
 
+import torch.distributed as dist  # noqa: E402
+
 from tests.trainer.shards import publish  # noqa: E402
-from trainer import loop  # noqa: E402
+from trainer import checkpoint, loop, supply  # noqa: E402
 from trainer.config import (  # noqa: E402
     CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ScheduleConfig,
+    EvaluationConfig,
+    ParallelConfig,
     SourceConfig,
-    TelemetryConfig,
-    TrainConfig,
 )
-from trainer.feedback import read_summaries  # noqa: E402
+from trainer.data import read_batch  # noqa: E402
+from trainer.feedback import Writer, read_summaries  # noqa: E402
+from trainer.plot import read_metrics  # noqa: E402
 
-
-@pytest.fixture
-def config(tmp_path):
-    publish(tmp_path / "run", 40)
-    return TrainConfig(
-        directory=str(tmp_path / "train"),
-        max_steps=12,
-        model=ModelConfig(vocab_size=64, dim=16, layers=1, heads=2, kv_heads=1, hidden_dim=32),
-        optimizer=OptimizerConfig(lr=1e-2),
-        schedule=ScheduleConfig(warmup_steps=2),
-        data=DataConfig(
-            sources=(SourceConfig(str(tmp_path / "run")),),
-            global_batch_rows=8,
-            micro_batch_rows=4,
-            when_empty="repeat",
-            max_epochs=20,
-        ),
-        checkpoint=CheckpointConfig(every_steps=4),
-        telemetry=TelemetryConfig(sinks=("jsonl",)),
-    )
+NO_LOSS = torch.tensor([[10.0, 9.0, math.nan]], dtype=torch.float64)
 
 
 def metrics(config):
-    with open(f"{config.directory}/metrics.jsonl") as file:
-        return {row["step"]: row for row in map(json.loads, file)}
+    return {record["step"]: record for record in read_metrics(Path(config.directory) / "metrics.jsonl")}
 
 
 def test_the_loss_falls_and_the_run_ends_where_it_was_told_to(config):
@@ -74,13 +57,13 @@ def test_a_resumed_run_takes_the_steps_that_would_have_come(config, tmp_path):
 def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):
     accumulate, calls, weights = loop.accumulate, [], []
 
-    def poisoned(model, batches, *, device):
+    def poisoned(model, *args, **options):
         calls.append(len(calls))
         weights.append([p.full_tensor().clone() for p in model.parameters()])
-        loss, targets, sources = accumulate(model, batches, device=device)
+        sums = accumulate(model, *args, **options)
         if calls[-1] == 3:
             next(model.parameters()).grad.fill_(math.nan)
-        return loss, targets, sources
+        return sums
 
     monkeypatch.setattr(loop, "accumulate", poisoned)
     loop.train(replace(config, max_steps=6), device="cpu")
@@ -90,7 +73,8 @@ def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):
 
 def test_only_nan_ends_the_run_and_the_last_good_state_stays(config, monkeypatch):
     loop.train(replace(config, max_steps=4), device="cpu")
-    monkeypatch.setattr(loop, "accumulate", lambda *args, **kwargs: (math.nan, 1, {}))
+    accumulate = loop.accumulate
+    monkeypatch.setattr(loop, "accumulate", lambda *args, **options: accumulate(*args, **options)._replace(by_run=NO_LOSS))
     with pytest.raises(loop.Diverged, match=r"10 steps in a row up to 13 had no finite loss or gradient: lower optimizer.lr"):
         loop.train(replace(config, max_steps=99, checkpoint=CheckpointConfig(every_steps=100)), device="cpu")
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
@@ -102,11 +86,11 @@ def test_only_nan_ends_the_run_and_the_last_good_state_stays(config, monkeypatch
 def test_a_run_that_is_asked_to_stop_saves_first(config, monkeypatch):
     accumulate, handler = loop.accumulate, signal.getsignal(signal.SIGTERM)
 
-    def asked(model, batches, **kwargs):
+    def asked(model, batches, *args, **options):
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         seen.append(batches[0].where)
-        return accumulate(model, batches, **kwargs)
+        return accumulate(model, batches, *args, **options)
 
     seen = []
     monkeypatch.setattr(loop, "accumulate", asked)
@@ -125,3 +109,157 @@ def test_feedback_counts_what_was_trained_on_once(config):
     assert summary.report.state == "stopped" and summary.report.steps == 12
     assert summary.report.tokens_total == sum(row["tokens"] for row in rows.values())
     assert summary.report.restarts == 1
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def rank(number, ranks, folder, config):
+    """In a process of its own: one rank of a training."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/ranks-{config.max_steps}-{ranks}", rank=number, world_size=ranks
+    )
+    loop.train(config, device="cpu")
+    dist.destroy_process_group()
+
+
+def spawn(ranks, folder, config):
+    torch.multiprocessing.spawn(rank, args=(ranks, folder, config), nprocs=ranks)
+
+
+def taken(config):
+    return {step: row["data"] for step, row in metrics(config).items()}
+
+
+def losses(config):
+    return [row["loss"] for row in metrics(config).values()]
+
+
+def test_two_ranks_in_bfloat16_train_like_one(config, tmp_path):
+    config = replace(config, max_steps=6, parallel=ParallelConfig(precision="bf16"))
+    loop.train(config, device="cpu")
+    two = replace(config, directory=str(tmp_path / "two"))
+    spawn(2, tmp_path, two)
+    assert losses(two) == pytest.approx(losses(config), rel=2e-3)
+    assert taken(two) == taken(config)
+    assert [row["tokens"] for row in metrics(two).values()] == [row["tokens"] for row in metrics(config).values()]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_goes_on_with_the_same_global_batches(config, tmp_path, before, after):
+    config = replace(config, parallel=ParallelConfig(precision="fp32"))
+    loop.train(config, device="cpu")
+    changed = replace(config, directory=str(tmp_path / "changed"))
+    spawn(before, tmp_path, replace(changed, max_steps=5))
+    spawn(after, tmp_path, changed)
+    assert taken(changed) == taken(config) and len(taken(config)) == 12
+    # max_steps shapes the learning rate: the first five steps were another schedule's
+    assert losses(changed)[:2] == pytest.approx(losses(config)[:2], rel=1e-5)
+    [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries[:1]
+    assert summary.report.steps == 12
+
+
+# --- what a slow disk and a slow save do ------------------------------------------------------------------------------
+
+
+def test_a_slow_reader_raises_data_wait_and_nothing_else(config, tmp_path, monkeypatch):
+    loop.train(config, device="cpu")
+    monkeypatch.setattr("trainer.data.read_batch", lambda places, read=read_batch: time.sleep(0.2) or read(places))
+    slow = replace(config, directory=str(tmp_path / "slow"))
+    loop.train(slow, device="cpu")
+    for quick, waited in zip(metrics(config).values(), metrics(slow).values(), strict=True):
+        assert all(quick[key] == waited[key] for key in ("loss", "grad_norm", "tokens", "sources", "data", "lr"))
+    last = metrics(slow)[12]
+    wait = sum(row["seconds"]["data_wait"] for row in metrics(slow).values())
+    others = sum(sum(row["seconds"].values()) for row in metrics(slow).values()) - wait
+    assert last["data_wait_share"] > 0.5 > metrics(config)[12]["data_wait_share"]
+    assert wait > 12 * 2 * 0.2 - others  # what reading took and computing did not hide
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(config, monkeypatch):
+    hashes, trained, steps = checkpoint._hashes, threading.Event(), []
+
+    def slow(*args):
+        assert trained.wait(60)
+        return hashes(*args)
+
+    def counted(self, batches, update=loop.Training._update):
+        steps.append((self.step, self.checkpoints.poll()))
+        if self.step == 6:
+            trained.set()
+        return update(self, batches)
+
+    monkeypatch.setattr(checkpoint, "_hashes", slow)
+    monkeypatch.setattr(loop.Training, "_update", counted)
+    loop.train(config, device="cpu")
+    # the save after step 4 is in flight at the start of steps 4 to 6 (counted from 0), and waited for by none of them
+    assert [step for step, in_flight in steps if in_flight][:3] == [4, 5, 6]
+    assert checkpoint.Checkpoints(f"{config.directory}/checkpoints", config.checkpoint).latest().step == 12
+
+
+# --- supply that comes late -------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_that_waits_says_so_and_goes_on_with_the_next_generation(config, monkeypatch):
+    run = Path(config.data.sources[0].run)
+    said = []
+    monkeypatch.setattr(supply, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(
+        loop.feedback.Writer, "write", lambda self, report, write=Writer.write: said.append(report) or write(self, report)
+    )
+    publish_after = iter([None] * 3)
+
+    def grows(self, grows=supply.Supply.grows):
+        if next(publish_after, True):
+            publish(run, 8, first=40)
+        return grows(self)
+
+    monkeypatch.setattr(supply.Supply, "grows", grows)
+    data = replace(config.data, when_empty="wait")
+    result = loop.train(
+        replace(config, max_steps=6, data=data, telemetry=replace(config.telemetry, every_seconds=0.001)), device="cpu"
+    )
+    assert (result.steps, result.why) == (6, "step 6 was reached")
+    assert [report.steps for report in said if report.state == "waiting"] == [5, 5, 5]
+    assert said[-1].sources[str(run)].rows == {"gen-0001": 40, "gen-0002": 8}
+    assert said[-1].budget == 0 and said[0].budget == 6 * 8 * 16
+
+
+def test_a_file_asks_a_run_to_stop_and_what_is_left_of_the_budget_is_told(config, monkeypatch):
+    def asked(self, batches, update=loop.Training._update):
+        if self.step == 3:
+            (self.folder / "stop").touch()
+        return update(self, batches)
+
+    monkeypatch.setattr(loop.Training, "_update", asked)
+    result = loop.train(config, device="cpu")
+    assert (result.steps, result.why) == (4, "it was asked to stop")
+    [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
+    assert summary.report.budget == 8 * 8 * 16
+
+
+def test_a_machine_about_to_be_taken_away_is_saved_for_and_training_goes_on(config):
+    config = replace(config, checkpoint=CheckpointConfig(every_steps=100, keep_last=5))
+    with ExitStack() as opened:
+        result = loop.Training(config, opened, device="cpu", preempted=lambda: True).to_the_end()
+    assert (result.steps, result.why) == (12, "step 12 was reached")
+    assert sorted(path.name for path in Path(config.directory, "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_loss_is_told_and_picks_the_best_checkpoint(config, tmp_path):
+    run = tmp_path / "held"
+    publish(run, 40, held_out=4)
+    every = replace(
+        config, data=replace(config.data, sources=(SourceConfig(str(run)),)), evaluation=EvaluationConfig(every_steps=4)
+    )
+    loop.train(every, device="cpu")
+    rows = metrics(every)
+    told = {step: row["held_out/loss"] for step, row in rows.items() if "held_out/loss" in row}
+    assert list(told) == [4, 8, 12] and told[12] < told[4]
+    saved = checkpoint.Checkpoints(f"{every.directory}/checkpoints", every.checkpoint).latest()
+    assert (saved.step, saved.metric) == (12, told[12])
+    assert rows[8]["seconds"]["evaluation"] > 0

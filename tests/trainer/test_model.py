@@ -17,7 +17,6 @@ from trainer.config import PRESETS, ModelConfig  # noqa: E402
 from trainer.model import (  # noqa: E402
     IGNORE,
     Transformer,
-    cross_entropy_sum,
     flops_per_token,
     from_hugging_face,
     loss_and_gradient,
@@ -152,7 +151,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(spans,
     tokens, documents = packed(spans)
     model, oracle = excited(replace(SMALL, tied=tied)), excited(replace(SMALL, tied=tied))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "CHUNK", chunk)
+        patch.setitem(model_module.LOGITS_BYTES, "cpu", chunk * 4 * VOCAB)
         found = model.loss(tokens, documents)
         with torch.no_grad():
             torch.testing.assert_close(model.loss(tokens, documents), found)  # evaluation takes another way
@@ -160,8 +159,13 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(spans,
     targets = slow_targets(documents)
     expected = -sum([logits[row, at, tokens[row, at + 1]] for row, at in targets], torch.zeros(()))
     torch.testing.assert_close(found.sum, expected, rtol=1e-5, atol=1e-4)
-    assert found.tokens == len(targets) == num_targets(documents)
-    torch.testing.assert_close(cross_entropy_sum(oracle(tokens, documents), tokens, documents), found, rtol=1e-5, atol=1e-4)
+    assert found.targets == len(targets) == num_targets(documents)
+    by_row = [
+        -sum([logits[row, at, tokens[row, at + 1]] for row, at in targets if row == r], torch.zeros(()))
+        for r in range(len(tokens))
+    ]
+    torch.testing.assert_close(found.rows, torch.stack(by_row), rtol=1e-5, atol=1e-4)
+    assert not found.rows.requires_grad
     if targets:
         (found.sum * scale).backward()
         (expected * scale).backward()
@@ -179,7 +183,7 @@ def test_a_batch_of_fill_has_no_targets_and_no_gradient():
     model = build(SMALL)
     loss = model.loss(torch.zeros(2, 5, dtype=torch.int64), torch.full((2, 5), -1))
     loss.sum.backward()
-    assert (loss.sum, loss.tokens) == (0, 0)
+    assert (loss.sum, loss.targets) == (0, 0)
     assert all((p.grad == 0).all() for p in model.parameters())
 
 
@@ -209,6 +213,7 @@ def test_bfloat16_logits_give_a_float32_loss_and_a_bfloat16_gradient():
     targets = torch.randint(0, VOCAB, (20,))
     targets[3] = IGNORE
     found, gradient = loss_and_gradient(logits.detach(), targets)
+    found = found.sum()
     expected = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
     expected.backward()
     assert (found.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)

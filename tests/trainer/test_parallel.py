@@ -100,7 +100,7 @@ def plain_step(name):
     model.init_weights(3)
     tokens, documents = batch()
     loss = model.loss(tokens, documents)
-    mean = loss.sum / loss.tokens
+    mean = loss.sum / loss.targets
     mean.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm().item()

@@ -435,9 +435,9 @@ def test_the_console_says_unknown_and_leaves_out_what_was_not_measured():
 
 def test_the_console_prints_every_ten_seconds_and_each_spike(tmp_path, capsys):
     clock = Clock()
-    from trainer.telemetry import _Console
+    from trainer.telemetry import Console
 
-    console = _Console(clock=clock)
+    console = Console(clock=clock)
     for step in range(25):
         console.step({"step": step, "spike": step == 13})
         clock.pass_(1)

@@ -1,0 +1,184 @@
+"""Launching: a config becomes a training, in this process or by Ray Train, which starts dead workers again."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from trainer.config import ConfigError, DataConfig, RayConfig, TrainConfig
+from trainer.launch import worker_counts
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "ray", "counts"),
+    [
+        (8, 2, RayConfig(workers=4), [4]),
+        (8, 2, RayConfig(workers=4, min_workers=1), [1, 2, 4]),
+        (48, 4, RayConfig(workers=5, min_workers=2), [2, 3, 4]),
+        (8, 8, RayConfig(), [1]),
+    ],
+)
+def test_only_counts_that_divide_the_global_batch_are_taken(rows, micro, ray, counts):
+    config = TrainConfig("t", data=DataConfig(global_batch_rows=rows, micro_batch_rows=micro), ray=ray)
+    assert worker_counts(config) == counts
+
+
+@pytest.mark.parametrize("ray", [RayConfig(workers=3), RayConfig(workers=7, min_workers=5), RayConfig(workers=2, min_workers=3)])
+def test_a_range_without_such_a_count_is_refused_with_those_that_do(ray):
+    with pytest.raises(ConfigError, match="8 rows in micro-batches of 2 divide among 1, 2, 4 workers; take one of these"):
+        worker_counts(TrainConfig("t", data=DataConfig(global_batch_rows=8, micro_batch_rows=2), ray=ray))
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+train = pytest.mark.train
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """A config of 40 rows, twenty times over, in steps of 8: 100 steps."""
+    pytest.importorskip("torch")
+    from tests.trainer.shards import publish
+
+    publish(tmp_path / "run", 40)
+    text = f"""
+        directory = "{tmp_path}/train"
+        model = {{vocab_size = 64, dim = 16, layers = 1, heads = 2, kv_heads = 1, hidden_dim = 32}}
+        parallel.precision = "fp32"
+        schedule.warmup_steps = 2
+        checkpoint = {{every_steps = 10}}
+        telemetry.sinks = ["jsonl"]
+        ray = {{workers = 2, cpus_per_worker = 0.5}}
+        [data]
+        global_batch_rows = 8
+        micro_batch_rows = 4
+        when_empty = "repeat"
+        max_epochs = 20
+        [[data.sources]]
+        run = "{tmp_path}/run"
+    """
+    (tmp_path / "train.toml").write_text("\n".join(line.strip() for line in text.splitlines()))
+    return tmp_path / "train.toml"
+
+
+def lines(folder: Path) -> list[dict]:
+    """All records of a training, those of replayed steps as well."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@train
+def test_a_training_is_launched_drawn_exported_and_asked_about(file, tmp_path):
+    from trainer.launch import TrainingError, export, launch
+
+    ended = launch(file, ["max_steps=4", "checkpoint.every_steps=2"], on_ray=False)
+    assert (ended.steps, ended.why) == (4, "step 4 was reached") and "<svg" in ended.plot.read_text()
+    assert export(f"{tmp_path}/train", f"{tmp_path}/hf", step=2) == 2
+    assert export(f"{tmp_path}/train/checkpoints", f"{tmp_path}/newest", step=None) == 4
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "llama"
+    with pytest.raises(TrainingError, match=r"train/checkpoints holds checkpoints of the steps \[2, 4\], none of 3$"):
+        export(f"{tmp_path}/train", f"{tmp_path}/other", step=3)
+    with pytest.raises(TrainingError, match=r"nowhere holds checkpoints of the steps \[\]$"):
+        export(f"{tmp_path}/nowhere", f"{tmp_path}/other", step=None)
+
+
+@train
+def test_a_request_to_stop_that_an_earlier_run_has_left_is_none(file, tmp_path):
+    from trainer.launch import launch
+
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "stop").touch()
+    assert launch(file, ["max_steps=3"], on_ray=False).steps == 3
+
+
+# --- Ray Train --------------------------------------------------------------------------------------------------------
+
+
+def workers() -> list[int]:
+    """Process ids of Ray Train's workers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::RayTrainWorker"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it has just ended
+    return sorted(found)
+
+
+def when(folder: Path, step: int, action) -> threading.Thread:
+    """Do something once the training has told of this step."""
+
+    def watch() -> None:
+        while not any(record["step"] >= step for record in lines(folder)):
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@train
+@pytest.mark.ray
+@pytest.mark.kill
+def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session):
+    from trainer.feedback import read_summaries
+    from trainer.launch import launch
+
+    undisturbed = launch(file, [f"directory={tmp_path}/undisturbed"], on_ray=True)
+    killer = when(tmp_path / "train", 25, lambda: os.kill(workers()[-1], signal.SIGKILL))
+    ended = launch(file, [], on_ray=True)
+    killer.join()
+    assert (ended.steps, ended.why, ended.loss) == (100, "the data ended", undisturbed.loss)
+    told, expected = lines(tmp_path / "train"), {record["step"]: record for record in lines(tmp_path / "undisturbed")}
+    assert len(told) > 100  # steps since the last checkpoint came again
+    exact = ("loss", "grad_norm", "lr", "tokens", "sources", "data")
+    assert all(record[key] == expected[record["step"]][key] for record in told for key in exact)
+    drawn = Counter()
+    for record in {record["step"]: record for record in told}.values():
+        [[[name, epoch, start, stop]]] = record["data"].values()
+        drawn.update((name, epoch, place) for place in range(start, stop))
+    assert drawn == {("gen-0001", epoch, place): 1 for epoch in range(20) for place in range(40)}
+    reports = {summary.trainer: summary.report for summary in read_summaries(f"{tmp_path}/run/feedback").summaries}
+    assert (reports["train"].restarts, reports["undisturbed"].restarts) == (1, 0)
+    assert reports["train"].tokens_total == reports["undisturbed"].tokens_total == reports["undisturbed"].tokens_processed
+    assert reports["train"].tokens_processed > reports["train"].tokens_total
+
+
+@train
+@pytest.mark.ray
+def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(file, tmp_path, ray_session):
+    from trainer.launch import TrainingError, launch
+
+    next((tmp_path / "run").rglob("*.mds")).unlink()
+    with pytest.raises(TrainingError, match=r"generation gen-0001: part-0000\d/shard\.00000\.mds: expected a file, found none"):
+        launch(file, ["ray.max_failures=-1"], on_ray=True)  # which would be tried for ever
+
+
+@train
+@pytest.mark.ray
+def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_end(file, tmp_path, ray_session):
+    from trainer.launch import launch
+
+    seen = []
+
+    def stop() -> None:
+        seen.append(len(workers()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    # two CPUs have room for 3 workers of .6, of which one rank of a batch of 2 micro-batches is too many
+    stopper = when(tmp_path / "train", 5, stop)
+    ended = launch(
+        file, ["ray.min_workers=1", "ray.workers=4", "ray.cpus_per_worker=0.6", "data.micro_batch_rows=2"], on_ray=True
+    )
+    stopper.join()
+    assert seen == [2] and ended.why == "it was asked to stop" and ended.steps < 100
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert (tmp_path / "train" / "checkpoints" / f"step-{ended.steps:08}" / "meta.json").exists()

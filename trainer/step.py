@@ -1,0 +1,58 @@
+"""The model with its optimiser, and the gradients of a global batch: torch and nothing else, which a benchmark can run alone."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainer.config import TrainConfig
+from trainer.model import Transformer, num_targets, unless_whole
+from trainer.optim import make_optimizer
+from trainer.parallel import make_mesh, parallelize, sum_over_ranks
+
+if TYPE_CHECKING:
+    from trainer.data import Batch
+
+
+class Sums(NamedTuple):
+    """What `accumulate` found: tokens without fill, targets and nats of each run over all ranks, float64 (runs, 3).
+
+    `row_nats` are this rank's, by micro-batch, (micro_batch_rows,) each.
+    """
+
+    by_run: Tensor
+    row_nats: list[Tensor]
+
+
+def build(config: TrainConfig, device: str) -> tuple[Transformer, Optimizer]:
+    """The model, sharded and initialised by the seed, and its optimiser."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parallelize(model, config.parallel, make_mesh(config.parallel, device=device))
+    model.to_empty(device=device)
+    model.init_weights(config.seed)
+    return model, make_optimizer(model, config.optimizer)
+
+
+def accumulate(model: Transformer, batches: "Sequence[Batch]", runs: Sequence[str], *, device: str) -> Sums:
+    """Gradients of the global batch's mean loss, this rank's part of it given, which is of these `runs`.
+
+    Collective; does not wait for the device. FSDP averages gradients over ranks: each rank's sum is scaled by their number.
+    """
+    targets = sum_over_ranks(sum(num_targets(batch.documents) for batch in batches), device=device)
+    scale = (dist.get_world_size() / targets.clamp(min=1)).float().squeeze()
+    by_run, row_nats = torch.zeros(len(runs), 3, dtype=torch.float64, device=device), []
+    for number, batch in enumerate(batches):
+        model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
+        documents = unless_whole(batch.documents)
+        loss = model.loss(batch.tokens.to(device), None if documents is None else documents.to(device))
+        (loss.sum * scale).backward()  # type: ignore[no-untyped-call]
+        rows = [(int((row >= 0).sum()), num_targets(row[None])) for row in batch.documents]
+        figures = torch.cat([torch.tensor(rows, device=device), loss.rows[:, None]], dim=1).double()
+        by_run.index_add_(0, torch.tensor([runs.index(run) for run in batch.sources], device=device), figures)
+        row_nats.append(loss.rows)
+    dist.all_reduce(by_run)
+    return Sums(by_run, row_nats)

@@ -589,7 +589,7 @@ def why_step_command(
         Console(highlight=False, width=max(out.width, WIDE)).print(table)
 
 
-@app.command("export")
+@app.command("export-model")
 def export_model(
     training: Annotated[str, typer.Argument(help="directory of a training, or folder or URL of its checkpoints")],
     output: Annotated[str, typer.Argument(help="folder or URL to write config.json and model.safetensors to")],

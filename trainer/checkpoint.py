@@ -244,7 +244,8 @@ def export_hugging_face(
     """Write the weights of a checkpoint, float32, for transformers' LlamaForCausalLM (see `save_hugging_face`).
 
     In this process alone, without a process group; holds the weights, not the optimiser's state. Both may be URLs, by way of
-    the temporary folder. `max_positions` is by default the length of the rows that it was trained on. ValueError for a folder that is no checkpoint or whose files are not what was saved.
+    the temporary folder. `max_positions` is by default the length of the rows that it was trained on. ValueError for a folder
+    that is no checkpoint or whose files are not what was saved.
     """
     (files, folder), (store, target) = _locate(folder), _locate(output)
     meta, fault = _inspect(files, folder, 0, 1)

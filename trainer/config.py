@@ -113,7 +113,8 @@ class DataConfig:
 class CheckpointConfig:
     """A checkpoint every `every_steps`, the last `keep_last` and the best `keep_best` by held-out loss kept.
 
-    `folder` is a disk that every rank sees or a URL (s3://BUCKET/RUN); "" is `checkpoints/` of the training's directory.
+    The best are of those steps that were evaluated. `folder` is a disk that every rank sees or a URL (s3://BUCKET/RUN); "" is
+    `checkpoints/` of the training's directory.
     """
 
     folder: str = ""

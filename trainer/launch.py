@@ -52,6 +52,8 @@ def launch(file: Path, overrides: Sequence[str], *, on_ray: bool) -> Ended:
     from trainer.plot import plot
 
     rank = os.environ.get("RANK")
+    if rank in (None, "0"):
+        Path(config.directory, STOP).unlink(missing_ok=True)  # meant for an earlier run
     ended = _on_ray(config) if on_ray and rank is None else _here(config, "cuda" if torch.cuda.is_available() else "cpu")
     drawn = Path(config.directory, "training.html")
     if rank in (None, "0"):

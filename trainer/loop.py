@@ -27,7 +27,7 @@ from trainer.config import STOP, TrainConfig
 from trainer.data import Batch
 from trainer.devices import gpu_health, peak_flops
 from trainer.evaluate import Evaluation, Scores
-from trainer.model import flops_per_token, num_targets
+from trainer.model import flops_per_token, row_targets
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.parallel import clip_grad_norm, join_ranks, sum_over_ranks
 from trainer.step import Sums, accumulate, build
@@ -99,6 +99,7 @@ class Training:
                 self.checkpoints.load(saved, self.model, self.optimizer)
         self.loss, self.bad_steps = math.nan, 0
         self.scores: Scores | None = None  # of the step before, if it was time for them
+        self.health: feedback.Health | None = None  # as it was told last
         self.signalled = False
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -202,8 +203,10 @@ class Training:
             figures = {"step": self.step, "loss": update.loss, "grad_norm": update.grad_norm, "tokens": tokens}
             rate = self.optimizer.param_groups[0]["lr"]
             more = {"lr": rate, "spike": update.spike, "mfu": self._mfu(), "seconds": step.seconds, "sources": sources}
-            evaluated: dict[str, float] = self.scores.figures() if self.scores else {}
-            self.telemetry.step(figures | more | self.meter.rates()._asdict() | evaluated | {"data": self.supply.taken})
+            more |= {"restarts": self.meter.totals.restarts, "data": self.supply.taken}
+            health = self.health._asdict() if self.health else {}
+            scores: dict[str, float] = self.scores.figures() if self.scores else {}
+            self.telemetry.step(figures | more | self.meter.rates()._asdict() | health | scores)
         self._tell("running", when_due=True)
 
     def _save(self) -> None:
@@ -223,10 +226,11 @@ class Training:
             self.writer.write(self._report(state))
 
     def _report(self, state: Any) -> feedback.Report:
-        health = gpu_health(str(torch.cuda.get_device_properties(0).uuid)) if self.device == "cuda" else None
+        if self.device == "cuda":
+            self.health = gpu_health(str(torch.cuda.get_device_properties(0).uuid))
         rows = (self.config.max_steps - self.step) * self.config.data.global_batch_rows
         budget = rows * self.supply.seq_len if self.config.max_steps and self.supply.seq_len else None
-        return self.meter.report(state, mfu=self._mfu(), health=health, budget=budget)
+        return self.meter.report(state, mfu=self._mfu(), health=self.health, budget=budget)
 
     def _mfu(self) -> float | None:
         if self.device != "cuda" or self.config.parallel.precision != "bf16" or self.supply.seq_len is None:
@@ -244,7 +248,6 @@ class Training:
     def _telemetry(self, opened: ExitStack) -> Telemetry:
         telemetry = Telemetry(self.folder, run=self.folder.resolve().name, sinks=self.config.telemetry.sinks)
         opened.callback(telemetry.close)
-        (self.folder / STOP).unlink(missing_ok=True)
         (self.folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
         return telemetry
 
@@ -259,8 +262,7 @@ def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[Ro
     """The rows of all ranks with the loss of each, in nats a target; for the rare step that needs them."""
     mine = []
     for batch, nats in zip(batches, row_nats, strict=True):
-        targets = [max(1, num_targets(row[None])) for row in batch.documents]
-        means = [total / count for total, count in zip(nats.tolist(), targets, strict=True)]
+        means = (nats.cpu() / row_targets(batch.documents).clamp(min=1)).tolist()
         mine += [RowLoss(run, *place, mean) for run, place, mean in zip(batch.sources, batch.where, means, strict=True)]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

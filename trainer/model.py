@@ -165,20 +165,28 @@ def next_tokens(tokens: Tensor, documents: Tensor | None) -> Tensor:
     return targets
 
 
+def row_targets(documents: Tensor) -> Tensor:
+    """How many positions of each row predict a token, int64 (B,)."""
+    return _has_next(documents).sum(1)
+
+
 def num_targets(documents: Tensor) -> int:
     """How many positions of the batch predict a token; what the step's loss is divided by, summed over ranks."""
-    return int(_has_next(documents).sum())
+    return int(row_targets(documents).sum())
 
 
 def loss_and_gradient(logits_TV: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (T,), float32, 0 without a target, and its gradient by the logits: softmax - one-hot, in their precision."""
+    """Cross-entropy (T,), float32, 0 without a target, and its gradient by the logits: softmax - one-hot, in their precision.
+
+    The gradient takes the place of float32 logits.
+    """
     x_TV = logits_TV.float()
     valid = targets != IGNORE
     target = targets.clamp(min=0)[:, None]
     log_total = x_TV.logsumexp(-1)
     nats = log_total - x_TV.gather(1, target).squeeze(1)
     # exp(x - inf) = 0: a position without a target gives no gradient
-    p_TV = (x_TV - log_total.masked_fill(~valid, float("inf"))[:, None]).exp_()
+    p_TV = x_TV.sub_(log_total.masked_fill(~valid, float("inf"))[:, None]).exp_()
     p_TV.scatter_add_(1, target, -valid.to(p_TV.dtype)[:, None])
     return nats.masked_fill(~valid, 0.0), p_TV.to(logits_TV.dtype)
 
@@ -282,7 +290,10 @@ class _ChunkedLoss(torch.autograd.Function):
             found, by_logits = kernel(hidden @ weight_VD.T, target)
             nats.append(found)
             out.copy_(by_logits @ weight_VD)
-            by_weight += by_logits.T @ hidden
+            if by_logits.dtype == by_weight.dtype:
+                by_weight.addmm_(by_logits.T, hidden)  # without a second V D, which on a CPU costs a tenth of the step
+            else:
+                by_weight += by_logits.T @ hidden
         ctx.save_for_backward(by_hidden, by_weight.to(weight_VD.dtype))
         each = torch.cat(nats)
         ctx.mark_non_differentiable(each)

@@ -22,7 +22,7 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("Loss", ("loss",), False, "{:.3g}"),
+    Panel("Loss, nats a token (orange: held out)", ("loss", "held_out/loss"), False, "{:.3g}"),
     Panel(
         "Tokens per second (orange: without stalls)", ("tokens_per_second", "tokens_per_second_without_stalls"), True, "{:,.5g}"
     ),
@@ -80,7 +80,7 @@ def _panel(panel: Panel, records: Sequence[dict[str, Any]], top: float, steps: t
         return f"{x:.1f},{top + HEIGHT - (value - low) / (high - low) * HEIGHT:.1f}"
 
     grid = [_tick(tick, at(steps[0], tick), panel.shape) for tick in ticks]
-    lines = [_curve(points, at, steps, second=i > 0) for i, points in reversed(list(enumerate(series)))]
+    lines = [_curve(points, at, steps, second=i > 0) for i, points in reversed(list(enumerate(series))) if points]
     return title + "".join(grid) + "".join(lines) + _step_axis(steps, top + HEIGHT)
 
 

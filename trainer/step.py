@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.config import TrainConfig
-from trainer.model import Transformer, num_targets, unless_whole
+from trainer.model import Transformer, num_targets, row_targets, unless_whole
 from trainer.optim import make_optimizer
 from trainer.parallel import make_mesh, parallelize, sum_over_ranks
 
@@ -50,8 +50,8 @@ def accumulate(model: Transformer, batches: "Sequence[Batch]", runs: Sequence[st
         documents = unless_whole(batch.documents)
         loss = model.loss(batch.tokens.to(device), None if documents is None else documents.to(device))
         (loss.sum * scale).backward()  # type: ignore[no-untyped-call]
-        rows = [(int((row >= 0).sum()), num_targets(row[None])) for row in batch.documents]
-        figures = torch.cat([torch.tensor(rows, device=device), loss.rows[:, None]], dim=1).double()
+        counts = torch.stack([(batch.documents >= 0).sum(1), row_targets(batch.documents)], dim=1)
+        figures = torch.cat([counts.to(device).double(), loss.rows[:, None]], dim=1)
         by_run.index_add_(0, torch.tensor([runs.index(run) for run in batch.sources], device=device), figures)
         row_nats.append(loss.rows)
     dist.all_reduce(by_run)

@@ -48,11 +48,16 @@ def accumulate(model: Transformer, batches: "Sequence[Batch]", runs: Sequence[st
     for number, batch in enumerate(batches):
         model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
         documents = unless_whole(batch.documents)
-        loss = model.loss(batch.tokens.to(device), None if documents is None else documents.to(device))
+        loss = model.loss(moved(batch.tokens, device), None if documents is None else moved(documents, device))
         (loss.sum * scale).backward()  # type: ignore[no-untyped-call]
         counts = torch.stack([(batch.documents >= 0).sum(1), row_targets(batch.documents)], dim=1)
-        figures = torch.cat([counts.to(device).double(), loss.rows[:, None]], dim=1)
-        by_run.index_add_(0, torch.tensor([runs.index(run) for run in batch.sources], device=device), figures)
+        figures = torch.cat([moved(counts, device).double(), loss.rows[:, None]], dim=1)
+        by_run.index_add_(0, moved(torch.tensor([runs.index(run) for run in batch.sources]), device), figures)
         row_nats.append(loss.rows)
     dist.all_reduce(by_run)
     return Sums(by_run, row_nats)
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """To the device without waiting for it: a copy from memory that is not pinned comes after all work that it has been given."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor

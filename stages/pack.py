@@ -31,7 +31,7 @@ PROVENANCE = pa.schema(
         pa.field("start", pa.int32(), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),  # a trainer that asks for it may have the generation alone
+        pa.field("url", pa.string()),  # here as well, as a trainer may have nothing but the generation; null where there is none
     ]
 )
 

@@ -46,7 +46,7 @@ class Document(NamedTuple):
     start: int
     length: int
     offset: int
-    url: str
+    url: str | None
 
 
 def fault(name: str, file: str, *, expected: object, found: object, do: str) -> GenerationFault:

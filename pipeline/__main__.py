@@ -7,6 +7,7 @@ Exit codes: 0 well; 1 a fault was found, or the run could not be completed; 2 th
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import ConfigError, absolute_path, load, show
+from pipeline.config import Config, ConfigError, absolute_path, load, show
 from pipeline.lease import Held
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=__doc__.split("\n\n")[0])
@@ -31,6 +32,7 @@ Format = StrEnum("Format", ["jsonl", "parquet"])
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file, e.g. configs/quickstart.toml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file", metavar="[SECTION.KEY=VALUE]...")]
 RunFolder = Annotated[str, typer.Argument(help="run directory (run.directory of the config)", metavar="RUN")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 
 
@@ -70,7 +72,7 @@ def run(
     only: Annotated[Stage | None, typer.Option(help="run this stage alone; the ones before must be done")] = None,
     first: Annotated[Stage | None, typer.Option("--from", help="begin at this stage; the ones before must be done")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and stop")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a config: extract, dedup, refine, pack, publish. The same command again goes on where it stopped."""
@@ -109,11 +111,106 @@ def run(
 
 
 @app.command()
+def batch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    inputs: Annotated[int | None, typer.Option(help="take so many inputs, whatever the controller says", min=0)] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish the next generation of a series, of as many inputs as trainers want; or finish the batch that was begun."""
+    with _told():
+        _batch(load(config, overrides or []), inputs, address, as_json)
+
+
+@app.command()
+def schedule(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    every: Annotated[str, typer.Option(help="time from one batch to the next, as 30m, 6h or 1d")] = "6h",
+    address: Address = None,
+) -> None:
+    """`gristmill batch` again and again, for as long as this process lives; one that fails is finished the next time."""
+    from pipeline.batch import seconds_of
+
+    with _told():
+        pause = seconds_of(every)
+        settings = load(config, overrides or [])
+    horizon = settings.schedule.horizon_hours
+    if horizon * 3600 <= pause:
+        err.print(f"[yellow]warning[/yellow] schedule.horizon_hours = {horizon:g} is no longer than --every {every}")
+    while True:
+        begun = time.monotonic()
+        try:
+            with _told():
+                _batch(load(config, overrides or []), None, address, False)
+        except typer.Exit:
+            pass  # told already; what was committed stays, and the next time goes on from there
+        time.sleep(max(0.0, pause - (time.monotonic() - begun)))
+
+
+def _batch(settings: Config, inputs: int | None, address: str | None, as_json: bool) -> None:
+    from pipeline.batch import run_batch
+    from pipeline.engine import on_ray
+    from pipeline.progress import Bars
+
+    with Bars(err) as bars:
+        done = run_batch(settings, bars, on_ray(address), inputs=inputs)
+    decision = done.decision
+    if as_json:
+        said = decision and {name: getattr(decision, name) for name in ("state", "inputs", "reasons")}
+        print(json.dumps({"batch": done.batch and done.batch._asdict(), "decision": said}))
+    else:
+        for line in () if decision is None else (*decision.reasons, f"{decision.state}: {decision.inputs} inputs"):
+            out.print(_escaped(line), soft_wrap=True)
+        if done.batch:
+            found = done.batch.done or {}
+            what = f"{found['generation']}, {found['tokens']:,} tokens" if found.get("generation") else "nothing was kept"
+            out.print(f"batch {done.batch.number}: {len(done.batch.inputs)} inputs, {what}", soft_wrap=True)
+    if done.outcome and done.outcome.failed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def decisions(run: RunFolder, as_json: AsJson = False) -> None:
+    """Why each batch of a series had its size."""
+    from pipeline.batch import decisions as logged
+    from pipeline.schedule import Record, from_json
+
+    with _told():
+        lines = logged(absolute_path(run))
+        if as_json:
+            print("\n".join(line.decode() for line in lines))
+            return
+        for record in (from_json(Record, line) for line in lines):
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.inputs.now))
+            out.print(f"[bold]{when} {record.decision.state}[/bold] {record.decision.inputs} inputs", soft_wrap=True)
+            for reason in record.decision.reasons:
+                out.print(f"  {_escaped(reason)}", soft_wrap=True)
+
+
+@app.command()
+def replay(run: RunFolder) -> None:
+    """Decide each logged batch anew from what was known then. Exit 1 where this version decides otherwise."""
+    from pipeline.batch import decisions as logged
+    from pipeline.schedule import replay as decided_anew
+
+    with _told():
+        lines = logged(absolute_path(run))
+        mismatches = decided_anew(lines)
+        for line, what in mismatches:
+            err.print(f"decision {line}: {_escaped(what)}", soft_wrap=True)
+        out.print(f"{len(lines)} decisions, {len({m.line for m in mismatches})} decided otherwise")
+        if mismatches:
+            raise typer.Exit(1)
+
+
+@app.command()
 def calibrate(
     config: ConfigFile,
     overrides: Overrides = None,
     sample: Annotated[int, typer.Option(help="documents to measure, about", min=100)] = 5000,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a sample of the run's own documents, so that bounds can be percentiles: perplexity.perplexity = ["p0", "p60"].
@@ -162,7 +259,7 @@ def dedup(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, e.g. dedup.num_bands=26", metavar="KEY=VALUE")
     ] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Find near-duplicates in JSONL or Parquet files: writes keep.parquet with id, cluster_id, cluster_size, keep."""
@@ -585,7 +682,7 @@ def why_step_command(
             for document in documents:
                 loss = "" if row.loss is None else f"{row.loss:.3f}"
                 where = (row.generation, f"{row.row:,}", loss, f"{document.length:,}")
-                table.add_row(*where, str(document.doc_id), _escaped(document.url))
+                table.add_row(*where, str(document.doc_id), _escaped(document.url or ""))
         Console(highlight=False, width=max(out.width, WIDE)).print(table)
 
 

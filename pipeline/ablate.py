@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters import derived, rules, settings
-from pipeline.catalog import read_catalog
+from pipeline.catalog import published_to, read_catalog
 from pipeline.config import Config, ConfigError, for_all, section_of, show
 from pipeline.sample import Ledger, part_uri, read_ledger, spread
 from stages.document import NamedFilter, score_columns
@@ -171,7 +171,7 @@ def _is_measured_with(key: str, config: Config) -> bool:
 def _tokens_per_char(ledger: Ledger) -> float | None:
     name = ledger.state.get("generation")
     chars = sum(c.totals.get("chars_out", 0) for c in ledger.commits["refine"])
-    entry = next((e for e in read_catalog(ledger.root) if e["name"] == name), None)
+    entry = next((e for e in read_catalog(published_to(ledger.root, ledger.state)) if e["name"] == name), None)
     return entry["tokens"] / chars if entry and chars else None
 
 

@@ -50,6 +50,11 @@ class Published(NamedTuple):
     new: bool
 
 
+def published_to(root: str, state: dict[str, Any]) -> str:
+    """Where a run, by its run.json, publishes: in its own directory, or in that of the series it is a batch of."""
+    return str(state["config"].get("run.catalog", {}).get("value") or root)
+
+
 def read_catalog(run: str) -> list[dict[str, Any]]:
     """Entries of the catalog, oldest first."""
     uri = f"{run}/catalog.jsonl"

@@ -27,6 +27,7 @@ from filters.opt_out import OptOut
 from filters.pii import Pii
 from filters.url_policy import UrlPolicy
 from pipeline import percentiles
+from pipeline.schedule import Policy
 from stages import mds, tokens
 from stages.dedup import DedupConfig
 from stages.document import NamedFilter, score_columns
@@ -49,6 +50,7 @@ class RunConfig:
     `directory` is a local path or object-store URI. A stage whose share of failed units exceeds `max_failed_share`, in
     [0, 1], stops the run. A unit that takes its worker down with it `attempts` times is recorded as failed. `calibration`
     is the table that percentiles are looked up in, "" the one that `gristmill calibrate` wrote to the run's own directory.
+    `catalog` is the directory whose catalog and generations are published to, "" the run's own: a batch names its series.
     """
 
     directory: str = ""
@@ -56,10 +58,12 @@ class RunConfig:
     max_failed_share: float = Field(default=0.0, ge=0, le=1)
     attempts: int = Field(default=3, gt=0)
     calibration: str = ""
+    catalog: str = ""
 
 
 SECTIONS: dict[str, Any] = {
     "run": RunConfig,
+    "schedule": Policy,
     "input": InputConfig,
     "fetch": FetchOptions,
     "extract": ExtractConfig,
@@ -82,6 +86,7 @@ class Config:
     """
 
     run: RunConfig
+    schedule: Policy
     input: InputConfig
     fetch: FetchOptions
     extract: ExtractConfig
@@ -540,7 +545,8 @@ def for_all(key: str) -> str:
 
 def _absolute(config: Config) -> Config:
     paths: dict[str, Any] = {name: _with_absolute_files(getattr(config, name)) for name in SECTIONS}
-    paths["run"] = dataclasses.replace(config.run, directory=absolute_path(config.run.directory))
+    directory, catalog = absolute_path(config.run.directory), absolute_path(config.run.catalog)
+    paths["run"] = dataclasses.replace(config.run, directory=directory, catalog=catalog)
     paths["input"] = dataclasses.replace(config.input, paths=tuple(absolute_path(p) for p in config.input.paths))
     paths["dedup"] = dataclasses.replace(config.dedup, against=tuple(absolute_path(p) for p in config.dedup.against))
     return dataclasses.replace(

@@ -203,7 +203,7 @@ def gather(root: str) -> ReportData:
         stage=state.get("stage", ""),
         keys=state["keys"],
         generation=generation,
-        manifest=_manifest(root, generation),
+        manifest=_manifest(catalog.published_to(root, ledger.state), generation),
         started=_moment(history[-1]["started"]) if history else None,
         last_commit=_moment(max(ends)) if ends else None,
         settings=[(key, e["value"], e["origin"]) for key, e in state.get("config", {}).items()],

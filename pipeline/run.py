@@ -395,7 +395,7 @@ def _publish(run: Run, phases: dict[str, Phase], inputs: Sequence[Input]) -> cat
         return None
     by_unit = {f"{i.ordinal:06d}": i.path for i in inputs}
     sources = {by_unit[c.unit]: c.rows_out for c in phases["refine"].ordered()}
-    return catalog.publish(run.root, phases["pack"].store, commits, run.config.pack, sources=sources)
+    return catalog.publish(run.config.run.catalog or run.root, phases["pack"].store, commits, run.config.pack, sources=sources)
 
 
 # --- units of each phase ---------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def _after_extract(root: str, state: dict[str, Any], unit: str, row: dict[str, A
     if corpus is None:
         return {"fate": "pending", "stage": "refine", **cluster}
     kept_scores = _measured(corpus) | {"text": corpus["text"]}
-    placed = list(_generations(root, row["doc_id"]))
+    placed = list(_generations(catalog.published_to(root, state), row["doc_id"]))
     if not placed:
         return {"fate": "pending", "stage": "pack", **cluster, **kept_scores}
     return {"fate": "published", "stage": "pack", **cluster, **kept_scores, "generations": placed}

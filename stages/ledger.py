@@ -100,6 +100,13 @@ def exists(uri: str) -> bool:
     return bool(fs.exists(path))
 
 
+def names_in(uri: str) -> list[str]:
+    """Names of what lies in a folder; none where there is no folder."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    fs.invalidate_cache(path)  # an object store's listing is cached, and others write here
+    return [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)] if fs.exists(path) else []
+
+
 @contextmanager
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """A Parquet object anywhere fsspec reaches."""

@@ -8,6 +8,7 @@ A row's documents are in its generation's provenance, so the run that packed it 
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,8 @@ def log_spike(directory: Path, step: int, loss: float, rows: Iterable[RowLoss]) 
         _LOG.warning("the documents of step %d are unknown: %r", step, error)
         blamed = [Blamed(row, []) for row in worst]
     said = [row._asdict() | {"documents": [d._asdict() for d in documents]} for row, documents in blamed]
-    append_line(str(directory / SPIKES), to_json({"step": step, "loss": loss, "rows": said}))
+    with suppress(OSError):
+        append_line(str(directory / SPIKES), to_json({"step": step, "loss": loss, "rows": said}))
 
 
 def why_step(directory: Path, step: int) -> list[Blamed]:
@@ -64,8 +66,8 @@ def why_step(directory: Path, step: int) -> list[Blamed]:
         )
     config = json.loads((directory / CONFIG).read_bytes())["data"]
     rows = [RowLoss(run, *place, None) for run, drawn in records[step]["data"].items() for place in _places(run, drawn, config)]
-    spikes = {record["step"]: record for record in map(json.loads, _lines(directory / SPIKES))}
-    if step in spikes:
+    spikes = {record["step"]: record for record in read_metrics(directory / SPIKES)}
+    if step in spikes and spikes[step]["loss"] == records[step]["loss"]:  # else it was of steps that a restart took back
         rows = [RowLoss(*(row[key] for key in RowLoss._fields)) for row in spikes[step]["rows"]]
     return with_documents(rows)
 
@@ -88,11 +90,9 @@ def _places(run: str, drawn: Iterable[Any], config: Mapping[str, Any]) -> list[t
     entries = {entry["name"]: entry for entry in read_catalog(run)}
     places = []
     for name, epoch, start, stop in drawn:
+        if name not in entries:
+            raise LookupError(f"{run}/catalog.jsonl lists no {name}, from which the step has rows; restore it")
         manifest = verify_generation(run, entries[name], mode="quick")
         order = epoch_order(manifest, epoch, seed=config["shuffle_seed"], nodes=config["canonical_nodes"])
         places += [(name, row) for row in order[start:stop].tolist()]
     return places
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines() if path.exists() else []

@@ -1,12 +1,15 @@
 """What a training run is made of: sizes, precision, optimiser, data, checkpoints. Plain values, read without torch or Ray."""
 
 import difflib
+import math
+import os
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
+Sink = Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"]
 STOP = "stop"  # a file in the training's folder that asks it to save and end, wherever its ranks run
 
 
@@ -126,13 +129,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """Where figures go (console, jsonl, tensorboard, wandb, mlflow), and how often the pipeline is told, in seconds.
+    """Where figures go, besides metrics.jsonl, which is always written; and how often the pipeline is told, in seconds.
 
-    `feedback` is the folder that the pipeline reads; "" is `feedback/` of the first source's run.
+    `feedback` is the folder that the pipeline reads; "" is `feedback/` of the first source's run. `name` is the trainer's in it,
+    and must be its own; "" is that of the training's directory.
     """
 
-    sinks: tuple[str, ...] = ("console", "jsonl")
+    sinks: tuple[Sink, ...] = ("console", "jsonl")
     feedback: str = ""
+    name: str = ""
     every_seconds: float = 30.0
 
 
@@ -154,19 +159,21 @@ class EvaluationConfig:
 class RayConfig:
     """Workers of Ray Train, one a GPU where there are any: from `min_workers` (0: as many as `workers`) to `workers`.
 
-    Only counts that divide the global batch are taken. `cpus_per_worker` are reserved for each with its loaders. A worker that
-    dies restarts all from the last checkpoint, `max_failures` times (-1: always); a preempted node does not count.
+    Only counts that divide the global batch are taken. `cpus_per_worker` are reserved for each with its loaders. `gpus`: whether
+    workers take one each; "auto" looks at what the cluster has now, and would miss machines that it starts on demand. A worker
+    that dies restarts all from the last checkpoint, `max_failures` times (-1: always); a preempted node does not count.
     """
 
     workers: int = 1
     min_workers: int = 0
+    gpus: Literal["auto", "yes", "no"] = "auto"
     cpus_per_worker: float = 1.0
     max_failures: int = 3
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run in the folder `directory`, of `max_steps` steps (0: until the data ends).
+    """A training run in the local folder `directory`, of `max_steps` steps (0: until the data ends).
 
     A step whose loss is a spike, 6 sigma above the last 128, is logged with its rows, and left out with `skip_spikes`.
     """
@@ -193,7 +200,7 @@ class ConfigError(ValueError):
 def load(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a TOML file and section.key=value overrides. ConfigError on the first thing that is wrong.
 
-    `model.preset` names one of PRESETS, over which the section's other keys are laid. Paths are of the working directory.
+    `model.preset` names one of PRESETS, over which the section's other keys are laid. Paths are made absolute.
     """
     try:
         raw = tomllib.loads(file.read_text())
@@ -206,7 +213,38 @@ def load(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         name = model.pop("preset")
         _known(name, PRESETS, "model.preset")
         raw["model"] = asdict(PRESETS[name]) | model
-    return cast(TrainConfig, _build(TrainConfig, raw, ""))
+    config = cast(TrainConfig, _build(TrainConfig, raw, ""))
+    _check(config)
+    return _absolute(config)
+
+
+def _check(config: TrainConfig) -> None:
+    """What one section asks of another, or of the world."""
+    if not config.directory or "://" in config.directory:
+        raise ConfigError(f"directory = '{config.directory}': a local folder is wanted; checkpoint.folder may be a URL")
+    runs = [os.path.abspath(source.run) for source in config.data.sources]
+    if twice := [run for run in runs if runs.count(run) > 1]:
+        raise ConfigError(f"data.sources names {twice[0]} twice; set its weight instead")
+    if config.evaluation.every_steps and not (config.evaluation.held_out_rows or config.evaluation.cloze):
+        raise ConfigError("evaluation.every_steps is set, but neither held_out_rows nor cloze: there is nothing to evaluate")
+    if config.ray.min_workers > config.ray.workers:
+        raise ConfigError(f"ray.min_workers = {config.ray.min_workers} exceeds ray.workers = {config.ray.workers}")
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Workers may run in another folder, and a source is known by its path."""
+
+    def path(name: str) -> str:
+        return name if "://" in name or not name else os.path.abspath(name)
+
+    return replace(
+        config,
+        directory=path(config.directory),
+        data=replace(config.data, sources=tuple(replace(s, run=path(s.run)) for s in config.data.sources)),
+        checkpoint=replace(config.checkpoint, folder=path(config.checkpoint.folder)),
+        evaluation=replace(config.evaluation, cloze=tuple(map(path, config.evaluation.cloze))),
+        telemetry=replace(config.telemetry, feedback=path(config.telemetry.feedback)),
+    )
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -244,15 +282,28 @@ def _value(wanted: Any, value: Any, at: str) -> Any:
         _known(value, get_args(wanted), at)
         return value
     if get_origin(wanted) is tuple:
-        inner = get_args(wanted)[0]
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{at} = {value!r}: a list is wanted")
+        inner, *others = get_args(wanted)
+        if not isinstance(value, list | tuple) or (... not in others and len(value) != 1 + len(others)):
+            number = "" if ... in others else f" of {1 + len(others)}"
+            raise ConfigError(f"{at} = {value!r}: a list{number} is wanted")
         return tuple(_value(inner, item, f"{at}[{i}]") for i, item in enumerate(value))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if type(value) is not wanted:
         raise ConfigError(f"{at} = {value!r}: {wanted.__name__} is wanted, found {type(value).__name__}")
+    least = _LEAST.get(at, 0)
+    if wanted in (int, float) and not (least <= value < math.inf):
+        raise ConfigError(f"{at} = {value!r}: a number from {least} on is wanted")
     return value
+
+
+# the least that a number may be, where that is not 0
+_LEAST = {
+    **{f"model.{key}": 1 for key in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden_dim")},
+    **{f"data.{key}": 1 for key in ("global_batch_rows", "micro_batch_rows", "canonical_nodes", "max_epochs")},
+    **{"checkpoint.every_steps": 1, "checkpoint.keep_last": 1, "evaluation.cloze_questions": 1},
+    **{"ray.workers": 1, "ray.max_failures": -1, "telemetry.every_seconds": 0.001, "data.batch_timeout_seconds": 0.001},
+}
 
 
 def _known(name: Any, known: Iterable[str], at: str) -> None:

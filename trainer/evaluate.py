@@ -3,12 +3,12 @@
 Every forward pass is a collective under FSDP, so all ranks make the same number of them, some of fill alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,9 +17,9 @@ from trainer.config import ConfigError, DataConfig, EvaluationConfig, SourceConf
 from trainer.data import Place, read_batch
 from trainer.generations import read_catalog, verify_generation, verify_held_out
 from trainer.model import Transformer, next_tokens
-from trainer.parallel import sum_over_ranks
+from trainer.parallel import from_rank_0, sum_over_ranks
 
-_T = TypeVar("_T")
+_LOG = logging.getLogger(__name__)
 
 
 class Scores(NamedTuple):
@@ -55,11 +55,14 @@ class Evaluation:
     def __init__(self, config: EvaluationConfig, data: DataConfig, *, rank: int, world_size: int, device: str) -> None:
         self._config, self._data, self._device = config, data, device
         self._rank, self._world = rank, world_size
-        self._questions = _from_rank_0(lambda: read_files(config.cloze, config.cloze_questions))
+        self._questions = from_rank_0(lambda: read_files(config.cloze, config.cloze_questions))
         self._rows = self._prepared()
 
     def _prepared(self) -> "_Prepared | None":
-        return _from_rank_0(lambda: _prepare(self._config, self._data, self._questions))
+        made = from_rank_0(lambda: _prepare(self._config, self._data, self._questions))
+        if made and self._rank == 0 and self._config.held_out_rows and not made.held_out:
+            _LOG.warning("no source has held anything out: there is no held-out loss; set pack.held_out")
+        return made
 
     @torch.no_grad()
     def run(self, model: Transformer) -> Scores:
@@ -167,20 +170,3 @@ def pack_endings(name: str, questions: Sequence[Question], encoding: Any, *, seq
             document_of[n, span.start : end] = document
             endings[n, end - lengths[span.document] - 1 : end - 1] = span.document
     return Rows(*map(torch.from_numpy, (tokens, document_of, endings)))
-
-
-def _from_rank_0(make: Callable[[], _T]) -> _T:
-    """What rank 0 makes, or its error, on every rank: all then take the same rows, and none waits for one that failed."""
-    if not dist.is_initialized():
-        return make()
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = make()
-        except Exception as error:  # whatever it is: the other ranks wait
-            answer[1] = error
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    made: _T = answer[0]
-    return made

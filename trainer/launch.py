@@ -4,9 +4,11 @@ The one file that knows Ray Train. Workers are restarted from the last checkpoin
 checkpoints and reports are not used: ours lie in the training's folder, and its reports are a barrier that keeps rank 0's alone.
 """
 
+import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Ended(NamedTuple):
-    """How a training ended: the steps in its state, the loss of the last in nats a token, why it ended, and its plot."""
+    """How a training ended: the steps in its state, the loss of the last in nats a token, why it ended, and its plot, if any."""
 
     steps: int
     loss: float
     why: str
-    plot: Path
+    plot: Path | None
 
 
 class TrainingError(RuntimeError):
@@ -50,15 +52,19 @@ def launch(file: Path, overrides: Sequence[str], *, on_ray: bool) -> Ended:
     except ImportError:
         raise ConfigError("training needs PyTorch: pip install 'gristmill[train]'") from None
     from trainer.plot import plot
+    from trainer.telemetry import METRICS
 
-    rank = os.environ.get("RANK")
-    if rank in (None, "0"):
-        Path(config.directory, STOP).unlink(missing_ok=True)  # meant for an earlier run
-    ended = _on_ray(config) if on_ray and rank is None else _here(config, "cuda" if torch.cuda.is_available() else "cpu")
-    drawn = Path(config.directory, "training.html")
-    if rank in (None, "0"):
-        plot(config.directory, drawn)
-    return Ended(**ended, plot=drawn)
+    ranked = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # by torchrun
+    leads = not ranked or os.environ["RANK"] == "0"
+    folder = Path(config.directory)
+    if leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP).unlink(missing_ok=True)  # meant for an earlier run
+    ended = _on_ray(config) if on_ray and not ranked else _here(config, "cuda" if torch.cuda.is_available() else "cpu")
+    drawn = folder / "training.html"
+    if leads and (folder / METRICS).exists():  # else it lies where the workers are
+        plot(folder, drawn)
+    return Ended(**ended, plot=drawn if drawn.exists() else None)
 
 
 def why_step(directory: Path, step: int) -> "list[Blamed]":
@@ -77,9 +83,13 @@ def export(training: str, output: str, *, step: int | None) -> int:
 
     `training` is its directory, or the folder or URL of its checkpoints. TrainingError if there is none or it is damaged.
     """
+    from trainer.blame import CONFIG
     from trainer.checkpoint import CheckpointError, committed, export_hugging_face
 
-    folder = training if "://" in training or not Path(training, "checkpoints").exists() else f"{training}/checkpoints"
+    folder = training
+    if Path(training, CONFIG).exists():
+        config = json.loads(Path(training, CONFIG).read_bytes())
+        folder = config["checkpoint"]["folder"] or f"{training}/checkpoints"
     try:
         found = committed(folder)
         chosen = max(found, default=None) if step is None else step
@@ -100,11 +110,13 @@ def _here(config: TrainConfig, device: str, preempted: Callable[[], bool] = lamb
     with ExitStack() as opened:
         try:
             training = Training(config, opened, device=device, preempted=preempted)
-        except (CheckpointError, GenerationFault, ValueError) as error:
+        except (GenerationFault, ValueError) as error:
             raise FinalError(str(error)) from error
+        except (CheckpointError, OSError) as error:  # a store that does not answer may do so the next time
+            raise TrainingError(str(error)) from error
         try:
             return training.to_the_end()._asdict()
-        except Diverged as error:
+        except (Diverged, ConfigError) as error:
             raise FinalError(str(error)) from error
         except (CheckpointError, GenerationFault) as error:
             raise TrainingError(str(error)) from error
@@ -115,20 +127,23 @@ def _here(config: TrainConfig, device: str, preempted: Callable[[], bool] = lamb
 
 def _on_ray(config: TrainConfig) -> dict[str, Any]:
     """Train by Ray Train on the cluster of $RAY_ADDRESS, as `ray job submit` sets it, else on this machine."""
-    counts, on_gpus = worker_counts(config), _start_ray()
+    counts, on_gpus = worker_counts(config), _start_ray(config.ray.gpus)
+    _check_room(config, counts[0], on_gpus)
     import ray.train
 
     api: Any = ray.train  # of whose two interfaces type checkers see the old one
+    sinks = tuple(sink for sink in config.telemetry.sinks if sink != "console")  # see _shown
+    quiet = replace(config, telemetry=replace(config.telemetry, sinks=sinks))
     trainer = _trainer(counts)(
         _worker,
-        train_loop_config={"config": _for_workers(config), "device": "cuda" if on_gpus else "cpu"},
+        train_loop_config={"config": quiet, "device": "cuda" if on_gpus else "cpu"},
         scaling_config=api.ScalingConfig(
             num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
             use_gpu=on_gpus,
             resources_per_worker={"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if on_gpus else {}),
         ),
         run_config=api.RunConfig(
-            name="ray", storage_path=os.path.abspath(config.directory), failure_config=api.FailureConfig(config.ray.max_failures)
+            name="ray", storage_path=config.directory, failure_config=api.FailureConfig(config.ray.max_failures)
         ),
     )
     with _shown(config), _stoppable(config):
@@ -156,9 +171,15 @@ def worker_counts(config: TrainConfig) -> list[int]:
 
 @contextmanager
 def _stoppable(config: TrainConfig) -> Iterator[None]:
-    """SIGTERM and Ctrl-C of this process ask the workers to save and end; it then waits for them."""
-    stop = Path(config.directory, STOP)
-    before = {number: signal.signal(number, lambda *_: stop.touch()) for number in (signal.SIGTERM, signal.SIGINT)}
+    """SIGTERM and Ctrl-C of this process ask the workers to save and end; it then waits for them, unless it is asked again."""
+
+    def ask(*_: object) -> None:
+        Path(config.directory, STOP).touch()
+        print("the workers are asked to save and to end; once more: end at once", file=sys.stderr)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
@@ -183,8 +204,22 @@ def _shown(config: TrainConfig) -> Iterator[None]:
             thread.join()
 
 
-def _start_ray() -> bool:
-    """Connect or start; whether there are GPUs."""
+def _check_room(config: TrainConfig, workers: int, on_gpus: bool) -> None:
+    """Ray would wait without a word for workers that this machine has no room for; a cluster may grow."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    room: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, each in (("CPU", config.ray.cpus_per_worker), ("GPU", float(on_gpus))):
+        if workers * each > room.get(name, 0):
+            raise ConfigError(
+                f"{workers} workers want {workers * each:g} {name}, and there are {room.get(name, 0):g}; change the section ray"
+            )
+
+
+def _start_ray(gpus: str) -> bool:
+    """Connect or start; whether workers take GPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # importing torch can take longer than the 60 s given
@@ -195,7 +230,7 @@ def _start_ray() -> bool:
     local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
     if not ray.is_initialized():
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-    return bool(ray.cluster_resources().get("GPU"))  # type: ignore[no-untyped-call]
+    return gpus == "yes" or (gpus == "auto" and bool(ray.cluster_resources().get("GPU")))  # type: ignore[no-untyped-call]
 
 
 def _trainer(counts: Sequence[int]) -> Any:
@@ -234,24 +269,6 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         return _here(settings["config"], settings["device"], lambda: ray.train.get_preemption_info() is not None)
     except FinalError as error:
         return {"fault": str(error)}
-
-
-def _for_workers(config: TrainConfig) -> TrainConfig:
-    """The config for workers: paths as this process means them, as theirs may run elsewhere, and no console."""
-
-    def path(name: str) -> str:
-        return name if "://" in name or not name else os.path.abspath(name)
-
-    sinks = tuple(sink for sink in config.telemetry.sinks if sink != "console")  # see _shown
-    sources = tuple(replace(source, run=path(source.run)) for source in config.data.sources)
-    return replace(
-        config,
-        directory=path(config.directory),
-        data=replace(config.data, sources=sources),
-        checkpoint=replace(config.checkpoint, folder=path(config.checkpoint.folder)),
-        evaluation=replace(config.evaluation, cloze=tuple(map(path, config.evaluation.cloze))),
-        telemetry=replace(config.telemetry, feedback=path(config.telemetry.feedback), sinks=sinks),
-    )
 
 
 def _cause(error: Exception) -> str:

@@ -5,6 +5,7 @@ update. A loss or gradient that is not finite never reaches the optimiser. Every
 that the steps after it are those that would have come.
 """
 
+import fcntl
 import json
 import math
 import signal
@@ -14,25 +15,26 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trainer import feedback
-from trainer.blame import CONFIG, RowLoss, log_spike
+from trainer.blame import CONFIG, SPIKES, RowLoss, log_spike
 from trainer.checkpoint import Checkpoints
 from trainer.config import STOP, TrainConfig
 from trainer.data import Batch
 from trainer.devices import gpu_health, peak_flops
 from trainer.evaluate import Evaluation, Scores
+from trainer.generations import GenerationFault
 from trainer.model import flops_per_token, row_targets
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.parallel import clip_grad_norm, join_ranks, sum_over_ranks
+from trainer.parallel import clip_grad_norm, from_rank_0, join_ranks, sum_over_ranks
 from trainer.step import Sums, accumulate, build
 from trainer.supply import Supply
-from trainer.telemetry import Meter, Spikes, Taken, Telemetry, mfu
+from trainer.telemetry import METRICS, Meter, Spikes, Taken, Telemetry, mfu
 
 MAX_BAD_STEPS = 10  # in a row, before a run that only makes NaN gives up
 LOOK_EVERY = 10  # steps between two questions whether the machine is about to be taken away
@@ -88,16 +90,18 @@ class Training:
         self.runs = list(dict.fromkeys(source.run for source in config.data.sources))
         told = config.evaluation
         self.evaluation = Evaluation(told, config.data, rank=rank, world_size=ranks, device=device) if told.every_steps else None
-        self.writer = self._writer() if self.leads else None
+        self.writer: feedback.Writer | None = None
+        self.telemetry: Telemetry | None = None
+        self.previous: feedback.Summary | None = None
+        from_rank_0(lambda: self._open(opened, fresh=saved is None))
         before = feedback.Totals(**extra["totals"]) if saved else None
-        self.meter = Meter(feedback.resumed(before, self.writer.previous if self.writer else None, now=time.time()))
+        self.meter = Meter(feedback.resumed(before, self.previous, now=time.time()))
         self.spikes = Spikes(extra.get("losses", ()))
-        self.telemetry = self._telemetry(opened) if self.leads else None
         with self.meter.part("restart"):
             self.model, self.optimizer = build(config, device)
             if saved:
                 self.checkpoints.load(saved, self.model, self.optimizer)
-        self.loss, self.bad_steps = math.nan, 0
+        self.loss, self.bad_steps, self.warned = (self.spikes.losses or [math.nan])[-1], 0, False
         self.scores: Scores | None = None  # of the step before, if it was time for them
         self.health: feedback.Health | None = None  # as it was told last
         self.signalled = False
@@ -130,6 +134,8 @@ class Training:
 
     def _steps(self) -> str:
         """Step after step; why they ended."""
+        if 0 < self.config.max_steps <= self.step:
+            return f"step {self.step} had been reached before"
         while not self.config.max_steps or self.step < self.config.max_steps:
             batches = self._next()
             if batches:
@@ -138,10 +144,15 @@ class Training:
                 return "it was asked to stop"
             if not batches:
                 return "the data ended"
-            taken_away = self.step % LOOK_EVERY == 0 and self.preempted()
-            if self.step % self.config.checkpoint.every_steps == 0 or taken_away:
+            due = self.step % self.config.checkpoint.every_steps == 0 or (self.step % LOOK_EVERY == 0 and self._is_warned())
+            if due and not self.bad_steps:
                 self._save()
         return f"step {self.config.max_steps} was reached"
+
+    def _is_warned(self) -> bool:
+        """Whether it is now told, for the first time, that a machine is about to be taken away."""
+        before, self.warned = self.warned, self.preempted()
+        return self.warned and not before
 
     def _next(self) -> list[Batch]:
         """The micro-batches of the next step; [] when there are none, and waiting is over or not wanted."""
@@ -153,6 +164,8 @@ class Training:
                     self._tell("waiting", when_due=True)
                 else:
                     return []
+        if (largest := max(int(batch.tokens.max()) for batch in batches)) >= self.config.model.vocab_size:
+            raise GenerationFault(f"token {largest} exceeds model.vocab_size = {self.config.model.vocab_size}; enlarge it")
         return batches
 
     def _update(self, batches: Sequence[Batch]) -> Update:
@@ -166,7 +179,9 @@ class Training:
             self.optimizer.step()
         self.bad_steps = 0 if update.is_finite else self.bad_steps + 1
         if self.bad_steps == MAX_BAD_STEPS:
-            raise Diverged(f"{MAX_BAD_STEPS} steps in a row up to {self.step} had no finite loss or gradient: lower optimizer.lr")
+            raise Diverged(
+                f"{MAX_BAD_STEPS} steps in a row up to {self.step + 1} had no finite loss or gradient: lower optimizer.lr"
+            )
         self.optimizer.zero_grad()
         self.step, self.loss = self.step + 1, update.loss
         if update.spike:
@@ -215,7 +230,6 @@ class Training:
                 "supply": self.supply.state_dict(),
                 "totals": self.meter.totals._asdict(),
                 "losses": self.spikes.losses,
-                "config": asdict(self.config),
             }
             metric = self.scores.loss if self.scores else None
             self.checkpoints.save(self.step, self.model, self.optimizer, extra, metric=metric)
@@ -228,7 +242,7 @@ class Training:
     def _report(self, state: Any) -> feedback.Report:
         if self.device == "cuda":
             self.health = gpu_health(str(torch.cuda.get_device_properties(0).uuid))
-        rows = (self.config.max_steps - self.step) * self.config.data.global_batch_rows
+        rows = max(0, self.config.max_steps - self.step) * self.config.data.global_batch_rows
         budget = rows * self.supply.seq_len if self.config.max_steps and self.supply.seq_len else None
         return self.meter.report(state, mfu=self._mfu(), health=self.health, budget=budget)
 
@@ -240,16 +254,22 @@ class Training:
         flops = flops_per_token(self.config.model, self.supply.seq_len)
         return mfu(self.meter.rates().tokens_per_second, flops_per_token=flops, peak=whole)
 
-    def _writer(self) -> feedback.Writer:
+    def _open(self, opened: ExitStack, *, fresh: bool) -> None:
+        """On rank 0: hold the folder, and begin to tell. What another training than this has left in it is put aside."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _hold(opened.enter_context(open(self.folder / "lock", "w")), self.folder)
+        known = (self.folder / METRICS).exists()
+        if fresh:
+            for name in (METRICS, SPIKES):
+                if (self.folder / name).exists():
+                    (self.folder / name).replace(self.folder / f"{name}.old")
         told = self.config.telemetry
-        folder = told.feedback or f"{self.config.data.sources[0].run.rstrip('/')}/feedback"
-        return feedback.Writer(folder, trainer=self.folder.resolve().name, every_seconds=told.every_seconds)
-
-    def _telemetry(self, opened: ExitStack) -> Telemetry:
-        telemetry = Telemetry(self.folder, run=self.folder.resolve().name, sinks=self.config.telemetry.sinks)
-        opened.callback(telemetry.close)
+        where = told.feedback or f"{self.config.data.sources[0].run.rstrip('/')}/feedback"
+        self.writer = feedback.Writer(where, trainer=told.name or self.folder.resolve().name, every_seconds=told.every_seconds)
+        self.previous = self.writer.previous if known else None
+        self.telemetry = Telemetry(self.folder, run=self.folder.resolve().name, sinks=("jsonl", *told.sinks))
+        opened.callback(self.telemetry.close)
         (self.folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
-        return telemetry
 
 
 def train(config: TrainConfig, *, device: str) -> Result:
@@ -267,3 +287,11 @@ def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[Ro
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return [row for rows in everyone for row in rows]
+
+
+def _hold(lock: IO[str], folder: Path) -> None:
+    """Two trainers would remove each other's checkpoints. The lock goes with the process, however it ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another training is at work here; wait for it, or set another directory") from None

@@ -1,9 +1,9 @@
 """Apply FSDP2, checkpointing and compilation to a plain model from outside, and the sums over ranks that training needs."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trainer.config import ParallelConfig
 from trainer.model import Loss, Transformer
+
+_T = TypeVar("_T")
 
 
 def join_ranks(device: str) -> None:
@@ -90,6 +92,23 @@ def sum_over_ranks(*values: Tensor | float, device: str | torch.device = "cpu") 
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def from_rank_0(make: Callable[[], _T]) -> _T:
+    """What rank 0 makes, or its error, on every rank: all then take the same rows, and none waits for one that failed."""
+    if not dist.is_initialized():
+        return make()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = make()
+        except Exception as error:  # whatever it is: the other ranks wait
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    made: _T = answer[0]
+    return made
 
 
 # what is dear to compute again; norms, rotations and the product of SwiGLU are not

@@ -42,9 +42,9 @@ def plot(folder: str | Path, output: str | Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records by step, the last of each (replayed steps come twice); half lines are left out."""
+    """Records by step, the last of each (replayed steps come twice); half lines are left out. None where there is no file."""
     steps: dict[int, dict[str, Any]] = {}
-    for line in path.read_bytes().splitlines():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:

@@ -12,12 +12,13 @@ ends by waiting for it, as reading the loss does.
 """
 
 import json
+import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ from trainer.feedback import Health, Report, Source, State, Totals, append_line,
 
 WINDOW = 128
 METRICS = "metrics.jsonl"
+_LOG = logging.getLogger(__name__)
 Part = Literal["compute", "data_wait", "checkpoint", "evaluation", "restart"]
 Record = Mapping[str, Any]
 SINKS = ("console", "jsonl", "tensorboard", "wandb", "mlflow")
@@ -285,6 +287,7 @@ class Telemetry:
             except Exception as error:  # each dashboard has errors of its own
                 del self._sinks[name]
                 self.lost[name] = repr(error)
+                _LOG.warning("telemetry to %r is lost: %r", name, error)
 
 
 def flat(record: Record, prefix: str = "") -> dict[str, float]:
@@ -292,7 +295,7 @@ def flat(record: Record, prefix: str = "") -> dict[str, float]:
     numbers: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
-            numbers |= flat(value, f"{prefix}{key}/")
+            numbers |= flat(value, f"{prefix}{key.lstrip('/')}/")  # a source is named by its path
         elif isinstance(value, int | float):
             numbers[f"{prefix}{key}"] = float(value)
     return numbers
@@ -367,11 +370,12 @@ def follow(path: Path, sink: Sink, ended: threading.Event) -> None:
         last = ended.wait(0.5)
         if path.exists():
             with open(path, "rb") as file:
-                file.seek(at)
+                at = file.seek(at if at <= path.stat().st_size else 0)  # a restart without a checkpoint begins it anew
                 for line in file:
                     if line.endswith(b"\n"):  # else it is still being written
                         at += len(line)
-                        sink.step(json.loads(line))
+                        with suppress(ValueError):  # the half line that a kill left
+                            sink.step(json.loads(line))
 
 
 class _JsonLines:

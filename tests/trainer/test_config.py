@@ -1,5 +1,6 @@
 """The trainer's configuration: what is wrong is said with its place and the nearest right thing."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_a_preset_is_a_base_for_other_keys(tmp_path):
     config = loaded(tmp_path, GOOD, "model.preset=125M", "model.layers=2", "optimizer.lr=1", "optimizer.name=sgd")
     assert (config.model.dim, config.model.layers) == (PRESETS["125M"].dim, 2)
     assert (config.optimizer.lr, config.optimizer.name) == (1.0, "sgd") and isinstance(config.optimizer.lr, float)
-    assert config.data.sources == (SourceConfig("runs/x"),)
+    assert config.data.sources == (SourceConfig(os.path.abspath("runs/x")),)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,21 @@ def test_a_preset_is_a_base_for_other_keys(tmp_path):
         (GOOD, "seed", r"'seed': write section.key=value"),
         (GOOD, "seed.x=1", r"seed = {'x': 1}: int is wanted, found dict"),
         (GOOD, "directory.x=1", r"directory is no section"),
+        (
+            GOOD,
+            "directory=s3://bucket/t",
+            r"directory = 's3://bucket/t': a local folder is wanted; checkpoint.folder may be a URL",
+        ),
+        (GOOD, "directory=''", r"directory = '': a local folder is wanted"),
+        (GOOD, "telemetry.sinks=['jsnl']", r"unknown 'jsnl' \(telemetry.sinks\[0\]\); did you mean 'jsonl'"),
+        (GOOD, "checkpoint.every_steps=0", r"checkpoint.every_steps = 0: a number from 1 on is wanted"),
+        (GOOD, "data.workers=-1", r"data.workers = -1: a number from 0 on is wanted"),
+        (GOOD, "data.wait_seconds=inf", r"data.wait_seconds = inf: a number from 0 on is wanted"),
+        (GOOD, "optimizer.lr=nan", r"optimizer.lr = nan: a number from 0 on is wanted"),
+        (GOOD, "optimizer.betas=[0.9]", r"optimizer.betas = \[0.9\]: a list of 2 is wanted"),
+        (GOOD, "ray.min_workers=2", r"ray.min_workers = 2 exceeds ray.workers = 1"),
+        (GOOD, "data.sources=[{run='x'}, {run='./x'}]", r"data.sources names .*/x twice; set its weight instead"),
+        ("evaluation = {every_steps = 1, held_out_rows = 0}\n" + GOOD, "seed=1", r"neither held_out_rows nor cloze"),
         ("[model]\n", "seed=1", r"directory is missing"),
         ("directory = \n", "seed=1", r"t.toml: "),
     ],

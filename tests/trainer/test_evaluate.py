@@ -149,8 +149,8 @@ def test_likelihoods_are_those_of_each_ending_alone_in_float64(config, data, gro
 
 def test_what_stage_pack_holds_out_is_what_is_scored(tmp_path, group_of_one):
     texts = [f"Document {n} of the mill: " + "it grinds wheat, " * (n % 9) for n in range(40)]
-    schema = pa.schema([("doc_id", pa.uint64()), ("text", pa.large_string())])
-    pq.write_table(pa.table([list(range(40)), texts], schema=schema), tmp_path / "corpus.parquet")
+    schema = pa.schema([("doc_id", pa.uint64()), ("url", pa.string()), ("text", pa.large_string())])
+    pq.write_table(pa.table([list(range(40)), [None] * 40, texts], schema=schema), tmp_path / "corpus.parquet")
     settings, store = PackConfig(seq_len=32, shard_bytes=2048, held_out=0.3), Store(str(tmp_path / "pack"))
     unit = Unit("00000", "f", {"parts": [CorpusPart("000000", str(tmp_path / "corpus.parquet"), 1, "")]})
     published = catalog.publish(str(tmp_path), store, [pack_unit(unit, PackPlan(settings, 0), store)], settings, sources={})

@@ -1,7 +1,9 @@
 """Launching: a config becomes a training, in this process or by Ray Train, which starts dead workers again."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -28,7 +30,7 @@ def test_only_counts_that_divide_the_global_batch_are_taken(rows, micro, ray, co
     assert worker_counts(config) == counts
 
 
-@pytest.mark.parametrize("ray", [RayConfig(workers=3), RayConfig(workers=7, min_workers=5), RayConfig(workers=2, min_workers=3)])
+@pytest.mark.parametrize("ray", [RayConfig(workers=3), RayConfig(workers=7, min_workers=5)])
 def test_a_range_without_such_a_count_is_refused_with_those_that_do(ray):
     with pytest.raises(ConfigError, match="8 rows in micro-batches of 2 divide among 1, 2, 4 workers; take one of these"):
         worker_counts(TrainConfig("t", data=DataConfig(global_batch_rows=8, micro_batch_rows=2), ray=ray))
@@ -83,6 +85,7 @@ def test_a_training_is_launched_drawn_exported_and_asked_about(file, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "llama"
     with pytest.raises(TrainingError, match=r"train/checkpoints holds checkpoints of the steps \[2, 4\], none of 3$"):
         export(f"{tmp_path}/train", f"{tmp_path}/other", step=3)
+    assert export(f"{tmp_path}/train", f"{tmp_path}/again", step=None) == 4
     with pytest.raises(TrainingError, match=r"nowhere holds checkpoints of the steps \[\]$"):
         export(f"{tmp_path}/nowhere", f"{tmp_path}/other", step=None)
 
@@ -94,6 +97,44 @@ def test_a_request_to_stop_that_an_earlier_run_has_left_is_none(file, tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "stop").touch()
     assert launch(file, ["max_steps=3"], on_ray=False).steps == 3
+
+
+@train
+def test_a_folder_has_one_training_at_a_time_and_nothing_of_another_one(file, tmp_path):
+    from trainer.launch import TrainingError, launch
+
+    launch(file, ["max_steps=4"], on_ray=False)
+    with open(tmp_path / "train" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(TrainingError, match="train: another training is at work here"):
+            launch(file, ["max_steps=6"], on_ray=False)
+    shutil.rmtree(tmp_path / "train" / "checkpoints")
+    launch(file, ["max_steps=2", "data.shuffle_seed=3"], on_ray=False)
+    assert [record["step"] for record in lines(tmp_path / "train")] == [1, 2]
+    assert (tmp_path / "train" / "metrics.jsonl.old").exists()
+
+
+@train
+def test_a_training_that_has_reached_its_end_is_left_as_it_is(file, tmp_path):
+    from trainer.feedback import read_summaries
+    from trainer.launch import launch
+
+    first = launch(file, ["max_steps=4", "telemetry.sinks=[]"], on_ray=False)
+    again = launch(file, ["max_steps=3"], on_ray=False)
+    assert (again.steps, again.loss, again.why) == (4, first.loss, "step 4 had been reached before")
+    [summary] = read_summaries(f"{tmp_path}/run/feedback").summaries
+    assert (summary.report.budget, summary.report.restarts) == (0, 1)
+    assert first.plot.exists()  # metrics.jsonl is written whatever the sinks
+
+
+@train
+@pytest.mark.parametrize("rank_fault", ["telemetry.name='no name'", "model.vocab_size=20"])
+def test_what_only_the_first_step_or_rank_0_can_know_is_told_in_a_line(file, rank_fault):
+    from trainer.launch import TrainingError, launch
+
+    expected = r"a trainer is named by letters|token \d+ exceeds model.vocab_size = 20; enlarge it"
+    with pytest.raises(TrainingError, match=expected):
+        launch(file, [rank_fault], on_ray=False)
 
 
 # --- Ray Train --------------------------------------------------------------------------------------------------------
@@ -156,9 +197,13 @@ def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session
 def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(file, tmp_path, ray_session):
     from trainer.launch import TrainingError, launch
 
+    with pytest.raises(TrainingError, match="a trainer is named by letters"):  # which rank 0 alone can know
+        launch(file, ["ray.max_failures=-1", "telemetry.name='no name'"], on_ray=True)
     next((tmp_path / "run").rglob("*.mds")).unlink()
     with pytest.raises(TrainingError, match=r"generation gen-0001: part-0000\d/shard\.00000\.mds: expected a file, found none"):
         launch(file, ["ray.max_failures=-1"], on_ray=True)  # which would be tried for ever
+    with pytest.raises(ConfigError, match=r"2 workers want 200 CPU, and there are \d+; change the section ray"):
+        launch(file, ["ray.cpus_per_worker=100"], on_ray=True)
 
 
 @train

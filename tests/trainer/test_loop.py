@@ -75,7 +75,7 @@ def test_only_nan_ends_the_run_and_the_last_good_state_stays(config, monkeypatch
     loop.train(replace(config, max_steps=4), device="cpu")
     accumulate = loop.accumulate
     monkeypatch.setattr(loop, "accumulate", lambda *args, **options: accumulate(*args, **options)._replace(by_run=NO_LOSS))
-    with pytest.raises(loop.Diverged, match=r"10 steps in a row up to 13 had no finite loss or gradient: lower optimizer.lr"):
+    with pytest.raises(loop.Diverged, match=r"10 steps in a row up to 14 had no finite loss or gradient: lower optimizer.lr"):
         loop.train(replace(config, max_steps=99, checkpoint=CheckpointConfig(every_steps=100)), device="cpu")
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
     assert summary.report.state == "failed"

@@ -206,6 +206,76 @@ def replay(run: RunFolder) -> None:
 
 
 @app.command()
+def retry(
+    config: ConfigFile,
+    named: Annotated[
+        list[str] | None, typer.Argument(help="failed units (none: all), and overrides", metavar="[UNIT|SECTION.KEY=VALUE]...")
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run again after forgetting which units failed or were set aside; of a series, in the batch that was begun."""
+    from pipeline.batch import batches
+    from pipeline.run import forget_failures
+
+    overrides = [name for name in named or [] if "=" in name]
+    with _told():
+        settings = load(config, overrides)
+        begun = batches(settings.run.directory)
+        if begun and begun[-1].done:
+            raise ConfigError(f"batch {begun[-1].number} is done, and published without them: a generation never changes")
+        root = begun[-1].directory if begun else settings.run.directory
+        forgotten = forget_failures(root, [name for name in named or [] if "=" not in name])
+        err.print(f"{len(forgotten)} failures forgotten")
+        if begun:
+            _batch(settings, None, address, as_json)
+    if not begun:
+        run(config, overrides, address=address, as_json=as_json)
+
+
+@app.command()
+def estimate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    sample: Annotated[str, typer.Option(help="share of the input to run, as a percentage")] = "0.1%",
+    price_per_core_hour: Annotated[float, typer.Option(help="of a processor core, in any currency")] = 0.0,
+    nodes: Annotated[int, typer.Option(help="machines that the run will have", min=1)] = 1,
+    cores_per_node: Annotated[int, typer.Option(help="cores of each; 0: as many as this machine has", min=0)] = 0,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run will cost, from a sample of its input: core-seconds, hours, bytes, requests, money, tokens. Publishes nothing.
+
+    Writes RUN/estimate.json, which the report compares with the run.
+    """
+    from pipeline.engine import on_ray
+    from pipeline.estimate import estimate as measure
+    from pipeline.estimate import lines_of, share_of
+    from pipeline.progress import Bars
+
+    with _told():
+        cores = nodes * (cores_per_node or os.cpu_count() or 1)
+        settings, share = load(config, overrides or []), share_of(sample)
+        with Bars(err) as bars:
+            found = measure(settings, bars, on_ray(address), share=share, price=price_per_core_hour, cores=cores)
+        if as_json:
+            from dataclasses import asdict
+
+            print(json.dumps(asdict(found), indent=1))
+            return
+        heads = ("stage", "units", "core-seconds", "of them fixed", "wall", "bytes", "GET", "PUT", "cost")
+        table = Table(*heads, box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        rows, notes = lines_of(found)
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False, width=max(out.width, WIDE)).print(table)
+        for note in notes:
+            out.print(note, soft_wrap=True)
+
+
+@app.command()
 def calibrate(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -377,11 +447,14 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
 
 @app.command()
 def report(run: RunFolder) -> None:
-    """Rebuild the HTML report of a run and print its path."""
+    """Rebuild the HTML report of a run or of a series of batches, and print its path."""
+    from pipeline.batch import is_series
     from pipeline.report import write_report
+    from pipeline.series import write_report as write_series_report
 
     with _told():
-        print(write_report(absolute_path(run)))
+        root = absolute_path(run)
+        print(write_series_report(root) if is_series(root) else write_report(root))
 
 
 @app.command()
@@ -657,7 +730,8 @@ def train(
         except TrainingError as error:
             _fail(error, 1)
         out.print(f"{ended.steps:,} steps, loss {ended.loss:.4f} nats a token; {ended.why}", soft_wrap=True)
-        out.print(f"plot {_escaped(str(ended.plot))}", soft_wrap=True)
+        if ended.plot:
+            out.print(f"plot {_escaped(str(ended.plot))}", soft_wrap=True)
 
 
 @app.command("why-step")

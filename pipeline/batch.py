@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from pipeline import catalog, engine, schedule
 from pipeline.config import Config, ConfigError
-from pipeline.lease import lease
+from pipeline.lease import Fenced, fence, lease
 from pipeline.run import Outcome, Progress, execute
 from stages.fetch import expand_inputs
-from stages.ledger import exists, names_in, read_bytes, write_atomically
+from stages.ledger import create_only, exists, names_in, read_bytes, write_atomically
 from trainer import feedback
 
 
@@ -70,6 +70,11 @@ def run_batch(
         return Done(_finish(batch, outcome), outcome, decision)
 
 
+def is_series(root: str) -> bool:
+    """Whether batches were begun in a directory."""
+    return exists(f"{root}/batches")
+
+
 def batches(series: str) -> list[Batch]:
     """The batches of a series, oldest first."""
     found = []
@@ -91,6 +96,7 @@ def _left(config: Config, begun: Sequence[Batch]) -> list[str]:
 
 def _begin(series: str, begun: Sequence[Batch], paths: Sequence[str]) -> Batch:
     """Number the inputs and write the batch down: from here on it will be finished."""
+    fence()
     numbered = [pair for batch in begun for pair in batch.inputs]
     first = max((ordinal for ordinal, _ in numbered), default=-1) + 1
     inputs = tuple((first + n, path) for n, path in enumerate(paths))
@@ -100,7 +106,8 @@ def _begin(series: str, begun: Sequence[Batch], paths: Sequence[str]) -> Batch:
     _write_lines(f"{directory}/inputs.jsonl", inputs)
     batch = Batch(number, directory, inputs, time.time(), None)
     record = {"inputs": [{"ordinal": n, "path": p} for n, p in inputs], "started": batch.started}
-    write_atomically(f"{directory}/batch.json", json.dumps(record).encode())
+    if not create_only(f"{directory}/batch.json", json.dumps(record).encode()):
+        raise Fenced(f"{directory}: another scheduler began this batch at the same time; the same command finishes it")
     return batch
 
 
@@ -112,12 +119,14 @@ def _write_lines(uri: str, inputs: Sequence[tuple[int, str]]) -> None:
 def _config_of(config: Config, batch: Batch, begun: Sequence[Batch]) -> Config:
     """The series' configuration for one batch: its inputs, against the indexes of those before it, into the series' catalog."""
     earlier = [b.directory for b in begun if b.number < batch.number and exists(f"{b.directory}/index.json")]
-    dedup = dataclasses.replace(config.dedup, against=(*config.dedup.against, *earlier), write_index="kept")
+    dedup = config.dedup
+    if dedup.enabled:
+        dedup = dataclasses.replace(dedup, against=(*dedup.against, *earlier), write_index="kept")
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, directory=batch.directory, catalog=config.run.directory),
         input=dataclasses.replace(config.input, paths=tuple(path for _, path in batch.inputs), base_uri=""),
-        dedup=dedup if config.dedup.enabled else config.dedup,
+        dedup=dedup,
     )
 
 
@@ -125,6 +134,7 @@ def _finish(batch: Batch, outcome: Outcome) -> Batch:
     published = outcome.published
     tokens = published.manifest["tokens"] if published else 0
     done = {"generation": published.name if published else None, "tokens": tokens, "finished": time.time()}
+    fence()
     write_atomically(f"{batch.directory}/done.json", json.dumps(done).encode())
     return batch._replace(done=done)
 
@@ -147,6 +157,7 @@ def _decide(config: Config, begun: Sequence[Batch], inputs_left: int, now: float
         before=before,
     )
     decision = schedule.decide(told, config.schedule)
+    fence()
     record = schedule.to_json(schedule.Record(told, config.schedule, decision))
     write_atomically(f"{series}/decisions.jsonl", b"".join(line + b"\n" for line in [*lines, record]))
     return decision

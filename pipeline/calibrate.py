@@ -106,7 +106,8 @@ def _sampled(config: Config, progress: Progress, run_units: engine.RunUnits, sam
     phase = Phase("calibrate", store, phases["refine"].units, store.commits())
     run.tasks["calibrate"] = StageTask("calibrate", refine.sample_unit, plan, run.tasks["refine"].resources)
     store.list_units(phase.units)
-    check_failures(phase, run_phase(run, phase, progress, run_units), config.run.max_failed_share)
+    errors = run_phase(run, phase, progress, run_units)
+    check_failures(phase, errors, config.run.max_failed_share, config.run.max_failed_units)
     commits = phase.ordered()
     return {
         kind: pa.concat_tables(

@@ -8,31 +8,38 @@
     RUN/catalog.jsonl                                          one line per generation; what is not listed is not published
 
 A generation is never changed: StreamingDataset corrupts its order when a data set grows under it.
+On an object store, files are only ever created, the manifest last, and the catalog is replaced only if it is what it was
+when the generation was begun (`stages.ledger.replace_if`), by a run that still holds its lease.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.lease import Fenced, fence
 from stages import mds, tokens
 from stages.ledger import (
     Commit,
     Store,
+    create_only,
     digest,
     exists,
     file_sha256,
     is_local,
+    open_fs,
     read_bytes,
+    read_version,
+    replace_if,
     scratch_folder,
-    write_atomically,
 )
 from stages.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Side
 
@@ -52,7 +59,8 @@ class Published(NamedTuple):
 
 def published_to(root: str, state: dict[str, Any]) -> str:
     """Where a run, by its run.json, publishes: in its own directory, or in that of the series it is a batch of."""
-    return str(state["config"].get("run.catalog", {}).get("value") or root)
+    value = state["config"].get("run.catalog", {}).get("value", '""')  # as TOML
+    return str(tomllib.loads(f"catalog = {value}")["catalog"] or root)
 
 
 def read_catalog(run: str) -> list[dict[str, Any]]:
@@ -62,9 +70,14 @@ def read_catalog(run: str) -> list[dict[str, Any]]:
 
 
 def publish(run: str, store: Store, commits: Sequence[Commit], config: PackConfig, *, sources: dict[str, int]) -> Published:
-    """Publish the parts of these pack commits as the next generation, unless the same content is published already."""
+    """Publish the parts of these pack commits as the next generation, unless the same content is published already.
+
+    Fenced when another run has taken over, or has published at the same time: nothing was published then.
+    """
     identity = digest([store.root.rsplit("/", 1)[-1], *(c.digest for c in commits)])
-    catalog = read_catalog(run)
+    before, version = read_version(f"{run}/catalog.jsonl")
+    fence()  # who takes over from here on changes the catalog, or finds it changed
+    catalog = [json.loads(line) for line in before.splitlines()]
     for entry in catalog:
         if entry["identity"] == identity:
             uri = f"{run}/generations/{entry['name']}"
@@ -80,7 +93,9 @@ def publish(run: str, store: Store, commits: Sequence[Commit], config: PackConfi
     entry = {k: manifest[k] for k in ("name", "identity", "rows", "tokens", "seq_len", "tokenizer")}
     entry["manifest_sha256"] = digest_of(f"{uri}/manifest.json")
     lines = "".join(json.dumps(e) + "\n" for e in [*catalog, entry])
-    write_atomically(f"{run}/catalog.jsonl", lines.encode())
+    fence()
+    if not replace_if(f"{run}/catalog.jsonl", lines.encode(), version):
+        raise Fenced(f"{run}/catalog.jsonl was changed by another run while {name} was built; nothing was published. Run again")
     return Published(name, uri, manifest, new=True)
 
 
@@ -221,7 +236,7 @@ def _fetch(uri: str, target: Path) -> None:
             return
         except OSError:
             pass
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = open_fs(uri)
     fs.get_file(path, str(target))
 
 
@@ -229,5 +244,17 @@ def _move(folder: Path, uri: str) -> None:
     if is_local(uri):
         os.rename(folder, uri.removeprefix("file://"))
         return
-    fs, path = fsspec.core.url_to_fs(uri)
-    fs.put(f"{folder}/", path, recursive=True)
+    fence()
+    fs, path = open_fs(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)  # of a run that died here, perhaps with other content: unlisted, or `publish` had found it
+    data = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix != ".json")
+    for files in (data, sorted(folder.rglob("*.json"))):  # without index and manifest nobody takes it for a generation
+        with ThreadPoolExecutor(4) as pool:  # each holds a file in memory
+            list(pool.map(lambda file: _upload(file, f"{uri}/{file.relative_to(folder)}"), files))
+
+
+def _upload(file: Path, uri: str) -> None:
+    fence()  # else the files that a late run alone has would lie in the generation of the other
+    if not create_only(uri, file.read_bytes()):
+        raise Fenced(f"{uri}: another run writes this generation at the same time; nothing was published. Run again")

@@ -15,12 +15,12 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as section
 
-from filters import STRICT, available, derived, files, filter_class, rules
+from filters import STRICT, available, derived, files, filter_class, off_is_none, rules
 from filters.language import Language
 from filters.names import Names
 from filters.opt_out import OptOut
@@ -48,14 +48,17 @@ class RunConfig:
     """Where a run lives and how it bears failures.
 
     `directory` is a local path or object-store URI. A stage whose share of failed units exceeds `max_failed_share`, in
-    [0, 1], stops the run. A unit that takes its worker down with it `attempts` times is recorded as failed. `calibration`
-    is the table that percentiles are looked up in, "" the one that `gristmill calibrate` wrote to the run's own directory.
-    `catalog` is the directory whose catalog and generations are published to, "" the run's own: a batch names its series.
+    [0, 1], stops the run, and so does one with more failed units than `max_failed_units` ("off": any number, within the
+    share). A unit that takes its worker down with it `attempts` times has failed, and is set aside until `gristmill retry`.
+    `calibration` is the table that percentiles are looked up in, "" the one that `gristmill calibrate` wrote to the run's own
+    directory. `catalog` is the directory whose catalog and generations are published to, "" the run's own: a batch names its
+    series.
     """
 
     directory: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
     max_failed_share: float = Field(default=0.0, ge=0, le=1)
+    max_failed_units: Annotated[int | None, BeforeValidator(off_is_none)] = Field(default=None, ge=0)
     attempts: int = Field(default=3, gt=0)
     calibration: str = ""
     catalog: str = ""

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import dedup_plan
 from pipeline.progress import FunnelRow, funnel
 from pipeline.run import read_state, store_uri
-from stages.ledger import Commit, Store
+from stages.ledger import Commit, Store, open_fs
 from stages.parts import read_columns
 
 PHASES = ("extract", *dedup_plan.LISTINGS, "refine", "refine names", "pack")
@@ -109,7 +108,7 @@ def tables(root: str, kind: str) -> Iterator[pa.Table]:
 def export(root: str, kind: str, *, format: str, output: str) -> int:
     """Write the rows of a kind to one file; returns their number. Columns of parts are united, absent ones null."""
     schema = pa.unify_schemas([t.schema for t in tables(root, kind)] or [pa.schema([])])
-    fs, path = fsspec.core.url_to_fs(output)
+    fs, path = open_fs(output)
     if "/" in path:
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
     count = 0

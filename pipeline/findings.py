@@ -78,6 +78,14 @@ class PhaseCost(NamedTuple):
     reapplied: int
 
 
+class Compared(NamedTuple):
+    """What was expected of an amount, with its interval if there is one, and what it came to."""
+
+    name: str
+    expected: dict[str, float | None]
+    real: float
+
+
 class Score(NamedTuple):
     """The distribution of one score; `outside` is the share of measured documents beyond the bound, NaN included.
 
@@ -170,6 +178,7 @@ class ReportData:
     settings: list[tuple[str, str, str]]
     funnel: list[FunnelStage]
     phases: list[PhaseCost]
+    estimate: list[Compared]
     failures: list[tuple[str, str, str]]
     parts: tuple[int, int]
     refined: bool
@@ -197,6 +206,8 @@ def gather(root: str) -> ReportData:
     history = state.get("history", [])
     generation = state.get("generation") if state.get("stage") == "done" else None
     rows = funnel(*(ledger.commits[p] for p in ("extract", "dedup keep", "refine", "pack")))
+    costs = [_phase_cost(phase, ledger) for phase in PHASES]
+    totals = _totals(ledger, rows)
     return ReportData(
         root=root,
         last=state.get("last", "pack"),
@@ -208,7 +219,8 @@ def gather(root: str) -> ReportData:
         last_commit=_moment(max(ends)) if ends else None,
         settings=[(key, e["value"], e["origin"]) for key, e in state.get("config", {}).items()],
         funnel=_funnel_stages(rows, ledger),
-        phases=[cost for phase in PHASES if (cost := _phase_cost(phase, ledger)).units or phase not in OPTIONAL],
+        phases=[cost for cost in costs if cost.units or cost.name not in OPTIONAL],
+        estimate=_estimate(ledger, costs, totals),
         failures=[(p, unit, e["error"]) for p in PHASES for unit, e in ledger.store(p).failures().items()],
         parts=(len(sample.units), sample.of),
         refined=bool(ledger.commits["refine"]),
@@ -222,7 +234,7 @@ def gather(root: str) -> ReportData:
         duplicates=find_duplicates(ledger, sample),
         entities=_entities(ledger, sample),
         lengths=_lengths(ledger, sample),
-        totals=_totals(ledger, rows),
+        totals=totals,
         examples=_examples(ledger, sample),
     )
 
@@ -283,6 +295,22 @@ def _phase_cost(phase: str, ledger: Ledger) -> PhaseCost:
         lost_members=total("lost_members"),
         reapplied=len(commits) - len(fresh),
     )
+
+
+def _estimate(ledger: Ledger, costs: Sequence[PhaseCost], totals: dict[str, int | None]) -> list[Compared]:
+    """RUN/estimate.json against the run, once it has ended; nothing if there is none, or one of another configuration."""
+    uri = f"{ledger.root}/estimate.json"
+    if ledger.state.get("stage") != "done" or not exists(uri):
+        return []
+    found = json.loads(read_bytes(uri))
+    if found["keys"] != ledger.state["keys"]:
+        return []
+    compared = []
+    for stage in found["stages"]:
+        mine = [c for c in costs if c.name.split()[0] == stage["stage"]]
+        for unit, real in (("core_seconds", sum(c.cpu for c in mine)), ("bytes", sum(c.bytes_out for c in mine))):
+            compared.append(Compared(f"{stage['stage']}: {unit.replace('_', '-')}", stage[unit], real))
+    return [*compared, Compared("tokens", found["tokens"], (totals["tokens"] or 0) + (totals["held_out_tokens"] or 0))]
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -1,7 +1,9 @@
 """One run at a time in a directory: the second is refused and told who holds it.
 
-On a local disk the kernel's lock on the lease file decides, so a killed run frees it at once. On an object store there is no
-such lock: the holder renews the file, and a lease that has not been renewed for a minute is free.
+On a local disk the kernel's lock on the lease file decides: a killed run frees it at once, a suspended one keeps it. On an
+object store there is no such lock: the holder renews the file, and a lease that has not been renewed for a minute, by the
+clock of the one who asks, is free. Who takes it writes the next higher token into it, by a write that the store refuses if
+another was faster (`replace_if`). A run that was suspended past that minute finds another token, and may not publish.
 """
 
 import _thread
@@ -13,10 +15,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any, NamedTuple
 
-from stages.ledger import is_local, read_bytes, write_atomically
+from stages.ledger import is_local, read_version, replace_if
 
 RENEW_SECONDS, STALE_SECONDS = 10, 60
 
@@ -25,11 +27,43 @@ class Held(RuntimeError):
     """Another run works in the directory; the message names it."""
 
 
+class Fenced(Held):
+    """This process held the directory, and another took it over meanwhile: what it had in mind to write is not written."""
+
+
+class _Lease(NamedTuple):
+    """A lease on an object store: its file, and what that says: who, since when, the token, and a nonce of this holder's."""
+
+    uri: str
+    record: dict[str, Any]
+
+    def is_ours(self, found: dict[str, Any]) -> bool:
+        return bool(found.get("nonce") == self.record["nonce"])
+
+    def renewed(self, at: float) -> bytes:
+        return json.dumps({**self.record, "renewed": at}).encode()
+
+
+_held: list[_Lease] = []  # by this process; a lock of the process, as that of a local lease is
+
+
 @contextmanager
 def lease(directory: str) -> Iterator[None]:
     """Hold the run directory while the block runs. Held if another run does."""
     with _local_lease(directory) if is_local(directory) else _remote_lease(directory):
         yield
+
+
+def fence() -> None:
+    """To be called before anything is published: Fenced if a directory that this process holds was taken over."""
+    for held in list(_held):
+        current, _ = _read(held.uri)
+        if not held.is_ours(current):
+            who = f"process {current.get('pid')} on {current.get('host')}"
+            raise Fenced(
+                f"{held.uri}: this run did not renew its lease for {STALE_SECONDS} s and lost it to {who} (token "
+                f"{current.get('token')}, ours {held.record['token']}); it publishes nothing more, the other goes on from there"
+            )
 
 
 def _holder() -> dict[str, Any]:
@@ -64,44 +98,57 @@ def _lock(file: IO[str], directory: str) -> None:
 
 @contextmanager
 def _remote_lease(directory: str) -> Iterator[None]:
-    uri, mine = f"{directory.rstrip('/')}/lease.json", uuid.uuid4().hex
-    current = _read(uri)
-    if current and time.time() - current["renewed"] < STALE_SECONDS:
-        raise _refusal(directory, current)
-    stop = threading.Event()
-
-    def renew() -> None:
-        write_atomically(uri, json.dumps({**_holder(), "token": mine, "renewed": time.time()}).encode())
-
-    renew()
-    if (now := _read(uri)) and now["token"] != mine:
-        raise _refusal(directory, now)
-
-    def keep() -> None:
-        while not stop.wait(RENEW_SECONDS):
-            try:
-                current = _read(uri)
-                if current and current["token"] != mine:
-                    _thread.interrupt_main()  # taken over while this run was cut off: two must not work here
-                    return
-                renew()
-            except OSError:
-                continue  # the store is away for a moment; the lease stands for a minute
-
-    thread = threading.Thread(target=keep, daemon=True)
+    held = _take(directory)
+    _held.append(held)
+    stop, lost = threading.Event(), threading.Event()
+    thread = threading.Thread(target=_keep, args=(held, stop, lost), daemon=True)
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if lost.is_set():
+            fence()
+        raise
     finally:
         stop.set()
+        _held.remove(held)
         thread.join()
-        if (last := _read(uri)) and last["token"] == mine:
-            write_atomically(uri, json.dumps({**_holder(), "token": mine, "renewed": 0}).encode())
+        with suppress(OSError):  # the store is away: the lease is free in a minute
+            _renew(held, at=0.0)
 
 
-def _read(uri: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(read_bytes(uri))
-        return record
-    except FileNotFoundError:
-        return None
+def _take(directory: str) -> _Lease:
+    uri = f"{directory.rstrip('/')}/lease.json"
+    current, version = _read(uri)
+    if time.time() - current.get("renewed", 0.0) < STALE_SECONDS:
+        raise _refusal(directory, current)
+    held = _Lease(uri, {**_holder(), "token": current.get("token", 0) + 1, "nonce": uuid.uuid4().hex})
+    taken = replace_if(uri, held.renewed(time.time()), version)
+    current, _ = _read(uri)  # looked at again, for stores whose writes have no conditions
+    if not taken or not held.is_ours(current):
+        raise _refusal(directory, current)
+    return held
+
+
+def _keep(held: _Lease, stop: threading.Event, lost: threading.Event) -> None:
+    while not stop.wait(RENEW_SECONDS):
+        try:
+            if not _renew(held, at=time.time()) and not stop.is_set():
+                lost.set()
+                _thread.interrupt_main()  # taken over while this run was cut off: two must not work here
+                return
+        except OSError:
+            continue  # the store is away for a moment; the lease stands for a minute
+
+
+def _renew(held: _Lease, *, at: float) -> bool:
+    """Write the lease anew, or free it with time 0: its token stays there, so that the next is higher. False if it is lost."""
+    current, version = _read(held.uri)
+    if held.is_ours(current):
+        replace_if(held.uri, held.renewed(at), version)  # refused if it is taken at this moment: the next call finds that
+    return held.is_ours(current)
+
+
+def _read(uri: str) -> tuple[dict[str, Any], str | None]:
+    data, version = read_version(uri)
+    return json.loads(data or b"{}"), version

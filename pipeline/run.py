@@ -5,6 +5,7 @@ units, run those without a commit of the same input; stop if too many failed; pu
 """
 
 import dataclasses
+import itertools
 import json
 import time
 import uuid
@@ -294,7 +295,7 @@ def execute(
                 errors = run_phase(run, phase, progress, run_units)
             if errors:
                 failed[name] = errors
-            check_failures(phase, errors, _share(name, config))
+            check_failures(phase, errors, _share(name, config), config.run.max_failed_units)
         if "pack" not in wanted:
             if only is None and phases["dedup index"].units:
                 run.publish_index(phases["dedup index"])
@@ -349,9 +350,12 @@ def run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.RunU
             _withdraw_unlisted(phase)
     progress.begin(phase.name, units=len(phase.units), done=phase.ordered())
     errors = []
+    aside = _set_aside(phase)
+    pending = [unit for unit in pending if unit.name not in {done.unit for done in aside}]
     shipped = engine.Task(task.work, plan, phase.store, run.config.run.attempts, run.invocation)
     resources = task.resources._replace(memory=max(task.resources.memory, phase.memory))
-    for done in run_units(phase.name, shipped, pending, resources) if pending else ():
+    ends = run_units(phase.name, shipped, pending, resources) if pending else iter(())
+    for done in itertools.chain(aside, ends):
         progress.advance(phase.name, done)
         if done.commit is not None:
             phase.commits[done.unit] = done.commit
@@ -360,6 +364,32 @@ def run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.RunU
     progress.end(phase.name)
     phase.store.clear("attempts", run.invocation)
     return errors
+
+
+def _set_aside(phase: Phase) -> list[engine.Done]:
+    """What an earlier run set aside of this phase's pending units, for the same input: it would kill workers again."""
+    failures = phase.store.failures() if phase.pending else {}
+    found = [(unit, failures[unit.name]) for unit in phase.pending if unit.name in failures]
+    return [engine.Done(unit.name, None, r["error"]) for unit, r in found if r.get("set_aside") == unit.fingerprint]
+
+
+def forget_failures(root: str, units: Sequence[str]) -> list[tuple[str, str]]:
+    """Forget why units of a run failed or were set aside, all if none is named; returns them as (phase, unit).
+
+    FileNotFoundError if there is no run, Held if it is at work, ValueError names a unit that did not fail.
+    """
+    read_state(root)  # before a lease file makes a directory of it
+    with lease(root):
+        keys = read_state(root)["keys"]
+        stores = {phase: Store(store_uri(root, keys, phase)) for phase in (*_UNITS, *DEDUP)}
+        failed = [(phase, unit) for phase, store in stores.items() for unit in store.failures()]
+        for name in units:
+            if name not in [unit for _, unit in failed]:
+                raise ValueError(f"unit '{name}' has not failed; failed: {', '.join(sorted({u for _, u in failed})) or 'none'}")
+        forgotten = [(phase, unit) for phase, unit in failed if not units or unit in units]
+        for phase, unit in forgotten:
+            stores[phase].clear_failure(unit)
+    return forgotten
 
 
 def _withdraw_unlisted(phase: Phase) -> None:
@@ -379,13 +409,15 @@ def _donors(run: Run) -> tuple[str, ...]:
     return tuple(f"{run.root}/extract/{key}" for key in same)
 
 
-def check_failures(phase: Phase, errors: list[str], max_failed_share: float) -> None:
-    """RunFailed when more units failed than may."""
-    if errors and len(errors) > max_failed_share * len(phase.units):
+def check_failures(phase: Phase, errors: list[str], max_failed_share: float, max_failed_units: int | None = None) -> None:
+    """RunFailed when more units failed than may, by their share or by their number."""
+    by_share = len(errors) > max_failed_share * len(phase.units)
+    if by_share or (max_failed_units is not None and len(errors) > max_failed_units):
+        allowed = f"share allows {max_failed_share:.1%}" if by_share else f"units allows {max_failed_units}"
         shown = "\n  ".join(errors[:5])
         raise RunFailed(
-            f"{len(errors)} of {len(phase.units)} units of '{phase.name}' failed (run.max_failed_share allows "
-            f"{max_failed_share:.1%}):\n  {shown}\nDetails: {phase.store.uri('failures')}. The same command tries them again."
+            f"{len(errors)} of {len(phase.units)} units of '{phase.name}' failed (run.max_failed_{allowed}):\n  {shown}\n"
+            f"Details: {phase.store.uri('failures')}. The same command tries them again, but those set aside: `gristmill retry`."
         )
 
 
@@ -403,7 +435,12 @@ def _publish(run: Run, phases: dict[str, Phase], inputs: Sequence[Input]) -> cat
 
 def _extract_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
     in_order = sorted(inputs)  # of their numbers: ids ascend from unit to unit, whenever an input came to the list
-    return Listing([Unit(f"{i.ordinal:06d}", i.fingerprint, {"path": i.path, "ordinal": i.ordinal}) for i in in_order])
+    return Listing([Unit(f"{i.ordinal:06d}", i.fingerprint, _extract_task(i)) for i in in_order])
+
+
+def _extract_task(i: Input) -> dict[str, Any]:
+    size = i.fingerprint.partition(":")[0]  # of a file or an object; an http address does not tell
+    return {"path": i.path, "ordinal": i.ordinal, "bytes": int(size) if size.isdecimal() else 0}
 
 
 def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
@@ -414,7 +451,7 @@ def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -
     for part, commit in before["extract"].parts():
         keep, cuts = tables.get(f"keep/{part.unit}.parquet"), tables.get(f"cuts/{part.unit}.parquet", (None, None))
         if keep:
-            task = {"documents": part.uri, "keep": keep[0], "cuts": cuts[0]}
+            task = {"documents": part.uri, "keep": keep[0], "cuts": cuts[0], "bytes": commit.outputs[0]["bytes"]}
             units.append(Unit(part.unit, digest([commit.digest, keep[1], cuts[1]]), task))
     return Listing(units)
 
@@ -423,7 +460,8 @@ def _names_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) ->
     if not run.config.names.enabled:
         return Listing([])
     outputs = [(c, o) for c in before["refine"].ordered() for o in c.outputs if o["path"].startswith("corpus/")]
-    return Listing([Unit(c.unit, o["sha256"], {"corpus": before["refine"].store.uri(o["path"])}) for c, o in outputs])
+    uri = before["refine"].store.uri
+    return Listing([Unit(c.unit, o["sha256"], {"corpus": uri(o["path"]), "bytes": o["bytes"]}) for c, o in outputs])
 
 
 def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
@@ -434,7 +472,10 @@ def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> 
         if commit.rows_out:
             parts.append(pack.CorpusPart(commit.unit, source.store.uri(output["path"]), output["bytes"], output["sha256"]))
     groups = pack.group_parts(parts, group_bytes=run.config.pack.group_bytes, seed=run.config.run.seed)
-    return Listing([Unit(f"{n:05d}", digest([p.digest for p in g]), {"parts": list(g)}) for n, g in enumerate(groups)])
+    tasks = [{"parts": list(g), "bytes": sum(p.bytes for p in g)} for g in groups]
+    return Listing(
+        [Unit(f"{n:05d}", digest([p.digest for p in g]), t) for n, (g, t) in enumerate(zip(groups, tasks, strict=True))]
+    )
 
 
 _UNITS: dict[str, Callable[[Run, dict[str, Phase], Sequence[Input]], Listing]] = {

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow.parquet as pq
 
 from pipeline import catalog
 from stages import mds
-from stages.ledger import exists, file_sha256, is_local, scratch_folder
+from stages.ledger import exists, file_sha256, is_local, open_fs, scratch_folder
 
 
 class Verified(NamedTuple):
@@ -39,7 +38,7 @@ def _verify(uri: str, entry: dict[str, Any] | None) -> Verified:
     if is_local(uri):
         return _verify_folder(Path(uri.removeprefix("file://")), uri, entry)
     with scratch_folder("gristmill-verify") as folder:
-        fs, path = fsspec.core.url_to_fs(uri)
+        fs, path = open_fs(uri)
         fs.get(path, str(folder / "generation"), recursive=True)
         return _verify_folder(folder / "generation", uri, entry)
 

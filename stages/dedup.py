@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -25,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from filters import STRICT
 from stages import minhash, shuffle
 from stages.components import dense_components, large_star, small_star
-from stages.ledger import Commit, Store, Unit, open_parquet
+from stages.ledger import Commit, Store, Unit, open_fs, open_parquet
 from stages.minhash import Signature
 from stages.parts import PartRef, fixed_binary, read_columns
 from stages.shuffle import Layout, group_starts, merge, mix, unmix
@@ -211,7 +210,7 @@ def stars(blocks: Iterator[U64], giants: list[dict[str, Any]]) -> Iterator[U64]:
 def read_edges(uris: Sequence[str]) -> Iterator[U64]:
     """Edges (m, 2) of some files, some at a time."""
     for uri in uris:
-        fs, path = fsspec.core.url_to_fs(uri)
+        fs, path = open_fs(uri)
         with fs.open(path, "rb") as stream:
             while data := stream.read(16 * _EDGES_AT_ONCE):
                 yield np.frombuffer(data, "<u8").astype(np.uint64).reshape(-1, 2)

@@ -7,13 +7,18 @@
 
 A unit writes its outputs under temporary names, renames them, and then writes its commit. A crash at any moment leaves
 rubbish, never a lie. Paths are fsspec URIs: local disk and object storage alike.
+
+An object store has no rename and needs none: a PUT is seen whole or not at all. One in many parts that was cut off is never
+seen but paid for: give the bucket a lifecycle rule that aborts incomplete multipart uploads.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import random
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,9 +77,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def open_fs(uri: str) -> tuple[Any, str]:
+    """The file system of a URI, and the path there. Listings are not cached: others write here too.
+
+    S3 is asked up to 6 times where it answers 500 or 503 or not at all, with random and growing pauses, and more slowly
+    after it said SlowDown; $AWS_RETRY_MODE and $AWS_MAX_ATTEMPTS overrule that.
+    """
+    # the only way that reaches every client, those of libraries included; read when a client is made. s3fs tries up to 5
+    # times as often where there is no answer: a store that is away is an error after a minute or two
+    os.environ.setdefault("AWS_RETRY_MODE", "adaptive")
+    os.environ.setdefault("AWS_MAX_ATTEMPTS", "6")
+    fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    return fs, path
+
+
 def write_atomically(uri: str, data: bytes | memoryview) -> None:
     """Replace the object at `uri`: readers see the old bytes or the new ones, never a part (an object store's PUT is atomic)."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = open_fs(uri)
     if not is_local(uri):
         fs.pipe_file(path, bytes(data))
         return
@@ -87,23 +106,69 @@ def write_atomically(uri: str, data: bytes | memoryview) -> None:
     os.replace(temporary, path)
 
 
+def read_version(uri: str) -> tuple[bytes, str | None]:
+    """All bytes of an object, and which version of it they are (or an earlier one's name); b"" and None if there is none."""
+    fs, path = open_fs(uri)
+    try:
+        version = fs.info(path)["ETag"] if _has_conditions(fs) else None  # first: a version that is too old harms nobody
+        data = read_bytes(uri)
+    except FileNotFoundError:
+        return b"", None
+    return data, version or hashlib.sha256(data).hexdigest()
+
+
+def replace_if(uri: str, data: bytes, version: str | None) -> bool:
+    """Replace the object if it still is what `read_version` gave, None for nothing. False, and nothing written, if it is not.
+
+    S3 decides by itself (If-None-Match; If-Match, of which s3fs knows nothing from 100 MB on). Elsewhere we look and then
+    write, and two at once may both succeed: a local disk has the lease's lock against that, other stores have nothing.
+    `data` should be like nobody else's: what is there already counts as written, for the answer to our own first attempt
+    may have been lost.
+    """
+    fs, path = open_fs(uri)
+    if not _has_conditions(fs):
+        data_there, version_there = read_version(uri)
+        if version_there == version:
+            write_atomically(uri, data)
+        return version_there == version or data_there == data
+    try:
+        fs.pipe_file(path, data, **({"mode": "create"} if version is None else {"IfMatch": version}))
+        return True
+    except OSError as error:
+        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+        if code == "ConditionalRequestConflict":  # somebody is writing it at this moment: S3 says to ask again
+            time.sleep(random.random())
+            return replace_if(uri, data, version)
+        if code not in ("PreconditionFailed", "NoSuchKey"):
+            raise
+        return read_version(uri)[0] == data
+
+
+def create_only(uri: str, data: bytes) -> bool:
+    """Write an object where there is none; False if there is another. The terms of `replace_if`."""
+    return replace_if(uri, data, None)
+
+
+def _has_conditions(fs: Any) -> bool:
+    return "s3" in fs.protocol
+
+
 def read_bytes(uri: str) -> bytes:
     """All bytes of an object. FileNotFoundError if there is none."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = open_fs(uri)
     data: bytes = fs.cat_file(path)
     return data
 
 
 def exists(uri: str) -> bool:
     """Whether there is an object or folder at `uri`."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = open_fs(uri)
     return bool(fs.exists(path))
 
 
 def names_in(uri: str) -> list[str]:
     """Names of what lies in a folder; none where there is no folder."""
-    fs, path = fsspec.core.url_to_fs(uri)
-    fs.invalidate_cache(path)  # an object store's listing is cached, and others write here
+    fs, path = open_fs(uri)
     return [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)] if fs.exists(path) else []
 
 
@@ -115,7 +180,7 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(uri.removeprefix("file://")) as file:
             yield file
         return
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = open_fs(uri)
     with fs.open(path, "rb") as stream:
         yield pq.ParquetFile(stream)
 
@@ -144,21 +209,28 @@ class Store:
             if local:
                 os.replace(temporary, uri.removeprefix("file://"))
             else:
-                fs, path = fsspec.core.url_to_fs(uri)
+                fs, path = open_fs(uri)
                 fs.put_file(str(temporary), path)
             outputs.append(record)
         finally:
             temporary.unlink(missing_ok=True)
 
     def commit(self, commit: Commit) -> None:
-        """Declare a unit done: the last thing a unit does."""
+        """Declare a unit done: the last thing a unit does. Of two that did it, the first's word stands.
+
+        RuntimeError when that one read another input or wrote other bytes.
+        """
         record = dataclasses.asdict(commit) | {"digest": commit.digest}
-        write_atomically(self.uri("commits", f"{commit.unit}.json"), json.dumps(record, indent=1).encode())
+        uri = self.uri("commits", f"{commit.unit}.json")
+        if not create_only(uri, json.dumps(record, indent=1).encode()):
+            first = _commit(json.loads(read_bytes(uri)))
+            if (first.fingerprint, first.digest) != (commit.fingerprint, commit.digest):
+                raise RuntimeError(f"{uri} is another run's, of another input or other bytes: is one still at work? Run again")
         self.clear_failure(commit.unit)
 
     def withdraw(self, unit: str) -> None:
         """Take a unit's commit back."""
-        fs, path = fsspec.core.url_to_fs(self.uri("commits", f"{unit}.json"))
+        fs, path = open_fs(self.uri("commits", f"{unit}.json"))
         fs.rm_file(path)
 
     def fail(self, unit: str, error: dict[str, Any]) -> None:
@@ -169,7 +241,7 @@ class Store:
         """Forget an earlier failure of a unit."""
         uri = self.uri("failures", f"{unit}.json")
         if exists(uri):
-            fs, path = fsspec.core.url_to_fs(uri)
+            fs, path = open_fs(uri)
             fs.rm_file(path)
 
     def commits(self) -> dict[str, Commit]:
@@ -213,8 +285,7 @@ class Store:
         return {record["unit"]: record for record in self._records("failures")}
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
-        fs, folder = fsspec.core.url_to_fs(self.uri(kind))
-        fs.invalidate_cache(folder)  # an object store's listing is cached, and others write here
+        fs, folder = open_fs(self.uri(kind))
         if not fs.exists(folder):
             return []
         paths = sorted(p for p in fs.ls(folder, detail=False) if p.endswith(".json"))
@@ -224,7 +295,7 @@ class Store:
 
     def clear(self, *parts: str) -> None:
         """Remove a folder of this stage if it is there (rubbish of a unit that never committed)."""
-        fs, path = fsspec.core.url_to_fs(self.uri(*parts))
+        fs, path = open_fs(self.uri(*parts))
         if fs.exists(path):
             fs.rm(path, recursive=True)
 

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from filters import STRICT, File, off_is_none
 from stages import tokens
-from stages.ledger import Commit, Store, Unit, scratch_folder
+from stages.ledger import Commit, Store, Unit, names_in, scratch_folder
 from stages.mds import INDEX, MDSWriter
 from stages.parts import read_columns
 
@@ -117,12 +117,18 @@ def pack_unit(unit: Unit, plan: "PackPlan", store: Store) -> Commit:
     training, held_out = _dealt([CorpusPart(*p) for p in unit.task["parts"]], plan, unit.name)
     commit.rows_in = training.num_rows + held_out.num_rows
     commit.counts = {"kept": training.num_rows}
-    for side in (TRAINING, HELD_OUT):
-        store.clear(side.parts, unit.name)
     commit.rows_out = _write(training, TRAINING, plan.config, commit, store)
     if held_out.num_rows:
         commit.counts["pack.held_out"] = held_out.num_rows
         commit.totals["held_out_rows"] = _write(held_out, HELD_OUT, plan.config, commit, store)
+    else:
+        store.clear(HELD_OUT.parts, unit.name)
+    written = {output["path"] for output in commit.outputs}
+    for side in (TRAINING, HELD_OUT):
+        # what died here left; now and by name, for a second copy of the unit may be at work, which writes the same ones
+        for name in names_in(store.uri(side.parts, unit.name)):
+            if not name.startswith(".") and f"{side.parts}/{unit.name}/{name}" not in written:
+                store.clear(side.parts, unit.name, name)
     return commit
 
 

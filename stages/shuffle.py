@@ -17,12 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from stages.ledger import Commit, Store, digest, exists, read_bytes, write_atomically
+from stages.ledger import Commit, Store, digest, exists, open_fs, read_bytes, write_atomically
 
 U64 = npt.NDArray[np.uint64]
 # an object store answers a request for fewer bytes than these no faster
@@ -237,8 +236,8 @@ class _Run:
 
 def _read(uri: str, start: int, stop: int) -> U64:
     """Values [start, stop) of an object of little-endian uint64."""
-    fs, path = fsspec.core.url_to_fs(uri)
-    data = fs.cat_file(path, int(start) * 8, int(stop) * 8)
+    fs, path = open_fs(uri)
+    data = fs.cat_file(path, start=int(start) * 8, end=int(stop) * 8)  # by name: what comes second differs between stores
     if len(data) != (stop - start) * 8:
         raise ValueError(f"{uri}: {len(data)} bytes at {start * 8}, expected {(stop - start) * 8}; it is not whole")
     return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)

@@ -45,8 +45,11 @@ def text(number: int) -> str:
 
 @pytest.fixture
 def listing(tmp_path):
+    return write_listing(tmp_path / "crawl")
+
+
+def write_listing(folder):
     """Ten files of four documents; each holds a copy of a document of the file before."""
-    folder = tmp_path / "crawl"
     folder.mkdir()
     for file in range(10):
         numbers = [*range(4 * file, 4 * file + 4), *([4 * file - 1] if file else [])]
@@ -140,7 +143,8 @@ def test_a_batch_that_was_cut_off_anywhere_is_finished_before_another_is_begun(t
     if before == "publish":
         dying(catalog, "publish", file=None)
     else:
-        dying(catalog if before == "catalog.jsonl" else batching, "write_atomically", file=before)
+        writes = {"catalog.jsonl": (catalog, "replace_if"), "batch.json": (batching, "create_only")}
+        dying(*writes.get(before, (batching, "write_atomically")), file=before)
     with pytest.raises(Killed):
         go(settings)
     again = go(settings)

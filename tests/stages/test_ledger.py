@@ -32,6 +32,17 @@ def test_commits_come_back_as_written_in_order_of_name(tmp_path):
     assert store.commit_of("000003") is None
 
 
+def test_of_two_that_did_a_unit_the_first_word_stands(tmp_path):
+    store, output = Store(str(tmp_path)), {"path": "p", "sha256": "1", "bytes": 1}
+    store.commit(Commit("000001", "f", outputs=[output], seconds=1))
+    store.commit(Commit("000001", "f", outputs=[output], seconds=2))
+    assert store.commit_of("000001").seconds == 1
+    for other in (Commit("000001", "g", outputs=[output]), Commit("000001", "f", outputs=[output | {"sha256": "2"}])):
+        with pytest.raises(RuntimeError, match=r"000001.json is another run's, of another input or other bytes"):
+            store.commit(other)
+    assert store.commit_of("000001").seconds == 1
+
+
 def test_success_clears_an_earlier_failure(tmp_path):
     store = Store(str(tmp_path))
     store.fail("000001", {"unit": "000001", "error": "ValueError: x"})

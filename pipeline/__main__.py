@@ -275,6 +275,34 @@ def estimate(
             out.print(note, soft_wrap=True)
 
 
+@app.command("gc")
+def collect_garbage(
+    run: RunFolder,
+    delete: Annotated[bool, typer.Option("--delete", help="remove it; without this it is only listed")] = False,
+    intermediate: Annotated[bool, typer.Option(help="of published batches also what only `why` still reads")] = False,
+    keep_days: Annotated[float, typer.Option(help="leave what is newer", min=0)] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """List or remove what nothing in a run or series refers to any more. Published generations are never touched."""
+    from pipeline import gc
+    from pipeline.report import size
+
+    with _told():
+        root, before = absolute_path(run), time.time() - keep_days * 86_400 if keep_days else None
+        if delete:
+            found = gc.collect(root, intermediate=intermediate, older_than=before)
+        else:
+            listed = gc.find(root, intermediate=intermediate)
+            found = [g for g in listed if before is None or (g.modified is not None and g.modified < before)]
+        if as_json:
+            print(json.dumps([g._asdict() for g in found]))
+            return
+        for g in found:
+            out.print(f"{g.reason:12} {size(g.bytes):>8}  {_escaped(g.uri)}", soft_wrap=True)
+        what = "removed" if delete else "can go; --delete removes it" if found else "there is nothing to remove"
+        out.print(f"{len(found)} of {size(sum(g.bytes for g in found))}: {what}")
+
+
 @app.command()
 def calibrate(
     config: ConfigFile,

@@ -14,7 +14,7 @@ from stages.ledger import write_atomically
 from trainer import feedback
 
 Points = list[tuple[float, float]]  # (Unix time, value), in order of time
-WIDTH, HEIGHT, LEFT, BASELINE, TOP = 700, 200, 52, 176, 12
+WIDTH, HEIGHT, LEFT, BASELINE, TOP = 700, 200, 60, 176, 12
 COLOURS = ("#1f5fd0", "#e0862c", "#2f8f5b", "#8a4fbf", "#b03a48")
 
 
@@ -55,6 +55,9 @@ def gather(root: str) -> SeriesData:
         lines = feedback.read_lines(f"{root}/feedback", trainer).summaries
         times = [datetime.fromisoformat(line.time).timestamp() for line in lines]
         curves[f"consumed by {trainer}"] = list(zip(times, map(float, feedback.consumed(lines)), strict=True))
+    last_seen = max((at for line in curves.values() for at, _ in line), default=0.0)
+    if begun:
+        curves["published"].append((last_seen, curves["published"][-1][1]))
     hours = [(r.inputs.now, r.decision.supply_hours) for r in records if r.decision.supply_hours is not None]
     last = records[-1].decision if records else None
     return SeriesData(root, curves, hours, _rows(begun, records), last, reading.faults)
@@ -124,7 +127,7 @@ def lines_svg(series: dict[str, Points], title: str) -> Markup:
         drawn = Markup('<polyline fill="none" stroke="{}" stroke-width="1.8" points="{}"><title>{}</title></polyline>')
         marks.append(drawn.format(colour, path, name))
     ends = ((LEFT, first, "start"), (WIDTH, last, "end"))
-    marks += [_text(x, HEIGHT - 6, f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC", anchor) for x, at, anchor in ends]
+    marks += [_text(x, HEIGHT - 6, f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC", anchor) for x, at, anchor in ends]
     return Markup("").join([*marks, Markup("</svg>")])
 
 

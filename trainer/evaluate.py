@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
     def figures(self) -> dict[str, float]:
         """For telemetry: held_out/loss, held_out/perplexity, held_out/RUN/loss, cloze/NAME/accuracy and Cloze's other fields."""
-        found = {f"held_out/{run}/loss": loss for run, loss in self.sources.items()}
+        found = {f"held_out/{run.lstrip('/')}/loss": loss for run, loss in self.sources.items()}
         if self.loss is not None:
             found |= {"held_out/loss": self.loss, "held_out/perplexity": float(np.exp(np.float64(self.loss)))}
         return found | {f"cloze/{name}/{key}": x for name, cloze in self.cloze.items() for key, x in cloze._asdict().items()}

@@ -448,12 +448,19 @@ def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson
 
 @app.command()
 def status(run: RunFolder, as_json: AsJson = False) -> None:
-    """How far a run is: units done, failed and left per phase, rate, time left. Works while it runs and after."""
+    """How far a run is: units done, failed and left per phase, rate, time left; of a series its batches and the one at work."""
+    from pipeline.batch import is_series
     from pipeline.explain import status as read_status
     from pipeline.phase import OPTIONAL
 
     with _told():
-        state = read_status(absolute_path(run))
+        root = absolute_path(run)
+        if is_series(root):
+            under_way = _series_status(root, as_json)
+            if as_json or under_way is None:
+                return
+            root = under_way
+        state = read_status(root)
         if as_json:
             print(json.dumps(state, indent=1))
             return
@@ -471,6 +478,30 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
         for phase, s in state["phases"].items():
             for unit, error in s["errors"].items():
                 out.print(f"[red]failed[/red] {phase} {unit}: {_escaped(error)}", soft_wrap=True)
+
+
+def _series_status(root: str, as_json: bool) -> str | None:
+    """Tell of the batches of a series; the directory of the one under way."""
+    from pipeline.series import gather
+
+    data = gather(root)
+    if as_json:
+        rows = [{**r._asdict(), "begun": r.begun.isoformat()} for r in data.rows]
+        print(json.dumps({"series": root, "batches": rows, "consumed": {name: c[-1][1] for name, c in data.curves.items() if c}}))
+        return None
+    table = Table("batch", "begun (UTC)", "decided", "inputs", "tokens", "generation", box=None)
+    for r in data.rows:
+        state = "under way" if r.seconds is None else r.generation or "nothing kept"
+        tokens = "" if r.tokens is None else f"{r.tokens:,}"
+        table.add_row(str(r.number), f"{r.begun:%Y-%m-%d %H:%M}", r.state, f"{r.taken:,}", tokens, state)
+    out.print(f"{_escaped(root)}", soft_wrap=True)
+    out.print(table)
+    for name, curve in data.curves.items():
+        out.print(f"tokens {_escaped(name)}: {curve[-1][1] if curve else 0:,.0f}")
+    if data.last:
+        out.print(f"last decision: {data.last.state}, {data.last.inputs} inputs")
+    under_way = data.rows and data.rows[-1].seconds is None
+    return f"{root}/batches/{data.rows[-1].number:04d}" if under_way else None
 
 
 @app.command()

@@ -12,7 +12,10 @@ import pytest
 pytestmark = pytest.mark.train
 pytest.importorskip("torch")
 
+from typer.testing import CliRunner  # noqa: E402
+
 from pipeline import catalog, schedule, series  # noqa: E402
+from pipeline.__main__ import app  # noqa: E402
 from pipeline.batch import decisions  # noqa: E402
 from tests.pipeline.test_batch import config, go, write_listing  # noqa: E402
 from trainer.feedback import consumed, read_lines  # noqa: E402
@@ -97,3 +100,12 @@ def test_the_report_of_the_series_shows_supply_and_demand(looped):
     assert [row.generation for row in data.rows] == [f"gen-000{n}" for n in range(1, 6)]
     page = Path(series.write_report(f"{looped}/series")).read_text()
     assert "consumed by training" in page and page.count("<polyline") >= 2
+
+
+def test_the_series_is_told_by_the_commands(looped):
+    told = {command: CliRunner().invoke(app, [command, f"{looped}/series"]) for command in ("status", "decisions", "replay")}
+    assert {command: result.exit_code for command, result in told.items()} == dict.fromkeys(told, 0)
+    assert "gen-0005" in told["status"].output and "tokens consumed by training" in told["status"].output
+    assert "BLIND" in told["decisions"].output and ", 0 decided otherwise" in told["replay"].output
+    state = json.loads(CliRunner().invoke(app, ["status", f"{looped}/series", "--json"]).output)
+    assert [row["generation"] for row in state["batches"]] == [f"gen-000{n}" for n in range(1, 6)]

@@ -31,8 +31,8 @@ def corpus() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session():
-    """The one Ray of the test session."""
+def ray_session(s3_server):
+    """The one Ray of the test session; after the S3 server, whose address its workers then inherit."""
     from pipeline import engine
 
     engine.start(None)

@@ -33,6 +33,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="TOML file, e.g. configs/quicks
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file", metavar="[SECTION.KEY=VALUE]...")]
 RunFolder = Annotated[str, typer.Argument(help="run directory (run.directory of the config)", metavar="RUN")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")]
+INTERRUPTED = 130
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 
 
@@ -51,7 +52,7 @@ def _told() -> Iterator[None]:
     except (RunFailed, PublishError, OSError, ValueError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        _fail("interrupted; what was committed stays: the same command goes on from there", 130)
+        _fail("interrupted; what was committed stays: the same command goes on from there", INTERRUPTED)
 
 
 def _fail(message: object, code: int) -> None:
@@ -144,8 +145,9 @@ def schedule(
         try:
             with _told():
                 _batch(load(config, overrides or []), None, address, False)
-        except typer.Exit:
-            pass  # told already; what was committed stays, and the next time goes on from there
+        except typer.Exit as ended:  # told already; what was committed stays, and the next time goes on from there
+            if ended.exit_code == INTERRUPTED:
+                raise
         time.sleep(max(0.0, pause - (time.monotonic() - begun)))
 
 

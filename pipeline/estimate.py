@@ -206,11 +206,9 @@ def systematic(count: int, *, share: float, start: float) -> list[int]:
 
 def _weights(inputs: Sequence[Input]) -> dict[int, float]:
     """The share of all input that each file is, by its number."""
-    sizes = [i.fingerprint.partition(":")[0] for i in inputs]  # of local files and objects; a server would have to be asked
-    known = [int(size) if size.isdigit() else 0 for size in sizes]
-    if not all(size.isdigit() for size in sizes) or not sum(known):
-        known = [1] * len(inputs)
-    return {i.ordinal: size / sum(known) for i, size in zip(inputs, known, strict=True)}
+    known = [size for i in inputs if (size := i.bytes) is not None]
+    sizes = known if len(known) == len(inputs) and any(known) else [1] * len(inputs)
+    return {i.ordinal: size / sum(sizes) for i, size in zip(inputs, sizes, strict=True)}
 
 
 def _pieces(path: Path, config: InputConfig) -> Iterator[bytes]:

@@ -34,11 +34,13 @@ class Garbage(NamedTuple):
 def find(root: str, *, intermediate: bool = False) -> list[Garbage]:
     """What can go, in the order in which it may: a crash half-way leaves a run that goes on. FileNotFoundError for no run."""
     if not is_series(root):
-        return [*_of_run(root), *_unpublished(root)]
-    found = [item for batch in batches(root) for item in _of_run(batch.directory)]
+        return [*_of_run(root), *_scratch(root), *_unpublished(root)]
+    # a batch that was cut off before its run began has no run.json, and nothing else
+    begun = [batch for batch in batches(root) if exists(f"{batch.directory}/run.json")]
+    found = [item for batch in begun for item in (*_of_run(batch.directory), *_scratch(batch.directory))]
     if intermediate:
-        found += [item for batch in batches(root) if batch.done for item in _intermediate(batch.directory)]
-    return [*found, *_unpublished(root)]
+        found += [item for batch in begun if batch.done for item in _intermediate(batch.directory)]
+    return [*found, *_scratch(root), *_unpublished(root)]
 
 
 def collect(root: str, *, intermediate: bool = False, older_than: float | None = None) -> list[Garbage]:
@@ -62,6 +64,9 @@ def _of_run(root: str) -> Iterator[Garbage]:
         for key in names_in(f"{root}/{stage}"):
             if key not in keys:
                 yield _weighed(f"{root}/{stage}/{key}", "superseded")
+
+
+def _scratch(root: str) -> Iterator[Garbage]:
     for name in names_in(root):
         if name.startswith("estimate-") or ".tmp-" in name:
             yield _weighed(f"{root}/{name}", "scratch")

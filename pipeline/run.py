@@ -50,6 +50,12 @@ class Input(NamedTuple):
     path: str
     fingerprint: str
 
+    @property
+    def bytes(self) -> int | None:
+        """Size of a file or an object; None of an http address, which would have to be asked."""
+        size = self.fingerprint.partition(":")[0]
+        return int(size) if size.isdecimal() else None
+
 
 class Outcome(NamedTuple):
     """What a run came to: failed units by phase, and the generation, if pack was reached."""
@@ -439,8 +445,7 @@ def _extract_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) 
 
 
 def _extract_task(i: Input) -> dict[str, Any]:
-    size = i.fingerprint.partition(":")[0]  # of a file or an object; an http address does not tell
-    return {"path": i.path, "ordinal": i.ordinal, "bytes": int(size) if size.isdecimal() else 0}
+    return {"path": i.path, "ordinal": i.ordinal, "bytes": i.bytes or 0}
 
 
 def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:

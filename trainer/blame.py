@@ -58,7 +58,7 @@ def why_step(directory: Path, step: int) -> list[Blamed]:
     has no such step or did not write metrics, GenerationFault when a generation is no longer what it was.
     """
     if not (directory / METRICS).exists():
-        raise LookupError(f"{directory}: there is no {METRICS}; is this the directory of a training, and were its sinks 'jsonl'?")
+        raise LookupError(f"{directory}: there is no {METRICS}; is this the directory of a training?")
     records = {record["step"]: record for record in read_metrics(directory / METRICS)}
     if step not in records:
         raise LookupError(

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from pipeline import batch as batching
 from pipeline import catalog, schedule
+from pipeline.__main__ import app
 from pipeline.batch import batches, decisions, run_batch
 from pipeline.config import load
 from pipeline.engine import in_process
 from pipeline.lease import Held, lease
+from pipeline.run import RunFailed
 from pipeline.verify import verify_path
-from tests.pipeline.test_run import Quiet, bytes_of
+from tests.pipeline.test_run import ROOT, Quiet, bytes_of
 
 WORDS = [
     "mill",
@@ -204,3 +207,18 @@ def test_decisions_follow_the_trainer_and_replay_identically(tmp_path, listing):
     assert len(lines) == 3 and schedule.replay(lines) == []
     [mismatch] = schedule.replay([lines[0].replace(b'"BLIND"', b'"GLUT"')])
     assert "state was 'GLUT', is 'BLIND'" in mismatch.what
+
+
+def test_ctrl_c_ends_the_schedule_and_a_failed_batch_does_not(tmp_path, monkeypatch):
+    """The third time it is interrupted; before that the batch fails, and the schedule waits for the next time."""
+    ends, paused = iter([OSError("the store is away"), RunFailed("a unit failed"), KeyboardInterrupt()]), []
+
+    def ending(*args, **options):
+        raise next(ends)
+
+    monkeypatch.setattr(batching, "run_batch", ending)
+    monkeypatch.setattr("pipeline.__main__.time.sleep", paused.append)
+    told = CliRunner().invoke(
+        app, ["schedule", str(ROOT / "configs" / "quickstart.toml"), f"run.directory={tmp_path}", "--every", "2h"]
+    )
+    assert told.exit_code == 130 and len(paused) == 2 and all(7000 < pause <= 7200 for pause in paused)

@@ -83,6 +83,9 @@ def test_a_batch_that_was_begun_keeps_what_it_has(tmp_path, crawl, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_batch(config(tmp_path, crawl), Quiet(), in_process)
     assert gc.find(f"{tmp_path}/series", intermediate=True) == []
+    (tmp_path / "series" / "batches" / "0001" / "run.json").unlink()  # as it is until its run has begun
+    (tmp_path / "series" / "estimate-1f").mkdir()
+    assert [(Path(item.uri).name, item.reason) for item in gc.find(f"{tmp_path}/series")] == [("estimate-1f", "scratch")]
 
 
 def test_what_is_newer_than_asked_for_stays_and_a_run_at_work_is_not_disturbed(tmp_path, crawl):

@@ -218,10 +218,12 @@ def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_
         os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    # two CPUs have room for 3 workers of .6, of which one rank of a batch of 2 micro-batches is too many
+    import ray
+
+    each = 0.3 * ray.cluster_resources()["CPU"]  # there is room for 3 workers, among which 4 micro-batches do not divide
     stopper = when(tmp_path / "train", 5, stop)
     ended = launch(
-        file, ["ray.min_workers=1", "ray.workers=4", "ray.cpus_per_worker=0.6", "data.micro_batch_rows=2"], on_ray=True
+        file, ["ray.min_workers=1", "ray.workers=4", f"ray.cpus_per_worker={each}", "data.micro_batch_rows=2"], on_ray=True
     )
     stopper.join()
     assert seen == [2] and ended.why == "it was asked to stop" and ended.steps < 100

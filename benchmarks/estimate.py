@@ -3,27 +3,32 @@
     python -m benchmarks.estimate [DATA] [--sample 20%] [--seeds 5]
 
 Prints core-seconds, tokens and bytes of the run, on Ray as a user has it, and each estimate's ratio to them. The seed decides
-which pages are sampled; models and extraction are commoncrawl.toml's.
+which pages are sampled; models and extraction are commoncrawl.toml's. Each is a command of its own: workers that have the
+models from the command before would load none.
 """
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from benchmarks.pipeline import ROOT, Silent, commits_of
-from pipeline.config import Config, load
-from pipeline.engine import on_ray
-from pipeline.estimate import estimate, share_of
-from pipeline.run import execute
+from benchmarks.pipeline import ROOT
+from pipeline.explain import all_commits
+from pipeline.run import read_state
 
 
-def settings(data: Path, folder: str, seed: int) -> Config:
+def gristmill(command: str, data: Path, directory: str, *options: str) -> None:
     """FineWeb's recipe over the pages."""
     pages = data / "warc" / "web" / "wcxb-500.warc.gz"
-    return load(
-        ROOT / "configs" / "commoncrawl.toml",
-        [f"input.paths=['{pages}']", f"run.directory={folder}", f"run.seed={seed}"],
+    settings = [str(ROOT / "configs" / "commoncrawl.toml"), f"input.paths=['{pages}']", f"run.directory={directory}"]
+    told = subprocess.run(
+        [sys.executable, "-m", "pipeline", command, *settings, *options], cwd=ROOT, capture_output=True, text=True
     )
+    if told.returncode:
+        sys.exit(told.stderr)
 
 
 def main() -> None:
@@ -33,24 +38,23 @@ def main() -> None:
     parser.add_argument("--sample", default="20%")
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
+    data = arguments.data.resolve()
     with tempfile.TemporaryDirectory() as scratch:
-        config = settings(arguments.data.resolve(), f"{scratch}/run", 0)
-        execute(config, Silent(), on_ray())
-        commits = [c for of_phase in commits_of(config).values() for c in of_phase]
+        gristmill("run", data, f"{scratch}/run")
+        commits = [c for of_phase in all_commits(f"{scratch}/run", read_state(f"{scratch}/run")).values() for c in of_phase]
         seconds = sum(c.cpu_seconds for c in commits)
         tokens = sum(c.totals.get("tokens", 0) + c.totals.get("held_out_tokens", 0) for c in commits)
         size = sum(o["bytes"] for c in commits for o in c.outputs)
-        print(f"run: {seconds:.1f} core-seconds, {tokens:,} tokens, {size:,} bytes", flush=True)
+        print(f"run: {seconds:.1f} core-seconds, {tokens:,.0f} tokens, {size:,} bytes", flush=True)
         for seed in range(arguments.seeds):
-            config = settings(arguments.data.resolve(), f"{scratch}/seed-{seed}", seed)
-            found = estimate(config, Silent(), on_ray(), share=share_of(arguments.sample), price=0.0, cores=2)
-            cpu = found.total.core_seconds
-            figures = [
-                f"core-seconds {cpu.value:.1f} ({cpu.low or 0:.1f} to {cpu.high or 0:.1f})",
-                f"× {cpu.value / seconds:.2f}",
-            ]
-            figures += [f"tokens × {found.tokens.value / tokens:.2f}", f"bytes × {found.total.bytes.value / size:.2f}"]
-            print(f"seed {seed}: {', '.join(figures)}", flush=True)
+            gristmill("estimate", data, f"{scratch}/{seed}", f"run.seed={seed}", "--sample", arguments.sample)
+            found: dict[str, Any] = json.loads(Path(f"{scratch}/{seed}/estimate.json").read_text())
+            cpu, stored = found["total"]["core_seconds"], found["total"]["bytes"]["value"]
+            interval = f"{cpu['value']:.1f} ({cpu['low']:.1f} to {cpu['high']:.1f})"
+            ratios = (
+                f"× {cpu['value'] / seconds:.2f}, tokens × {found['tokens']['value'] / tokens:.2f}, bytes × {stored / size:.2f}"
+            )
+            print(f"seed {seed}: core-seconds {interval} {ratios}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,26 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import engine
 from pipeline.charts import Floats
 from pipeline.config import Config, ConfigError
-from pipeline.explain import PHASES, all_commits
+from pipeline.explain import PHASES, all_commits, store_of
 from pipeline.findings import covered
 from pipeline.report import duration
 from pipeline.run import STAGES, Input, Progress, Run, execute, read_state
 from stages.fetch import local_copy
 from stages.ledger import Commit, Store, Unit, write_atomically
 from stages.pack import derive_seed
+from stages.parts import read_columns
 from stages.records import InputConfig, read_texts
 from stages.warc import ReadStats, read_records
 
@@ -128,10 +132,11 @@ def estimate(
         nothing = _write(f"{root}/inputs", "empty", [], config)
         empty = _measure(config, [nothing], f"{root}/empty", progress, engine.in_process)
         sampled = _measure(config, drawn.paths, f"{root}/sample", progress, run_units)
+        dense = {phase: _dense(phase, config, f"{root}/sample", sampled, empty) for phase in ("extract", "refine")}
     finally:
         Store(run.root).clear(name)
     fixed = {phase: _fixed(sampled.commits[phase], empty.commits[phase]) for phase in PHASES}
-    found = _summed(_Whole(config, len(inputs), cores, price, drawn, fixed, sampled), keys=run.keys)
+    found = _summed(_Whole(config, len(inputs), cores, price, drawn, fixed, sampled, dense), keys=run.keys)
     write_atomically(f"{run.root}/estimate.json", json.dumps(dataclasses.asdict(found), indent=1).encode())
     return found
 
@@ -280,6 +285,22 @@ def _timed(work: engine.Work, unit: Unit, plan: Any, store: Store) -> tuple[floa
     return time.process_time() - cpu + commit.totals.get("child_cpu_seconds", 0.0), time.monotonic() - began, commit
 
 
+def _dense(phase: str, config: Config, directory: str, sampled: _Measured, empty: _Measured) -> float:
+    """Bytes of a phase's small parts written as one, over what they take: a full row group packs better than a few rows."""
+    commits, rows = sampled.commits[phase], getattr(config, phase).batch_size
+    if not commits or sum(c.rows_in for c in commits) >= rows * len(commits):
+        return 1.0
+    store, overhead = store_of(directory, read_state(directory), phase), sum(map(_bytes, empty.commits[phase]))
+    together = 0
+    for folder in {o["path"].split("/")[0] for o in commits[0].outputs}:
+        parts = [store.uri(o["path"]) for c in commits for o in c.outputs if o["path"].startswith(f"{folder}/")]
+        written = BytesIO()
+        pq.write_table(pa.concat_tables(read_columns(p, None) for p in parts), written, compression="zstd", row_group_size=rows)
+        together += len(written.getbuffer())
+    apart = sum(map(_bytes, commits)) - overhead * len(commits)
+    return min(1.0, max(0.0, together - overhead) / apart) if apart > 0 else 1.0
+
+
 # --- the arithmetic --------------------------------------------------------------------------------------------------
 
 
@@ -310,10 +331,13 @@ class _Fixed(NamedTuple):
 
 
 def _fixed(sampled: Sequence[Commit], empty: Sequence[Commit]) -> _Fixed:
-    processes = {c.extra["estimate"]["process"] for c in sampled}
-    loads = _spent(sampled, "first") - _spent(sampled, "again")
+    loads: Counter[str] = Counter()  # a process loads what its documents ask for, in a small sample not all of it
+    for c in sampled:
+        noted = c.extra["estimate"]
+        loads[noted["process"]] += noted["first"] - noted["again"]
     units = max(1, len(empty))
-    return _Fixed(max(0.0, loads) / max(1, len(processes)), _spent(empty, "again") / units, sum(map(_bytes, empty)) / units)
+    load = max(0.0, *loads.values()) if loads else 0.0
+    return _Fixed(load, _spent(empty, "again") / units, sum(map(_bytes, empty)) / units)
 
 
 def _spent(commits: Sequence[Commit], what: str) -> float:
@@ -330,6 +354,7 @@ class _Whole(NamedTuple):
     drawn: Drawn
     fixed: Mapping[str, _Fixed]
     sampled: _Measured
+    dense: Mapping[str, float]
 
 
 class _Phase(NamedTuple):
@@ -398,7 +423,7 @@ def _phase(name: str, whole: _Whole) -> _Phase:
         gets=4 * units + (units * units if name in _SHUFFLED else max(units, whole.inputs)),
         puts=1 + 2 * units + round(units * sum(len(c.outputs) for c in commits) / len(commits)),
         seconds=seconds,
-        bytes=_shared_out(name, {c.unit: _bytes(c) - fixed.bytes for c in commits}, whole),
+        bytes=_shared_out(name, {c.unit: _bytes(c) - fixed.bytes for c in commits}, whole) * whole.dense.get(name, 1.0),
     )
 
 

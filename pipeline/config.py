@@ -183,6 +183,16 @@ def absolute_path(path: str) -> str:
     return os.path.abspath(path.removeprefix("file://"))
 
 
+def _input_path(path: str) -> str:
+    """An absolute path; in the working directory of a Ray job a relative one, as each node has a copy in a place of its own."""
+    path = absolute_path(path)
+    return os.path.relpath(path) if _in_job_directory(path) else path
+
+
+def _in_job_directory(path: str) -> bool:
+    return os.path.basename(os.getcwd()).startswith("_ray_pkg_") and path.startswith(f"{os.getcwd()}/")
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 _HEADER = re.compile(r"^\s*\[([A-Za-z0-9_.-]+)\]")
@@ -549,8 +559,14 @@ def for_all(key: str) -> str:
 def _absolute(config: Config) -> Config:
     paths: dict[str, Any] = {name: _with_absolute_files(getattr(config, name)) for name in SECTIONS}
     directory, catalog = absolute_path(config.run.directory), absolute_path(config.run.catalog)
+    for key, path in (("run.directory", directory), ("run.catalog", catalog)):
+        if _in_job_directory(path):
+            raise ConfigError(
+                f"{_at(key, config.origins)}{key} lies in the job's working directory, which other nodes do not see and Ray "
+                "removes with the job; write an absolute path that every node sees, or s3://..."
+            )
     paths["run"] = dataclasses.replace(config.run, directory=directory, catalog=catalog)
-    paths["input"] = dataclasses.replace(config.input, paths=tuple(absolute_path(p) for p in config.input.paths))
+    paths["input"] = dataclasses.replace(config.input, paths=tuple(_input_path(p) for p in config.input.paths))
     paths["dedup"] = dataclasses.replace(config.dedup, against=tuple(absolute_path(p) for p in config.dedup.against))
     return dataclasses.replace(
         config,
@@ -565,7 +581,7 @@ def _absolute(config: Config) -> Config:
 
 def _with_absolute_files(section: Any) -> Any:
     made = {
-        name: tuple(map(absolute_path, paths)) if isinstance(getattr(section, name), tuple) else absolute_path(*paths)
+        name: tuple(map(_input_path, paths)) if isinstance(getattr(section, name), tuple) else _input_path(*paths)
         for name, paths in files(section).items()
         if paths
     }

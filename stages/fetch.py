@@ -23,6 +23,8 @@ import urllib3
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from stages.ledger import file_sha256
+
 USER_AGENT = "gristmill/0.1 (builds text corpora from web archives; python-requests)"
 SUFFIXES = (".warc", ".warc.gz", ".wet", ".wet.gz", ".arc", ".arc.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _LISTING = ".paths.gz"
@@ -116,7 +118,8 @@ def _is_http(path: str) -> bool:
 def fingerprint(path: str) -> str:
     """Changes when the file does: size and time of a local file, size and etag on s3; an http address is its own.
 
-    FileNotFoundError if there is no such file.
+    A relative path is of a file that a Ray job was sent with: each node unpacks a copy at a time of its own, so its content
+    counts. FileNotFoundError if there is no such file.
     """
     if _is_http(path):
         return path
@@ -124,7 +127,7 @@ def fingerprint(path: str) -> str:
         info = fsspec.core.url_to_fs(path)[0].info(path)
         return f"{info['size']}:{info.get('ETag', '').strip(chr(34))}"
     stat = os.stat(path)
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{stat.st_size}:{stat.st_mtime_ns if os.path.isabs(path) else file_sha256(Path(path))}"
 
 
 # -- one file, made local ----------------------------------------------------------------------------------------------

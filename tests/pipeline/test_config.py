@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline import percentiles
 from pipeline.benchmark_index import build_index
 from pipeline.config import ConfigError, file_digests, load, measured_with, show
-from pipeline.run import stage_keys
+from pipeline.run import Run, stage_keys
 
 ROOT = Path(__file__).parents[2]
 GOOD = '[run]\ndirectory = "r"\n[input]\npaths = ["x.warc.gz"]\n'
@@ -338,3 +338,30 @@ def test_a_calibration_that_is_none_is_refused(config, tmp_path, text, message):
 def test_percentiles_are_numpys(values, percent):
     found = percentiles.Table({}, {"s": {"": percentiles.quantiles(np.array([*values, math.nan]))}}, {})
     assert found.value("s", percent, "") == pytest.approx(np.percentile(values, percent), rel=1e-9, abs=1e-6)
+
+
+def test_what_a_job_was_sent_with_is_the_same_input_wherever_it_is_unpacked(tmp_path, monkeypatch):
+    found = []
+    for package in ("_ray_pkg_1", "_ray_pkg_2"):
+        folder = tmp_path / package
+        (folder / "pages").mkdir(parents=True)
+        (folder / "pages" / "a.jsonl").write_text("{}")
+        (folder / "list.txt").write_text("bad.example")
+        monkeypatch.chdir(folder)
+        overrides = [
+            f"run.directory={tmp_path}/run",
+            "url_policy.blocked_lists=['list.txt']",
+            f"input.paths=['pages/*.jsonl', '{tmp_path}']",
+        ]
+        config = load(None, overrides)
+        assert config.input.paths == ("pages/*.jsonl", str(tmp_path)) and config.url_policy.blocked_lists == ("list.txt",)
+        found.append((Run(config).inputs(extend=False)[0], Run(config).keys))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("key", ["run.directory", "run.catalog"])
+def test_a_run_directory_that_ray_would_remove_with_the_job_is_refused(tmp_path, monkeypatch, key):
+    (tmp_path / "_ray_pkg_1").mkdir()
+    monkeypatch.chdir(tmp_path / "_ray_pkg_1")
+    with pytest.raises(ConfigError, match=rf"{key} lies in the job's working directory.*write an absolute path"):
+        load(None, ["run.directory=/runs/x", "input.paths=['x']", f"{key}=runs/x"])

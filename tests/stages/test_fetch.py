@@ -317,6 +317,16 @@ def test_fingerprints_tell_versions_apart(folder):
         fingerprint(str(folder / "none"))
 
 
+def test_a_file_that_each_node_of_a_job_unpacks_is_known_by_its_content(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = fingerprint("a.warc")
+    os.utime("a.warc", ns=(0, 1))
+    assert fingerprint("a.warc") == before
+    content = Path("a.warc").read_bytes()
+    Path("a.warc").write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert fingerprint("a.warc") != before
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An s3 address whose bucket lies in memory: fsspec's memory filesystem under the name s3."""

@@ -42,5 +42,5 @@ $(VENV)/.curation: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[train,dev,s3,ner]'
+	$(PIP) --editable '.[train,dev,s3,ner,cluster]'
 	@touch $@ $(VENV)/.curation

@@ -28,11 +28,15 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 Stage = StrEnum("Stage", ["extract", "dedup", "refine", "pack"])
 Kind = StrEnum("Kind", ["documents", "keep", "corpus", "rejected"])
 Format = StrEnum("Format", ["jsonl", "parquet"])
+Log = StrEnum("Log", ["bars", "json"])
 
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file, e.g. configs/quickstart.toml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file", metavar="[SECTION.KEY=VALUE]...")]
 RunFolder = Annotated[str, typer.Argument(help="run directory (run.directory of the config)", metavar="RUN")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")]
+LogAs = Annotated[
+    Log, typer.Option("--log", envvar="GRISTMILL_LOG", help="on stderr: bars on a terminal, or a JSON line for each unit")
+]
 INTERRUPTED = 130
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 
@@ -74,11 +78,12 @@ def run(
     first: Annotated[Stage | None, typer.Option("--from", help="begin at this stage; the ones before must be done")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and stop")] = False,
     address: Address = None,
+    log: LogAs = Log.bars,
     as_json: AsJson = False,
 ) -> None:
     """Run a config: extract, dedup, refine, pack, publish. The same command again goes on where it stopped."""
     from pipeline.engine import on_ray
-    from pipeline.progress import Bars, funnel_table
+    from pipeline.progress import funnel_table
     from pipeline.run import execute, plan
 
     with _told():
@@ -88,8 +93,8 @@ def run(
         if dry_run:
             _print_plan(plan(settings, only=only, first=first), as_json)
             return
-        with Bars(err) as bars:
-            outcome = execute(settings, bars, on_ray(address), only=only, first=first)
+        with _progress(settings, log) as progress:
+            outcome = execute(settings, progress, on_ray(address), only=only, first=first)
         from pipeline.explain import run_funnel
         from pipeline.report import write_report
 
@@ -111,17 +116,24 @@ def run(
             raise typer.Exit(3)
 
 
+def _progress(settings: Config, log: Log) -> Any:
+    from pipeline.progress import Bars, JsonLog
+
+    return JsonLog(sys.stderr, settings.run.directory) if log == Log.json else Bars(err)
+
+
 @app.command()
 def batch(
     config: ConfigFile,
     overrides: Overrides = None,
     inputs: Annotated[int | None, typer.Option(help="take so many inputs, whatever the controller says", min=0)] = None,
     address: Address = None,
+    log: LogAs = Log.bars,
     as_json: AsJson = False,
 ) -> None:
     """Publish the next generation of a series, of as many inputs as trainers want; or finish the batch that was begun."""
     with _told():
-        _batch(load(config, overrides or []), inputs, address, as_json)
+        _batch(load(config, overrides or []), inputs, address, log, as_json)
 
 
 @app.command()
@@ -130,6 +142,7 @@ def schedule(
     overrides: Overrides = None,
     every: Annotated[str, typer.Option(help="time from one batch to the next, as 30m, 6h or 1d")] = "6h",
     address: Address = None,
+    log: LogAs = Log.bars,
 ) -> None:
     """`gristmill batch` again and again, for as long as this process lives; one that fails is finished the next time."""
     from pipeline.batch import seconds_of
@@ -144,20 +157,19 @@ def schedule(
         begun = time.monotonic()
         try:
             with _told():
-                _batch(load(config, overrides or []), None, address, False)
+                _batch(load(config, overrides or []), None, address, log, False)
         except typer.Exit as ended:  # told already; what was committed stays, and the next time goes on from there
             if ended.exit_code == INTERRUPTED:
                 raise
         time.sleep(max(0.0, pause - (time.monotonic() - begun)))
 
 
-def _batch(settings: Config, inputs: int | None, address: str | None, as_json: bool) -> None:
+def _batch(settings: Config, inputs: int | None, address: str | None, log: Log, as_json: bool) -> None:
     from pipeline.batch import run_batch
     from pipeline.engine import on_ray
-    from pipeline.progress import Bars
 
-    with Bars(err) as bars:
-        done = run_batch(settings, bars, on_ray(address), inputs=inputs)
+    with _progress(settings, log) as progress:
+        done = run_batch(settings, progress, on_ray(address), inputs=inputs)
     decision = done.decision
     if as_json:
         said = decision and {name: getattr(decision, name) for name in ("state", "inputs", "reasons")}
@@ -208,12 +220,35 @@ def replay(run: RunFolder) -> None:
 
 
 @app.command()
+def metrics(
+    run: RunFolder,
+    port: Annotated[int | None, typer.Option("--serve", help="answer GET /metrics on this port", min=0, max=65535)] = None,
+    host: Annotated[str, typer.Option(help="address to serve on")] = "127.0.0.1",
+) -> None:
+    """How a run or series does, as Prometheus reads it; from its files alone. Exit 1 if some cannot be read: the rest is told."""
+    from prometheus_client import generate_latest
+
+    from pipeline.metrics import Metrics, serve
+
+    found = Metrics(absolute_path(run), lambda fault: err.print(fault, markup=False, soft_wrap=True))
+    with _told():
+        if port is not None:
+            address, thread = serve(found, host=host, port=port)
+            err.print(address)
+            thread.join()
+        print(generate_latest(found).decode(), end="")
+        if found.faults:
+            raise typer.Exit(1)
+
+
+@app.command()
 def retry(
     config: ConfigFile,
     named: Annotated[
         list[str] | None, typer.Argument(help="failed units (none: all), and overrides", metavar="[UNIT|SECTION.KEY=VALUE]...")
     ] = None,
     address: Address = None,
+    log: LogAs = Log.bars,
     as_json: AsJson = False,
 ) -> None:
     """Run again after forgetting which units failed or were set aside; of a series, in the batch that was begun."""
@@ -230,9 +265,9 @@ def retry(
         forgotten = forget_failures(root, [name for name in named or [] if "=" not in name])
         err.print(f"{len(forgotten)} failures forgotten")
         if begun:
-            _batch(settings, None, address, as_json)
+            _batch(settings, None, address, log, as_json)
     if not begun:
-        run(config, overrides, address=address, as_json=as_json)
+        run(config, overrides, address=address, log=log, as_json=as_json)
 
 
 @app.command()

@@ -1,7 +1,11 @@
-"""What a person sees while a run works: a bar per phase, and the funnel at its end."""
+"""What is seen of a run while it works: by a person a bar per phase and the funnel at its end, by a log collector JSON lines."""
 
+import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -68,6 +72,57 @@ class Bars:
     def end(self, phase: str) -> None:
         """Close a phase."""
         self._bars.stop_task(self._sums[phase].task)
+
+
+class JsonLog:
+    """A JSON object a line: phases begin and end, units are done or failed, a run stops on an error.
+
+    Each has time (ISO 8601, UTC), level ("info" or "error"), run, stage, phase, unit, event, seconds, error, null where there
+    is none; those of units that are done also rows_in and rows_out, a phase's begin also units, and done: those of them that
+    an earlier run did.
+    """
+
+    def __init__(self, stream: TextIO, run: str) -> None:
+        self._stream, self._run = stream, run
+        self._began: dict[str, float] = {}
+
+    def __enter__(self) -> "JsonLog":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._write("stopped", error=f"{type(error).__name__}: {error}")
+
+    def begin(self, phase: str, *, units: int, done: Sequence[Commit]) -> None:
+        """Tell of a phase of `units`, of which `done` were committed before."""
+        self._began[phase] = time.monotonic()
+        self._write("begin", phase, units=units, done=len(done))
+
+    def advance(self, phase: str, done: Done) -> None:
+        """Tell of one unit that ended."""
+        if done.commit is None:
+            self._write("failed", phase, unit=done.unit, error=done.error)
+        else:
+            commit = done.commit
+            self._write("done", phase, unit=done.unit, seconds=commit.seconds, rows_in=commit.rows_in, rows_out=commit.rows_out)
+
+    def end(self, phase: str) -> None:
+        """Tell of the end of a phase."""
+        self._write("end", phase, seconds=round(time.monotonic() - self._began.pop(phase), 3))
+
+    def _write(self, event: str, phase: str | None = None, *, error: str | None = None, **more: object) -> None:
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "level": "info" if error is None else "error",
+            "run": self._run,
+            "stage": phase and phase.split()[0],
+            "phase": phase,
+            "event": event,
+            "unit": None,
+            "seconds": None,
+            "error": error,
+        }
+        print(json.dumps(line | more), file=self._stream, flush=True)
 
 
 @dataclass(frozen=True)

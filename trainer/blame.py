@@ -43,7 +43,7 @@ def log_spike(directory: Path, step: int, loss: float, rows: Iterable[RowLoss]) 
     worst = sorted(rows, key=lambda row: (row.loss == row.loss, -(row.loss or 0.0)))  # NaN is the worst
     try:
         blamed = with_documents(worst)
-    except (OSError, ImportError, ValueError) as error:  # a diagnosis must not stop a training
+    except Exception as error:  # each store's client has its own errors, and a diagnosis must not stop a training
         _LOG.warning("the documents of step %d are unknown: %r", step, error)
         blamed = [Blamed(row, []) for row in worst]
     said = [row._asdict() | {"documents": [d._asdict() for d in documents]} for row, documents in blamed]

@@ -81,7 +81,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A run of the pipeline, whose catalog lists generations; `weight` is its share of the rows against other sources'.
+    """A run of the pipeline, a folder or URL, whose catalog lists generations; `weight` is its share of the rows against others'.
 
     `generations` names those to read, in order; () is all, and each new one when it is published.
     """
@@ -97,6 +97,9 @@ class DataConfig:
 
     The order of rows depends on `shuffle_seed`, `canonical_nodes` and the global batch, and not on the number of ranks.
     When generations end: stop, wait for the next up to `wait_seconds`, or repeat up to `max_epochs`.
+
+    What lies on an object store (s3://BUCKET/RUN) is copied by each node to `cache_dir`, which is this training's alone and has
+    room for two generations of a source at a time, or all if they are repeated; "" is `cache/` of the training's directory.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -110,6 +113,7 @@ class DataConfig:
     max_epochs: int = 1
     wait_seconds: float = 3600.0
     verify: Literal["full", "quick"] = "full"
+    cache_dir: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,8 @@ def _check(config: TrainConfig) -> None:
     """What one section asks of another, or of the world."""
     if not config.directory or "://" in config.directory:
         raise ConfigError(f"directory = '{config.directory}': a local folder is wanted; checkpoint.folder may be a URL")
+    if "://" in config.data.cache_dir:
+        raise ConfigError(f"data.cache_dir = '{config.data.cache_dir}': a local folder is wanted")
     runs = [os.path.abspath(source.run) for source in config.data.sources]
     if twice := [run for run in runs if runs.count(run) > 1]:
         raise ConfigError(f"data.sources names {twice[0]} twice; set its weight instead")
@@ -237,10 +243,12 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     def path(name: str) -> str:
         return name if "://" in name or not name else os.path.abspath(name)
 
+    sources = tuple(replace(source, run=path(source.run)) for source in config.data.sources)
+    cache = path(config.data.cache_dir or f"{config.directory}/cache")
     return replace(
         config,
         directory=path(config.directory),
-        data=replace(config.data, sources=tuple(replace(s, run=path(s.run)) for s in config.data.sources)),
+        data=replace(config.data, sources=sources, cache_dir=cache),
         checkpoint=replace(config.checkpoint, folder=path(config.checkpoint.folder)),
         evaluation=replace(config.evaluation, cloze=tuple(map(path, config.evaluation.cloze))),
         telemetry=replace(config.telemetry, feedback=path(config.telemetry.feedback)),

@@ -44,12 +44,13 @@ class Batch(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A row of a generation that has `rows` of them."""
+    """A row of a generation that has `rows` of them; `cache` is where a run on an object store is copied to (`stage`)."""
 
     run: str
     generation: str
     rows: int
     row: int
+    cache: str = ""
 
 
 def read_ahead(places: Iterator[list[Place]], *, ahead: int, workers: int, timeout: float) -> Iterator[Batch]:
@@ -113,7 +114,7 @@ def read_batch(places: Sequence[Place]) -> Batch:
 def _read_row(place: Place) -> dict[str, Any]:
     file: object = mds.INDEX
     try:
-        shards = _shards(place.run, place.generation, place.rows)
+        shards = _shards(place.run, place.generation, place.rows, place.cache)
         shard = int(np.searchsorted(shards.starts, place.row, "right")) - 1
         file = shards.entries[shard]["raw_data"]["basename"]
         sample: dict[str, Any] = shards.read(shard, place.row - int(shards.starts[shard]))
@@ -166,8 +167,8 @@ class _Shards:
 
 
 @lru_cache(maxsize=64)
-def _shards(run: str, generation: str, rows: int) -> _Shards:
-    return _Shards(folder_of(run, generation), rows)
+def _shards(run: str, generation: str, rows: int, cache: str) -> _Shards:
+    return _Shards(folder_of(run, generation, cache), rows)
 
 
 class _Rows(Dataset[Batch]):

@@ -123,16 +123,17 @@ def _prepare(config: EvaluationConfig, data: DataConfig, questions: Mapping[str,
         return None
     held_out = {}
     for run, entries in listed.items() if config.held_out_rows > 0 else ():
-        part = next(filter(None, (verify_held_out(run, entry) for entry in entries)), None)
+        part = next(filter(None, (verify_held_out(run, entry, cache=data.cache_dir) for entry in entries)), None)
         if part:
-            batch = read_batch([Place(run, part.name, part.rows, row) for row in range(min(config.held_out_rows, part.rows))])
+            count = min(config.held_out_rows, part.rows)
+            batch = read_batch([Place(run, part.name, part.rows, row, data.cache_dir) for row in range(count)])
             held_out[run] = Rows(batch.tokens, batch.documents, torch.full_like(batch.tokens, -1))
     cloze = {}
     if questions:
         from stages.tokens import load_encoding  # for questions alone a trainer needs tiktoken
 
         run, entries = next(iter(listed.items()))
-        shape = verify_generation(run, entries[0], mode="quick")
+        shape = verify_generation(run, entries[0], mode="quick", cache=data.cache_dir)
         encoding = load_encoding(shape.tokenizer)
         cloze = {name: pack_endings(name, asked, encoding, seq_len=shape.seq_len) for name, asked in questions.items()}
     return _Prepared(held_out, cloze)

@@ -7,10 +7,14 @@ next    hand out a step's micro-batches; `state_dict` is where the supply stands
 
 import hashlib
 import itertools
+import os
 import queue
+import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +24,7 @@ import torch.distributed as dist
 
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import Batch, Place, epoch_order, import_streaming, read_ahead
-from trainer.generations import GenerationFault, Manifest, fault, read_catalog, verify_generation
+from trainer.generations import GenerationFault, Manifest, fault, folder_of, is_remote, read_catalog, stage, verify_generation
 from trainer.plan import I64, Position, Stretch, draw, micro_batches, stretches
 
 POLL_SECONDS = 2.0  # between looks at the catalog while waiting
@@ -45,7 +49,9 @@ class Supply:
     initialised). Reading takes no exchange: a row that cannot be read ends its rank, and the launcher ends the others.
 
     A generation is hashed before its first row is read; that stops the training for as long as it takes when it was published
-    after the start. Compressed shards are unpacked beside themselves when first read.
+    after the start. Compressed shards are unpacked beside themselves when first read. From an object store each node copies a
+    generation before its first row is planned, the one after it, if known by then, while it is read, and removes it when all its
+    rows are handed out, unless they are to be repeated; a run resumed from before that copies it again.
 
     `taken` is what the last step took of each run, on all ranks together. ValueError for a config or state that does not fit,
     GenerationFault for data that does not. `close` it, or use it as a context.
@@ -107,6 +113,7 @@ class Supply:
             raise ValueError(
                 f"asked for step {step}, but the supply stands at {self._step}; make one from the state of that step"
             )
+        self._leave()
         # twice: what was published after the end was met, while reading ahead, is found by the second
         batches = self._collect() or self._collect()
         if batches:
@@ -153,13 +160,15 @@ class Supply:
             found = self._take(source, int((owners == number).sum()))
             if found is None:
                 return None
+            for stretch in found[0]:
+                self._enter(source, stretch.at)
             picked[owners == number], position = self._rows(source, found[0]), found[1]
             positions.append(position)
             taken[source.config.run] += [Drawn(source.known[s.at].name, s.epoch, s.start, s.stop) for s in found[0]]
         for source, position, count in zip(sources, positions, np.bincount(owners, minlength=len(sources)), strict=True):
             source.position, source.drawn = position, source.drawn + int(count)
         mine = range(self._rank * rows // self._world, (self._rank + 1) * rows // self._world)
-        places = [sources[owners[i]].place(*picked[i].tolist()) for i in mine]
+        places = [sources[owners[i]].place(*picked[i].tolist(), self._config.cache_dir) for i in mine]
         size = self._config.micro_batch_rows
         micro = [places[i : i + size] for i in range(0, len(places), size)]
         return _Plan(micro, taken, self._state_at(self._step + len(self._planned) + 1))
@@ -200,7 +209,8 @@ class Supply:
             # what a resumed run has left behind is not hashed again
             unread = len(source.known) >= source.position.at or self._config.when_empty == "repeat"
             mode = self._config.verify if self._leads and unread else "quick"
-            manifest = self._agreed(partial(verify_generation, source.config.run, entry, mode=mode))
+            verify = partial(verify_generation, source.config.run, entry, mode=mode, cache=self._config.cache_dir)
+            manifest = self._agreed(verify)
             self._check_shape(manifest)
             source.known.append(manifest)
         return bool(new)
@@ -232,6 +242,44 @@ class Supply:
             expected, found = (f"seq_len {seq_len} and tokenizer {tokenizer}" for seq_len, tokenizer in (self._shape, shape))
             do = "leave it out of `generations`, or pack it like those before"
             raise fault(manifest.name, "manifest.json", expected=f"{expected}, as in this run so far", found=found, do=do)
+
+    def _enter(self, source: "_Source", at: int) -> None:
+        """Have the shards of a generation on every node, and begin to copy those of the next."""
+        if at in source.staged or not is_remote(source.config.run):
+            return
+        copying = self._copy(source, at)
+        while any(self._gather(copying is not None and copying.is_alive())):  # one exchange alone may time out before that ends
+            if copying:
+                copying.join(POLL_SECONDS)
+        # what failed there is done again, and raises here; what has passed is not hashed again
+        mode = self._config.verify if copying else "quick"
+        self._agreed(partial(stage, source.known[at], mode=mode, cache=self._config.cache_dir))
+        source.staged.add(at)
+        if at + 1 < len(source.known):
+            self._copy(source, at + 1)
+
+    def _copy(self, source: "_Source", at: int) -> threading.Thread | None:
+        """The thread that copies, or has copied, a generation; None where another rank does, if the launcher says which."""
+
+        def copy() -> None:
+            with suppress(Exception):
+                stage(source.known[at], mode=self._config.verify, cache=self._config.cache_dir)
+
+        if at not in source.copying and os.environ.get("LOCAL_RANK", "0") == "0":
+            source.copying[at] = threading.Thread(target=copy, name="copy", daemon=True)
+            source.copying[at].start()
+        return source.copying.get(at)
+
+    def _leave(self) -> None:
+        """Remove copies that no rank reads any more: all have handed out the step before, as they have exchanged gradients.
+
+        Also those that an earlier incarnation has left.
+        """
+        for source, state in zip(self._sources, self._state["sources"], strict=True):
+            passed = len(state["generations"]) - 1 if self._config.when_empty != "repeat" else 0
+            for manifest in source.known[source.left : passed] if is_remote(source.config.run) else ():
+                shutil.rmtree(folder_of(manifest.run, manifest.name, self._config.cache_dir), ignore_errors=True)
+            source.left = max(source.left, passed)
 
     def _agreed(self, action: Callable[[], _T]) -> _T:
         """Rank 0's result of what all ranks do; if it fails on any of them, the first failure, raised on every rank."""
@@ -337,6 +385,9 @@ class _Source:
     order: I64 | None = None
     order_of: tuple[int, int] | None = None  # (place in the list, epoch)
     order_digest: str | None = None
+    copying: dict[int, threading.Thread] = field(default_factory=dict)  # by place in the list, from an object store
+    staged: set[int] = field(default_factory=set)  # of those in the list, which were copied to this node
+    left: int = 0  # of those in the list, how many need no copy any more
 
     @property
     def sizes(self) -> list[int]:
@@ -345,9 +396,9 @@ class _Source:
     def seen(self) -> list[tuple[str, str]]:
         return max(self.saved, [(manifest.name, manifest.sha256) for manifest in self.known], key=len)
 
-    def place(self, at: int, row: int) -> Place:
+    def place(self, at: int, row: int, cache: str) -> Place:
         manifest = self.known[at]
-        return Place(self.config.run, manifest.name, manifest.rows, row)
+        return Place(self.config.run, manifest.name, manifest.rows, row, cache)
 
     def state(self) -> dict[str, Any]:
         epoch, at, rows = self.position

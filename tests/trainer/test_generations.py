@@ -147,11 +147,15 @@ def test_a_broken_catalog_names_its_line(run, line):
         read_catalog(str(run))
 
 
-def test_no_catalog_is_no_generation_and_object_storage_is_refused(tmp_path):
+def test_no_catalog_is_no_generation(tmp_path):
     assert read_catalog(str(tmp_path)) == []
-    assert folder_of("file:///a/run", "gen-0001") == Path("/a/run/generations/gen-0001")
-    with pytest.raises(ValueError, match="reads local disks, not 's3://bucket/run'; copy"):
-        read_catalog("s3://bucket/run")
+
+
+def test_a_run_on_a_disk_is_read_where_it_lies_and_one_elsewhere_has_a_place_of_its_own_in_the_cache(tmp_path):
+    assert folder_of("file:///a/run", "gen-0001", "/cache") == Path("/a/run/generations/gen-0001")
+    copies = {folder_of(run, name, "/cache") for run in ("s3://a/b", "s3://a/c") for name in ("gen-0001", "gen-0001/held_out")}
+    assert len(copies) == 4 and {copy.parent.parent for copy in copies} == {Path("/cache")}
+    assert folder_of("s3://a/b/", "gen-0001", "/cache") in copies
 
 
 def test_documents_come_in_the_order_of_rows_and_spans(run):

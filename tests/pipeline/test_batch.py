@@ -217,7 +217,7 @@ def test_ctrl_c_ends_the_schedule_and_a_failed_batch_does_not(tmp_path, monkeypa
         raise next(ends)
 
     monkeypatch.setattr(batching, "run_batch", ending)
-    monkeypatch.setattr("pipeline.__main__.time.sleep", paused.append)
+    monkeypatch.setattr("pipeline.commands.batches.time.sleep", paused.append)
     told = CliRunner().invoke(
         app, ["schedule", str(ROOT / "configs" / "quickstart.toml"), f"run.directory={tmp_path}", "--every", "2h"]
     )

@@ -36,6 +36,7 @@ from pipeline.charts import Floats
 from pipeline.config import Config, ConfigError
 from pipeline.explain import PHASES, all_commits, store_of
 from pipeline.findings import covered
+from pipeline.lease import lease
 from pipeline.report import duration
 from pipeline.run import STAGES, Input, Progress, Run, execute, read_state
 from stages.fetch import local_copy
@@ -127,14 +128,15 @@ def estimate(
     run, name = Run(config), f"estimate-{uuid.uuid4().hex[:12]}"
     root = f"{run.root}/{name}"
     inputs = run.inputs(extend=False)
-    try:
-        drawn = draw(config, inputs, share=share, folder=f"{root}/inputs")
-        nothing = _write(f"{root}/inputs", "empty", [], config)
-        empty = _measure(config, [nothing], f"{root}/empty", progress, engine.in_process)
-        sampled = _measure(config, drawn.paths, f"{root}/sample", progress, run_units)
-        dense = {phase: _dense(phase, config, f"{root}/sample", sampled, empty) for phase in ("extract", "refine")}
-    finally:
-        Store(run.root).clear(name)
+    with lease(root):  # which tells `gristmill gc` that this is no rubbish yet
+        try:
+            drawn = draw(config, inputs, share=share, folder=f"{root}/inputs")
+            nothing = _write(f"{root}/inputs", "empty", [], config)
+            empty = _measure(config, [nothing], f"{root}/empty", progress, engine.in_process)
+            sampled = _measure(config, drawn.paths, f"{root}/sample", progress, run_units)
+            dense = {phase: _dense(phase, config, f"{root}/sample", sampled, empty) for phase in ("extract", "refine")}
+        finally:
+            Store(run.root).clear(name)
     fixed = {phase: _fixed(sampled.commits[phase], empty.commits[phase]) for phase in PHASES}
     found = _summed(_Whole(config, len(inputs), cores, price, drawn, fixed, sampled, dense), keys=run.keys)
     write_atomically(f"{run.root}/estimate.json", json.dumps(dataclasses.asdict(found), indent=1).encode())

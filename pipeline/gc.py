@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pipeline import catalog
 from pipeline.batch import batches, is_series
-from pipeline.lease import lease
+from pipeline.lease import is_held, lease
 from pipeline.run import STAGES, read_state
 from stages.ledger import exists, names_in, open_fs, read_bytes
 
@@ -64,12 +64,22 @@ def _of_run(root: str) -> Iterator[Garbage]:
         for key in names_in(f"{root}/{stage}"):
             if key not in keys:
                 yield _weighed(f"{root}/{stage}/{key}", "superseded")
+            else:
+                yield from _cut_off(f"{root}/{stage}/{key}")
 
 
 def _scratch(root: str) -> Iterator[Garbage]:
     for name in names_in(root):
-        if name.startswith("estimate-") or ".tmp-" in name:
+        if ".tmp-" in name or (name.startswith("estimate-") and not is_held(f"{root}/{name}")):
             yield _weighed(f"{root}/{name}", "scratch")
+
+
+def _cut_off(store: str) -> Iterator[Garbage]:
+    """Files under the temporary names of writers that were killed."""
+    fs, path = open_fs(store)
+    for name, info in fs.find(path, detail=True).items():
+        if ".tmp-" in name.rpartition("/")[2]:
+            yield Garbage(store + name.removeprefix(path), "scratch", info["size"] or 0, _modified(info))
 
 
 def _matched_against(root: str) -> Iterator[str]:

@@ -54,6 +54,19 @@ def lease(directory: str) -> Iterator[None]:
         yield
 
 
+def is_held(directory: str) -> bool:
+    """Whether somebody works in a directory at this moment. Nothing is written."""
+    if not is_local(directory):
+        current, _ = _read(f"{directory.rstrip('/')}/lease.json")
+        return time.time() - float(current.get("renewed", 0.0)) < STALE_SECONDS
+    with suppress(FileNotFoundError), open(os.path.join(directory.removeprefix("file://"), "lease.json"), "r+") as file:
+        try:
+            _lock(file, directory)
+        except Held:
+            return True
+    return False
+
+
 def fence() -> None:
     """To be called before anything is published: Fenced if a directory that this process holds was taken over."""
     for held in list(_held):

@@ -103,6 +103,19 @@ def test_what_is_newer_than_asked_for_stays_and_a_run_at_work_is_not_disturbed(t
         gc.collect(str(root))
 
 
+def test_an_estimate_at_work_stays_and_what_killed_writers_left_goes(tmp_path, crawl):
+    settings = config(tmp_path, crawl)
+    run(settings)
+    root = Path(settings.run.directory)
+    [documents] = root.glob("extract/*/documents")
+    (documents / ".000000.parquet.tmp-1f").write_bytes(b"cut")
+    with lease(str(root / "estimate-1f")):
+        [item] = gc.collect(str(root))
+        assert item[:3] == (str(documents / ".000000.parquet.tmp-1f"), "scratch", 3) and item.modified
+    assert [Path(item.uri).name for item in gc.collect(str(root))] == ["estimate-1f"]
+    assert run(settings) == set() and gc.find(str(root)) == []
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a run directory"):
         gc.find(str(tmp_path))

@@ -310,8 +310,10 @@ def test_the_lease_has_a_token_that_only_rises(s3_bucket):
     for _ in range(3):
         with lease.lease(s3_bucket):
             tokens.append(json.loads(read_bytes(f"{s3_bucket}/lease.json"))["token"])
+            assert lease.is_held(s3_bucket)
             with pytest.raises(lease.Held, match=f"is in use by process {os.getpid()} on "), lease.lease(s3_bucket):
                 pass
+        assert not lease.is_held(s3_bucket)
     assert tokens == [1, 2, 3]
 
 

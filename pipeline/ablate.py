@@ -9,6 +9,7 @@ Of a large run the parts are a sample, spread evenly (pipeline.sample); all coun
 
 import dataclasses
 import difflib
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -136,10 +137,17 @@ def _require_measured(config: Config, ledger: Ledger) -> None:
     for key in sorted(now.keys() | {key for key in then if key.startswith("per_language.")}):
         # what is not said for a language is as for all
         known, wanted = (values.get(key, values.get(for_all(key))) for values in (then, now))
-        if None not in (known, wanted) and known != wanted and _is_measured_with(key, config):
+        if known is None or wanted is None or _portable(known) == _portable(wanted):
+            continue
+        if _is_measured_with(key, config):
             raise ValueError(
                 f"{ledger.root} measured with {key} = {known}, not {wanted}: only bounds can be changed without running it"
             )
+
+
+def _portable(value: str) -> str:
+    """A value as a Ray job that was sent with this directory has it."""
+    return value.replace(f'"{os.getcwd()}/', '"')
 
 
 # beside bounds, what changes no document: these sections, and these keys of others

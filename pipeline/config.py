@@ -190,7 +190,7 @@ def _input_path(path: str) -> str:
 
 
 def _in_job_directory(path: str) -> bool:
-    return os.path.basename(os.getcwd()).startswith("_ray_pkg_") and path.startswith(f"{os.getcwd()}/")
+    return os.path.basename(os.getcwd()).startswith("_ray_pkg_") and f"{path}/".startswith(f"{os.getcwd()}/")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -81,11 +81,15 @@ class Metrics:
         self.faults: set[str] = set()
         self._lock = threading.Lock()  # scrapes may overlap
         self._known: dict[str, tuple[str, Any]] = {}
+        self._last: tuple[float, list[Metric]] = (0.0, [])  # when it was had, and what
         self._done: dict[str, list[Sample]] = {}  # of batches that will not change any more
 
     def collect(self) -> list[Metric]:
         """All families as they stand now. Never raises."""
+        asked = time.monotonic()
         with self._lock:
+            if self._last[0] > asked:  # by the scrape that this one has waited for
+                return self._last[1]
             reader = _Reader(self._known)
             samples = list(reader.as_far(self._samples(reader), self.root))
             for fault in sorted(set(reader.faults) - self.faults):
@@ -93,7 +97,8 @@ class Metrics:
             self.faults = set(reader.faults)
             # of a store that was away for a moment not all was asked for
             self._known = self._known | reader.known if self.faults else reader.known
-            return _families([Sample("up", not self.faults), *samples], run=self.root)
+            self._last = time.monotonic(), _families([Sample("up", not self.faults), *samples], run=self.root)
+            return self._last[1]
 
     def _samples(self, reader: "_Reader") -> Iterator[Sample]:
         record = reader.file(f"{self.root}/decisions.jsonl", _last_record)

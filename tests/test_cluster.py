@@ -50,6 +50,14 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
+def end(process: subprocess.Popen) -> None:
+    """Close its input, and wait; not for ever."""
+    try:
+        process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """A cluster with a job server: the process ids of its two workers' raylets, and the environment that leads to it."""
@@ -65,7 +73,7 @@ def cluster(tmp_path):
         command = [sys.executable, "-c", CLUSTER, *map(str, ports), *folders]
         log = held.enter_context((tmp_path / "cluster.log").open("w"))
         process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-        held.callback(process.communicate)
+        held.callback(end, process)
         line = process.stdout.readline()
         assert line, (tmp_path / "cluster.log").read_text()
         yield [psutil.Process(pid) for pid in json.loads(line)], env
@@ -92,26 +100,26 @@ def test_a_submitted_quickstart_outlives_a_node_and_has_the_bytes_of_one_machine
     submission = ["--submission-id", "quickstart-1", "--working-dir", ".", "--no-wait", "--", *run]
 
     def job(*words):
-        told = subprocess.run(["ray", "job", *words], cwd=ROOT, env=env, capture_output=True, text=True)
+        told = subprocess.run(["ray", "job", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         return told.returncode, told.stdout + told.stderr
 
     code, said = job("submit", *submission)
     until = time.monotonic() + 120
-    while "No available agent" in said and time.monotonic() < until:  # the head is up before what starts jobs on it
+    while code and "already exists" not in said and time.monotonic() < until:  # the head is up before what starts jobs on it
         code, said = job("submit", *submission)
-    assert code == 0, said
+    assert code == 0 or "already exists" in said, said
     log = tmp_path / "job.log"
     with log.open("w") as stream:
         following = subprocess.Popen(["ray", "job", "logs", "quickstart-1", "--follow"], env=env, stdout=stream, stderr=stream)
     code, said = job("submit", *submission)
     assert code == 1 and "already exists" in said
 
-    while not (committed(tmp_path) and all(working(raylet, "extract") for raylet in raylets)):
+    while not (committed(tmp_path) and working(raylets[1], "extract")):
         assert following.poll() is None, log.read_text()
         time.sleep(0.05)
     kill_node(raylets[1])
     assert 0 < committed(tmp_path) < 8
-    following.wait()
+    following.wait(1200)
     assert "succeeded" in job("status", "quickstart-1")[1], log.read_text()
 
     execute(load(QUICKSTART, [f"run.directory={tmp_path}/local"]), Silent(), in_process)

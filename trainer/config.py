@@ -99,7 +99,8 @@ class DataConfig:
     When generations end: stop, wait for the next up to `wait_seconds`, or repeat up to `max_epochs`.
 
     What lies on an object store (s3://BUCKET/RUN) is copied by each node to `cache_dir`, which is this training's alone and has
-    room for two generations of a source at a time, or all if they are repeated; "" is `cache/` of the training's directory.
+    room for two generations of a source at a time, unpacked, or all if they are repeated; "" is `cache/` of the training's
+    directory. Where that lies on a file system that nodes share, name a disk that each has for itself.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -226,6 +227,11 @@ def _check(config: TrainConfig) -> None:
     """What one section asks of another, or of the world."""
     if not config.directory or "://" in config.directory:
         raise ConfigError(f"directory = '{config.directory}': a local folder is wanted; checkpoint.folder may be a URL")
+    for key, folder in (("directory", config.directory), ("checkpoint.folder", config.checkpoint.folder)):
+        inside = f"{os.path.abspath(folder)}/".startswith(f"{os.getcwd()}/")
+        if folder and "://" not in folder and inside and os.path.basename(os.getcwd()).startswith("_ray_pkg_"):
+            said = f"{key} = '{folder}' lies in the job's working directory, which Ray removes with the job"
+            raise ConfigError(f"{said}: write an absolute path that every node sees")
     if "://" in config.data.cache_dir:
         raise ConfigError(f"data.cache_dir = '{config.data.cache_dir}': a local folder is wanted")
     runs = [os.path.abspath(source.run) for source in config.data.sources]

@@ -18,10 +18,11 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -157,17 +158,20 @@ _hashed: set[tuple[str, str]] = set()  # folder and manifest of generations whos
 
 
 @contextmanager
-def _readable(name: str, file: str = "") -> Iterator[None]:
+def _readable(name: str, file: str = "", *, remote: bool = False) -> Iterator[None]:
+    """Of a disk that cannot be read the generation is at fault; of a store that does not answer it is not."""
     try:
         yield
     except OSError as error:
+        if remote and not isinstance(error, FileNotFoundError):
+            raise
         told, found = file or str(error.filename), error.strerror or error
         raise fault(name, told, expected="a readable file", found=found, do=_RESTORE) from error
 
 
 def _verify(run: str, manifest: Mapping[str, Any], sha256: str, *, mode: Mode, cache: str) -> Manifest:
     name, folder = manifest["name"], folder_of(run, manifest["name"], cache)
-    with _readable(name):
+    with _readable(name, remote=is_remote(run)):
         shard_rows = _index(run, manifest, sha256, folder)
         for shard in () if is_remote(run) else manifest["shards"]:
             _check_size(folder, name, shard)
@@ -189,15 +193,15 @@ def _index(run: str, manifest: Mapping[str, Any], sha256: str, folder: Path) -> 
         return _check_index(folder, manifest)
     with _alone(folder):
         mark = folder / "manifest.sha256"
-        known = mark.exists() and mark.read_text() == sha256
-        if not known:
-            shutil.rmtree(folder, ignore_errors=True)  # of another generation that was published under this name
-            folder.mkdir()
-            (folder / mds.INDEX).write_bytes(_read(run, manifest["name"], mds.INDEX))
+        with suppress(OSError, GenerationFault):
+            if mark.read_text() == sha256:
+                return _check_index(folder, manifest)
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or of another generation that was published under this name
+        folder.mkdir()
+        (folder / mds.INDEX).write_bytes(_read(run, manifest["name"], mds.INDEX))
         rows = _check_index(folder, manifest)
-        if not known:
-            mark.write_text(sha256)
-    return rows
+        mark.write_text(sha256)
+        return rows
 
 
 def _copy(fs: Any, source: str, folder: Path, name: str, trusted: bool, shard: Mapping[str, Any]) -> None:
@@ -205,9 +209,9 @@ def _copy(fs: Any, source: str, folder: Path, name: str, trusted: bool, shard: M
     if path.is_file() and path.stat().st_size == shard["bytes"] and (trusted or _sha256(path) == shard["sha256"]):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")  # what a kill leaves is overwritten
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.tmp")  # what a kill leaves is overwritten
     for _ in range(2):
-        with _readable(name, shard["basename"]):
+        with _readable(name, shard["basename"], remote=True):
             fs.get_file(f"{source}/{shard['basename']}", str(temporary))
         found = _sha256(temporary)
         if found == shard["sha256"]:
@@ -237,7 +241,7 @@ def _open(run: str) -> tuple[Any, str]:
 
 def _read(run: str, name: str, file: str) -> bytes:
     fs, root = _open(run)
-    with _readable(name, file):
+    with _readable(name, file, remote=is_remote(run)):
         return bytes(fs.cat_file(f"{root}/generations/{name}/{file}"))
 
 

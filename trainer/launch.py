@@ -118,7 +118,7 @@ def _here(config: TrainConfig, device: str, preempted: Callable[[], bool] = lamb
             return training.to_the_end()._asdict()
         except (Diverged, ConfigError) as error:
             raise FinalError(str(error)) from error
-        except (CheckpointError, GenerationFault) as error:
+        except (CheckpointError, GenerationFault, OSError) as error:
             raise TrainingError(str(error)) from error
 
 

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +23,17 @@ import torch.distributed as dist
 
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import Batch, Place, epoch_order, import_streaming, read_ahead
-from trainer.generations import GenerationFault, Manifest, fault, folder_of, is_remote, read_catalog, stage, verify_generation
+from trainer.generations import (
+    GenerationFault,
+    Manifest,
+    Mode,
+    fault,
+    folder_of,
+    is_remote,
+    read_catalog,
+    stage,
+    verify_generation,
+)
 from trainer.plan import I64, Position, Stretch, draw, micro_batches, stretches
 
 POLL_SECONDS = 2.0  # between looks at the catalog while waiting
@@ -50,8 +59,9 @@ class Supply:
 
     A generation is hashed before its first row is read; that stops the training for as long as it takes when it was published
     after the start. Compressed shards are unpacked beside themselves when first read. From an object store each node copies a
-    generation before its first row is planned, the one after it, if known by then, while it is read, and removes it when all its
-    rows are handed out, unless they are to be repeated; a run resumed from before that copies it again.
+    generation before its first row is planned (`next` gives nothing meanwhile), the one after it, if known by then, while it is
+    read, and removes it when all its rows are handed out, unless they are to be repeated; a run resumed from before that copies
+    it again.
 
     `taken` is what the last step took of each run, on all ranks together. ValueError for a config or state that does not fit,
     GenerationFault for data that does not. `close` it, or use it as a context.
@@ -80,6 +90,7 @@ class Supply:
         self._loader: Iterator[Batch] | None = None
         self._closed = False
         self._empty_since: float | None = None
+        self._awaited: tuple[_Source, int] | None = None  # the generation that is copied before anything else can be read
         self.taken: dict[str, list[Drawn]] = {}
         import_streaming()  # seconds, and before there are workers that would each take them
         if state is not None:
@@ -122,7 +133,9 @@ class Supply:
         return batches
 
     def may_grow(self) -> bool:
-        """After a `next` that gave nothing: whether to wait for another generation, by config and the clock of rank 0."""
+        """After a `next` that gave nothing: whether to wait for a copy or, by config and the clock of rank 0, a generation."""
+        if self._awaited:
+            return True
         if self._config.when_empty != "wait":
             return False
         self._empty_since = self._empty_since or time.monotonic()
@@ -130,8 +143,10 @@ class Supply:
         return self._agreed(lambda: waited < self._config.wait_seconds)
 
     def grows(self) -> bool:
-        """Look for new generations after a pause of POLL_SECONDS; if there are, `next` gives more."""
+        """Look for what is awaited, after a pause of POLL_SECONDS; if it is there, `next` gives more."""
         time.sleep(POLL_SECONDS)
+        if self._awaited:
+            return not self._under_way(*self._awaited)
         return any([self._extend(source) for source in self._sources])  # a list: every rank asks for every source
 
     @property
@@ -160,8 +175,8 @@ class Supply:
             found = self._take(source, int((owners == number).sum()))
             if found is None:
                 return None
-            for stretch in found[0]:
-                self._enter(source, stretch.at)
+            if not all(self._entered(source, stretch.at) for stretch in found[0]):
+                return None
             picked[owners == number], position = self._rows(source, found[0]), found[1]
             positions.append(position)
             taken[source.config.run] += [Drawn(source.known[s.at].name, s.epoch, s.start, s.stop) for s in found[0]]
@@ -243,43 +258,48 @@ class Supply:
             do = "leave it out of `generations`, or pack it like those before"
             raise fault(manifest.name, "manifest.json", expected=f"{expected}, as in this run so far", found=found, do=do)
 
-    def _enter(self, source: "_Source", at: int) -> None:
-        """Have the shards of a generation on every node, and begin to copy those of the next."""
+    def _entered(self, source: "_Source", at: int) -> bool:
+        """Whether every node has the shards of a generation; if not they are being copied, and `grows` tells when that ends."""
         if at in source.staged or not is_remote(source.config.run):
-            return
-        copying = self._copy(source, at)
-        while any(self._gather(copying is not None and copying.is_alive())):  # one exchange alone may time out before that ends
-            if copying:
-                copying.join(POLL_SECONDS)
-        # what failed there is done again, and raises here; what has passed is not hashed again
-        mode = self._config.verify if copying else "quick"
-        self._agreed(partial(stage, source.known[at], mode=mode, cache=self._config.cache_dir))
+            return True
+        copying = self._copying(source, at, again=self._awaited is None)  # what failed while the one before was read
+        if copying:
+            copying.join(POLL_SECONDS)
+        self._awaited = (source, at) if self._under_way(source, at) else None
+        if self._awaited:
+            return False
+        self._agreed(partial(_require_copied, copying, source.known[at], self._config.cache_dir))
         source.staged.add(at)
-        if at + 1 < len(source.known):
-            self._copy(source, at + 1)
+        return True
 
-    def _copy(self, source: "_Source", at: int) -> threading.Thread | None:
-        """The thread that copies, or has copied, a generation; None where another rank does, if the launcher says which."""
+    def _under_way(self, source: "_Source", at: int) -> bool:
+        copying = source.copying.get(at)
+        return any(self._gather(copying is not None and copying.is_alive()))
 
-        def copy() -> None:
-            with suppress(Exception):
-                stage(source.known[at], mode=self._config.verify, cache=self._config.cache_dir)
-
-        if at not in source.copying and os.environ.get("LOCAL_RANK", "0") == "0":
-            source.copying[at] = threading.Thread(target=copy, name="copy", daemon=True)
+    def _copying(self, source: "_Source", at: int, *, again: bool = False) -> "_Copying | None":
+        """What copies, or has copied, a generation, `again` if that failed; None where the launcher says another rank does."""
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return None
+        before = source.copying.get(at)
+        if before is None or (again and before.failure is not None):
+            source.copying[at] = _Copying(source.known[at], mode=self._config.verify, cache=self._config.cache_dir)
             source.copying[at].start()
-        return source.copying.get(at)
+        return source.copying[at]
 
     def _leave(self) -> None:
-        """Remove copies that no rank reads any more: all have handed out the step before, as they have exchanged gradients.
+        """Remove copies that no rank reads any more, also those of an earlier incarnation; then there is room to copy the next.
 
-        Also those that an earlier incarnation has left.
+        All ranks have handed out the step before, as they have exchanged gradients.
         """
         for source, state in zip(self._sources, self._state["sources"], strict=True):
-            passed = len(state["generations"]) - 1 if self._config.when_empty != "repeat" else 0
-            for manifest in source.known[source.left : passed] if is_remote(source.config.run) else ():
+            if not is_remote(source.config.run):
+                continue
+            current = len(state["generations"]) - 1
+            for manifest in source.known[source.left : current] if self._config.when_empty != "repeat" else ():
                 shutil.rmtree(folder_of(manifest.run, manifest.name, self._config.cache_dir), ignore_errors=True)
-            source.left = max(source.left, passed)
+            source.left = max(source.left, current)
+            if current in source.staged and current + 1 < len(source.known) and current + 1 not in source.copying:
+                self._copying(source, current + 1)
 
     def _agreed(self, action: Callable[[], _T]) -> _T:
         """Rank 0's result of what all ranks do; if it fails on any of them, the first failure, raised on every rank."""
@@ -287,7 +307,8 @@ class Supply:
         try:
             answer = action()
         except Exception as error:  # whatever it is: the other ranks wait for ours
-            failure = error if isinstance(error, GenerationFault) else GenerationFault(f"rank {self._rank}: {error!r}")
+            # what is no verdict on the data may be over the next time: a store that does not answer, say
+            failure = error if isinstance(error, GenerationFault) else OSError(f"rank {self._rank}: {error!r}")
         answers = self._gather((answer, failure))
         for _, failed in answers:
             if failed is not None:
@@ -367,6 +388,28 @@ class Supply:
         return fault(places[0].generation, f"rows {rows}", expected=f"a batch within {seconds:g} s", found=found, do=do)
 
 
+class _Copying(threading.Thread):
+    """Copies a generation to this node; `failure` is why it could not."""
+
+    def __init__(self, manifest: Manifest, *, mode: Mode, cache: str) -> None:
+        super().__init__(name="copy", daemon=True)
+        self.failure: Exception | None = None
+        self._stage = partial(stage, manifest, mode=mode, cache=cache)
+
+    def run(self) -> None:
+        try:
+            self._stage()
+        except Exception as error:
+            self.failure = error
+
+
+def _require_copied(copying: _Copying | None, manifest: Manifest, cache: str) -> None:
+    if copying is None:
+        stage(manifest, mode="quick", cache=cache)  # the rank beside this one has copied it
+    elif copying.failure:
+        raise copying.failure
+
+
 class _Plan(NamedTuple):
     micro: list[list[Place]]  # of this rank
     taken: dict[str, list[Drawn]]
@@ -385,7 +428,7 @@ class _Source:
     order: I64 | None = None
     order_of: tuple[int, int] | None = None  # (place in the list, epoch)
     order_digest: str | None = None
-    copying: dict[int, threading.Thread] = field(default_factory=dict)  # by place in the list, from an object store
+    copying: dict[int, _Copying] = field(default_factory=dict)  # by place in the list, from an object store
     staged: set[int] = field(default_factory=set)  # of those in the list, which were copied to this node
     left: int = 0  # of those in the list, how many need no copy any more
 

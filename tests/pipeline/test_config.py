@@ -354,14 +354,15 @@ def test_what_a_job_was_sent_with_is_the_same_input_wherever_it_is_unpacked(tmp_
             f"input.paths=['pages/*.jsonl', '{tmp_path}']",
         ]
         config = load(None, overrides)
+        assert load(None, [*overrides, "input.paths=['.']"]).input.paths == (".",)
         assert config.input.paths == ("pages/*.jsonl", str(tmp_path)) and config.url_policy.blocked_lists == ("list.txt",)
         found.append((Run(config).inputs(extend=False)[0], Run(config).keys))
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("key", ["run.directory", "run.catalog"])
-def test_a_run_directory_that_ray_would_remove_with_the_job_is_refused(tmp_path, monkeypatch, key):
+@pytest.mark.parametrize("key, value", [("run.directory", "runs/x"), ("run.directory", "."), ("run.catalog", "runs/x")])
+def test_a_run_directory_that_ray_would_remove_with_the_job_is_refused(tmp_path, monkeypatch, key, value):
     (tmp_path / "_ray_pkg_1").mkdir()
     monkeypatch.chdir(tmp_path / "_ray_pkg_1")
     with pytest.raises(ConfigError, match=rf"{key} lies in the job's working directory.*write an absolute path"):
-        load(None, ["run.directory=/runs/x", "input.paths=['x']", f"{key}=runs/x"])
+        load(None, ["run.directory=/runs/x", "input.paths=['x']", f"{key}={value}"])

@@ -125,6 +125,7 @@ class Faults(ThreadingHTTPServer):
 
     def __init__(self, server, fault):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.patience = 4.0  # of a "timeout", in seconds: more than its client has
         self.behind, self.fault, self.lock = server.removeprefix("http://"), fault, threading.Lock()
         self.number, self.done = 0, Counter()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -143,6 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_request(self):
         self.close_connection = True
         what = self.server.next_fault(self.command, self.path)
+        if what == "timeout":
+            time.sleep(self.server.patience)
+            what = "no answer"
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length // 2 if what == "half request" else length)
         if isinstance(what, int):

@@ -65,3 +65,12 @@ def test_a_preset_is_a_base_for_other_keys(tmp_path):
 def test_what_is_wrong_is_named(tmp_path, text, override, message):
     with pytest.raises(ConfigError, match=message):
         loaded(tmp_path, text, override)
+
+
+@pytest.mark.parametrize("override", ["directory=runs/x", "checkpoint.folder=kept"])
+def test_a_directory_that_ray_would_remove_with_the_job_is_refused(tmp_path, monkeypatch, override):
+    (tmp_path / "_ray_pkg_1").mkdir()
+    monkeypatch.chdir(tmp_path / "_ray_pkg_1")
+    with pytest.raises(ConfigError, match=rf"{override.split('=')[0]} = '.*' lies in the job's working directory"):
+        loaded(tmp_path, GOOD, "directory=/runs/x", override)
+    assert loaded(tmp_path, GOOD, "directory=/runs/x", "checkpoint.folder=s3://b/c").directory == "/runs/x"

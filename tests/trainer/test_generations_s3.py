@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -67,7 +68,7 @@ def batches(data, **options):
     """Rows and tokens of all steps."""
     found = []
     with Supply(data, rank=0, world_size=1, **options) as supplied:
-        while batches := supplied.next(len(found)):
+        while batches := waited(supplied, len(found)):
             found.append([(batch.where, batch.tokens.tolist(), batch.documents.tolist()) for batch in batches])
     return found
 
@@ -135,11 +136,11 @@ def test_a_state_of_the_disk_goes_on_from_the_store(run, url, cache, s3_bucket):
     whole = batches(config(url, cache_dir=str(cache / "whole")))
     with Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
         for step in range(3):
-            supplied.next(step)
+            waited(supplied, step)
         state = supplied.state_dict()
     staged(url, cache / "other")  # by an incarnation that died
     with Supply(config(url, cache_dir=str(cache / "other")), rank=0, world_size=1, state=state) as supplied:
-        rest = [[(b.where, b.tokens.tolist(), b.documents.tolist()) for b in supplied.next(step)] for step in (3, 4, 5)]
+        rest = [[(b.where, b.tokens.tolist(), b.documents.tolist()) for b in waited(supplied, step)] for step in (3, 4, 5)]
     assert rest == whole[3:]
     assert contents(folder_of(url, "gen-0001", str(cache / "other"))) == {}
 
@@ -151,7 +152,7 @@ def test_a_generation_appended_later_is_entered_on_every_rank_of_a_node(run, url
     publish(run, 12)
     upload(run, url)
     with Supply(config(url, cache_dir=str(cache), when_empty="wait"), rank=0, world_size=1) as supplied:
-        found = supplied.next(0)
+        found = waited(supplied, 0)
         publish(run, 12, first=1000)
         upload(run, url)
         found += waited(supplied, 1) + waited(supplied, 2)
@@ -163,10 +164,11 @@ def test_the_next_generation_is_copied_while_the_first_is_read(run, url, cache):
     publish(run, 20, first=1000)
     upload(run, url)
     with Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
-        supplied.next(0)
+        waited(supplied, 0)
+        assert {name for batch in waited(supplied, 1) for name, _ in batch.where} == {"gen-0001"}
         supplied._sources[0].copying[1].join(60)
         assert contents(folder_of(url, "gen-0002", str(cache))) == contents(run / "generations" / "gen-0002")
-        assert {name for batch in supplied.next(1) for name, _ in batch.where} == {"gen-0001"}
+        assert {name for batch in waited(supplied, 2) for name, _ in batch.where} == {"gen-0001"}
 
 
 def test_two_processes_share_one_copy(run, url, tmp_path, monkeypatch):
@@ -191,7 +193,7 @@ def remove(folder):
 
 
 def leave_a_half(folder):
-    (folder / SHARD).rename(folder / f"{SHARD}.tmp")
+    (folder / SHARD).rename(folder / f"{SHARD}.{socket.gethostname()}.tmp")
 
 
 def flip(folder, shard=SHARD):
@@ -200,11 +202,15 @@ def flip(folder, shard=SHARD):
     (folder / shard).write_bytes(data)
 
 
+def tear_the_index(folder):
+    (folder / "index.json").write_bytes(b"")
+
+
 def forget_the_mark(folder):
     (folder / "manifest.sha256").write_text("")
 
 
-@pytest.mark.parametrize("damage", [shorten, remove, leave_a_half, flip, forget_the_mark])
+@pytest.mark.parametrize("damage", [shorten, remove, leave_a_half, flip, tear_the_index, forget_the_mark])
 def test_of_a_cache_that_is_not_whole_only_what_is_wrong_is_copied_again(run, url, cache, asked, damage):
     publish(run, 20)
     upload(run, url)
@@ -213,7 +219,7 @@ def test_of_a_cache_that_is_not_whole_only_what_is_wrong_is_copied_again(run, ur
     generations._hashed.clear()  # as in another process
     shards = asked()
     assert batches(config(url, cache_dir=str(cache))) == batches(config(run))
-    assert sorted(shards) == sorted(contents(folder) if damage is forget_the_mark else [SHARD])
+    assert sorted(shards) == sorted(contents(folder) if damage in (tear_the_index, forget_the_mark) else [SHARD])
     assert contents(folder) == contents(run / "generations" / "gen-0001")
 
 
@@ -283,7 +289,7 @@ def test_a_flipped_byte_on_the_store_is_asked_for_twice_and_named(run, url, cach
         pytest.raises(GenerationFault, match=rf"gen-0001: {SHARD}: expected sha256"),
         Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
     ):
-        supplied.next(0)
+        waited(supplied, 0)
     assert SHARD not in contents(folder_of(url, "gen-0001", str(cache)))
 
 
@@ -299,7 +305,7 @@ def test_a_copy_that_went_wrong_is_not_read_because_it_cannot_be_mended(run, url
         pytest.raises(GenerationFault, match=rf"gen-0001: {SHARD}: expected sha256"),
         Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
     ):
-        supplied.next(0)
+        waited(supplied, 0)
 
 
 def test_a_byte_that_is_wrong_once_is_right_when_asked_for_again(run, url, cache, asked):
@@ -361,12 +367,25 @@ def test_a_copy_that_failed_in_the_background_is_made_when_it_is_wanted(run, url
     broken = [True]
     proxy = faults(lambda number, method, path: 500 if broken and "gen-0002/part" in path else None)
     with Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
-        found = [supplied.next(step) for step in range(2)]
+        found = [waited(supplied, step) for step in range(2)]
         supplied._sources[0].copying[1].join(60)
         assert proxy.done[500] and not contents(folder_of(url, "gen-0002", str(cache)))
         broken.clear()
-        found += [supplied.next(step) for step in range(2, 7)]
+        found += [waited(supplied, step) for step in range(2, 7)]
     assert [[batch.where for batch in step] for step in found] == [[where for where, *_ in step] for step in batches(config(run))]
+
+
+def test_a_store_that_stays_away_is_no_verdict_on_the_generation(run, url, cache, faults, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    publish(run, 12)
+    upload(run, url)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    faults(lambda number, method, path: 503 if "/part" in path else None)
+    with Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied, pytest.raises(OSError, match=r"^rank 0: "):
+        waited(supplied, 0)
+    faults(lambda number, method, path: 503)
+    with pytest.raises(OSError, match=r"^rank 0: "):
+        Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1)
 
 
 # --- a training -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Bars:
     def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
-    def begin(self, phase: str, *, units: int, done: Sequence[Commit]) -> None:
+    def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
         """Start a phase of `units`, of which `done` were committed before."""
         task = self._bars.add_task(phase, total=units, completed=len(done), rate="", kept="", failed="")
         rows_in = sum(c.rows_in for c in done)
@@ -93,9 +93,9 @@ class JsonLog:
         if error is not None:
             self._write("stopped", error=f"{type(error).__name__}: {error}")
 
-    def begin(self, phase: str, *, units: int, done: Sequence[Commit]) -> None:
-        """Tell of a phase of `units`, of which `done` were committed before."""
-        self._began[phase] = time.monotonic()
+    def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
+        """Tell of a phase of `units`, of which `done` were committed before; `run` is its directory, of a batch the batch's."""
+        self._run, self._began[phase] = run, time.monotonic()
         self._write("begin", phase, units=units, done=len(done))
 
     def advance(self, phase: str, done: Done) -> None:

@@ -38,7 +38,7 @@ class RunFailed(RuntimeError):
 class Progress(Protocol):
     """Who is told how a run comes along."""
 
-    def begin(self, phase: str, *, units: int, done: Sequence[Commit]) -> None: ...
+    def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None: ...
     def advance(self, phase: str, done: engine.Done) -> None: ...
     def end(self, phase: str) -> None: ...
 
@@ -354,7 +354,7 @@ def run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.RunU
             step()
         if phase.name in _BY_PART:
             _withdraw_unlisted(phase)
-    progress.begin(phase.name, units=len(phase.units), done=phase.ordered())
+    progress.begin(phase.name, run=run.root, units=len(phase.units), done=phase.ordered())
     errors = []
     aside = _set_aside(phase)
     pending = [unit for unit in pending if unit.name not in {done.unit for done in aside}]

@@ -12,7 +12,7 @@ from pipeline.run import STAGES, Outcome, execute
 class Silent:
     """Progress that nobody watches."""
 
-    def begin(self, phase, *, units, done):
+    def begin(self, phase, *, run, units, done):
         pass
 
     def advance(self, phase, done):

@@ -386,7 +386,7 @@ import os, signal, threading
 from tests.pipeline.test_dedup_command import Silent, dedup_files, in_process, make_config
 
 class Kill(Silent):
-    def begin(self, phase, *, units, done):
+    def begin(self, phase, *, run, units, done):
         if phase == {phase!r}:
             threading.Timer({draw.uniform(0.0, 0.04)}, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
@@ -406,7 +406,7 @@ class KillsWorkers(Silent):
     def __init__(self):
         self.killed = []
 
-    def begin(self, phase, *, units, done):
+    def begin(self, phase, *, run, units, done):
         threading.Thread(target=self._kill, args=(phase,), daemon=True).start()
 
     def _kill(self, phase):

@@ -432,3 +432,4 @@ def test_a_batch_logs_where_the_environment_says_so(tmp_path, without_ray, monke
     result, lines = logged("batch", tmp_path / "empty.toml", *plain, "--inputs", "2")
     assert result.exit_code == 0
     assert [e["unit"] for e in lines if e["phase"] == "extract" and e["unit"]] == ["000000", "000001"]
+    assert {entry["run"] for entry in lines} == {f"{tmp_path}/series/batches/0001"}

@@ -31,7 +31,7 @@ class Quiet:
     def __init__(self):
         self.ran = {}
 
-    def begin(self, phase, *, units, done):
+    def begin(self, phase, *, run, units, done):
         self.ran[phase] = []
 
     def advance(self, phase, done):

@@ -119,10 +119,9 @@ def test_a_submitted_quickstart_outlives_a_node_and_has_the_bytes_of_one_machine
         time.sleep(0.05)
     kill_node(raylets[1])
     assert 0 < committed(tmp_path) < 8
+    execute(load(QUICKSTART, [f"run.directory={tmp_path}/local"]), Silent(), in_process)  # there is a processor free now
     following.wait(1200)
     assert "succeeded" in job("status", "quickstart-1")[1], log.read_text()
-
-    execute(load(QUICKSTART, [f"run.directory={tmp_path}/local"]), Silent(), in_process)
     here, there = (bytes_of(tmp_path / name / "generations" / "gen-0001") for name in ("local", "cluster"))
     assert here.keys() == there.keys()
     assert {**here, "manifest.json": b""} == {**there, "manifest.json": b""}

@@ -63,7 +63,9 @@ def write_manifest(run: Path, name: str, *, seq_len: int = SEQ_LEN) -> None:
     catalog = run / "catalog.jsonl"
     others = [json.loads(line) for line in catalog.read_text().splitlines()] if catalog.exists() else []
     known = {e["name"]: e for e in others} | {name: entry}
-    catalog.write_text("".join(json.dumps(e) + "\n" for e in known.values()))
+    new = run / "catalog.jsonl.new"
+    new.write_text("".join(json.dumps(e) + "\n" for e in known.values()))
+    new.replace(catalog)  # as the pipeline does it: whoever looks at this moment sees the one or the other
 
 
 def _listed(folder: Path) -> tuple[int, list[dict[str, Any]]]:

@@ -308,7 +308,7 @@ class Supply:
             answer = action()
         except Exception as error:  # whatever it is: the other ranks wait for ours
             # what is no verdict on the data may be over the next time: a store that does not answer, say
-            failure = error if isinstance(error, GenerationFault) else OSError(f"rank {self._rank}: {error!r}")
+            failure = error if isinstance(error, GenerationFault | ValueError) else OSError(f"rank {self._rank}: {error!r}")
         answers = self._gather((answer, failure))
         for _, failed in answers:
             if failed is not None:

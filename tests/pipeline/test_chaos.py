@@ -34,6 +34,7 @@ language.allowed = []
 extract.filters = []
 refine.filters = []
 pack.seq_len = 64
+run.attempts = 9  # a unit may be met again and again
 dedup.num_bands = 1  # each is a unit
 """
 
@@ -141,9 +142,9 @@ def session_of(driver):
 
 
 def kill_worker(driver):
-    """Kill a Ray worker that is at work on a unit. False if none is seen for a second: units take milliseconds."""
-    for _ in range(200):
-        for pid in (pid for pid, name in session_of(driver).items() if name.startswith(b"ray::MapBatches")):
+    """Kill a Ray worker: one at work on a unit or, as units take milliseconds, if none is seen, one between two. False if none is."""
+    for wanted in [b"ray::MapBatches"] * 50 + [b"ray::IDLE"]:
+        for pid in (pid for pid, name in session_of(driver).items() if name.startswith(wanted)):
             os.kill(pid, signal.SIGKILL)
             return True
         time.sleep(0.005)

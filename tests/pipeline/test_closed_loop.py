@@ -18,6 +18,7 @@ from pipeline import catalog, schedule, series  # noqa: E402
 from pipeline.__main__ import app  # noqa: E402
 from pipeline.batch import decisions  # noqa: E402
 from tests.pipeline.test_batch import config, go, write_listing  # noqa: E402
+from tests.trainer.test_launch import lines  # noqa: E402
 from trainer.feedback import consumed, read_lines  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -67,8 +68,8 @@ def looped(tmp_path_factory):
 
 
 def steps(folder):
-    path = folder / "training" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What a training has told of its steps, but for a line that is written at this moment."""
+    return lines(folder / "training")
 
 
 def test_the_trainer_reads_every_row_once_across_generations_without_a_restart(looped):

@@ -193,7 +193,8 @@ def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session
     reports = {summary.trainer: summary.report for summary in read_summaries(f"{tmp_path}/run/feedback").summaries}
     assert (reports["train"].restarts, reports["undisturbed"].restarts) == (1, 0)
     assert reports["train"].tokens_total == reports["undisturbed"].tokens_total == reports["undisturbed"].tokens_processed
-    assert reports["train"].tokens_processed > reports["train"].tokens_total
+    # what was thrown away is counted as far as it had been told before the kill, which it need not have been
+    assert reports["train"].tokens_processed >= reports["train"].tokens_total
 
 
 @train

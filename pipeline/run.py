@@ -303,7 +303,7 @@ def execute(
                 failed[name] = errors
             check_failures(phase, errors, _share(name, config), config.run.max_failed_units)
         if "pack" not in wanted:
-            if "dedup index" in phases and only is None and phases["dedup index"].units:
+            if only is None and phases["dedup index"].units:
                 run.publish_index(phases["dedup index"])
             run.remember(stage="done" if only is None else only, pid=None)
             return Outcome(failed, None)

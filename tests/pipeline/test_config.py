@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import percentiles
+from pipeline import ablate, percentiles
 from pipeline.benchmark_index import build_index
 from pipeline.config import ConfigError, file_digests, load, measured_with, show
 from pipeline.run import Run, stage_keys
@@ -366,3 +367,18 @@ def test_a_run_directory_that_ray_would_remove_with_the_job_is_refused(tmp_path,
     monkeypatch.chdir(tmp_path / "_ray_pkg_1")
     with pytest.raises(ConfigError, match=rf"{key} lies in the job's working directory.*write an absolute path"):
         load(None, ["run.directory=/runs/x", "input.paths=['x']", f"{key}={value}"])
+
+
+def test_what_a_job_was_sent_with_is_to_ablate_what_lies_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = [f"run.directory={tmp_path}/run", f"input.paths=['{tmp_path}/pages']", "extract.filters=[]", "refine.filters=[]"]
+    now = load(None, here)
+    values = {key: {"value": value} for key, value, _ in show(now)}
+
+    def ledger(paths):
+        state = {"config": values | {"input.paths": {"value": paths}}}
+        return SimpleNamespace(root="r", state=state, setting=lambda key, default: default)
+
+    ablate._require_measured(now, ledger('["pages"]'))
+    with pytest.raises(ValueError, match=r'measured with input.paths = \["other"\]'):
+        ablate._require_measured(now, ledger('["other"]'))

@@ -375,6 +375,19 @@ def test_a_copy_that_failed_in_the_background_is_made_when_it_is_wanted(run, url
     assert [[batch.where for batch in step] for step in found] == [[where for where, *_ in step] for step in batches(config(run))]
 
 
+def test_while_a_copy_is_under_way_the_supply_is_empty_but_not_at_its_end(run, url, cache, faults, monkeypatch):  # noqa: F811
+    """So the loop goes on to tell that it waits, and to hear that it should stop; also where the end would end the training."""
+    monkeypatch.setattr(supply, "POLL_SECONDS", 0.05)
+    publish(run, 12)
+    upload(run, url)
+    answered = threading.Event()
+    faults(lambda number, method, path: answered.wait(60) and None if "/part" in path else None)
+    with Supply(config(url, cache_dir=str(cache), when_empty="stop"), rank=0, world_size=1) as supplied:
+        told = supplied.next(0), supplied.may_grow(), supplied.grows(), supplied.may_grow()
+        answered.set()
+        assert told == ([], True, False, True) and waited(supplied, 0)
+
+
 def test_a_store_that_stays_away_is_no_verdict_on_the_generation(run, url, cache, faults, monkeypatch):  # noqa: F811
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     publish(run, 12)

@@ -53,8 +53,9 @@ _CRC = ("gh", "npm_")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 # the other half of an AWS key: by its usual name, or right after the first half
-_AWS_NAMED = re.compile(
-    r"(?i:secret_?access_?key|aws_?secret(?:_?key)?)[\"'\]]{0,2}[ \t]*(?:[:=]|=>|is)?[ \t]*[\"']?([A-Za-z0-9/+]{40})"
+_AWS_NAMED = re.compile(  # from the e of secret on
+    r"(?i:ecret(?:_?access_?key|(?:(?<=aws_secret)|(?<=awssecret))(?:_?key)?))"
+    r"[\"'\]]{0,2}[ \t]*(?:[:=]|=>|is)?[ \t]*[\"']?([A-Za-z0-9/+]{40})"
 )
 _AWS_SECRET = re.compile(r"(?<![A-Za-z0-9/+])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])")
 _AWS_NEAR = 120  # characters
@@ -84,16 +85,16 @@ _WORDS = re.compile(
 # jwt.io's token, which half of all pages on the subject show: {"sub":"1234567890", …
 _SHOWN = ("eyJzdWIiOiIxMjM0NTY3ODkw",)
 
-# what every secret contains; `in` is faster by far than one expression of all, and most prose has no underscore
-_SIGNS = (*(prefix for prefix, _ in _KEYS if "_" not in prefix and prefix != "gh"), "ecret", "ECRET", "eyJ", "PRIVATE KEY")
-_UNDERSCORED = (*(prefix for prefix, _ in _KEYS if "_" in prefix), "gh")
+# Every key, and the 40 letters of AWS, is a run of these, at least as long as AWS's AKIA and 16 letters.
+_IN_KEYS = bytes(97 if c < 128 and (chr(c).isalnum() or chr(c) in "+/=_.:-") else 32 for c in range(256))
+_SHORTEST = 20
+# what else a secret contains, outside of its run or without one
+_SIGNS = ("ecret", "ECRET", "eyJ", "PRIVATE KEY")
 
 
 def find(text: str) -> list[tuple[int, int]]:
     """(start, end) of each secret, in reading order and without overlap; a private key is one, with all of its lines."""
-    signs = {sign for sign in _SIGNS if sign in text}
-    if "_" in text:
-        signs.update(sign for sign in _UNDERSCORED if sign in text)
+    signs = _signs(text)
     if not signs:
         return []
     found = sorted([*_private_keys(text, signs), *_tokens(text, signs), *_keys(text, signs)], key=lambda s: (s[0], -s[1]))
@@ -102,6 +103,19 @@ def find(text: str) -> list[tuple[int, int]]:
         if not kept or start >= kept[-1][1]:
             kept.append((start, end))
     return kept
+
+
+def _signs(text: str) -> set[str]:
+    """Of what secrets contain, what the text does: keys' prefixes are sought in long runs only, as most text is none."""
+    signs = {sign for sign in _SIGNS if sign in text}
+    raw = text.encode("utf-8", "surrogatepass")
+    kinds, run = raw.translate(_IN_KEYS) + b" ", b"a" * _SHORTEST
+    runs, end = [], 0
+    while (start := kinds.find(run, end)) >= 0:
+        end = kinds.index(b" ", start)
+        runs.append(raw[start:end])
+    long = b" ".join(runs).decode()
+    return signs.union(prefix for prefix, _ in _KEYS if prefix in long)
 
 
 def _keys(text: str, signs: set[str]) -> Iterator[tuple[int, int]]:
@@ -116,9 +130,10 @@ def _keys(text: str, signs: set[str]) -> Iterator[tuple[int, int]]:
                 near = _AWS_SECRET.search(text, match.end(), match.end() + _AWS_NEAR)
                 if near and _is_random(near[0], classes=3):
                     yield near.span()
-    if "ecret" in signs or "ECRET" in signs:
-        for match in _AWS_NAMED.finditer(text):
-            if _stands_alone(text, *match.span(1)) and _is_random(match[1], classes=3):
+    for sign in signs & {"ecret", "ECRET"}:
+        for place in re.finditer(sign, text):
+            match = _AWS_NAMED.match(text, place.start())
+            if match and _stands_alone(text, *match.span(1)) and _is_random(match[1], classes=3):
                 yield match.span(1)
 
 

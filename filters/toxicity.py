@@ -12,9 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound, File, Measured
+from filters.ngrams import U32, code_points
 from filters.quality import Quality
 from filters.text import TextView
 
@@ -72,9 +74,7 @@ class _Words(NamedTuple):
     anywhere: Any
 
 
-# letters, digits, and the marks that belong to them: vowel signs of Hindi or Thai are no letters to `re`
-_SIGNS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
-_WORD = re.compile(rf"(?:[^\W_]|[{_SIGNS}])+")
+_SPACE = 32
 # Thai, Lao, Burmese, Khmer, kana, ideographs: no spaces between words
 _NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
@@ -82,12 +82,30 @@ _NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u
 def _listed(text: str, words: _Words) -> tuple[float, int]:
     """Share of letters and digits that are listed, and how many words and phrases are."""
     text = text.lower()
-    found = _WORD.findall(text)
-    letters = sum(map(len, found))
-    # two spaces, so that neighbours do not share the border that both need
-    hits = [*_longest(words.whole, f" {'  '.join(found)} "), *_longest(words.anywhere, text)]
+    spelled, letters = _spelled(text)
+    hits = [*_longest(words.whole, spelled), *_longest(words.anywhere, text)]
     listed = sum(map(len, hits))
     return min(1.0, listed / letters) if letters else float(bool(hits)), len(hits)
+
+
+def _spelled(text: str) -> tuple[str, int]:
+    """A text's words, each between single spaces, " " if there are none; and how many characters they have."""
+    points = _table().take(code_points(f" {text} "))
+    filled = points != _SPACE
+    kept: U32 = points[filled | np.append(filled[1:], False)]
+    return kept.astype("<u4", copy=False).tobytes().decode("utf-32-le") + " ", int(np.count_nonzero(filled))
+
+
+@lru_cache(maxsize=1)
+def _table() -> U32:
+    """What a code point is to words, (0x110000,): itself if it is a letter, a digit, or a mark that belongs to one (the
+    vowel signs of Hindi or Thai are no letters), else a space.
+    """
+    points = np.arange(0x110000, dtype=np.uint32)
+    marks = [point for point in range(0x10000) if unicodedata.category(chr(point))[0] == "M"]
+    table = np.where(np.strings.isalnum(points.view("<U1")), points, np.uint32(_SPACE))
+    table[marks] = marks
+    return table
 
 
 def _longest(automaton: Any, text: str) -> Iterator[str]:
@@ -109,17 +127,23 @@ def _load(folder: str, language: str) -> _Words | None:
     if not file.is_file():
         return None
     entries = {" ".join(line.lower().split()) for line in file.read_text(encoding="utf-8").splitlines()} - {""}
-    anywhere = {entry for entry in entries if _NO_SPACES.search(entry) or not _WORD.search(entry)}
-    return _Words(_automaton(entries - anywhere, border=" "), _automaton(anywhere, border=""))
+    anywhere = {entry for entry in entries if _NO_SPACES.search(entry) or not _letters(entry)}
+    return _Words(
+        whole=_automaton({_spelled(entry)[0] for entry in entries - anywhere}, border=1),
+        anywhere=_automaton(anywhere, border=0),
+    )
 
 
-def _automaton(entries: set[str], *, border: str) -> Any:
+def _letters(entry: str) -> str:
+    return _spelled(entry)[0].replace(" ", "")
+
+
+def _automaton(patterns: set[str], *, border: int) -> Any:
+    """Neighbours share the last `border` characters of a pattern."""
     import ahocorasick
 
     automaton = ahocorasick.Automaton()
-    for entry in sorted(entries):
-        words = _WORD.findall(entry)
-        pattern = f"{border}{'  '.join(words)}{border}" if border else entry
-        automaton.add_word(pattern, (len(pattern), "".join(words) or entry))
+    for pattern in sorted(patterns):
+        automaton.add_word(pattern, (len(pattern) - border, _letters(pattern) or pattern))
     automaton.make_automaton()
-    return automaton if entries else None
+    return automaton if patterns else None

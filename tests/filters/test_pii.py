@@ -194,6 +194,11 @@ def test_scrubbing_twice_changes_nothing_and_spans_hold_placeholders(text: str) 
     assert scrubbed.spans == sorted(scrubbed.spans, key=lambda s: s.start)
 
 
+def test_a_label_that_a_replacement_sets_free_is_heard_on_the_line_below() -> None:
+    scrubbed = Pii().scrub("DE89 3704 0044 0532 0130 00phone:\n1.212.555.01470")
+    assert scrubbed.text == "<IBAN_CODE>phone:\n<PHONE_NUMBER>"
+
+
 @settings(deadline=None, max_examples=150)
 @given(TEXTS)
 def test_scrubbing_twice_changes_nothing_with_surrogates(surrogates: Pii, text: str) -> None:
@@ -289,6 +294,17 @@ def by_every_recogniser(line: str, above: str) -> set[pii._Hit]:
             if score >= Pii().min_score:
                 found.add(hit._replace(score=score))
     return found
+
+
+@settings(deadline=None, max_examples=500)
+@given(TEXTS | st.text("0٣７1aZ１bcDE12 -‐.()\xa0／:@é，日\ud800", max_size=60))
+def test_a_first_look_misses_no_trigger(text: str) -> None:
+    assert {entity for entity in pii._TRIGGERS if pii._is_triggered(entity, text)} <= pii._hinted(text)
+
+
+def test_every_decimal_digit_counts_as_one_at_first_look() -> None:
+    digits = [c for c in map(chr, range(128, 0x110000)) if c.isdecimal()]
+    assert len(digits) > 500 and {c.encode()[0] for c in digits} == set(pii._DIGIT_LEADS)
 
 
 @settings(deadline=None, max_examples=150)

@@ -98,6 +98,15 @@ def test_the_secret_half_goes_with_an_aws_key_and_by_its_name() -> None:
     assert secrets.find(f"sha1 of the file, in some form: {half}") == []
 
 
+@pytest.mark.parametrize(
+    "name", ["aws_secret=", "AWS_SECRET_KEY = ", "awsSecretKey: '", 'secretAccessKey": "', "SECRET_ACCESS_KEY is "]
+)
+def test_an_aws_secret_is_known_by_each_of_its_names(name: str) -> None:
+    half = rolled(BASE62 + "/+", 40)
+    assert [("x " + name + half)[a:b] for a, b in secrets.find("x " + name + half)] == [half]
+    assert secrets.find("x " + name.replace("s", "z").replace("S", "Z") + half) == []
+
+
 def test_githubs_checksum_is_checked_as_github_documents_it() -> None:
     real = "zQWBuTSOoRi4A9spHcVY5ncnsDkxkJ" + "0mLq17"  # a revoked token from npm's documentation
     assert secrets.has_checksum(real)
@@ -163,7 +172,15 @@ BITS = st.one_of(
 )
 
 
-@given(st.lists(BITS, max_size=12).flatmap(lambda bits: st.sampled_from(["", " ", "\n"]).map(lambda sep: sep.join(bits))))
+TEXTS = st.lists(BITS, max_size=12).flatmap(lambda bits: st.sampled_from(["", " ", "\n"]).map(lambda sep: sep.join(bits)))
+
+
+@given(TEXTS)
+def test_a_key_is_looked_for_wherever_one_is(text: str) -> None:
+    assert {prefix for prefix, form in secrets._KEYS if form.search(text)} <= secrets._signs(text)
+
+
+@given(TEXTS)
 def test_scrubbing_twice_changes_nothing(text: str) -> None:
     pii = Pii(entities=("SECRET", "EMAIL_ADDRESS", "CRYPTO"))
     once = pii.scrub(text)

@@ -1,6 +1,7 @@
 """Toxicity: listed words and phrases, scripts without spaces, and the slow way as the oracle."""
 
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from filters import first_failure
 from filters.text import TextView
-from filters.toxicity import Toxicity
+from filters.toxicity import Toxicity, _spelled
 
 LISTS = {"en": "darn\nbloody hell\ng-spot\n🖕\nhell\n", "ja": "くそ\nsm\n", "xx": "\n", "hi": "चूत\n", "zz": "b d a\nd\n"}
 
@@ -67,6 +68,16 @@ def test_same_as_trying_every_entry_at_every_word(text: str) -> None:
 
 
 FOLDER = Path(__file__).parent / "lists"
+
+
+@given(st.text() | st.text("aB1_- \n.é\u0301\u0942चわ\ud800\0İ"))
+def test_words_are_spelled_as_a_slow_search_finds_them(text: str) -> None:
+    words, letters = [""], 0
+    for c in text:
+        is_letter = c.isalnum() or (ord(c) < 0x10000 and unicodedata.category(c)[0] == "M")
+        letters += is_letter
+        words = [*words[:-1], words[-1] + c] if is_letter else [*words, ""]
+    assert _spelled(text) == (" ".join(["", *filter(None, words), ""]), letters)
 
 
 @given(st.text())

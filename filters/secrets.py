@@ -132,9 +132,9 @@ def _keys(text: str, signs: set[str]) -> Iterator[tuple[int, int]]:
                     yield near.span()
     for sign in signs & {"ecret", "ECRET"}:
         for place in re.finditer(sign, text):
-            match = _AWS_NAMED.match(text, place.start())
-            if match and _stands_alone(text, *match.span(1)) and _is_random(match[1], classes=3):
-                yield match.span(1)
+            named = _AWS_NAMED.match(text, place.start())
+            if named and _stands_alone(text, *named.span(1)) and _is_random(named[1], classes=3):
+                yield named.span(1)
 
 
 def _is_key(prefix: str, key: str) -> bool:

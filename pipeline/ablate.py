@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from filters import derived, rules, settings
 from pipeline.catalog import published_to, read_catalog
-from pipeline.config import Config, ConfigError, for_all, section_of, show
+from pipeline.config import UNSEEN_KEYS, Config, ConfigError, file_digests, for_all, section_of, show
 from pipeline.sample import Ledger, part_uri, read_ledger, spread
 from stages.document import NamedFilter, score_columns
 from stages.parts import read_columns, score_names
@@ -33,7 +33,8 @@ HOSTS = 10
 class Side(NamedTuple):
     """What one configuration keeps, and what it loses by rule, each document to the first that it breaks.
 
-    `unmeasured`: documents that the run rejected in extract and this configuration would hand to dedup.
+    `unmeasured`: documents that the run rejected in extract and this configuration would hand to dedup, or may: pages that
+    the gate turned away as they seemed to be in no wanted language, if this configuration wants others.
     """
 
     documents: int
@@ -143,6 +144,12 @@ def _require_measured(config: Config, ledger: Ledger) -> None:
             raise ValueError(
                 f"{ledger.root} measured with {key} = {known}, not {wanted}: only bounds can be changed without running it"
             )
+    measured_by = ledger.state.get("files", {})
+    for key, content in file_digests(config).items():
+        if section_of(key) not in _FREE_SECTIONS and measured_by.get(key, content) != content:
+            raise ValueError(
+                f"{ledger.root} measured with another file than {now.get(key, key)} now is ({key}); run it again with this one"
+            )
 
 
 def _portable(value: str) -> str:
@@ -152,20 +159,7 @@ def _portable(value: str) -> str:
 
 # beside bounds, what changes no document: these sections, and these keys of others
 _FREE_SECTIONS = {"run", "fetch", "pack", "names"}
-_FREE_KEYS = {
-    *(
-        "filters",
-        "allowed",
-        "keep_text",
-        "keep_rejected_text",
-        "num_cpus",
-        "memory",
-        "parallelism",
-        "batch_size",
-        "recycle_after",
-    ),
-    *("verify_share", "alarm_share", "write_index", "documents_per_unit", "partition_bytes", "cluster_memory"),
-}
+_FREE_KEYS = {"filters", "allowed", *UNSEEN_KEYS}
 
 
 def _is_measured_with(key: str, config: Config) -> bool:
@@ -193,12 +187,15 @@ class _Part(NamedTuple):
     extracted: Bools
     refined: pa.Table
     at: npt.NDArray[np.int64]
+    gated: int  # pages whose main text was never looked for, as they seemed to be in none of the languages `allowed`
+    allowed: frozenset[str]
 
 
 def _part(ledger: Ledger, unit: str) -> _Part:
     uri = ledger.store("extract").uri("documents", f"{unit}.parquet")
     columns = ["doc_id", "host", "num_chars", "rejected_by", "language", "language_score", "language_line_share"]
     documents = read_columns(uri, [*columns, *score_names(uri)])
+    gated = pc.sum(pc.equal(documents["rejected_by"], "gate.language_probability")).as_py() or 0
     documents = documents.filter(pc.is_valid(documents["num_chars"]))
     tables = []
     for kind in ("corpus", "rejected"):
@@ -210,7 +207,8 @@ def _part(ledger: Ledger, unit: str) -> _Part:
     empty = pc.is_in(refined["rejected_by"], value_set=pa.array(["dedup.lines", "refine.empty_text"]))
     refined = refined.filter(pc.invert(empty))
     at = pc.index_in(refined["doc_id"], value_set=documents["doc_id"].combine_chunks()).to_numpy().astype(np.int64)
-    return _Part(documents, pc.is_null(documents["rejected_by"]).to_numpy(), refined, at)
+    extracted = pc.is_null(documents["rejected_by"]).to_numpy()
+    return _Part(documents, extracted, refined, at, gated, frozenset(ledger.setting("language.allowed", [])))
 
 
 class _Verdict(NamedTuple):
@@ -236,7 +234,8 @@ def _verdict(part: _Part, config: Config) -> _Verdict:
     kept = np.zeros(len(passed), bool)
     kept[part.at[survives]] = True
     chars = int(part.refined["num_chars"].to_numpy()[survives].sum())
-    return _Verdict(kept, chars, losses, int((passed & ~part.extracted).sum()))
+    is_wider = bool(part.allowed) and not (config.language.allowed and part.allowed.issuperset(config.language.allowed))
+    return _Verdict(kept, chars, losses, int((passed & ~part.extracted).sum()) + part.gated * is_wider)
 
 
 def _first_broken(rows: pa.Table, chain: Sequence[NamedFilter], identified: Config | None) -> npt.NDArray[np.object_]:

@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 from filters import rules
 from pipeline import engine, percentiles
 from pipeline.charts import Floats, binned
-from pipeline.config import Config, measured_with
+from pipeline.config import Config, chosen_by, measured_with, texts_made_with
 from pipeline.lease import lease
 from pipeline.phase import Phase
 from pipeline.report import render_page
 from pipeline.run import Progress, Run, StageTask, check_failures, execute, plan, refine_plan, run_phase
 from stages import refine
 from stages.document import score_columns
-from stages.ledger import Store, digest, write_atomically
+from stages.ledger import Store, digest, read_bytes, write_atomically
 from stages.parts import read_columns
 
 # below this a percentile is noise: such languages are cut by the distribution of all documents
@@ -40,10 +40,11 @@ class Distribution(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Where the table lies, and what it says."""
+    """Where the table lies, what it says, and documents of languages that are too few for percentiles of their own."""
 
     table: str
     distributions: list[Distribution]
+    few: dict[str, int]
 
 
 SHOWN = (1, 5, 25, 50, 75, 95, 99)
@@ -62,7 +63,23 @@ def calibrate(config: Config, progress: Progress, run_units: engine.RunUnits, *,
     table, distributions = _described(config, columns)
     uri = f"{config.run.directory}/calibration.json"
     write_atomically(uri, percentiles.dump(table))
-    return Calibration(uri, distributions)
+    known = [percentiles.ALL, *table.languages]
+    few = {
+        language: n for language, n in table.documents.items() if language not in known and n < table.documents[percentiles.ALL]
+    }
+    return Calibration(uri, distributions, few)
+
+
+def changed_since(config: Config) -> list[str]:
+    """Keys that choose documents and are set otherwise than when the table was made that this configuration's percentiles come
+    from; [] for a table of another run, which its user named.
+    """
+    taken = {key for key, origin in config.origins.items() if "percentiles" in origin}
+    if not taken or config.run.calibration:
+        return []
+    table = percentiles.parse(read_bytes(f"{config.run.directory}/calibration.json"))
+    now = chosen_by(config)
+    return [key for key, value in table.drawn_by.items() if key not in taken and now.get(key, value) != value]
 
 
 def _is_pending(config: Config) -> bool:
@@ -122,12 +139,15 @@ def _described(config: Config, columns: dict[str, pa.Table]) -> tuple[percentile
     sources = {name: ("sample", name) for name in score_columns(config.chain(config.refine.filters))}
     sources |= {"language.score": ("extracted", "language_score"), "language.line_share": ("extracted", "language_line_share")}
     sources |= {name: ("extracted", name) for name in score_columns(config.chain(config.extract.filters))}
-    kept = _documents(columns["sample"])
-    table = percentiles.Table(kept, {}, {n: measured_with(config, n) for n in (*config.extract.filters, *config.refine.filters)})
-    table.made_with["language"] = measured_with(config, "language")
+    sampled = _documents(columns["sample"])
+    # of a run in one language the documents of that language and all documents are the same thing
+    apart = [lang for lang, n in sampled.items() if lang and MIN_DOCUMENTS <= n < sampled[percentiles.ALL]]
+    names = ("language", *config.extract.filters, *config.refine.filters)
+    made_with = {name: measured_with(config, name) for name in names} | {"texts": texts_made_with(config)}
+    table = percentiles.Table(sampled, {}, made_with, chosen_by(config))
     distributions = []
     for score, (kind, column) in sources.items():
-        for language, values in _by_language(columns[kind], column, list(kept)):
+        for language, values in _by_language(columns[kind], column, [percentiles.ALL, *apart]):
             found = percentiles.quantiles(values)
             if found:
                 table.quantiles.setdefault(score, {})[language] = found
@@ -137,11 +157,9 @@ def _described(config: Config, columns: dict[str, pa.Table]) -> tuple[percentile
 
 
 def _documents(rows: pa.Table) -> dict[str, int]:
-    """Sampled documents by language, for all and for those that have enough."""
+    """Sampled documents, of all languages and of each."""
     counted = {c["values"]: c["counts"] for c in pc.value_counts(rows["language"]).to_pylist()}
-    enough = {language: n for language, n in sorted(counted.items(), key=str) if language and n >= MIN_DOCUMENTS}
-    # of a run in one language the documents of that language and all documents are the same thing
-    return {percentiles.ALL: rows.num_rows} | (enough if len(enough) > 1 else {})
+    return {percentiles.ALL: rows.num_rows} | {language: n for language, n in sorted(counted.items(), key=str) if language}
 
 
 def _by_language(rows: pa.Table, column: str, languages: Sequence[str]) -> Iterator[tuple[str, Floats]]:

@@ -290,12 +290,11 @@ def _by_language(known: Mapping[str, Any], allowed: Sequence[str], source: _Sour
     """By section and language what takes the section's place: what is said for a language, and each language's percentiles."""
     _check_languages(known, allowed, source)
     wanted = [(name, language) for language, sections in source.per_language.items() for name in sections]
-    sampled = [lang for lang in (source.table.documents if source.table else ()) if lang and (lang in allowed or not allowed)]
-    if len(sampled) > 1:
-        calibrated = [name for name, raw in source.sections.items() if isinstance(raw, dict) and percentiles.used(raw)]
-        wanted += [(name, language) for name in calibrated for language in sampled]
-        for language in sampled:
-            source.per_language.setdefault(language, {})
+    sampled = [lang for lang in (source.table.languages if source.table else ()) if lang in allowed or not allowed]
+    calibrated = [name for name, raw in source.sections.items() if isinstance(raw, dict) and percentiles.used(raw)]
+    wanted += [(name, language) for name in calibrated for language in sampled]
+    for language in sampled:
+        source.per_language.setdefault(language, {})
     found: dict[str, dict[str, Any]] = {}
     for name, language in wanted:
         found.setdefault(name, {})[language] = _read(name, known[name], source, language)
@@ -358,6 +357,26 @@ def measured_with(config: Config, name: str) -> str:
     return digest([named.settings(without=derived(named.filter)), edits, digests])
 
 
+def texts_made_with(config: Config) -> str:
+    """Digest of what makes the texts that filters measure."""
+    engine = config.extract.engine
+    return digest([engine, dataclasses.asdict(getattr(config.extract, engine)), config.dedup.lines])
+
+
+# what changes no document: what a phase may use, and what it keeps or tells beside its work
+UNSEEN_KEYS = frozenset(
+    ("num_cpus", "memory", "parallelism", "batch_size", "recycle_after", "keep_text", "keep_rejected_text", "verify_share")
+) | {"alarm_share", "write_index", "documents_per_unit", "partition_bytes", "cluster_memory"}
+
+
+def chosen_by(config: Config) -> dict[str, str]:
+    """The settings that choose the documents that come to refine, as `show` has them."""
+    sections = {"input", "extract", "url_policy", "opt_out", "language", "dedup", *config.extract.filters}
+    return {
+        key: value for key, value, _ in show(config) if section_of(key) in sections and key.rpartition(".")[2] not in UNSEEN_KEYS
+    }
+
+
 def _check_calibration(config: Config, source: _Source) -> None:
     if source.table is None:
         return
@@ -371,6 +390,11 @@ def _check_calibration(config: Config, source: _Source) -> None:
                 f"{source.table_uri} was measured with other settings or another model of '{name}'; "
                 "run `gristmill calibrate` again"
             )
+    if names and source.table.made_with.get("texts", found := texts_made_with(config)) != found:
+        raise ConfigError(
+            f"{source.table_uri} was measured on texts of another extract.engine (or its options) or dedup.lines; "
+            "run `gristmill calibrate` again"
+        )
 
 
 # --- checking --------------------------------------------------------------------------------------------------------

@@ -20,13 +20,19 @@ _PERCENTILE = re.compile(r"p(\d{1,3}(?:\.\d+)?)")
 
 
 class Table(NamedTuple):
-    """What a sample said: documents by language, `STEPS` + 1 quantiles by score and language, and by section a digest of what
-    it was measured with.
+    """What a sample said: documents by language, `STEPS` + 1 quantiles by score and language (those of all, and of languages
+    with enough documents), by section a digest of what it was measured with, and the settings that chose its documents.
     """
 
     documents: dict[str, int]
     quantiles: dict[str, dict[str, list[float]]]
     made_with: dict[str, str]
+    drawn_by: dict[str, str] = {}  # noqa: RUF012
+
+    @property
+    def languages(self) -> list[str]:
+        """Those with quantiles of their own."""
+        return sorted({language for found in self.quantiles.values() for language in found} - {ALL})
 
     def value(self, score: str, percent: float, language: str) -> float:
         """The value that `percent` of the sample's documents of a language do not exceed; KeyError says what there is not."""
@@ -34,10 +40,14 @@ class Table(NamedTuple):
             raise KeyError(
                 f"holds no sample of {score}; run `gristmill calibrate` again, with a filter in use that has that score"
             )
-        # of a run in one language, the documents of that language and all documents are the same thing
-        sampled = self.quantiles[score].get(ALL if len(self.documents) == 1 else language)
+        sampled = self.quantiles[score].get(language)
+        if sampled is None and self.documents.get(language) == self.documents[ALL]:  # the only language there is
+            sampled = self.quantiles[score].get(ALL)
         if sampled is None:
-            raise KeyError(f"has too few documents of language '{language}' for percentiles; give numbers, or a larger --sample")
+            raise KeyError(
+                f"has {self.documents.get(language, 0)} documents of language '{language}', too few for percentiles of its own; "
+                "give numbers, or a larger --sample"
+            )
         return float(np.interp(percent * STEPS / 100, np.arange(STEPS + 1), sampled))
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -67,14 +67,16 @@ class Outcome(NamedTuple):
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
-def stage_keys(config: Config, indexes: Sequence[dedup_plan.Index]) -> dict[str, str]:
+def stage_keys(config: Config, indexes: Sequence[dedup_plan.Index], files: Mapping[str, str] | None = None) -> dict[str, str]:
     """Key of each stage: a hash of the stage above, the stage's version and every setting that can change its output.
+
+    `files` are config.file_digests, if known already.
 
     The extract key has two halves, content and policy: parts of the same content under another policy can be judged anew
     from their stored scores.
     """
     plan = extract_plan(config)
-    read = file_digests(config)
+    read = file_digests(config) if files is None else files
 
     def read_by(*sections: str) -> dict[str, str]:
         return {key: content for key, content in read.items() if section_of(key) in sections}
@@ -190,7 +192,8 @@ class Run:
         self.config = config
         self.root = config.run.directory
         self.indexes = dedup_plan.published_indexes(config.dedup)
-        self.keys = stage_keys(config, self.indexes)
+        self.files = file_digests(config)
+        self.keys = stage_keys(config, self.indexes, self.files)
         self.tasks = {task.phase: task for task in _tasks(config)}
         self.invocation = uuid.uuid4().hex[:12]
 
@@ -238,7 +241,14 @@ class Run:
         values = {key: {"value": value, "origin": origin} for key, value, origin in show(self.config)}
         before = read_state(self.root) if exists(f"{self.root}/run.json") else {}
         indexes = [{"documents": index.documents, "keep": index.keep} for index in self.indexes]
-        now = {"invocation": self.invocation, "keys": self.keys, "config": values, "indexes": indexes, **state}
+        now = {
+            "invocation": self.invocation,
+            "keys": self.keys,
+            "config": values,
+            "files": self.files,
+            "indexes": indexes,
+            **state,
+        }
         history = [*before.get("history", [])[-99:]]
         if before.get("invocation") != self.invocation:
             history.append({"invocation": self.invocation, "started": round(time.time(), 3), "keys": self.keys})

@@ -62,6 +62,10 @@ def fail(message: object, code: int) -> None:
     raise typer.Exit(code)
 
 
+def warn(message: str) -> None:
+    err.print(f"[yellow]warning[/yellow] {escaped(message)}", soft_wrap=True)
+
+
 def escaped(text: str) -> str:
     from rich.markup import escape
 

@@ -25,6 +25,7 @@ from pipeline.commands import (
     print_wide,
     progress_of,
     told,
+    warn,
 )
 from pipeline.commands.runs import run as run_command
 from pipeline.config import Config, ConfigError, absolute_path, load
@@ -62,7 +63,7 @@ def schedule(
         settings = load(config, overrides or [])
     horizon = settings.schedule.horizon_hours
     if horizon * 3600 <= pause:
-        err.print(f"[yellow]warning[/yellow] schedule.horizon_hours = {horizon:g} is no longer than --every {every}")
+        warn(f"schedule.horizon_hours = {horizon:g} is no longer than --every {every}")
     while True:
         begun = time.monotonic()
         try:

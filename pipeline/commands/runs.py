@@ -22,6 +22,7 @@ from pipeline.commands import (
     print_wide,
     progress_of,
     told,
+    warn,
 )
 from pipeline.config import ConfigError, absolute_path, load, show
 
@@ -40,6 +41,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a config: extract, dedup, refine, pack, publish. The same command again goes on where it stopped."""
+    from pipeline.calibrate import changed_since
     from pipeline.engine import on_ray
     from pipeline.progress import funnel_table
     from pipeline.run import execute, plan
@@ -51,6 +53,8 @@ def run(
         if dry_run:
             _print_plan(plan(settings, only=only, first=first), as_json)
             return
+        for key in changed_since(settings):
+            warn(f"{key} was another when `gristmill calibrate` drew the sample that percentiles are of; run it again")
         with progress_of(settings, log) as progress:
             outcome = execute(settings, progress, on_ray(address), only=only, first=first)
         from pipeline.explain import run_funnel
@@ -117,6 +121,8 @@ def calibrate(
     with told():
         with Bars(err) as bars:
             found = measure(load(config, overrides or [], calibrated=False), bars, on_ray(address), sample=sample)
+        for language, count in found.few.items():
+            warn(f"{count} documents of language '{language}': too few for percentiles of its own, those of all stand in for it")
         calibrated = load(config, overrides or [])
         plot = write_plot(calibrated, found.distributions)
         cuts = [row for row in show(calibrated) if "percentiles" in row[2]]

@@ -1,5 +1,6 @@
 """Calibrate and ablate on a run of two languages, in this process: cut-offs against NumPy's, ablations against real runs."""
 
+import gzip
 import json
 import random
 import shutil
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline import explain, why
 from pipeline.ablate import ablate, without
-from pipeline.calibrate import calibrate, write_plot
+from pipeline.calibrate import calibrate, changed_since, write_plot
 from pipeline.config import ConfigError, load
 from pipeline.engine import in_process
 from pipeline.run import read_state
@@ -130,6 +131,23 @@ def test_a_sample_is_smaller_and_the_same_every_time(options, tmp_path):
     assert str(tables[0]) == str(tables[1])
 
 
+def test_what_chose_the_documents_and_is_another_now_is_named(options, calibrated, tmp_path):
+    now = [*options, CUT]
+    assert changed_since(load(None, now)) == []
+    assert changed_since(load(None, [*now, "c4.sentence_count=[2, 1000]", "pack.seq_len=32"])) == ["c4.sentence_count"]
+    # another run's table is named by who knows why; without percentiles no table is used
+    assert changed_since(load(None, [*now, "c4.sentence_count=[2, 1000]", f"run.calibration={calibrated.table}"])) == []
+    assert changed_since(load(None, [*options, "c4.sentence_count=[2, 1000]"])) == []
+
+
+def test_languages_with_few_documents_are_named_and_have_no_percentiles_of_their_own(options, tmp_path):
+    mine = [*options, f"run.directory={tmp_path}/run", f"per_language.de.{CUT}"]
+    found = calibrate(load(None, mine, calibrated=False), Silent(), in_process, sample=100)
+    assert set(found.few) == {"en", "de"} and all(20 < n < 100 for n in found.few.values())
+    with pytest.raises(ConfigError, match=f"has {found.few['de']} documents of language 'de', too few"):
+        load(None, mine)
+
+
 def test_nothing_kept_is_nothing_to_calibrate_with(options, tmp_path):
     config = load(None, [*options, f"run.directory={tmp_path}/run", "c4.sentence_count=[1000, 2000]"], calibrated=False)
     with pytest.raises(ValueError, match="extract and dedup kept no document"):
@@ -218,6 +236,34 @@ def test_a_filter_that_was_not_measured_is_refused(run):
     with pytest.raises(ValueError, match=r"measured with dedup.num_bands = 14, not 26"):
         ablate(config, load(None, [*run, "dedup.num_bands=26"]))
     assert ablate(config, load(None, [*run, "pack.seq_len=32", "dedup.alarm_share=0.5"])).jaccard == 1
+
+
+def test_a_model_that_was_trained_again_under_its_name_is_refused(options, tmp_path):
+    model = _copied(str(ROOT / "models" / "quality-en.ftz"), tmp_path)
+    line = [*options, f"run.directory={tmp_path}/run", "refine.filters=['quality']", f"quality.model={model}"]
+    run_inline(load(None, line))
+    assert ablate(load(None, line), load(None, [*line, "quality.score=[0.5, 1.0]"])).before.documents > 0
+    card = tmp_path / "copy.bin.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"licence": "another"}))
+    with pytest.raises(ValueError, match=r'measured with another file than ".*copy.bin" now is \(quality.model\); run it again'):
+        ablate(load(None, line), load(None, line))
+
+
+def _record(html):
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + html.encode()
+    head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://a.example/\r\nContent-Length: {len(http)}\r\n\r\n"
+    return gzip.compress(head.encode() + http + b"\r\n\r\n")
+
+
+def test_other_languages_may_let_in_pages_that_the_gate_turned_away(tmp_path):
+    pages = "".join(f"<p>{' '.join(SENTENCES['de'])}</p>" for _ in range(3))
+    (tmp_path / "de.warc.gz").write_bytes(b"".join(_record(f"<html><body><article>{pages}{i}</article>") for i in range(4)))
+    line = [f"input.paths=['{tmp_path}/de.warc.gz']", f"run.directory={tmp_path}/run", *FILTERS, *OPEN, "dedup.enabled=false"]
+    before = load(None, line)
+    run_inline(before)
+    for languages, unmeasured in (("['en']", 0), ("['en', 'de']", 4), ("[]", 4)):
+        found = ablate(before, load(None, [*line, f"language.allowed={languages}", "language.score='off'"]))
+        assert (found.before.unmeasured, found.after.unmeasured) == (0, unmeasured)
 
 
 # --- why -------------------------------------------------------------------------------------------------------------

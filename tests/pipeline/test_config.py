@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline import ablate, percentiles
 from pipeline.benchmark_index import build_index
-from pipeline.config import ConfigError, file_digests, load, measured_with, show
+from pipeline.config import ConfigError, file_digests, load, measured_with, show, texts_made_with
 from pipeline.run import Run, stage_keys
 
 ROOT = Path(__file__).parents[2]
@@ -260,15 +260,30 @@ def test_p0_and_p100_leave_a_side_open_that_is_theirs_and_need_no_sample(config,
     assert config(PER_LANGUAGE, path, f'{key}=["p100", inf]').filters["c4"].sentence_count == (1000, math.inf)
     french = config(PER_LANGUAGE, path, f'per_language.fr.{key}=["p0", "p100"]')
     assert french.named("c4").of("fr").sentence_count == (-math.inf, math.inf)
-    with pytest.raises(ConfigError, match="too few documents of language 'fr' for percentiles; give numbers, or a larger"):
+    with pytest.raises(ConfigError, match="0 documents of language 'fr', too few for percentiles of its own; give numbers"):
         config(PER_LANGUAGE, path, f'per_language.fr.{key}=["p1", "p100"]')
 
 
 def test_of_a_run_in_one_language_its_documents_are_all_documents(config, tmp_path):
-    whole = percentiles.Table({"": 400}, {"c4.sentence_count": {"": UP}}, {"c4": measured_with(config(""), "c4")})
+    whole = percentiles.Table({"": 400, "en": 400}, {"c4.sentence_count": {"": UP}}, {"c4": measured_with(config(""), "c4")})
     (tmp_path / "cal.json").write_bytes(percentiles.dump(whole))
-    loaded = config("", 'per_language.en.c4.sentence_count=["p5", "p60"]', f"run.calibration={tmp_path}/cal.json")
-    assert loaded.named("c4").of("en").sentence_count == (50, 600)
+    bounds = ['per_language.en.c4.sentence_count=["p5", "p60"]', f"run.calibration={tmp_path}/cal.json"]
+    assert config("", *bounds).named("c4").of("en").sentence_count == (50, 600)
+    # the percentiles of all are not those of one of two
+    (tmp_path / "cal.json").write_bytes(percentiles.dump(whole._replace(documents={"": 400, "de": 370, "en": 30})))
+    with pytest.raises(ConfigError, match="30 documents of language 'en', too few for percentiles of its own"):
+        config("", *bounds)
+
+
+def test_a_table_of_other_texts_is_refused(config, tmp_path):
+    with_texts = percentiles.parse(table(config(""), c4__sentence_count={"": UP}))
+    with_texts.made_with["texts"] = texts_made_with(config(""))
+    (tmp_path / "cal.json").write_bytes(percentiles.dump(with_texts))
+    bounds = ['c4.sentence_count=["p5", "p60"]', f"run.calibration={tmp_path}/cal.json"]
+    assert config("", *bounds, "extract.timeout_seconds=20").named("c4").of("en").sentence_count == (50, 600)
+    for override in ("extract.engine=resiliparse", "dedup.lines=line", "extract.trafilatura.favor_precision=true"):
+        with pytest.raises(ConfigError, match=r"measured on texts of another extract.engine .* or dedup.lines"):
+            config("", *bounds, override)
 
 
 def test_a_language_s_section_of_a_filter_that_no_stage_names_is_not_shown(config):

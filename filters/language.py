@@ -1,6 +1,7 @@
 """Language of a text by a fastText model (lid.176 of Joulin et al. 2016, arXiv:1612.03651, unless another is named)."""
 
 import difflib
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,10 +14,11 @@ from filters import STRICT, Bound, File
 BUNDLED = Path(__file__).parent / "lid.176.ftz"
 # fastText's own guess settles within a few thousand characters; more only costs time
 MAX_CHARS = 10_000
-# Of a line shorter than this lid.176 often takes names and product codes for some other language; and a document is judged
-# by its first lines, as many as these characters hold.
-MIN_LINE_CHARS = 40
+# Of a line shorter than this lid.176 often takes names and product codes for some other language; in bytes of UTF-8, as a
+# Chinese character says more than a letter. And a document is judged by its first lines, as many as these characters hold.
+MIN_LINE_BYTES = 40
 MAX_LINES_CHARS = 100_000
+_LETTER = re.compile(r"[^\W\d_]")
 
 
 class Guess(NamedTuple):
@@ -32,8 +34,8 @@ class Language:
 
     `model` is a fastText file (GlotLID, OpenLID, ...), "" the bundled lid.176.ftz; `allowed` names the wanted languages as
     the model names them, empty for all; `score` bounds the probability of the guess, in [0, 1] (0.65: FineWeb,
-    arXiv:2406.17557). With `measure_lines`, `line_share` is the share of the lines, of those with at least MIN_LINE_CHARS
-    characters, that are in the document's language; 1 when no line is that long. Without `identify` texts have no language,
+    arXiv:2406.17557). With `measure_lines`, `line_share` is the share of the lines, of those with at least MIN_LINE_BYTES
+    bytes and a letter, that are in the document's language; 1 when there is none. Without `identify` texts have no language,
     and nothing can be asked of it.
     """
 
@@ -70,14 +72,14 @@ class Language:
     def guesses(self, text: str, *, k: int, max_chars: int = MAX_CHARS) -> list[Guess]:
         """The k most likely languages, likeliest first; [Guess('und', 0.0)] when the text holds nothing to go by."""
         line = " ".join(text[:max_chars].split()).encode("utf-8", "replace").decode()
-        labels, scores = _load(self.model or str(BUNDLED)).predict(line, k=k) if line else ((), ())
+        labels, scores = _load(self.model or str(BUNDLED)).predict(line, k=k) if _LETTER.search(line) else ((), ())
         found = [Guess(a.removeprefix("__label__"), min(1.0, float(b))) for a, b in zip(labels, scores, strict=True)]
         return found or [Guess("und", 0.0)]
 
     def line_share_of(self, text: str, language: str) -> float:
-        """Share of the lines in `language`, in [0, 1]; lines too short to tell are left out, and without any it is 1."""
+        """Share of the lines in `language`, in [0, 1]; too short ones and those without a letter are left out; 1 if all are."""
         lines = [" ".join(line.split()) for line in text[:MAX_LINES_CHARS].encode("utf-8", "replace").decode().split("\n")]
-        told = [line for line in lines if len(line) >= MIN_LINE_CHARS]
+        told = [line for line in lines if len(line.encode()) >= MIN_LINE_BYTES and _LETTER.search(line)]
         if not told:
             return 1.0
         labels, _ = _load(self.model or str(BUNDLED)).predict(told)

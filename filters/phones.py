@@ -25,11 +25,12 @@ _REST_OF_DATE = (
 )
 _MORE = r"(?![-‐-–./]?\d)"
 _NO_MORE_BEFORE = rf"(?<!\d[-‐-–./]\d)(?<!\d{_SPACE}\d)"
-# The ways to write a number that nothing announces, after its first character. Each needs a + or (, a leading 0, or a
+# The ways to write a number that nothing announces, after its first character. Each needs a + or (), a leading 0, or a
 # grouping that tables rarely have and that does not go on to either side; two blocks only as in 98765 43210 (India)
 # and 212-5550147.
 _WAYS = (
-    rf"(?<=\D){BETWEEN}\d(?:{BETWEEN}\d){{6}}",
+    rf"(?<=[+＋]){BETWEEN}\d(?:{BETWEEN}\d){{6}}",
+    rf"(?<=[(（\[]){_SPACE}?\d(?:[-/ \xa0]?\d){{0,5}}[)）\]](?:{BETWEEN}\d){{5}}",
     rf"(?<=0)(?<!\d[-./:]\d)(?<!\d{_SPACE}\d)\d(?:{BETWEEN}\d){{5}}",
     rf"(?<=1)[-. \xa0]{{0,2}}\(\d{{3}}\)(?:{BETWEEN}\d){{7}}",
     rf"(?<!\d[-‐-–./]\d)(?:(?<=1){_DASH}\d)?\d{{1,4}}+(?:{_DASH}\d{{2,5}}+){{2,4}}{_MORE}",
@@ -39,33 +40,39 @@ _WAYS = (
     rf"{_NO_MORE_BEFORE}(?:(?<=1){_SPACE}\d(?=\d\d(?:{_SPACE}|/)\d{{3}}(?:{_SPACE}|{_DASH})\d{{4}}(?!\d)))?\d{{1,3}}+(?:{_SPACE}|/)\d{{2,5}}+(?:(?:{_SPACE}|{_DASH})\d{{2,5}}+){{1,3}}{_MORE}(?!{_SPACE}\d)",
     rf"(?<=[6-9]){_NO_MORE_BEFORE}\d{{4}}[- \xa0]\d{{5}}{_MORE}(?!{_SPACE}\d)",
     rf"(?<=[2-9])(?<!\d[-‐-–./]\d)\d\d{_DASH}\d{{7}}{_MORE}",
+    # Russia's 8 (495) 123-45-67
+    rf"(?<=[78]){_NO_MORE_BEFORE}(?:{_SPACE}|{_DASH})?\(?\d{{3}}\)?(?:{_SPACE}|{_DASH})?\d{{3}}(?:(?:{_SPACE}|{_DASH})\d\d){{2}}{_MORE}(?!{_SPACE}\d)",
 )
 # begins with a class of characters, which is what makes the search fast
 WRITTEN = re.compile(rf"[+＋(（\[\d](?<!\d\d)(?!{_REST_OF_DATE})(?:{'|'.join(_WAYS)})")
 
 # No phone number, yet often the like of one in some region: dates, ranges of years, dotted quads (none after '+45 '),
-# degrees, times, fractions and tables (more than 40 digits in a row, four numbers' worth). Blanked for the phone recogniser,
-# which does 15 kB/s on them.
+# degrees, times, fractions; and tables: more than 40 digits in a row, four numbers' worth, of which none is written like a
+# phone number. Blanked for the phone recogniser, which does 15 kB/s on them.
 _NO_PHONE = re.compile(
     r"(?<![\d.+-])(?<!\+\d )(?<!\+\d\d )(?<!\+\d{3} )"
     r"(?:[12]\d{3}([-/.])[01]?\d\1[0-3]?\d(?![.-]?\d)|[0-3]?\d([-/.])[0-3]?\d\2[12]\d{3}(?![.-]?\d)"
     r"|[0-3]?\d[ \xa0](?<!\d \d.)(?<!\d \d\d.)[0-3]?\d[ \xa0](?:19|20)\d\d(?![-. \xa0]?\d)"
     r"|(?:19|20)\d\d[ \xa0](?<!\d \d{4}.)[01]?\d[ \xa0][0-3]?\d(?![-. \xa0]?\d)"
-    r"|(?:1\d|20)\d\d ?[-‐-―/] ?(?:1\d|20)\d\d(?!\d)|\d{1,3}(?:\. ?\d{1,3}){3}(?: ?/ ?\d{1,3})?(?!\.?\d))"
+    r"|(?:1\d|20)\d\d ?[-‐-―/] ?(?:1\d|20)\d\d(?!\d)|\d{3,4}/\d{2,4} ?[–—] ?1\d{3}(?!\d)"
+    r"|\d{1,3}(?:\. ?\d{1,3}){3}(?: ?/ ?\d{1,3})?(?!\.?\d))"
     r"|(?<!\d)\d\d?:\d\d(?::\d\d)?(?!\d)"
     r"|(?<![\d.])0\.\d+(?!\.?\d)"
     # degrees; the numbers of the registries of domains, +1.2125550147, have eight digits and more
     r"|\+(?<![\w+].)\d{1,3}\.(?:\d{4,7}(?!\d)|\d{4,}[,; ]{1,2}[-+]?\d{1,3}\.\d{4,}(?!\d))"
-    rf"|\d(?:{BETWEEN}\d){{40,}}"
 )
+_TABLE = re.compile(rf"\d(?:{BETWEEN}\d){{40,}}")
 
 # Right before a number these leave no doubt …
-_PHONE = r"(?:tele)?phone|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp|(?:call|ring|reach|phone)(?: \w+)? (?:at|on)"
+_PHONE = (
+    r"(?:tele)?phone|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp|(?:call|ring|reach|phone)(?: \w+)? (?:at|on)"
+    r"|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph|电话|電話|手机|手機|전화"
+)
 # … and these, words of other trades too (a cell, a mobile), only with a colon.
-_PHONE_COLON = r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|hotline"
+_PHONE_COLON = r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|hotline|ph"
 _LABEL = (
-    rf"(?:\b(?:{_PHONE})\b(?: (?:no|nr|number)\b)?[.:#]{{0,2}}"
-    rf"|\b(?:{_PHONE_COLON})(?: ?(?:phone|no|nr|number))?\b[.]?:)"
+    rf"(?:\b(?:{_PHONE})\b(?: (?:no|nr|number)\b)?[.:#：]{{0,2}}"
+    rf"|\b(?:{_PHONE_COLON})(?: ?(?:phone|no|nr|number))?\b[.]?[:：])"
 )
 _NUMBER = r"\+?\(?\d(?:[-‐-– ./()\xa0]{0,3}\d){6,14}"
 _AFTER_LABEL = re.compile(rf"{_LABEL}{_SPACE}{{0,3}}({_NUMBER})(?![-/]?\d|\.\d)", re.IGNORECASE)
@@ -78,13 +85,19 @@ _PLUS = re.compile(r"(?<![\w+])\+[1-9](?:[-‐-– .()\xa0]{0,3}\d){7,14}(?![-/.
 LABELS = (
     *("phone", "telephone", "tel", "fax", "telefax", "whatsapp", "call", "ring", "reach", "mobile", "cell", "cellphone"),
     *("cellular", "desk", "landline", "hotline", "tél", "téléphone", "teléphone", "télephone", "telefon", "teléfon", "telefone"),
-    *("teléfone", "telefono", "teléfono", "movil", "móvil", "portable", "mobil", "handy"),
+    *("teléfone", "telefono", "teléfono", "movil", "móvil", "portable", "mobil", "handy", "ph", "tlf", "tlph", "тел", "телефон"),
+    *("τηλ", "τηλέφωνο", "电话", "電話", "手机", "手機", "전화"),
 )
 
 
 def shown(line: str) -> str:
     """The line without what is surely no phone number; every character in its place."""
-    return _NO_PHONE.sub(lambda m: "\0" * len(m[0]), line)
+    line = _NO_PHONE.sub(_blank, line)
+    return _TABLE.sub(lambda m: m[0] if WRITTEN.search(line, max(0, m.start() - 2), m.end()) else _blank(m), line)
+
+
+def _blank(match: re.Match[str]) -> str:
+    return "\0" * len(match[0])
 
 
 _CHAIN = re.compile(rf"\d(?:{BETWEEN}\d){{6,}}")
@@ -110,8 +123,13 @@ def worth_reading(line: str, above: str, words: re.Pattern[str]) -> str:
 
 def is_written_like_one(line: str, start: int, end: int) -> bool:
     """Whether line[start:end], which no word near it calls a phone number, looks like one."""
-    written = WRITTEN.match(line, start)
+    written = WRITTEN.match(line, start) or (WRITTEN.match(line, start + 1) if line[start] in "(（[" else None)
     return written is not None and written.end() <= end
+
+
+def unbracketed(line: str, start: int, end: int) -> int:
+    """Where line[start:end] begins without a bracket that it does not close: of (0171 2345678) the number alone is one."""
+    return start + (line[start] in "(（[" and not re.search(r"[)）\]]", line[start:end]))
 
 
 def labelled(line: str, above: str) -> Iterator[tuple[int, int]]:

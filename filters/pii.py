@@ -43,10 +43,12 @@ def counts(spans: Iterable[Span]) -> dict[str, int]:
 
 # Every value we accept of an entity contains one of its triggers, so a line without holds no value. None looks further
 # than the ends of words: what is found in a value is found in its line. Each starts with a digit, a sign or a literal,
-# for speed. (Secrets have their own in filters.secrets.)
+# for speed. (Secrets have their own in filters.secrets.) Chinese and Japanese letters may touch a value, hence ASCII's \b.
 _TRIGGERS = {
     "CREDIT_CARD": (
-        re.compile(r"[1-68](?<!\w.)\d{3}(?:[- ]?\d{4}[- ]?\d{4}|[- ]?\d{3,4}[- ]?\d{3,4}[- ]?\d{3,5})(?:[- ]?\d{3,4})?\b"),
+        re.compile(
+            r"[1-68](?<!(?a:\w).)\d{3}(?:[- ]?\d{4}[- ]?\d{4}|[- ]?\d{3,4}[- ]?\d{3,4}[- ]?\d{3,5})(?:[- ]?\d{3,4})?(?a:\b)"
+        ),
     ),
     "CRYPTO": (re.compile(r"[13][a-zA-Z0-9]{25}"),),
     "EMAIL_ADDRESS": (re.compile(r"@\w"),),
@@ -57,13 +59,13 @@ _TRIGGERS = {
         re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:"),
     ),
     "PHONE_NUMBER": (phones.DIGITS,),
-    "US_SSN": (re.compile(r"[0-9](?<!\w.)[0-9]{2}(?:[- .][0-9]{2}[- .][0-9]{4}|[0-9]{2}-?[0-9]{4}|-[0-9]{6})\b"),),
+    "US_SSN": (re.compile(r"[0-9](?<!(?a:\w).)[0-9]{2}(?:[- .][0-9]{2}[- .][0-9]{4}|[0-9]{2}-?[0-9]{4}|-[0-9]{6})(?a:\b)"),),
 }
 # What is believed of these without a word that says so near it; the rest of their values needs one.
 _ALONE = {
-    "CREDIT_CARD": re.compile(r"[1-68](?<!\w.)(?:\d{13,15}|\d{3}([ -])(?:\d{4}\1\d{4}\1\d{3,4}|\d{6}\1\d{4,5}))\b"),
+    "CREDIT_CARD": re.compile(r"[1-68](?<!(?a:\w).)(?:\d{13,15}|\d{3}([ -])(?:\d{4}\1\d{4}\1\d{3,4}|\d{6}\1\d{4,5}))(?a:\b)"),
     "PHONE_NUMBER": phones.WRITTEN,
-    "US_SSN": re.compile(r"[0-9](?<!\w.)[0-9]{2}[- .][0-9]{2}[- .][0-9]{4}\b"),
+    "US_SSN": re.compile(r"[0-9](?<!(?a:\w).)[0-9]{2}[- .][0-9]{2}[- .][0-9]{4}(?a:\b)"),
 }
 # their triggers hold phones.DIGITS
 _LONG_NUMBERS = ("CREDIT_CARD", "PHONE_NUMBER", "US_SSN")
@@ -290,6 +292,7 @@ class Pii:
                 yield _Hit("PHONE_NUMBER", low + span[0], low + span[1], score)
         for hit in self._recognised("PHONE_NUMBER", shown[start - low : end - low], start):
             written = phones.is_written_like_one(line, hit.start, hit.end)
+            hit = hit._replace(start=phones.unbracketed(line, hit.start, hit.end))
             yield hit if written else hit._replace(score=_BARE_DIGITS)
 
     def _recognised(self, entity: str, piece: str, offset: int) -> Iterator["_Hit"]:
@@ -368,17 +371,23 @@ def _is_triggered(entity: str, text: str) -> bool:
 _LOWER = str.maketrans("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _LOWER_IBAN = re.compile(r"[a-z]{2}[0-9]{2}[ -]?[a-z0-9]{4}")
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"  # kana, Han, Hangul: written without spaces
-_GLUED = re.compile(rf"@[\w.-]{{1,250}}\.[A-Za-z]{{2,18}}[{_CJK}]")
+_GLUED = re.compile(rf"[0-9A-Za-z](?:(?<=[{_CJK}].)|(?=[{_CJK}]))")
 _CJK_LETTER = re.compile(f"[{_CJK}]")
+# info@firm.comTel, jim@firm.org-Director, ann@firm.de_old: what begins a word behind the domain
+_NEXT_WORD = re.compile(r"(@[A-Za-z0-9.-]{1,250}?\.[a-z]{2,4})([-._]?[A-Z](?=[a-z])|_)")
 
 
 def _writings(entity: str, line: str) -> list[str]:
-    """The line, and what Presidio misses in it: account numbers not in capitals, addresses with a CJK letter behind."""
+    """The line, and what Presidio misses in it: account numbers not in capitals, values with a CJK letter or the next word
+    right behind."""
+    found = [line]
     if entity == "IBAN_CODE" and _LOWER_IBAN.search(line):
-        return [line, line.translate(_LOWER)]
-    if entity == "EMAIL_ADDRESS" and _GLUED.search(line):
-        return [line, _CJK_LETTER.sub(" ", line)]
-    return [line]
+        found.append(line.translate(_LOWER))
+    if entity != "PHONE_NUMBER" and not line.isascii() and _GLUED.search(line):
+        found.append(_CJK_LETTER.sub(" ", line))
+    if entity == "EMAIL_ADDRESS" and _NEXT_WORD.search(line):
+        found.append(_NEXT_WORD.sub(lambda m: m[1] + " " * len(m[2]), line))
+    return found
 
 
 # On long lines recognisers are slower than linear (e-mail: quadratic), so a long one is cut.
@@ -432,6 +441,10 @@ _CATALOGUE = re.compile(
 )
 _PART_BEFORE = re.compile(r"\d[.:]$")  # of a time or a fraction
 _PART_AFTER = re.compile(r"[.:]\d|\.[a-z]")  # … or of a host name: 192-168-0-131.example.net
+_IN_HEX = re.compile(r"(?<![\w.])(?:[0-9A-Fa-f]{2}|[0-9A-Fa-f]{4,12})-$")  # of a MAC address or a UUID
+_HEX_AFTER = re.compile(r"-(?=\d*[A-Fa-f])[0-9A-Fa-f]{2,12}\b")
+# a version, a row of a table, a postal code, unless a word says what it is
+_UNSAID = re.compile(r"(?!1\.\d{3}\.\d{3}\.\d{4}\Z)\d{1,2}(?:\.\d+){3}|[1-9]\d(?: \d\d){3,}|\d{5}-\d{4}")
 _ZIP, _STATE_BEFORE = re.compile(r"\d{5}-\d{4}"), re.compile(r"\b[A-Z]{2}\.?[ \xa0]+$")  # Boston, MA 02110-1301
 _MORE_BEFORE = re.compile(r"\d[- ]$")
 _EXPIRY = r" (?:0[1-9]|1[0-2])[2-4]\d(?: \d{3})?(?![- ]?\d)"  # of a card: 0827, and the code on its back
@@ -450,9 +463,12 @@ def _score(hit: _Hit, line: str, above: str, context: tuple[str, ...]) -> float:
     if hit.entity == "PHONE_NUMBER":
         if not phones.DIGITS.search(value) or ".." in value or (_ZIP.fullmatch(value) and _STATE_BEFORE.search(before)):
             return 0
-        score = _BARE_DIGITS if value.isdecimal() and score < _LABELLED else score
+        is_said = score >= _LABELLED
+        score = _BARE_DIGITS if (value.isdecimal() or _UNSAID.fullmatch(value)) and not is_said else score
     if hit.entity in ("PHONE_NUMBER", "US_SSN"):
         if _CATALOGUE.search(before) or _PART_BEFORE.search(before) or _PART_AFTER.match(after):
+            return 0
+        if hit.entity == "PHONE_NUMBER" and (_IN_HEX.search(before) or _HEX_AFTER.match(after)):
             return 0
         near = _any_word(context)
         return max(score, min(score + 0.35, _LABELLED), 0.4) if near.search(before) or near.search(after) else score
@@ -469,13 +485,13 @@ _CARD_BLOCKS = re.compile(r"\d+|\d{4}([ -])\d{4}\1\d{4}\1\d{3,4}|\d{4}([ -])\d{6
 
 
 def _card_score(value: str, before: str, after: str, context: re.Pattern[str]) -> float:
-    """1 for the usual lengths in the usual blocks. A tenth of all numbers pass Luhn's test, so rare lengths, other blocks
-    and what may be a part of a table need a word that says card near them.
+    """1 for the usual lengths in the usual blocks. A tenth of all numbers pass Luhn's test, so rare lengths, other blocks,
+    UATP's and what may be a part of a table need a word that says card near them; parts of fractions are none.
     """
     digits = re.sub(r"\D", "", value)
-    if not _CARD.fullmatch(digits):
+    if not _CARD.fullmatch(digits) or _PART_BEFORE.search(before) or _PART_AFTER.match(after):
         return 0
-    usual = len(digits) in (14, 15, 16) and _CARD_BLOCKS.fullmatch(value)
+    usual = len(digits) in (14, 15, 16) and digits[0] != "1" and _CARD_BLOCKS.fullmatch(value)
     if usual and not (_MORE_BEFORE.search(before) or _MORE_AFTER.match(after)):
         return 1.0
     return 1.0 if context.search(before) or context.search(after) else _BARE_DIGITS

@@ -19,6 +19,7 @@ BUNDLED = Path(__file__).parents[1] / "models" / "quality-en.ftz"
 # Stored on the card of every model trained on text of `normalize`. Any change to what it returns needs a new number.
 NORMALIZER = "line-lower-1"
 PREFIX = "__label__"  # by which fastText knows a label; names are without it
+_LINE_END = "</s>"  # fastText's word for it, which every model has
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -68,7 +69,7 @@ def predict(texts: Sequence[str], model: Any) -> list[dict[str, float]]:
 
 def _is_known(line: str, model: Any) -> bool:
     """Whether a word of the line, or a part of one, has a vector of its own."""
-    return any(len(model.get_subwords(word)[1]) for word in line.split())
+    return any(len(model.get_subwords(word)[1]) for word in line.split() if word != _LINE_END)
 
 
 def _probabilities(labels: Sequence[str], found: Sequence[float]) -> dict[str, float]:

@@ -37,7 +37,7 @@ _KEYS = [
         ("pypi-AgE", r"pypi-AgE[A-Za-z0-9_-]{60,1000}"),
         ("SG.", r"SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}"),
         ("SK", r"SK[0-9a-f]{32}"),  # Twilio
-        (":AA", r"\d{8,10}:AA[A-Za-z0-9_-]{33}"),  # Telegram
+        (":AA", r"(?:bot)?\d{8,10}:AA[A-Za-z0-9_-]{33}"),  # Telegram
         ("dop_v1_", r"dop_v1_[0-9a-f]{64}"),
         ("dapi", r"dapi[0-9a-f]{32}(?:-\d)?"),
         ("shp", r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}"),
@@ -213,7 +213,10 @@ def _is_base64(body: str) -> bool:
 def _stands_alone(text: str, start: int, end: int) -> bool:
     """Not a part of something longer, as keys would be found in base 64 and in words (task-, disk-)."""
     before, after = text[start - 1 : start], text[end : end + 1]
-    return not (before.isalnum() or before in ("_", "-", "+") or after.isalnum() or after == "_")
+    # Chinese and Japanese put no spaces between words and keys
+    return not (before.isascii() and (before.isalnum() or before in ("_", "-", "+"))) and not (
+        after.isascii() and (after.isalnum() or after == "_")
+    )
 
 
 def _is_random(payload: str, *, classes: int) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 MIN_KEY_BYTES = 16
 
+_DIGITS = "0123456789"
 _HEX = "0123456789abcdef"
 _BECH32 = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
 # RFC 2606, section 3
@@ -29,7 +30,8 @@ _FORMS = {
     "PHONE_NUMBER": r"(?!800)[2-9][0-8]\d-555-01\d\d",
     "IP_ADDRESS": r"(?:192\.0\.2|198\.51\.100|203\.0\.113)\.\d{1,3}|2001:db8(?::[0-9a-f]{4}){6}",
     # a card's first digit is its industry: 0 has no issuer of cards (ISO/IEC 7812-1)
-    "CREDIT_CARD": r"0000 \d{4} \d{4} \d{4}",
+    # … and no grouping of an IBAN, in fours, holds this one
+    "CREDIT_CARD": r"0000 \d{6} \d{5}",
     # no country is ZZ (ISO 3166-1), and check digits are 02 to 98 (ISO 13616)
     "IBAN_CODE": r"ZZ00 \d{4} \d{4} \d{4} \d{4}",
     # never an area (Social Security Administration, POMS RM 10201.035)
@@ -61,8 +63,9 @@ def surrogate(entity: str, value: str, *, key: bytes) -> str:
         return f"666-{1 + number % 99:02}-{1 + number // 99 % 9999:04}"
     if entity == "CRYPTO":
         return "bcrt1q" + _spelled(number, _BECH32, 38)
-    blocks = " ".join(_spelled(number, "0123456789", 4, skip=4 * i) for i in range(4 if entity == "IBAN_CODE" else 3))
-    return ("ZZ00 " if entity == "IBAN_CODE" else "0000 ") + blocks
+    if entity == "CREDIT_CARD":
+        return f"0000 {_spelled(number, _DIGITS, 6)} {_spelled(number, _DIGITS, 5, skip=6)}"
+    return "ZZ00 " + " ".join(_spelled(number, _DIGITS, 4, skip=4 * i) for i in range(4))
 
 
 def normalized(entity: str, value: str) -> str:

@@ -31,7 +31,7 @@ from stages.ledger import Commit, Store, Unit
 from stages.records import InputConfig, TextRecord, id_type, read_texts
 from stages.warc import ReadStats, Record, read_records
 
-VERSION = 2
+VERSION = 3
 _NO_DOCUMENT = ("not_response",)
 Row = dict[str, Any]
 

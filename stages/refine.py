@@ -22,7 +22,7 @@ from stages.ledger import Commit, Store, Unit
 from stages.lines import cut_text
 from stages.parts import read_columns, score_names
 
-VERSION = 2
+VERSION = 3
 Row = dict[str, Any]
 
 

@@ -1,6 +1,7 @@
 """Pii: what is found and what stays, placeholders and their spans, and Presidio's bare recognisers as the oracle."""
 
 import json
+import re
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -40,6 +41,22 @@ FOUND = [
     ("US_SSN", "536-22-1234"),
     ("CRYPTO", "1BvBMSEYstWetqTFn5Au4m4GFg7xJaNVN2"),
     ("CRYPTO", "bc1qar0srrr7xfkvy5l643lydnw9re59gtzzwf5mdq"),
+    ("PHONE_NUMBER", "(0)20 7946 0958"),
+    ("PHONE_NUMBER", "[212] 736-5000"),
+    ("IBAN_CODE", "PL61 1090 1014 0000 0712 1981 2874"),  # fours of digits, 0000 among them
+    ("IBAN_CODE", "PK36 SCBL 0000 0011 2345 6702"),
+]
+# a text, and what of it goes
+PARTS = [
+    ("Call (212) 736-5000 (212) 736-5001 (212) 736-5002 (212) 736-5003 (212) 736-5004", "Call P P P P P"),
+    ("212-736-5000 / 212-736-5001 / 212-736-5002 / 212-736-5003 / 212-736-5004", "P / P / P / P / P"),
+    ("Büro (0171 2345678)", "Büro (P)"),
+    ("телефон: 8 (495) 123-45-67, ΤΗΛ: 210 123 4567, tlf. 22 34 56 78", "телефон: P, ΤΗΛ: P, tlf. P"),
+    ("电话：010-65295114，手机 13800138000", "电话：P，手机 P"),
+    ("john@acme.com.Please call", "E.Please call"),
+    ("E-mail: info@firm.comTel: 030 901820", "E-mail: ETel: P"),
+    ("info@firm.de-Tel, jim@gmail.comWebsite, a_john@doe.com_backup", "E-Tel, EWebsite, E_backup"),
+    ("IPは45.33.32.156です。カード番号は4111111111111111です", "IPはIです。カード番号はCです"),
 ]
 STAYS = [
     "jane@localhost and @jane, at user@host",
@@ -70,6 +87,14 @@ STAYS = [
     "4111 1111 1111 1111 4827",  # a table, for all we know
     "foo/93.184.216.34",
     "Chrome/96.0.4664.110, v93.184.216.34, foo-93.184.216.34.tar.gz and build 93.184.216.34",
+    "x = 0.6358599286615808, (12.4157980000000006 43.9579) and 4111111111111111.25",  # Luhn holds, of parts of fractions
+    "to_timestamp(1284352323), .format(1234567890), (21549/21549) and (-180.000000, 5",
+    "(1729/30–1800), (800/962–1806) and 1265/66–1308",
+    "Version: 15.20.4755.22 and id 15.20.4755.22; Mon, 3 Jan",
+    "08-00-2b-01-02-03-04-05 and fbbca6db-0333-4582-ba36-bd179de1e3bb",
+    "Zip Code: 02110-1301; Boston, MA\n02110-1301",
+    "12 34 56 78 90",
+    "profile.php?id=100001234567893",  # Luhn holds; UATP has few customers
 ]
 # What stands next to each other on pages, and what is built to be misread once a neighbour is gone.
 BITS = st.one_of(
@@ -94,6 +119,18 @@ def test_a_value_becomes_its_placeholder(entity: str, value: str) -> None:
     scrubbed = Pii().scrub(f"Zürich,\nask for {value}, please\n")
     assert scrubbed.text == f"Zürich,\nask for <{entity}>, please\n"
     assert [(s.entity, scrubbed.text[s.start : s.end]) for s in scrubbed.spans] == [(entity, f"<{entity}>")]
+
+
+@pytest.mark.parametrize("text, left", PARTS)
+def test_values_go_and_what_stands_beside_them_stays(text: str, left: str) -> None:
+    short = {"P": "PHONE_NUMBER", "E": "EMAIL_ADDRESS", "I": "IP_ADDRESS", "C": "CREDIT_CARD"}
+    scrubbed = Pii().scrub(text).text
+    assert re.sub(r"<([A-Z_]+)>", lambda m: {v: k for k, v in short.items()}[m[1]], scrubbed) == left
+
+
+def test_a_region_s_own_way_of_writing_is_known() -> None:
+    for number in ("8-800-555-35-35", "8 (495) 123-45-67", "8(495)123-45-67", "8 495 123 45 67", "8 916 123-45-67"):
+        assert Pii(phone_regions=("RU",)).scrub(f"Москва, {number}").text == "Москва, <PHONE_NUMBER>"
 
 
 @pytest.mark.parametrize("text", STAYS)
@@ -199,6 +236,12 @@ def test_a_label_that_a_replacement_sets_free_is_heard_on_the_line_below() -> No
     assert scrubbed.text == "<IBAN_CODE>phone:\n<PHONE_NUMBER>"
 
 
+@pytest.mark.parametrize("entity, value", FOUND)
+def test_surrogates_stand_for_what_placeholders_do(surrogates: Pii, entity: str, value: str) -> None:
+    scrubbed = surrogates.scrub(f"Zürich,\nask for {value}, please\n")
+    assert [span.entity for span in scrubbed.spans] == [entity] and value not in scrubbed.text
+
+
 @settings(deadline=None, max_examples=150)
 @given(TEXTS)
 def test_scrubbing_twice_changes_nothing_with_surrogates(surrogates: Pii, text: str) -> None:
@@ -287,6 +330,7 @@ def by_every_recogniser(line: str, above: str) -> set[pii._Hit]:
         hits = [pii._Hit(entity, raw.start, raw.end, raw.score) for raw in raws]
         if is_phone:
             hits = [h if phones.is_written_like_one(line, h.start, h.end) else h._replace(score=0.05) for h in hits]
+            hits = [h._replace(start=phones.unbracketed(line, h.start, h.end)) for h in hits]
             hits += [pii._Hit(entity, *span, 0.75) for span in phones.labelled(shown, above)]
             hits += [pii._Hit(entity, *span, 0.4) for span in phones.international(shown)]
         for hit in hits:

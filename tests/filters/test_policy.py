@@ -157,6 +157,21 @@ def test_share_of_lines_in_a_language(lines, share):
     assert Language().line_share_of("\n".join(lines), "en") == share
 
 
+@pytest.mark.parametrize(
+    "lines", [["-" * 80], ["12.5 13.7 88.1 14.2 99.0 12.1 11.2 13.4 15.6"], ["2021-03-29 10:15:00 " * 3], ["🙂" * 20]]
+)
+def test_lines_without_a_letter_are_in_no_language(lines):
+    german = "Der Müller öffnete das Wehr, bevor die Sonne über dem Hügel stand."
+    assert Language().line_share_of("\n".join([german, *lines]), "de") == 1.0
+    assert Language().guess(lines[0]) == ("und", 0.0)
+
+
+def test_a_line_of_chinese_needs_fewer_characters():
+    chinese = "今天天气很好，我们一起去公园散步吧。孩子们都非常高兴。"
+    english = "Nobody in the village remembered when the wheel had last been mended."
+    assert Language().line_share_of("\n".join([chinese] * 5 + [english]), "zh") == pytest.approx(5 / 6)
+
+
 @given(st.text())
 def test_share_of_lines_is_total(text):
     assert 0 <= Language().line_share_of(text, "en") <= 1

@@ -51,6 +51,7 @@ KEYS = [
     "123456789:AA" + rolled(BASE64URL, 33),
     "dop_v1_" + rolled(HEX, 64),
     "AccountKey=" + rolled(BASE62 + "+/", 86) + "==",
+    "bot123456789:AA" + rolled(BASE64URL, 33, seed=1),
     jwt({"alg": "HS256", "typ": "JWT"}),
 ]
 SHOWN = [
@@ -75,7 +76,7 @@ LINES = [rolled(BASE62 + "+/", 64, seed=i) for i in range(12)] + [rolled(BASE62,
 
 
 @pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("around", ["{}", "export KEY='{}'; run\nx", '{{"key": "{}"}}', "ключ {}."])
+@pytest.mark.parametrize("around", ["{}", "export KEY='{}'; run\nx", '{{"key": "{}"}}', "ключ {}.", "密钥是{}的"])
 def test_a_key_is_found_from_its_first_letter_to_its_last(key: str, around: str) -> None:
     text = around.format(key)
     [(start, end)] = secrets.find(text)

@@ -29,7 +29,7 @@ from stages.extractor import Extractor, ExtractorOptions, Gate, Page, Resilipars
 from stages.fetch import FetchOptions, fingerprint, local_copy
 from stages.ledger import Commit, Store, Unit
 from stages.records import InputConfig, TextRecord, id_type, read_texts
-from stages.warc import ReadStats, Record, read_records
+from stages.warc import ReadStats, Record, begins_as_warc, read_records
 
 VERSION = 3
 _NO_DOCUMENT = ("not_response",)
@@ -97,6 +97,11 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
             stats, extractor = ReadStats(), _extractor(_options(plan))
             started = extractor.cpu_seconds
             _write(_web_rows(path, unit, plan, stats), commit, plan, store)
+            if not stats.records and stats.lost_bytes and not begins_as_warc(path):
+                raise ValueError(
+                    f"{unit.task['path']}: no WARC record in {stats.lost_bytes:,} bytes; is it one? input.format says "
+                    f"{plan.input.format}, and may be jsonl or parquet"
+                )
             commit.rows_in = stats.records
             commit.totals |= {"lost_bytes": stats.lost_bytes, "lost_members": stats.lost_members}
             commit.totals["child_cpu_seconds"] = round(extractor.cpu_seconds - started, 3)

@@ -101,6 +101,18 @@ _PADDING = b"\0\r\n\t "
 _PLAIN_START = re.compile(rb"WARC/[01]\.\d+\r?\n(?:WARC|Content)-[A-Za-z-]+:")
 
 
+def begins_as_warc(path: Path) -> bool:
+    """Whether a file's first bytes are those of a record, plain or packed by gzip, or cannot be told for damage."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if head.startswith(_GZIP_MAGIC):
+        try:
+            head = zlib.decompressobj(31).decompress(head, 5)
+        except zlib.error:
+            return True
+    return head.startswith(b"WARC/")
+
+
 class _Stop(NamedTuple):
     """Where a run ended: bytes from `lost_from` on are undelivered, the next record starts behind `search_from`."""
 

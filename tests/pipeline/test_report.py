@@ -391,6 +391,18 @@ def test_failed_units_are_listed(tmp_path):
     assert "1 unit failed; see Failures." in page and html.escape(failure.partition(": ")[2]) in page
 
 
+def test_a_file_that_is_no_warc_is_named_and_a_damaged_one_is_not_held_against_the_run(tmp_path):
+    texts = write_jsonl(tmp_path / "a.jsonl", hostile_documents())
+    packed, damaged, empty = (tmp_path / name for name in ("b.jsonl.gz", "c.warc", "d.warc"))
+    packed.write_bytes(gzip.compress(texts.read_bytes()))
+    damaged.write_bytes(b"WARC/1.0\r\nWARC-Type")
+    empty.write_bytes(b"")
+    config = make_config(tmp_path, [texts, packed, damaged, empty], "run.max_failed_share=1.0")
+    failed = run_inline(config, until="extract").failed["extract"]
+    assert len(failed) == 2 and all("no WARC record in" in f and "input.format says warc" in f for f in failed)
+    assert [name for name in ("a.jsonl:", "b.jsonl.gz:") if any(name in f for f in failed)] == ["a.jsonl:", "b.jsonl.gz:"]
+
+
 def test_texts_that_were_not_kept_are_said_to_be_missing(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", hostile_documents())
     config = make_config(tmp_path, [source], *JSONL, "extract.keep_rejected_text=0.0", GOPHER)

@@ -3,8 +3,9 @@
     python -m benchmarks.decontamination [DATA] [--n 13] [--show]      one line a figure: name, value, unit
 
 Items of every evaluation set, ITEMS a set at most, are planted whole, each in the middle of a web page, as they are or
-changed. Found: the page's coverage exceeds the bound. Items without a text long enough for a passage count as missed in
-`all`, and are left out of `indexed`. --n is the length of n-grams; --show prints matches on clean text above 0.1, for a look.
+changed. Found: the page's coverage exceeds the bound. `indexed` leaves out items without a text long enough for a passage; those
+that are long enough together are all looked for in `short`, arranged as pages have them. --n is the length of n-grams; --show
+prints matches on clean text above 0.1, for a look.
 """
 
 import argparse
@@ -39,6 +40,18 @@ CHANGES: dict[str, Callable[[str, np.random.Generator], str]] = {
 }
 
 
+# of these sets the question is a row's last text, of the others the first
+QUESTION_LAST = {"arc_easy", "arc_challenge", "piqa"}
+ARRANGED: dict[str, Callable[[str, list[str]], str]] = {
+    "a line each": lambda question, answers: "\n".join([question, *answers]),
+    "lettered": lambda question, answers: "\n".join(
+        [question, *(f"{c}. {a}" for c, a in zip("ABCDEFGH", answers, strict=False))]
+    ),
+    "one answer": lambda question, answers: f"{question} {answers[-1]}",
+    "Q and A": lambda question, answers: f"Q: {question}\nA: {answers[-1]}",
+}
+
+
 class Item(NamedTuple):
     """A test item: all its strings, a line each, and whether one of them is long enough to be a passage."""
 
@@ -63,6 +76,7 @@ def main(data: Path, *, n: int, show: bool) -> None:
         index = decontamination.load(str(path))
         items = list(sample(archive))
         recall(items, pages, index)
+        short(archive, index)
         trimmed(items, pages, str(path))
         docs = list(documentation(data, ["anarchism", "debian-handbook"]))
         for name, texts in (("wcxb-500", pages), ("wiki leads", wiki), ("debian docs", docs)):
@@ -111,6 +125,26 @@ def recall(items: list[Item], pages: list[str], index: Index) -> None:
         for bound in BOUNDS:
             print(f"recall.{change}.above {bound}.indexed {np.mean(shares[indexed] > bound):.3f} share")
         print(f"recall.{change}.above {DEFAULT}.all {np.mean(shares > DEFAULT):.3f} share")
+
+
+def short(archive: str, index: Index) -> None:
+    """Shares found of the rows that have no passage but MIN_WORDS words together: as in their files, and as pages have them."""
+    found: dict[str, list[bool]] = {}
+    for name, rows in rows_by_benchmark(archive).items():
+        for row in rows:
+            counts = [len(decontamination.normalize(text).split()) for text in dict.fromkeys(row)]
+            if max(counts) >= MIN_WORDS or sum(counts) < MIN_WORDS:
+                continue
+            *rest, last = (text for text in dict.fromkeys(row) if not re.fullmatch("[A-E]", text))
+            if not rest:
+                continue
+            question, *answers = (last, *rest) if name in QUESTION_LAST else (*rest, last)
+            bare = re.sub(r"^(Question|Q):\s*|\s*(Answer|A):\s*$", "", question)
+            texts = {"as in the file": "\n".join(row), **{how: arrange(bare, answers) for how, arrange in ARRANGED.items()}}
+            for how, text in texts.items():
+                found.setdefault(how, []).append(best(text, index) > DEFAULT)
+    for how, hits in found.items():
+        print(f"short.{how}.above {DEFAULT} {np.mean(hits):.3f} of {len(hits)} rows")
 
 
 def best(text: str, index: Index) -> float:

@@ -1,12 +1,16 @@
 """Decontamination: documents that quote the evaluation sets a model will be judged by, found by their word n-grams.
 
-A passage is one text of an evaluation item: its question, its context, one of its answers. The index, which
-`pipeline.benchmark_index` builds, holds the distinct 13-grams of every passage (a shorter passage is one n-gram of its own
-length). The coverage of a passage is the share of its n-grams that the document holds, in [0, 1].
+A passage is one text of an evaluation item: its question, its context, one of its answers, or, where all of them are short,
+some together. The index, which `pipeline.benchmark_index` builds, holds the distinct 13-grams of every passage (a shorter
+passage is one n-gram of its own length). The coverage of a passage is the share of its n-grams that the document holds, in
+[0, 1].
 
 A word is what is left between white space and punctuation of a text in lower case and without accents; apostrophes go
-("don't" is "dont"). Numbers stay as they are, other than for dedup: items of one template ("Tom has 3 apples, ...") differ in
-nothing else, and a worked problem with other numbers is not the test item.
+("don't" is "dont"), and so do the vowel points of Arabic and Hebrew, which most texts leave out; vowel signs of India's scripts
+are part of their words. A character of Chinese or Japanese is a word; Thai, Lao, Khmer and Burmese, which have no spaces either,
+are parted at their signs above and below, into pieces of a word or half a word. Numbers stay as they are, other than for dedup:
+items of one template ("Tom has 3 apples, ...") differ in nothing else, and a worked problem with other numbers is not the test
+item.
 
 What others do: GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C) takes any one common 13-gram for a collision, cuts 200
 characters to each side of it, and drops a document cut into more than ten pieces; n-grams found in more than ten documents
@@ -15,9 +19,9 @@ for a larger part of an item, so that the idiom or verse that an item quotes doe
 the corpus: n-grams common to many items of a set, and those of background text, are left out when the index is built.
 
 Fingerprints are 48 bits of a 64-bit hash. Any other n-gram is taken for one of N in the index with probability N / 2^48, 1e-8
-at N = 2.7 million, and that only where its first words pass a bitmap too (0.4 to 2 % do). Such a match makes up a passage only
-if this is a single n-gram: 16,000 of 46 sets are. Times 4 lengths (10 to 13 words) that is 16,000 / 2^48 x 4 x 1 % = 2e-12 per
-word: two wrong documents in 10^12 words.
+at N = 2.9 million, and that only where its first words pass a bitmap too (0.4 to 2 % do). Such a match makes up a passage only
+if this is a single n-gram: 54,000 of 46 sets are. Times 4 lengths (10 to 13 words) that is 54,000 / 2^48 x 4 x 1 % = 8e-12 per
+word: eight wrong documents in 10^12 words.
 
 Arrays: W words of a document, G n-grams and P passages of an index, M matches.
 """
@@ -25,6 +29,7 @@ Arrays: W words of a document, G n-grams and P passages of an index, M matches.
 import json
 import math
 import re
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -40,12 +45,17 @@ from filters.text import SENTENCE_TERMINAL, TextView
 
 MAGIC, VERSION = b"gristmill bench\n", 1
 # Stored in the index. Any change to what `normalize` returns needs a new number.
-NORMALIZER = "nfd-words-numbers-1"
+NORMALIZER = "nfd-words-numbers-2"
 PROBES: tuple[Literal[0, 1], ...] = (0, 1)
 # Characters around a match that may go with it (GPT-3's window), and that may part two matches of one cut.
 _REACH = 200
-# marks that stand inside words: apostrophes, soft hyphen, zero-width characters
-_INSIDE_WORDS = "'’‘\u00ad\u200b\u200c\u200d\u2060\ufeff"
+# marks that stand inside words: apostrophes, soft hyphen, Arabic's stretching line, zero-width characters
+_INSIDE_WORDS = "'’‘\u00ad\u0640\u200b\u200c\u200d\u2060\ufeff"
+# blocks whose combining marks are vowels: Thaana, Devanagari to Sinhala, Tibetan, Balinese to Lepcha, Syloti Nagri to Meetei
+# Mayek, Brahmi and its kin
+_VOWELS = re.compile("[\u0780-\u07bf\u0900-\u0dff\u0f00-\u0fff\u1b00-\u1c4f\ua800-\uabff\U00011000-\U00011fff]")
+# those that part words: Thai and Lao, Burmese, Khmer, Burmese's extensions
+_PARTED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\ua9e0-\ua9ff\uaa60-\uaa7f]")
 _BREAK = re.compile(rf"\n|[。！？｡]|[{SENTENCE_TERMINAL}][\"'”’»)\]]*(?=\s|$)")
 
 
@@ -142,7 +152,7 @@ class Decontamination:
 
 
 def normalize(text: str) -> str:
-    """Lower case, no accents or apostrophes, punctuation to space, white space collapsed; numbers as they are."""
+    """Lower case, no accents, vowel points or apostrophes, punctuation to space, white space collapsed; numbers as they are."""
     return ngrams.normalize(text, _table())
 
 
@@ -244,7 +254,10 @@ _NO_MATCHES = Matches(*(np.empty(0, np.int64) for _ in range(3)))
 
 @lru_cache(maxsize=1)
 def _table() -> ngrams.U32:
-    return ngrams.replacements(digits="kept", inside_words=_INSIDE_WORDS)
+    points = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))  # there are no combining marks elsewhere
+    marks = [c for c in map(chr, points) if unicodedata.category(c).startswith("M") and not _PARTED.match(c)]
+    vowels = "".join(filter(_VOWELS.match, marks))
+    return ngrams.replacements(digits="kept", inside_words=_INSIDE_WORDS + "".join(marks), letters=vowels)
 
 
 def _may_begin(heads: U64, bitmap: npt.NDArray[np.uint8]) -> I64:

@@ -23,7 +23,7 @@ _JOIN = np.uint64(0x9E3779B97F4A7C15)
 _SPACE, _MARK = 32, 0
 _PIECE = 1024  # characters
 # kana; ideographs: extension A, unified, compatibility, the supplementary planes
-_WITHOUT_SPACES = [(0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)]
+WITHOUT_SPACES = [(0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)]
 _FMIX: dict[int, tuple[Any, list[tuple[int, int]], int]] = {
     32: (np.uint32, [(16, 0x85EBCA6B), (13, 0xC2B2AE35)], 16),
     64: (np.uint64, [(33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)], 33),
@@ -66,11 +66,11 @@ def code_points(text: str) -> U32:
 
 
 @lru_cache(maxsize=2)
-def replacements(*, digits: Literal["kept", "zeroed"], inside_words: str = "") -> U32:
+def replacements(*, digits: Literal["kept", "zeroed"], inside_words: str = "", letters: str = "") -> U32:
     """What each code point of a decomposed text becomes, (0x110000,).
 
     A letter stays, a combining mark goes (0), a decimal digit stays or becomes 0 by `digits`, the characters of
-    `inside_words` go too ("don't" is "dont"), and everything else is a space.
+    `inside_words` go too ("don't" is "dont"), those of `letters` stay, and everything else is a space.
     """
     points = np.arange(0x110000, dtype=np.uint32)
     characters = points.view("<U1")
@@ -79,6 +79,8 @@ def replacements(*, digits: Literal["kept", "zeroed"], inside_words: str = "") -
         table[np.strings.isdecimal(characters)] = ord("0")
     table[0x300:0x370] = _MARK
     table[[ord(c) for c in inside_words]] = _MARK
+    kept = [ord(c) for c in letters]
+    table[kept] = kept
     return table
 
 
@@ -155,10 +157,10 @@ def _spaced(points: U32) -> U32:
 
 def _borders(points: U32) -> I64:
     """Places before and behind characters of scripts without spaces; a place between two of them once."""
-    if not (points >= _WITHOUT_SPACES[0][0]).any():
+    if not (points >= WITHOUT_SPACES[0][0]).any():
         return np.empty(0, np.int64)
     alone = np.zeros(len(points) + 1, bool)
-    for first, last in _WITHOUT_SPACES:
+    for first, last in WITHOUT_SPACES:
         alone[:-1] |= (points >= first) & (points <= last)
     alone[1:] |= alone[:-1]
     return np.flatnonzero(alone)

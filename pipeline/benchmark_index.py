@@ -2,9 +2,10 @@
 
 Every text of an evaluation item that has `min_words` words is a passage: the strings of a JSON row, however deep, the cells of
 a CSV or Parquet row. Shorter ones (labels, names, most answers) say nothing about where they were read, and are left out, as
-are addresses. Two kinds of n-grams are common without being copied, and are left out as well: templates and instructions,
-found in more than `max_items` items of one set, and whatever the background texts hold, if any are given (text known to be
-free of the sets, such as statutes, scripture, or text older than the sets).
+are addresses; but a row of nothing else is told by how its texts stand together, the question with all answers or with one
+(`_arranged`). Two kinds of n-grams are common without being copied, and are left out as well: templates and instructions, found
+in more than `max_items` items of one set, and whatever the background texts hold, if any are given (text known to be free of
+the sets, such as statutes, scripture, or text older than the sets).
 
 Sets that quote public text hold it against that text: BoolQ's passages are paragraphs of Wikipedia, and an index with BoolQ
 condemns the articles. Whoever wants to keep those leaves such a set out.
@@ -24,6 +25,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath, PurePosixPath
+from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,11 +36,14 @@ import zstandard
 from filters import ngrams
 from filters.decontamination import ARRAYS, MAGIC, NORMALIZER, PROBES, VERSION, Index, fingerprints, normalize, probe
 from filters.ngrams import I64, U64
+from stages.records import zstd_pieces
 
 N = 13
 # texts of 8 words are titles and phrases of law ("the Equal Protection Clause of the Fourteenth Amendment", an answer in MMLU),
 # of 9 still "when the Moon passes between Earth and the Sun"; no text of 10 or 11 words stood in 56 MB of clean text
 MIN_WORDS = 10
+# scripts whose words are about half a word each: Burmese, Khmer; Chinese and Japanese, of whose 13 characters a name may be
+_HALF_WORDS = re.compile(f"[\u1000-\u109f\u1780-\u17ff{''.join(f'{chr(a)}-{chr(b)}' for a, b in ngrams.WITHOUT_SPACES)}]+")
 # a reading passage is repeated for each of its questions, up to 8 in LSAT; templates are in hundreds of items
 MAX_ITEMS = 20
 
@@ -46,6 +51,11 @@ _KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 # names that tell a part of a set, and folders that tell nothing
 _PART = re.compile(r"(test|train|dev|val|valid|validation|eval)(-\d+-of-\d+)?")
 _PLAIN = re.compile(r"data|main|default")
+# what harnesses write around a question, and the letters of its answers
+_HARNESS = re.compile(r"^(question|q) | (answer|a)$")
+_LETTER = re.compile("[a-j]")
+# what reading a file that is cut short, damaged or of another kind raises
+_UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, zstandard.ZstdError)
 _ADDRESS = re.compile(r"\s*[a-z]+://\S+\s*", re.IGNORECASE)
 
 
@@ -88,12 +98,15 @@ def build_index(
 ) -> dict[str, Any]:
     """Write the index of the evaluation files at `paths` (see `sources`); returns its header.
 
-    Passages of fewer than `n` words are one n-gram each. The header's `files` tell of each file, as `by_benchmark` does of each
-    set, how many rows it has, how many of them could not be read (`bad_rows`) or have no passage (`empty_rows`), how many texts
-    are too short, how many passages there are, and how many of those have only common n-grams and are left out.
+    Passages of fewer than `n` words are one n-gram each; two characters of Chinese or Japanese count as a word of `min_words`.
+    The header's `files` tell of each file, as `by_benchmark` does of each set, how many rows it has, how many of them could not
+    be read (`bad_rows`) or have no passage (`empty_rows`), how many texts are too short, how many passages there are, and how
+    many of those have only common n-grams and are left out. ValueError, before any work, for an output that would write over
+    anything but an index.
     """
     if not 1 <= min_words <= n:
         raise ValueError(f"min_words must be between 1 and n = {n}, got {min_words}")
+    _check_output(output, [*paths, *background])
     digests = sorted(_sha256(_read(path)) for path in background)
     by_name = {(source.benchmark, source.name, source.sha256): source for path in paths for source in sources(path)}
     found = [by_name[name] for name in sorted(by_name)]
@@ -149,7 +162,7 @@ def sources(path: str) -> Iterator[Source]:
         name, named = "", path
     try:
         members = list(_members(Path(named)))
-    except (OSError, EOFError, tarfile.TarError, zlib.error, zstandard.ZstdError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{named}: cannot be read ({error}); is it whole, and what its name says?") from None
     if not members:
         kinds = f"{', '.join(_KINDS)}, or with .gz or .zst behind"
@@ -197,18 +210,8 @@ def _unpacked(name: str, data: bytes) -> bytes:
     if name.endswith((".gz", ".tgz")):
         return gzip.decompress(data)
     if name.endswith(".zst"):
-        return b"".join(_frames(data))
+        return b"".join(zstd_pieces(io.BytesIO(data)))
     return data
-
-
-def _frames(data: bytes) -> Iterator[bytes]:
-    # a reader of streams takes a file that was cut short for a whole one
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        yield frame.decompress(data)
-        if not frame.eof:
-            raise EOFError("the last frame has no end")
-        data = frame.unused_data
 
 
 def _rows(place: PurePosixPath, data: bytes) -> Iterator[list[str] | None]:
@@ -286,11 +289,36 @@ def _passages(source: Source, *, min_words: int) -> Passages:
     short = 0
     for row, strings in enumerate(source.rows, start=1):
         normalized = dict.fromkeys(normalize(string) for string in strings or () if not _ADDRESS.fullmatch(string))
-        long = [text for text in normalized if _num_words(text) >= min_words]
+        normalized.pop("", None)
+        long = [text for text in normalized if _says_enough(text, min_words)]
+        short += len(normalized) - len(long)
+        long = long or list(dict.fromkeys(_arranged(list(normalized), min_words=min_words)))
         texts += long
         rows += [row] * len(long)
-        short += sum(0 < _num_words(text) < min_words for text in normalized)
     return Passages(texts, rows, short)
+
+
+def _arranged(short: list[str], *, min_words: int) -> Iterator[str]:
+    """The texts of a row as pages have them: a question with all answers or one, plain or "a) one b) two", and a blank filled.
+
+    The question is the first text or, as ARC's rows have it, the last; Winograd's have what follows the blank there.
+    """
+    texts = [text for text in short if not _LETTER.fullmatch(text)]
+    bare = [text for text in (_HARNESS.sub("", text) for text in texts) if text]
+    for strings in (strings for strings in (texts, bare) if len(strings) > 1):
+        *others, last = strings
+        for question, *answers in (strings, [last, *others]):
+            for told in (answers, *([answer] for answer in answers)):
+                plain = " ".join([question, *told])
+                if _says_enough(plain, min_words):
+                    yield plain
+                    lettered = zip(ascii_lowercase, told, strict=False)
+                    yield " ".join([question, *(f"{letter} {answer}" for letter, answer in lettered)])
+        yield from (filled for text in others if _says_enough(filled := f"{text} {last}", min_words))
+
+
+def _says_enough(normalized: str, min_words: int) -> bool:
+    return _num_words(normalized) - len(_HALF_WORDS.findall(normalized)) / 2 >= min_words
 
 
 def _num_words(normalized: str) -> int:
@@ -380,7 +408,10 @@ def _in_background(grams: Grams, paths: Sequence[str], *, lengths: range) -> npt
 def _background(path: str) -> Iterator[str]:
     """Texts of a file: the whole of a .txt file, also packed; all strings of any other kind."""
     if _kind(Path(path)) == ".txt":
-        yield _unpacked(path, _read(path)).decode("utf-8", "replace")
+        try:
+            yield _unpacked(path, _read(path)).decode("utf-8", "replace")
+        except _UNREADABLE as error:
+            raise ValueError(f"background {path}: cannot be read ({error}); is it whole, and what its name says?") from None
     else:
         yield from (text for source in sources(path) for row in source.rows for text in row or ())
 
@@ -414,6 +445,25 @@ def _write(output: Path, index: Index) -> None:
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     temporary.write_bytes(MAGIC + xxhash.xxh3_64_digest(rest.getbuffer()) + rest.getbuffer())
     temporary.replace(output)
+
+
+def _check_output(output: Path, inputs: Sequence[str]) -> None:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(output)):
+        raise ValueError(f"output {output}: is an address; write the index to a local file, and copy that")
+    if output.is_dir():
+        raise ValueError(f"output {output}: is a folder; name the file to write, such as {output / 'benchmarks.idx'}")
+    named = [path for given in inputs for path in (given, given.partition("=")[2]) if path]
+    if output.resolve() in (Path(path).resolve() for path in named):
+        raise ValueError(f"output {output}: is one of the files to read; give the index a file of its own")
+    if output.exists() and not _is_index(output):
+        raise ValueError(f"output {output}: there is a file that is no index of ours; name another, or remove it first")
+
+
+def _is_index(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _sha256(data: bytes) -> str:

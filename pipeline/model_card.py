@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ def card_path(model: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(*outputs: Path) -> Iterator[tuple[Path, ...]]:
+def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[Path, ...]]:
     """Temporary paths that become `outputs` on success, those that were written; the first is the model.
 
-    The old card goes before anything is replaced, so that none describes another model.
+    ValueError at once if that would replace a source, or anything but a model that has a card. The old card goes before
+    anything is replaced, so that none describes another model.
     """
+    _check_outputs(outputs, sources)
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
     temporary = tuple(output.with_name(f".{output.name}.{os.getpid()}") for output in outputs)
@@ -43,6 +45,31 @@ def replacing(*outputs: Path) -> Iterator[tuple[Path, ...]]:
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+def _check_outputs(outputs: Sequence[Path], sources: Sequence[str | Path]) -> None:
+    model = outputs[0]
+    if re.match(r"[A-Za-z][\w+.-]*:/", str(model)):
+        address = str(model).replace(":/", "://", 1)  # pathlib had folded the slashes
+        raise ValueError(f"output {address}: is no path; filters need models on a path that every worker has, so name one")
+    if model.is_dir():
+        raise ValueError(f"output {model}: is a folder; name a file in it")
+    card = _card_beside(model)
+    for path in filter(Path.exists, (*outputs, card_path(model))):
+        for source in filter(os.path.exists, sources):
+            if path.samefile(source):
+                raise ValueError(f"output {path}: is the source {source}, which it would replace; choose another name")
+        if not card or path.is_dir() or (path in outputs[1:] and "sentencepiece" not in card):
+            raise ValueError(f"output {path}: is there, and is no model of ours with its card; remove it or choose another name")
+
+
+def _card_beside(model: Path) -> dict[str, Any]:
+    """Empty if there is none, or none of ours."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        card = json.loads(card_path(model).read_text(encoding="utf-8"))
+        if isinstance(card, dict) and card.get("kind") in ("kenlm", "fasttext"):
+            return card
+    return {}
 
 
 def write_card(model: Path, **facts: Any) -> dict[str, Any]:
@@ -70,12 +97,14 @@ def is_held_out(text: str, *, share: float) -> bool:
     return int.from_bytes(found[:8], "big") < share * 2**64
 
 
-def check_split(held: int, train: int, *, held_out: float, of: str = "") -> None:
+def check_split(held: int, train: int, *, held_out: float, sources: Iterable[str | Path], of: str = "") -> None:
     """ValueError unless there are documents on both sides."""
     if not held or not train:
+        in_txt = any(".txt" in Path(source).suffixes for source in sources)
         raise ValueError(
             f"held_out = {held_out}: of {held + train} documents{of} {held} are held out and {train} left to train on; "
             "both must be some, so give more text or another share"
+            + ("; documents in .txt are parted by blank lines" if in_txt else "")
         )
 
 

@@ -53,14 +53,16 @@ def train_classifier(
     """
     counts = {"epochs": epochs, "dimensions": dimensions, "word_ngrams": word_ngrams, "buckets": buckets, "features": features}
     _check_arguments(sources, output=output, keep_best=keep_best, learning_rate=learning_rate, seed=seed, **counts)
-    with replacing(output) as (temporary,), tempfile.TemporaryDirectory() as scratch:
+    read = [source for names in sources.values() for source in names] + ([sample] if sample else [])
+    with replacing(output, sources=read) as (temporary,), tempfile.TemporaryDirectory() as scratch:
         texts = write_texts(sources, Path(scratch, "texts"), text_column=text_column, held_out=held_out)
         found = distinct(texts)
         _warn(found.shared)
         held = [i for i in found.kept if texts.is_held_out[i]]
         train = [i for i in found.kept if not texts.is_held_out[i]]
         for label, (of_held, of_train) in _per_label(texts, held, train).items():
-            check_split(of_held, of_train, held_out=held_out, of=f" of label '{label}' that no other label has")
+            of = f" of label '{label}' that no other label has"
+            check_split(of_held, of_train, held_out=held_out, sources=sources[label], of=of)
         random.Random(f"{seed} train_classifier").shuffle(train)  # fastText goes through the file in order
         text = Path(scratch, "train.txt")
         _write_labelled(text, texts, train)

@@ -23,6 +23,7 @@ from filters.perplexity import score
 from pipeline.model_card import check_split, command_line, is_held_out, replacing, versions, write_card
 from pipeline.training_texts import Source, fingerprint
 
+MAX_ORDER = 6  # of the package ufal.kenlm, as it was compiled
 PERCENTILES = (5, 25, 50, 75, 95)
 SAMPLE_LINES = 200_000  # what SentencePiece learns from at most: bounds its time and memory; more was not tried
 
@@ -33,7 +34,7 @@ def train_lm(
     output: Path,
     licence: str,
     order: int = 5,
-    prune: tuple[int, ...] = (0, 0, 1),
+    prune: tuple[int, ...] | None = None,
     memory: str = "1G",
     bits: int = 8,
     sentencepiece: int = 0,
@@ -45,19 +46,25 @@ def train_lm(
 ) -> dict[str, Any]:
     """Train a KenLM model with `lmplz` for the filter `perplexity`; returns its card.
 
-    `prune` drops n-grams seen at most so often, one count per order, the last one for all higher orders. The model is a
-    trie, its probabilities and back-offs of `bits` (0: not quantised). Tokens are words and marks; or pieces, of a
-    SentencePiece model that is trained to a vocabulary of `sentencepiece`, or given. `held_out` is the share of documents
-    kept out of training. `lmplz_options` are handed to lmplz as they stand.
+    `prune` drops n-grams seen at most so often, one count per order, the last one for all higher orders; None is 0,0,1 up
+    to `order`. The model is a trie, its probabilities and back-offs of `bits` (0: not quantised). Tokens are words and marks;
+    or pieces, of a SentencePiece model that is trained to a vocabulary of `sentencepiece`, or given. `held_out` is the share
+    of documents kept out of training. `lmplz_options` are handed to lmplz as they stand.
     """
     if sentencepiece and sentencepiece_model:
         raise ValueError("sentencepiece and sentencepiece_model: train one or give one, not both")
     if not 0 <= bits <= 25:
         raise ValueError(f"bits = {bits}: 1 to 25 quantise, 0 does not")
+    if not 2 <= order <= MAX_ORDER:
+        raise ValueError(f"order = {order}: must be from 2 to {MAX_ORDER}, which KenLM can load")
+    prune = (0, 0, 1)[:order] if prune is None else prune
+    if not 1 <= len(prune) <= order or min(prune) < 0 or list(prune) != sorted(prune):
+        counts = ",".join(map(str, prune))
+        raise ValueError(f"prune = {counts}: for order = {order} give 1 to {order} counts, 0 or more, none below the one before")
     lmplz, build_binary = find_kenlm(kenlm_bin)
     in_pieces = bool(sentencepiece or sentencepiece_model)
-    spm = output.with_name(output.name + ".spm")
-    with replacing(output, spm) as (model, new_spm), tempfile.TemporaryDirectory() as scratch:
+    spm = Path(f"{output}.spm")
+    with replacing(output, spm, sources=sources) as (model, new_spm), tempfile.TemporaryDirectory() as scratch:
         if sentencepiece_model:
             _check_pieces(sentencepiece_model)
             shutil.copyfile(sentencepiece_model, new_spm)
@@ -124,7 +131,7 @@ def _write_texts(sources: Sequence[str | Path], scratch: Path, *, text_column: s
                     train_file.writelines(lines)
                     _add(counts, documents=1, lines=len(lines), tokens=tokens)
             entries.append(source.entry(words=words))
-    check_split(num_held, counts["documents"], held_out=held_out)
+    check_split(num_held, counts["documents"], held_out=held_out, sources=sources)
     return Written(train, held, counts, entries)
 
 

@@ -6,19 +6,24 @@ Documents are read one after the other; no source is held in memory.
 """
 
 import difflib
+import gzip
 import hashlib
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
+import zstandard
 
 from filters.cards import digest
+from stages.records import Unpacked
 
 RUN_KINDS = ("corpus", "rejected", "documents")
 
@@ -167,11 +172,28 @@ class _Chosen:
 
 
 def _line_documents(path: Path, *, kind: str, text_column: str) -> Iterator[str]:
-    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
-        try:
-            yield from _blocks(file) if kind == ".txt" else _json_documents(file, path=path, text_column=text_column)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"source {path}: not UTF-8 ({error.reason}: {error.object[error.start : error.end]!r})") from None
+    with _named(path), _opened(path) as file:
+        yield from _blocks(file) if kind == ".txt" else _json_documents(file, path=path, text_column=text_column)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of what unpacks and reads a file, which seldom say its name."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"source {path}: not UTF-8 ({error.reason}: {error.object[error.start : error.end]!r})") from None
+    except EOFError as error:
+        raise ValueError(f"source {path}: is cut short ({error}); fetch or pack it again") from None
+    except (OSError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
+        raise ValueError(f"source {path}: cannot be read ({error}); is it whole, and what its name says?") from None
+
+
+def _opened(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    file = path.open("rb")
+    return io.TextIOWrapper(io.BufferedReader(Unpacked(file)) if path.suffix == ".zst" else file, encoding="utf-8-sig")
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:
@@ -185,24 +207,37 @@ def _blocks(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _json_documents(lines: Iterable[str], *, path: Path, text_column: str) -> Iterator[str]:
+    """Blank lines and nulls are no documents."""
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"source {path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+        if not isinstance(row, dict) or not isinstance(row.get(text_column, row), str | None):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             if isinstance(row, dict) and text_column in row:
-                found = f"{type(row[text_column]).__name__} {json.dumps(row[text_column])[:40]}"
+                found = type(row[text_column]).__name__
             raise ValueError(f"source {path}, line {number}: no text in column '{text_column}', only {found}")
-        yield row[text_column]
+        if row[text_column] is not None:
+            yield row[text_column]
 
 
 def _parquet_documents(path: Path, *, text_column: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
-    if text_column not in file.schema_arrow.names:
-        raise ValueError(f"source {path}: no column '{text_column}', only {file.schema_arrow.names}")
-    for batch in file.iter_batches(columns=[text_column], batch_size=1000):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    with _named(path), pq.ParquetFile(path) as file:
+        types = [field.type for field in file.schema_arrow if field.name == text_column]
+        if not types:
+            raise ValueError(f"source {path}: no column '{text_column}', only {file.schema_arrow.names}")
+        if not all(map(_is_text, types)):
+            raise ValueError(f"source {path}: column '{text_column}' holds {types[0]}, not text; name one of strings")
+        for batch in file.iter_batches(columns=[text_column], batch_size=1000):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+
+
+def _is_text(type: pa.DataType) -> bool:
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    return any(is_such(type) for is_such in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -118,5 +118,41 @@ def _open(path: Path) -> IO[bytes]:
     if magic[:2] == b"\x1f\x8b":
         return gzip.open(stream)  # type: ignore[return-value]
     if magic == b"\x28\xb5\x2f\xfd":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True))
+        return io.BufferedReader(Unpacked(stream))
     return stream
+
+
+_CHUNK = 1 << 16  # bytes unpacked at once
+
+
+def zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """A .zst file unpacked, piece by piece; EOFError if it was cut short, which a reader of streams takes for its end."""
+    data = file.read(_CHUNK)
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        while not frame.eof:
+            if not data:
+                raise EOFError("the last frame has no end")
+            yield frame.decompress(data)
+            data = frame.unused_data if frame.eof else file.read(_CHUNK)
+        data = data or file.read(_CHUNK)
+
+
+class Unpacked(io.RawIOBase):
+    """A .zst file unpacked, as a stream."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._pieces, self._left = file, zstd_pieces(file), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or memoryview(next(filter(None, self._pieces), b""))
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,5 +1,9 @@
 """Commands that make models, and indexes of evaluation sets."""
 
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -22,13 +26,37 @@ def _numbers(option: str, given: str) -> tuple[float, ...]:
         raise ConfigError(f"{option} {given}: write numbers, parted by commas") from None
 
 
+def _counts(option: str, given: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", given, re.ASCII):
+        raise ConfigError(f"{option} {given}: write whole numbers, 0 or more, parted by commas")
+    return tuple(map(int, given.split(",")))
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM becomes SystemExit, so that scratch files go, which may be four times the corpus."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the removal short
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @command("train-lm")
 def train_lm(
     sources: Annotated[list[str], typer.Argument(help=SOURCE)],
     output: Annotated[Path, typer.Option("-o", "--output", help="model to write; its card lies beside it")],
     licence: Licence,
     order: Annotated[int, typer.Option(help="n-gram order")] = 5,
-    prune: Annotated[str, typer.Option(help="drop n-grams seen at most so often, one count per order")] = "0,0,1",
+    prune: Annotated[
+        str | None,
+        typer.Option(help="drop n-grams seen at most so often, one count per order", show_default="0,0,1, cut to the order"),
+    ] = None,
     memory: Annotated[str, typer.Option(help="memory for lmplz, e.g. 4G")] = "1G",
     bits: Annotated[int, typer.Option(help="of quantised probabilities and back-offs; 0: not quantised")] = 8,
     sentencepiece: Annotated[int, typer.Option(help="train SentencePiece to this vocabulary; 0: words")] = 0,
@@ -40,14 +68,13 @@ def train_lm(
     """Train a KenLM model for the filter `perplexity`, with KenLM's lmplz (make kenlm)."""
     from pipeline.train_lm import train_lm as train
 
-    with told():
-        counts = tuple(int(n) for n in _numbers("--prune", prune))
+    with told(), _ended_by_sigterm():
         train(
             sources,
             output=output,
             licence=licence,
             order=order,
-            prune=counts,
+            prune=None if prune is None else _counts("--prune", prune),
             memory=memory,
             bits=bits,
             sentencepiece=sentencepiece,
@@ -82,7 +109,7 @@ def train_classifier(
     """Train a fastText classifier for the filter `quality`, with two labels or more. The same texts make the same bytes."""
     from pipeline.train_classifier import train_classifier as train
 
-    with told():
+    with told(), _ended_by_sigterm():
         named = [f"hq={path}" for path in positive or []] + [f"lq={path}" for path in negative or []] + (source or [])
         labels: dict[str, list[str]] = {}
         for one in named:
@@ -116,7 +143,7 @@ def index_benchmarks(
         list[str] | None, typer.Option(help="clean text whose n-grams are no evidence; repeat for more")
     ] = None,
     n: Annotated[int, typer.Option(help="words of an n-gram")] = 13,
-    min_words: Annotated[int, typer.Option(help="passages shorter than this are left out")] = 10,
+    min_words: Annotated[int, typer.Option(help="a shorter text is no passage by itself")] = 10,
     max_items: Annotated[int, typer.Option(help="n-grams of more items of a set than this are its template")] = 20,
 ) -> None:
     """Build the index of evaluation sets that the filter `decontamination` compares documents with."""

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -174,6 +175,41 @@ def test_counts_tell_what_is_in_and_what_is_not(tmp_path):
     }
 
 
+COPA = ["The man turned on the faucet, therefore", "the toilet filled with water.", "water flowed from the spout."]
+ARC = ["0 degrees Celsius", "32 degrees Celsius", "100 degrees Celsius", "Question: At which temperature does water freeze?"]
+WINOGRAD = ["Tom threw his bag down to Ray after Tom", "Tom threw his bag down to Ray after Ray", "reached the top."]
+MMLU = ["Which of the following religions developed first?", "Buddhism", "Christianity", "Hinduism", "C"]
+TRIVIA = ["Question: What is the Turkish national sport?\nAnswer:", "Oil and grease wrestling (Yagli)"]
+
+
+@pytest.mark.parametrize(
+    "row, page",
+    [
+        (COPA, "\n".join(COPA)),
+        (COPA, "Q: The man turned on the faucet, therefore …\n(a) the toilet filled with water\n(b) water flowed from the spout"),
+        (COPA, "The man turned on the faucet, therefore water flowed from the spout."),
+        (ARC, "At which temperature does water freeze? 0 degrees Celsius, 32 degrees Celsius, 100 degrees Celsius"),
+        (ARC, "At which temperature does water freeze?\nA) 0 degrees Celsius\nB) 32 degrees Celsius\nC) 100 degrees Celsius"),
+        (WINOGRAD, "Tom threw his bag down to Ray after Ray reached the top."),
+        (MMLU, "Which of the following religions developed first? Buddhism. Christianity. Hinduism."),
+        (MMLU, "Which of the following religions developed first?\nA. Buddhism\nB. Christianity\nC. Hinduism\nAnswer: C"),
+        (TRIVIA, "What is the Turkish national sport? Oil and grease wrestling (Yagli)."),
+        (TRIVIA, "Q: What is the Turkish national sport?\nA: Oil and grease wrestling (Yagli)"),
+    ],
+)
+def test_a_row_of_short_texts_is_told_by_how_they_stand_together(tmp_path, row, page):
+    header, path = index_of(tmp_path, row)
+    assert by_benchmark(header)["mill"]["empty_rows"] == 0
+    assert best(f"Before it: {page} And after it.", path) > 0.2
+    assert best("\n\nIn between. ".join(row), path) == 0
+
+
+def test_a_row_with_a_passage_is_told_by_that_alone(tmp_path):
+    header, path = index_of(tmp_path, [*COPA, QUESTION])
+    assert by_benchmark(header)["mill"]["passages"] == 1
+    assert best("\n".join(COPA), path) == 0
+
+
 def test_addresses_and_numbers_are_no_evidence(tmp_path):
     address = "https://example.org/one/two/three/four/five/six/seven/eight/nine/ten/eleven"
     _, path = index_of(tmp_path, ROW, {"source": address, "test": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"})
@@ -214,6 +250,53 @@ def test_nothing_to_index_is_said(tmp_path):
         index_of(tmp_path, {"question": "too short"})
     with pytest.raises(ValueError, match=r"min_words must be between 1 and n = 5, got 8"):
         index_of(tmp_path, ROW, n=5, min_words=8)
+
+
+def test_a_damaged_background_is_named(tmp_path):
+    text = f"{SECOND}\n".encode() * 99
+    cut = {
+        "cut.txt.gz": (gzip.compress(text)[:-9], "Compressed file ended before"),
+        "cut.txt.zst": (zstandard.compress(text)[:-9], "the last frame has no end"),
+        "bad.txt.gz": (gzip.compress(text)[:10] + b"\xff" * 40, "Error -3 while decompressing"),
+        "bad.txt.zst": (text, "zstd decompressor error"),
+        "cut.jsonl.gz": (gzip.compress(JSONL)[:-9], "Compressed file ended before"),
+    }
+    for name, (data, reason) in cut.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}: cannot be read \({reason}.*is it whole"):
+            index_of(tmp_path, ROW, background=[str(tmp_path / name)])
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        ("mill.jsonl", r"mill\.jsonl: is one of the files to read"),
+        ("sets/../mill.jsonl", r"mill\.jsonl: is one of the files to read"),
+        ("named.jsonl", r"named\.jsonl: is one of the files to read"),
+        ("law.txt", r"law\.txt: is one of the files to read"),
+        ("sets/mill.jsonl", r"mill\.jsonl: there is a file that is no index of ours"),
+        ("notes.md", r"notes\.md: there is a file that is no index of ours"),
+        ("sets", r"sets: is a folder; name the file"),
+        ("s3://bucket/index", r"s3:/bucket/index: is an address"),
+    ],
+)
+def test_an_output_that_would_write_over_something_else_is_refused_before_any_work(tmp_path, monkeypatch, output, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    for name in ("mill.jsonl", "named.jsonl", "sets/mill.jsonl"):
+        (tmp_path / name).write_bytes(JSONL)
+    for name in ("law.txt", "notes.md"):
+        (tmp_path / name).write_text(SECOND)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    inputs = ["mill.jsonl", "set=named.jsonl", "sets", "nowhere.jsonl"]
+    with pytest.raises(ValueError, match=reason):
+        build_index(inputs, output=Path(output), background=[str(tmp_path / "law.txt")])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_index_may_be_written_anew(tmp_path):
+    assert index_of(tmp_path, ROW) == index_of(tmp_path, ROW)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------

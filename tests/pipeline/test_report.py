@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import zstandard
 
 from pipeline.charts import binned, histogram_svg
 from pipeline.duplicates import Copy, Duplicates, Wiped, clean, compare, differing, similarities
@@ -389,6 +390,16 @@ def test_failed_units_are_listed(tmp_path):
     (failure,) = outcome.failed["extract"]
     page = Path(write_report(config.run.directory)).read_text()
     assert "1 unit failed; see Failures." in page and html.escape(failure.partition(": ")[2]) in page
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_an_input_that_is_cut_short_is_a_failed_unit(tmp_path, pack):
+    source = write_jsonl(tmp_path / "a.jsonl", hostile_documents())
+    source.write_bytes(pack(source.read_bytes() * 50)[:-20])
+    config = make_config(tmp_path, [source], *JSONL, "run.max_failed_share=1.0")
+    assert re.search(
+        "EOFError.*(end-of-stream marker|last frame has no end)", run_inline(config, until="extract").failed["extract"][0]
+    )
 
 
 def test_a_file_that_is_no_warc_is_named_and_a_damaged_one_is_not_held_against_the_run(tmp_path):

@@ -201,6 +201,10 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
     "sources, options, message",
     [
         (TWO, {"output": "q.model"}, r"q\.model: must end in \.ftz"),
+        (TWO, {"output": "s3://b/q.ftz"}, "output s3://b/q.ftz: is no path; filters need models on a path"),
+        ({"hq": ["prose.txt"], "lq": ["mine.bin"]}, {"output": "mine.bin"}, "output mine.bin: is the source mine.bin"),
+        (TWO, {"output": "mine.bin", "sample": "mine.bin"}, "output mine.bin: is the source mine.bin"),
+        (TWO, {"output": "mine.bin"}, "output mine.bin: is there, and is no model of ours with its card"),
         ({"hq": ["prose.txt"]}, {}, "labels: only hq; a classifier needs two or more"),
         ({"hq": ["prose.txt"], "lq": []}, {}, "label 'lq': no source"),
         ({"hq": ["prose.txt"], "a b": ["listing.txt"]}, {}, "label 'a b': must be letters"),
@@ -209,11 +213,17 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
         (TWO, {"epochs": 0}, "epochs = 0: must be 1 or more"),
         (TWO, {"learning_rate": float("nan")}, "learning_rate = nan: must be above 0"),
         (TWO, {"seed": 99_999_999_999}, "seed = 99999999999: must be from 0"),
-        (TWO, {"held_out": 1e-9}, "of label 'hq' that no other label has 0 are held out and 8 left"),
+        (
+            TWO,
+            {"held_out": 1e-9},
+            "of label 'hq' that no other label has 0 are held out and 8 left .* in .txt are parted by blank lines",
+        ),
         ({"hq": ["prose.txt"], "lq": ["prose.txt"]}, {}, "of 0 documents of label 'hq' that no other label has"),
         ({"hq": ["prose.txt"], "lq": ["gone.txt"]}, {}, "gone.txt: no such file"),
     ],
 )
 def test_bad_sources_are_named(texts: Path, sources: dict, options: dict, message: str) -> None:
+    Path("mine.bin").write_text("mine")
     with pytest.raises(ValueError, match=message):
         train(sources, **options)
+    assert {p.name for p in texts.iterdir()} == {*FILES, "mine.bin"}

@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from filters import ccnet, perplexity
 from filters.perplexity import Perplexity
-from pipeline.model_card import is_held_out
+from pipeline.__main__ import app
+from pipeline.model_card import is_held_out, replacing
 from pipeline.train_lm import find_kenlm, sample, train_lm
 from pipeline.training_texts import documents
 
@@ -146,6 +152,12 @@ def test_missing_lmplz_says_how_to_get_it(prose: Path) -> None:
     [
         ({"sentencepiece": 10, "sentencepiece_model": Path("a.spm")}, "train one or give one, not both"),
         ({"bits": 26}, "bits = 26: 1 to 25 quantise"),
+        ({"order": 1}, "order = 1: must be from 2 to 6"),
+        ({"order": 7}, "order = 7: must be from 2 to 6"),
+        ({"order": 2, "prune": (0, 0, 1)}, "prune = 0,0,1: for order = 2 give 1 to 2 counts"),
+        ({"prune": ()}, "prune = : for order = 5 give 1 to 5 counts"),
+        ({"prune": (0, -1)}, "prune = 0,-1: .*0 or more"),
+        ({"prune": (0, 2, 1)}, "prune = 0,2,1: .*none below the one before"),
     ],
 )
 def test_bad_options_are_named(prose: Path, options: dict, message: str) -> None:
@@ -166,6 +178,111 @@ def test_bad_options_are_named(prose: Path, options: dict, message: str) -> None
 def test_what_cannot_be_trained_is_named(prose: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(prose, **options)
+
+
+@pytest.mark.lmplz
+@has_lmplz
+def test_the_default_prune_is_cut_to_the_order(prose: Path) -> None:
+    assert "--order 2 --prune 0,0 " in train(prose, order=2)["command"]
+    Perplexity(model="m.bin").check(())
+
+
+@pytest.mark.parametrize("prune", ["0,0,0.9", "inf", "nan", "0,-1", "", "0,,1"])
+def test_prune_takes_whole_numbers_only(prose: Path, prune: str) -> None:
+    result = CliRunner().invoke(app, ["train-lm", str(prose), "-o", "m.bin", "--licence", "CC0-1.0", "--prune", prune])
+    assert result.exit_code == 2
+    assert f"--prune {prune}: write whole numbers, 0 or more, parted by commas" in result.stderr
+
+
+@pytest.mark.parametrize("name, is_told", [("prose.txt", True), ("prose.jsonl", False)])
+def test_a_text_without_blank_lines_is_told_what_parts_documents(fake_kenlm: Path, name: str, is_told: bool) -> None:
+    text = "one\ntwo\nthree\n" if is_told else '{"text": "one"}\n'
+    Path(name).write_text(text)
+    with pytest.raises(ValueError, match=r"of 1 documents . are held out and . left to train on") as error:
+        train(Path(name), kenlm_bin=fake_kenlm)
+    assert ("; documents in .txt are parted by blank lines" in str(error.value)) == is_told
+
+
+# --- what a model may replace, and what is left of one that was stopped -------------------------------------------------
+
+
+@pytest.fixture
+def fake_kenlm(prose: Path, tmp_path: Path) -> Path:
+    """An lmplz that takes long and says so in the file `started`."""
+    folder = tmp_path / "kenlm"
+    folder.mkdir()
+    for name in ("lmplz", "build_binary"):
+        (folder / name).write_text(
+            f"#!/bin/sh\necho $$ > {tmp_path}/starting && mv {tmp_path}/starting {tmp_path}/started\nexec sleep 20\n"
+        )
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("prose.txt", "output prose.txt: is the source prose.txt, which it would replace; choose another name"),
+        ("link.txt", "output link.txt: is the source prose.txt"),
+        ("notes.md", "output notes.md: is there, and is no model of ours with its card; remove it or choose another name"),
+        ("data", r"output data\.json: is there, and is no model of ours"),
+        ("with", r"output with\.spm: is there, and is no model of ours"),
+        ("folder", "output folder: is a folder; name a file in it"),
+        (".", r"output \.: is a folder"),
+        ("s3://bucket/lm.bin", "output s3://bucket/lm.bin: is no path; filters need models on a path that every worker has"),
+    ],
+)
+def test_no_model_replaces_what_is_none(fake_kenlm: Path, output: str, message: str) -> None:
+    Path("link.txt").symlink_to("prose.txt")
+    for name, text in {
+        "notes.md": "x",
+        "data.json": '{"kind": "mine"}',
+        "with.spm": "x",
+        "with.json": '{"kind": "kenlm"}',
+    }.items():
+        Path(name).write_text(text)
+    Path("folder").mkdir()
+    Path("folder.json").write_text("{}")
+    before = {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+    with pytest.raises(ValueError, match=message):
+        train(Path("prose.txt"), output, kenlm_bin=fake_kenlm)
+    assert {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")} == before
+
+
+def test_a_model_with_its_card_is_replaced_unless_it_is_a_source(prose: Path) -> None:
+    for name in ("m.bin", "m.bin.spm"):
+        Path(name).write_text("old")
+    Path("m.bin.json").write_text('{"kind": "kenlm", "sentencepiece": {}}')
+    with (
+        pytest.raises(ValueError, match=r"output m\.bin\.spm: is the source m\.bin\.spm"),
+        replacing(Path("m.bin"), Path("m.bin.spm"), sources=["m.bin.spm"]),
+    ):
+        pass
+    with replacing(Path("m.bin"), Path("m.bin.spm"), sources=[prose]) as (model, _):
+        model.write_text("new")
+    assert Path("m.bin").read_text() == "new"
+    assert {path.name for path in Path().iterdir()} == {"prose.txt", "m.bin"}
+
+
+def test_sigterm_leaves_no_scratch_files(fake_kenlm: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = os.environ | {"TMPDIR": str(scratch), "GRISTMILL_KENLM_BIN": str(fake_kenlm), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline", "train-lm", "prose.txt", "-o", "m.bin", "--licence", "x", "--held-out", "0.3"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not Path("started").exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert any(scratch.iterdir())
+            process.send_signal(signal.SIGTERM)
+            assert (process.wait(30), process.stderr.read()) == (143, "")
+        finally:
+            process.kill()
+    assert list(scratch.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"prose.txt", "kenlm", "scratch", "started"}
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("started").read_text()), 0)
 
 
 def test_find_kenlm_looks_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import zstandard
 
 from pipeline.training_texts import Source, documents, fingerprint, parsed
+from stages import records
 from tests.inline import make_config, run_inline
 
 TEXTS = [
@@ -21,31 +23,78 @@ TEXTS = [
 ]
 
 
+def _damaged() -> bytes:
+    """A Parquet file with a sound footer over broken pages."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": TEXTS * 100}), sink, compression="snappy", use_dictionary=False)
+    data = bytearray(sink.getvalue())
+    data[300:-400] = b"\xff" * len(data[300:-400])
+    return bytes(data)
+
+
+PACKED = {"gz": gzip.compress(" ".join(TEXTS).encode()), "zst": zstandard.compress("\n\n".join(TEXTS).encode())}
+DAMAGED = _damaged()
+
+
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     found = ["one two\nthree", "four"]
     lines = "".join(json.dumps({"text": d, "n": 1}) + "\n" for d in found).encode()
     blocks = b"\n\none two\nthree\n \n\nfour\n"
+    bom = "\ufeff".encode()
     files = {
         "a.txt": blocks,
+        "bom.txt": bom + blocks.strip(),
         "a.txt.gz": gzip.compress(blocks),
         "a.jsonl": lines,
-        "a.jsonl.gz": gzip.compress(lines),
+        "blank.jsonl": lines.replace(b"\n", b"\n\n \r\n"),
+        "bom.jsonl": bom + lines,
+        "null.jsonl": b'{"text": null}\n' + lines,
+        "a.jsonl.gz": gzip.compress(bom + lines),
         "a.jsonl.zst": zstandard.compress(lines),
+        "frames.jsonl.zst": b"".join(map(zstandard.compress, (lines[:9], b"", lines[9:]))),
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    pq.write_table(pa.table({"text": found, "n": [1, 2]}), tmp_path / "a.parquet")
-    for name in [*files, "a.parquet"]:
+    types = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+    for number, type in enumerate(types):
+        pq.write_table(pa.table({"text": pa.array([None, *found], type)}), tmp_path / f"{number}.parquet")
+    for name in [*files, *(f"{number}.parquet" for number in range(len(types)))]:
         assert [d.strip() for d in documents(tmp_path / name)] == found, name
+
+
+def test_a_zst_file_larger_than_a_piece_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_CHUNK", 7)
+    texts = [f"{n} of many" for n in range(20_000)]
+    data = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+    packed = zstandard.compress(data[:50_000]) + zstandard.compress(data[50_000:])
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert list(documents(tmp_path / "a.jsonl.zst")) == texts
 
 
 @pytest.mark.parametrize(
     "name, data, message",
     [
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"a.jsonl, line 2: no text in column 'text', only \['body'\]"),
-        ("a.jsonl", b'{"text": null}\n', "line 1: no text in column 'text'"),
+        ("a.jsonl", b'\n{"text": ["b"]}\n', "line 2: no text in column 'text', only list"),
+        ("a.jsonl", b"null\n", "line 1: no text in column 'text', only NoneType"),
         ("a.jsonl", b"[1]\n", "line 1: no text in column 'text', only list"),
         ("a.jsonl", b"{", "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a.jsonl, line 1: not JSON \(maximum recursion depth"),
+        ("a.jsonl", b"1" * 5000, r"a.jsonl, line 1: not JSON \(Exceeds the limit"),
+        ("a.txt", b"caf\xe9", r"source .*a\.txt: not UTF-8"),
+        ("a.txt.gz", PACKED["gz"][:-9], r"source .*a\.txt\.gz: is cut short \(.*\); fetch or pack it again"),
+        ("a.txt.gz", b"plain", r"source .*a\.txt\.gz: cannot be read \(Not a gzipped file"),
+        ("a.txt.gz", PACKED["gz"][:20] + b"\xff" * 20, r"source .*a\.txt\.gz: cannot be read \(Error -3"),
+        (
+            "a.txt.zst",
+            PACKED["zst"][: len(PACKED["zst"]) // 2],
+            r"source .*a\.txt\.zst: is cut short \(the last frame has no end",
+        ),
+        ("a.txt.zst", PACKED["zst"] + PACKED["zst"][:-1], r"source .*a\.txt\.zst: is cut short \(the last frame has no end"),
+        ("a.txt.zst", b"plain text", r"source .*a\.txt\.zst: cannot be read \(.*\); is it whole, and what its name says\?"),
+        ("a.txt.zst", PACKED["zst"][:-60] + b"\xff" * 60, r"source .*a\.txt\.zst: cannot be read \(zstd decompress"),
+        ("a.parquet", b"plain text", r"source .*a\.parquet: cannot be read \(Parquet magic bytes not found"),
+        ("a.parquet", DAMAGED, r"source .*a\.parquet: cannot be read \(Corrupt snappy"),
         ("a.csv", b"text\na\n", "a.csv: must be .txt, .jsonl"),
     ],
 )
@@ -53,6 +102,16 @@ def test_bad_file_is_named(tmp_path: Path, name: str, data: bytes, message: str)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
         list(documents(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "values, type",
+    [([1], "int64"), ([b"a"], "binary"), ([["a"]], "list<element: string>"), ([{"a": "b"}], "struct<a: string>")],
+)
+def test_a_parquet_column_without_text_is_named_with_its_type(tmp_path: Path, values: list, type: str) -> None:
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"source .*a\.parquet: column 'text' holds {type}, not text"):
+        list(documents(tmp_path / "a.parquet"))
 
 
 def test_parquet_without_the_column_is_named(tmp_path: Path) -> None:

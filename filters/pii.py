@@ -441,6 +441,7 @@ _CATALOGUE = re.compile(
 )
 _PART_BEFORE = re.compile(r"\d[.:]$")  # of a time or a fraction
 _PART_AFTER = re.compile(r"[.:]\d|\.[a-z]")  # … or of a host name: 192-168-0-131.example.net
+_FRACTION = re.compile(r"\d\.\d")
 _IN_HEX = re.compile(r"(?<![\w.])(?:[0-9A-Fa-f]{2}|[0-9A-Fa-f]{4,12})-$")  # of a MAC address or a UUID
 _HEX_AFTER = re.compile(r"-(?=\d*[A-Fa-f])[0-9A-Fa-f]{2,12}\b")
 # a version, a row of a table, a postal code, unless a word says what it is
@@ -489,7 +490,7 @@ def _card_score(value: str, before: str, after: str, context: re.Pattern[str]) -
     UATP's and what may be a part of a table need a word that says card near them; parts of fractions are none.
     """
     digits = re.sub(r"\D", "", value)
-    if not _CARD.fullmatch(digits) or _PART_BEFORE.search(before) or _PART_AFTER.match(after):
+    if not _CARD.fullmatch(digits) or _FRACTION.match(before[-2:] + "0") or _FRACTION.match("0" + after):
         return 0
     usual = len(digits) in (14, 15, 16) and digits[0] != "1" and _CARD_BLOCKS.fullmatch(value)
     if usual and not (_MORE_BEFORE.search(before) or _MORE_AFTER.match(after)):

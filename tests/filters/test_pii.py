@@ -54,6 +54,7 @@ PARTS = [
     ("телефон: 8 (495) 123-45-67, ΤΗΛ: 210 123 4567, tlf. 22 34 56 78", "телефон: P, ΤΗΛ: P, tlf. P"),
     ("电话：010-65295114，手机 13800138000", "电话：P，手机 P"),
     ("john@acme.com.Please call", "E.Please call"),
+    ("4111111111111111:08:27:123 and 4111111111111111|08|27", "C:08:27:123 and C|08|27"),
     ("E-mail: info@firm.comTel: 030 901820", "E-mail: ETel: P"),
     ("info@firm.de-Tel, jim@gmail.comWebsite, a_john@doe.com_backup", "E-Tel, EWebsite, E_backup"),
     ("IPは45.33.32.156です。カード番号は4111111111111111です", "IPはIです。カード番号はCです"),

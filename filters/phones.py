@@ -30,7 +30,7 @@ _NO_MORE_BEFORE = rf"(?<!\d[-‐-–./]\d)(?<!\d{_SPACE}\d)"
 # and 212-5550147.
 _WAYS = (
     rf"(?<=[+＋]){BETWEEN}\d(?:{BETWEEN}\d){{6}}",
-    rf"(?<=[(（\[]){_SPACE}?\d(?:[-/ \xa0]?\d){{0,5}}[)）\]](?:{BETWEEN}\d){{5}}",
+    rf"(?<=[(（\[]){_SPACE}?\d(?:[-/ \xa0]?\d){{0,5}}{_SPACE}?[)）\]](?:[-‐-―−－./ \xa0\u2009]{{0,3}}\d){{5}}",
     rf"(?<=0)(?<!\d[-./:]\d)(?<!\d{_SPACE}\d)\d(?:{BETWEEN}\d){{5}}",
     rf"(?<=1)[-. \xa0]{{0,2}}\(\d{{3}}\)(?:{BETWEEN}\d){{7}}",
     rf"(?<!\d[-‐-–./]\d)(?:(?<=1){_DASH}\d)?\d{{1,4}}+(?:{_DASH}\d{{2,5}}+){{2,4}}{_MORE}",
@@ -54,7 +54,7 @@ _NO_PHONE = re.compile(
     r"(?:[12]\d{3}([-/.])[01]?\d\1[0-3]?\d(?![.-]?\d)|[0-3]?\d([-/.])[0-3]?\d\2[12]\d{3}(?![.-]?\d)"
     r"|[0-3]?\d[ \xa0](?<!\d \d.)(?<!\d \d\d.)[0-3]?\d[ \xa0](?:19|20)\d\d(?![-. \xa0]?\d)"
     r"|(?:19|20)\d\d[ \xa0](?<!\d \d{4}.)[01]?\d[ \xa0][0-3]?\d(?![-. \xa0]?\d)"
-    r"|(?:1\d|20)\d\d ?[-‐-―/] ?(?:1\d|20)\d\d(?!\d)|\d{3,4}/\d{2,4} ?[–—] ?1\d{3}(?!\d)"
+    r"|(?:1\d|20)\d\d ?[-‐-―/] ?(?:1\d|20)\d\d(?!\d)|[1-9]\d{2,3}/\d{2,4} ?[–—] ?1\d{3}(?!\d)"
     r"|\d{1,3}(?:\. ?\d{1,3}){3}(?: ?/ ?\d{1,3})?(?!\.?\d))"
     r"|(?<!\d)\d\d?:\d\d(?::\d\d)?(?!\d)"
     r"|(?<![\d.])0\.\d+(?!\.?\d)"
@@ -66,12 +66,13 @@ _TABLE = re.compile(rf"\d(?:{BETWEEN}\d){{40,}}")
 # Right before a number these leave no doubt …
 _PHONE = (
     r"(?:tele)?phone|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp|(?:call|ring|reach|phone)(?: \w+)? (?:at|on)"
-    r"|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph|电话|電話|手机|手機|전화"
+    r"|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph"
 )
+_PHONE_CJK = "电话|電話|手机|手機|전화"  # in the midst of a sentence
 # … and these, words of other trades too (a cell, a mobile), only with a colon.
 _PHONE_COLON = r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|hotline|ph"
 _LABEL = (
-    rf"(?:\b(?:{_PHONE})\b(?: (?:no|nr|number)\b)?[.:#：]{{0,2}}"
+    rf"(?:\b(?:{_PHONE})\b(?: (?:no|nr|number)\b)?[.:#]{{0,2}}|(?:{_PHONE_CJK})[:：]?"
     rf"|\b(?:{_PHONE_COLON})(?: ?(?:phone|no|nr|number))?\b[.]?[:：])"
 )
 _NUMBER = r"\+?\(?\d(?:[-‐-– ./()\xa0]{0,3}\d){6,14}"
@@ -121,15 +122,20 @@ def worth_reading(line: str, above: str, words: re.Pattern[str]) -> str:
     return "".join([*parts, _DIGIT.sub("\0", line[at:])])
 
 
+_OPENED = re.compile(rf"[(（\[]{_SPACE}?")
+
+
 def is_written_like_one(line: str, start: int, end: int) -> bool:
     """Whether line[start:end], which no word near it calls a phone number, looks like one."""
-    written = WRITTEN.match(line, start) or (WRITTEN.match(line, start + 1) if line[start] in "(（[" else None)
+    opened = _OPENED.match(line, start)
+    written = WRITTEN.match(line, start) or (opened and WRITTEN.match(line, opened.end()))
     return written is not None and written.end() <= end
 
 
 def unbracketed(line: str, start: int, end: int) -> int:
     """Where line[start:end] begins without a bracket that it does not close: of (0171 2345678) the number alone is one."""
-    return start + (line[start] in "(（[" and not re.search(r"[)）\]]", line[start:end]))
+    opened = _OPENED.match(line, start)
+    return opened.end() if opened and not re.search(r"[)）\]]", line[start:end]) else start
 
 
 def labelled(line: str, above: str) -> Iterator[tuple[int, int]]:

@@ -439,15 +439,17 @@ _CATALOGUE = re.compile(
     r"|(?:part|order)[ -]?(?:no|nr|number|code|id)\b|(?:part|order) ?(?=#))[.\s:#]*$",
     re.IGNORECASE,
 )
-_PART_BEFORE = re.compile(r"\d[.:]$")  # of a time or a fraction
+_PART_BEFORE = re.compile(r"\d[.:]\Z")  # of a time or a fraction
 _PART_AFTER = re.compile(r"[.:]\d|\.[a-z]")  # … or of a host name: 192-168-0-131.example.net
 _FRACTION = re.compile(r"\d\.\d")
-_IN_HEX = re.compile(r"(?<![\w.])(?:[0-9A-Fa-f]{2}|[0-9A-Fa-f]{4,12})-$")  # of a MAC address or a UUID
-_HEX_AFTER = re.compile(r"-(?=\d*[A-Fa-f])[0-9A-Fa-f]{2,12}\b")
+# a MAC address or a UUID around it
+_HEX = "[0-9A-Fa-f]"
+_HEX_BEFORE = re.compile(rf"(?<![\w.])(?:(?:{_HEX}{{2}}-){{2,}}|{_HEX}{{8}}-(?:{_HEX}{{4}}-){{0,3}}|(?:{_HEX}{{4}}-){{2,3}})\Z")
+_HEX_AFTER = re.compile(rf"-(?=\d*[A-Fa-f])(?=[A-Fa-f]*\d){_HEX}{{2,12}}\b")
 # a version, a row of a table, a postal code, unless a word says what it is
-_UNSAID = re.compile(r"(?!1\.\d{3}\.\d{3}\.\d{4}\Z)\d{1,2}(?:\.\d+){3}|[1-9]\d(?: \d\d){3,}|\d{5}-\d{4}")
+_UNSAID = re.compile(r"(?!1\.\d{3}\.\d{3}\.\d{4}\Z|\d+\.\d+\.\d{4}\.\d{4}\Z)\d{1,2}(?:\.\d+){3}|[1-9]\d(?: \d\d){3,}|\d{5}-\d{4}")
 _ZIP, _STATE_BEFORE = re.compile(r"\d{5}-\d{4}"), re.compile(r"\b[A-Z]{2}\.?[ \xa0]+$")  # Boston, MA 02110-1301
-_MORE_BEFORE = re.compile(r"\d[- ]$")
+_MORE_BEFORE = re.compile(r"\d[- ]\Z")
 _EXPIRY = r" (?:0[1-9]|1[0-2])[2-4]\d(?: \d{3})?(?![- ]?\d)"  # of a card: 0827, and the code on its back
 _MORE_AFTER = re.compile(rf"(?!{_EXPIRY})[- ]\d{{4}}(?!\d)")
 
@@ -469,7 +471,7 @@ def _score(hit: _Hit, line: str, above: str, context: tuple[str, ...]) -> float:
     if hit.entity in ("PHONE_NUMBER", "US_SSN"):
         if _CATALOGUE.search(before) or _PART_BEFORE.search(before) or _PART_AFTER.match(after):
             return 0
-        if hit.entity == "PHONE_NUMBER" and (_IN_HEX.search(before) or _HEX_AFTER.match(after)):
+        if value[0].isdigit() and (_HEX_BEFORE.search(before) or _HEX_AFTER.match(after)):
             return 0
         near = _any_word(context)
         return max(score, min(score + 0.35, _LABELLED), 0.4) if near.search(before) or near.search(after) else score
@@ -487,13 +489,14 @@ _CARD_BLOCKS = re.compile(r"\d+|\d{4}([ -])\d{4}\1\d{4}\1\d{3,4}|\d{4}([ -])\d{6
 
 def _card_score(value: str, before: str, after: str, context: re.Pattern[str]) -> float:
     """1 for the usual lengths in the usual blocks. A tenth of all numbers pass Luhn's test, so rare lengths, other blocks,
-    UATP's and what may be a part of a table need a word that says card near them; parts of fractions are none.
+    UATP's and what may be a part of a table or a fraction need a word that says card near them.
     """
     digits = re.sub(r"\D", "", value)
-    if not _CARD.fullmatch(digits) or _FRACTION.match(before[-2:] + "0") or _FRACTION.match("0" + after):
+    if not _CARD.fullmatch(digits):
         return 0
+    is_fraction = value.isdecimal() and (_FRACTION.match(before[-2:] + "0") or _FRACTION.match("0" + after))
     usual = len(digits) in (14, 15, 16) and digits[0] != "1" and _CARD_BLOCKS.fullmatch(value)
-    if usual and not (_MORE_BEFORE.search(before) or _MORE_AFTER.match(after)):
+    if usual and not (is_fraction or _MORE_BEFORE.search(before) or _MORE_AFTER.match(after)):
         return 1.0
     return 1.0 if context.search(before) or context.search(after) else _BARE_DIGITS
 
@@ -528,7 +531,8 @@ def _is_someones(address: str, before: str, after: str) -> bool:
 
 @lru_cache
 def _any_word(words: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b" if words else r"(?!)", re.IGNORECASE)
+    glued, spaced = ([re.escape(w) for w in words if bool(_CJK_LETTER.search(w)) == is_cjk] for is_cjk in (True, False))
+    return re.compile("|".join([*glued, *([rf"\b(?:{'|'.join(spaced)})\b"] if spaced else [])]) or r"(?!)", re.IGNORECASE)
 
 
 def _mentions(text: str, words: tuple[str, ...]) -> bool:

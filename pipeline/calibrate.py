@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from filters import rules
 from pipeline import engine, percentiles
 from pipeline.charts import Floats, binned
-from pipeline.config import Config, chosen_by, measured_with, texts_made_with
+from pipeline.config import CALIBRATED, Config, chosen_by, for_all, measured_with, texts_made_with
 from pipeline.lease import lease
 from pipeline.phase import Phase
 from pipeline.report import render_page
@@ -74,12 +74,14 @@ def changed_since(config: Config) -> list[str]:
     """Keys that choose documents and are set otherwise than when the table was made that this configuration's percentiles come
     from; [] for a table of another run, which its user named.
     """
-    taken = {key for key, origin in config.origins.items() if "percentiles" in origin}
+    taken = {key for key, origin in config.origins.items() if origin.endswith(CALIBRATED)}
     if not taken or config.run.calibration:
         return []
     table = percentiles.parse(read_bytes(f"{config.run.directory}/calibration.json"))
-    now = chosen_by(config)
-    return [key for key, value in table.drawn_by.items() if key not in taken and now.get(key, value) != value]
+    before, now = table.drawn_by, chosen_by(config)
+    # what is not said for a language is as for all
+    values = {key: [said.get(key, said.get(for_all(key))) for said in (before, now)] for key in (before | now if before else {})}
+    return [key for key, (then, today) in values.items() if key not in taken and None not in (then, today) and then != today]
 
 
 def _is_pending(config: Config) -> bool:

@@ -247,6 +247,9 @@ def _apply_override(raw: dict[str, Any], origins: dict[str, str], override: str)
 # --- languages and percentiles ---------------------------------------------------------------------------------------
 
 
+CALIBRATED = "of `gristmill calibrate`"  # how the origin of such a bound ends
+
+
 class _Source(NamedTuple):
     """The configuration as written, and the table that its percentiles are looked up in (None: not calibrated)."""
 
@@ -341,7 +344,7 @@ def _without_percentiles(raw: dict[str, Any], where: str, name: str, cls: Any, l
             raise ConfigError(f"{at}: {error}") from None
         if source.table is not None:
             written = source.origins.get(f"{where}.{key}", "").partition(", percentiles")[0]
-            named = f"percentiles {' to '.join(map(str, raw[key]))} of `gristmill calibrate`"
+            named = f"percentiles {' to '.join(map(str, raw[key]))} {CALIBRATED}"
             place = f"per_language.{language}.{name}" if language else name
             source.origins[f"{place}.{key}"] = f"{written}, {named}"
     return raw | numbers

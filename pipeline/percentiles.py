@@ -41,12 +41,13 @@ class Table(NamedTuple):
                 f"holds no sample of {score}; run `gristmill calibrate` again, with a filter in use that has that score"
             )
         sampled = self.quantiles[score].get(language)
-        if sampled is None and self.documents.get(language) == self.documents[ALL]:  # the only language there is
+        # the only language there is, which tables of older versions do not name
+        if sampled is None and (self.documents.get(language) == self.documents[ALL] or self.documents.keys() == {ALL}):
             sampled = self.quantiles[score].get(ALL)
         if sampled is None:
             raise KeyError(
-                f"has {self.documents.get(language, 0)} documents of language '{language}', too few for percentiles of its own; "
-                "give numbers, or a larger --sample"
+                f"has {self.documents.get(language, 0)} documents of language '{language}', too few for percentiles of its own, "
+                f"or none with {score}; give numbers, or a larger --sample"
             )
         return float(np.interp(percent * STEPS / 100, np.arange(STEPS + 1), sampled))
 

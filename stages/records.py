@@ -122,7 +122,7 @@ def _open(path: Path) -> IO[bytes]:
     return stream
 
 
-_CHUNK = 1 << 16  # bytes unpacked at once
+_CHUNK = 1 << 12  # bytes unpacked at once: 128 MiB, at the most that zstd can pack into them
 
 
 def zstd_pieces(file: BinaryIO) -> Iterator[bytes]:

@@ -24,7 +24,7 @@ from pipeline.commands import (
     told,
     warn,
 )
-from pipeline.config import ConfigError, absolute_path, load, show
+from pipeline.config import CALIBRATED, ConfigError, absolute_path, load, show
 
 command = partial(app.command, rich_help_panel="Runs")
 
@@ -125,7 +125,7 @@ def calibrate(
             warn(f"{count} documents of language '{language}': too few for percentiles of its own, those of all stand in for it")
         calibrated = load(config, overrides or [])
         plot = write_plot(calibrated, found.distributions)
-        cuts = [row for row in show(calibrated) if "percentiles" in row[2]]
+        cuts = [row for row in show(calibrated) if row[2].endswith(CALIBRATED)]
         if as_json:
             described = [d._asdict() | {"values": None} for d in found.distributions]
             cut = {key: {"value": value, "origin": origin} for key, value, origin in cuts}

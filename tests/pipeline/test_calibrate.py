@@ -135,6 +135,7 @@ def test_what_chose_the_documents_and_is_another_now_is_named(options, calibrate
     now = [*options, CUT]
     assert changed_since(load(None, now)) == []
     assert changed_since(load(None, [*now, "c4.sentence_count=[2, 1000]", "pack.seq_len=32"])) == ["c4.sentence_count"]
+    assert changed_since(load(None, [*now, "per_language.de.language.score=[0.2, 1.0]"])) == ["per_language.de.language.score"]
     # another run's table is named by who knows why; without percentiles no table is used
     assert changed_since(load(None, [*now, "c4.sentence_count=[2, 1000]", f"run.calibration={calibrated.table}"])) == []
     assert changed_since(load(None, [*options, "c4.sentence_count=[2, 1000]"])) == []

@@ -260,7 +260,7 @@ def test_p0_and_p100_leave_a_side_open_that_is_theirs_and_need_no_sample(config,
     assert config(PER_LANGUAGE, path, f'{key}=["p100", inf]').filters["c4"].sentence_count == (1000, math.inf)
     french = config(PER_LANGUAGE, path, f'per_language.fr.{key}=["p0", "p100"]')
     assert french.named("c4").of("fr").sentence_count == (-math.inf, math.inf)
-    with pytest.raises(ConfigError, match="0 documents of language 'fr', too few for percentiles of its own; give numbers"):
+    with pytest.raises(ConfigError, match="0 documents of language 'fr', too few for percentiles of its own, or none"):
         config(PER_LANGUAGE, path, f'per_language.fr.{key}=["p1", "p100"]')
 
 
@@ -268,6 +268,8 @@ def test_of_a_run_in_one_language_its_documents_are_all_documents(config, tmp_pa
     whole = percentiles.Table({"": 400, "en": 400}, {"c4.sentence_count": {"": UP}}, {"c4": measured_with(config(""), "c4")})
     (tmp_path / "cal.json").write_bytes(percentiles.dump(whole))
     bounds = ['per_language.en.c4.sentence_count=["p5", "p60"]', f"run.calibration={tmp_path}/cal.json"]
+    assert config("", *bounds).named("c4").of("en").sentence_count == (50, 600)
+    (tmp_path / "cal.json").write_bytes(percentiles.dump(whole._replace(documents={"": 400})))  # of an older version
     assert config("", *bounds).named("c4").of("en").sentence_count == (50, 600)
     # the percentiles of all are not those of one of two
     (tmp_path / "cal.json").write_bytes(percentiles.dump(whole._replace(documents={"": 400, "de": 370, "en": 30})))

@@ -54,7 +54,7 @@ def run(
             _print_plan(plan(settings, only=only, first=first), as_json)
             return
         for key in changed_since(settings):
-            warn(f"{key} was another when `gristmill calibrate` drew the sample that percentiles are of; run it again")
+            warn(f"{key} has changed since the sample was drawn that percentiles are of; run `gristmill calibrate` again")
         with progress_of(settings, log) as progress:
             outcome = execute(settings, progress, on_ray(address), only=only, first=first)
         from pipeline.explain import run_funnel

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound, File, Measured
-from filters.ngrams import U32, code_points
+from filters.ngrams import U32, code_points, replacements
 from filters.quality import Quality
 from filters.text import TextView
 
@@ -101,11 +101,8 @@ def _table() -> U32:
     """What a code point is to words, (0x110000,): itself if it is a letter, a digit, or a mark that belongs to one (the
     vowel signs of Hindi or Thai are no letters), else a space.
     """
-    points = np.arange(0x110000, dtype=np.uint32)
-    marks = [point for point in range(0x10000) if unicodedata.category(chr(point))[0] == "M"]
-    table = np.where(np.strings.isalnum(points.view("<U1")), points, np.uint32(_SPACE))
-    table[marks] = marks
-    return table
+    marks = (c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
+    return replacements(digits="kept", letters="".join(marks))
 
 
 def _longest(automaton: Any, text: str) -> Iterator[str]:

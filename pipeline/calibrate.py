@@ -63,11 +63,8 @@ def calibrate(config: Config, progress: Progress, run_units: engine.RunUnits, *,
     table, distributions = _described(config, columns)
     uri = f"{config.run.directory}/calibration.json"
     write_atomically(uri, percentiles.dump(table))
-    known = [percentiles.ALL, *table.languages]
-    few = {
-        language: n for language, n in table.documents.items() if language not in known and n < table.documents[percentiles.ALL]
-    }
-    return Calibration(uri, distributions, few)
+    enough = min(MIN_DOCUMENTS, table.documents[percentiles.ALL])  # all are enough for the only language
+    return Calibration(uri, distributions, {language: n for language, n in table.documents.items() if n < enough})
 
 
 def changed_since(config: Config) -> list[str]:

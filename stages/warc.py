@@ -106,10 +106,7 @@ def begins_as_warc(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(1024)
     if head.startswith(_GZIP_MAGIC):
-        try:
-            head = zlib.decompressobj(31).decompress(head, 5)
-        except zlib.error:
-            return True
+        head = _gunzip_head(head, 0) or b"WARC/"
     return head.startswith(b"WARC/")
 
 
@@ -235,7 +232,7 @@ def _member_end(data: mmap.mmap, start: int) -> _MemberEnd:
     return _MemberEnd("whole", at - len(unzip.unused_data)) if unzip.eof else _MemberEnd("cut", len(data))
 
 
-def _gunzip_head(data: mmap.mmap, start: int) -> bytes:
+def _gunzip_head(data: mmap.mmap | bytes, start: int) -> bytes:
     """First bytes (at most 16) of what the gzip member at `start` holds; b"" if there is none."""
     try:
         return zlib.decompressobj(31).decompress(data[start : start + 4096], 16)

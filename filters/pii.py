@@ -168,13 +168,10 @@ class Pii:
     def _present(self, text: str, *, known: str = "") -> Iterator[str]:
         """The entities that a text may hold a value of: most texts hold none, and are done.
 
-        Lines of `known` are said to hold none, but below a line that is not, as it may say what a number is.
+        Lines of `known` hold none: a label that a replacement set free stood in the text before, as a part of a longer word.
         """
-        asked = text
-        if known:
-            lines, old = text.split("\n"), set(known.split("\n"))
-            new = [line not in old for line in lines]
-            asked = "\n".join(line for line, here, above in zip(lines, new, [False, *new], strict=False) if here or above)
+        old = set(known.split("\n")) if known else ()
+        asked = "\n".join(line for line in text.split("\n") if line not in old) if old else text
         hinted = _hinted(asked)
         wanted = (entity for entity in self.entities if entity in hinted)
         return (entity for entity in wanted if self._may_hold(entity, asked, text, mentions=_may_mention))

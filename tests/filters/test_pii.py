@@ -353,6 +353,12 @@ def test_a_first_look_misses_no_trigger(text: str) -> None:
     assert {entity for entity in pii._TRIGGERS if pii._is_triggered(entity, text)} <= pii._hinted(text)
 
 
+@pytest.mark.parametrize("shortest", ["1" + "a" * 25, "a@b", "ab12 cdef", "1234567", "1 2 3 4 5 6 7", "1111 1111 1111 1"])
+def test_a_first_look_sees_the_shortest_trigger(shortest: str) -> None:
+    found = {entity for entity in pii._TRIGGERS if pii._is_triggered(entity, shortest)}
+    assert found and found <= pii._hinted(shortest)
+
+
 def test_every_decimal_digit_counts_as_one_at_first_look() -> None:
     digits = [c for c in map(chr, range(128, 0x110000)) if c.isdecimal()]
     assert len(digits) > 500 and {c.encode()[0] for c in digits} == set(pii._DIGIT_LEADS)

@@ -1,11 +1,13 @@
-"""Decontamination: planted test items found, clean pages taken for test items, speed, and what the index costs.
+"""Decontamination: planted test items found, clean pages taken for test items, speed, and what the
+index costs.
 
     python -m benchmarks.decontamination [DATA] [--n 13] [--show]      one line a figure: name, value, unit
 
-Items of every evaluation set, ITEMS a set at most, are planted whole, each in the middle of a web page, as they are or
-changed. Found: the page's coverage exceeds the bound. `indexed` leaves out items without a text long enough for a passage; those
-that are long enough together are all looked for in `short`, arranged as pages have them. --n is the length of n-grams; --show
-prints matches on clean text above 0.1, for a look.
+Items of every evaluation set, ITEMS a set at most, are planted whole, each in the middle of a web
+page, as they are or changed. Found: the page's coverage exceeds the bound. `indexed` leaves out
+items without a text long enough for a passage; those that are long enough together are all looked
+for in `short`, arranged as pages have them. --n is the length of n-grams; --show prints matches on
+clean text above 0.1, for a look.
 """
 
 import argparse
@@ -23,8 +25,8 @@ import numpy as np
 from benchmarks.texts import documentation, leads, seeded, web_pages
 from filters import decontamination
 from filters.decontamination import Decontamination, Index
-from filters.text import TextView
-from pipeline.benchmark_index import MIN_WORDS, N, build_index, by_benchmark, sources
+from filters.text.view import TextView
+from pipeline.models.benchmark_index import MIN_WORDS, N, build_index, by_benchmark, sources
 
 MB = 1_000_000
 ITEMS = 20
@@ -33,8 +35,12 @@ DEFAULT = 0.2  # of Decontamination.coverage
 CHANGES: dict[str, Callable[[str, np.random.Generator], str]] = {
     "verbatim": lambda text, rng: text,
     "re-cased": lambda text, rng: text.upper(),
-    "re-spaced": lambda text, rng: re.sub(r"\s+", lambda gap: rng.choice(["\n", "  ", "\u00a0", " \t"]), text),
-    "punctuation": lambda text, rng: re.sub(r"[^\w\s]", lambda mark: {"'": "’", '"': "”", "-": " – "}.get(mark[0], ";"), text),
+    "re-spaced": lambda text, rng: re.sub(
+        r"\s+", lambda gap: rng.choice(["\n", "  ", "\u00a0", " \t"]), text
+    ),
+    "punctuation": lambda text, rng: re.sub(
+        r"[^\w\s]", lambda mark: {"'": "’", '"': "”", "-": " – "}.get(mark[0], ";"), text
+    ),
     "word in 20": lambda text, rng: exchanged(text, 20, rng),
     "word in 10": lambda text, rng: exchanged(text, 10, rng),
 }
@@ -53,7 +59,9 @@ ARRANGED: dict[str, Callable[[str, list[str]], str]] = {
 
 
 class Item(NamedTuple):
-    """A test item: all its strings, a line each, and whether one of them is long enough to be a passage."""
+    """A test item: all its strings, a line each, and whether one of them is long enough to be a
+    passage.
+    """
 
     benchmark: str
     text: str
@@ -66,7 +74,9 @@ def main(data: Path, *, n: int, show: bool) -> None:
     pages, wiki = web_pages(data), leads(data)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "index")
-        seconds, header = timed(lambda: build_index([archive], output=path, n=n, min_words=min(n, MIN_WORDS)))
+        seconds, header = timed(
+            lambda: build_index([archive], output=path, n=n, min_words=min(n, MIN_WORDS))
+        )
         totals = sum(by_benchmark(header).values(), start=Counter[str]())
         print(f"build {seconds:.1f} s CPU")
         for name, count in totals.items():
@@ -120,15 +130,24 @@ def recall(items: list[Item], pages: list[str], index: Index) -> None:
     """Shares of the planted items whose page is found, by kind of change and bound."""
     print(f"planted {len(items)} items, of which indexed {sum(item.indexed for item in items)}")
     for change in CHANGES:
-        shares = np.array([best(planted(item, pages[k % len(pages)], change)[0], index) for k, item in enumerate(items)])
+        shares = np.array(
+            [
+                best(planted(item, pages[k % len(pages)], change)[0], index)
+                for k, item in enumerate(items)
+            ]
+        )
         indexed = np.array([item.indexed for item in items])
         for bound in BOUNDS:
-            print(f"recall.{change}.above {bound}.indexed {np.mean(shares[indexed] > bound):.3f} share")
+            print(
+                f"recall.{change}.above {bound}.indexed {np.mean(shares[indexed] > bound):.3f} share"
+            )
         print(f"recall.{change}.above {DEFAULT}.all {np.mean(shares > DEFAULT):.3f} share")
 
 
 def short(archive: str, index: Index) -> None:
-    """Shares found of the rows that have no passage but MIN_WORDS words together: as in their files, and as pages have them."""
+    """Shares found of the rows that have no passage but MIN_WORDS words together: as in their
+    files, and as pages have them.
+    """
     found: dict[str, list[bool]] = {}
     for name, rows in rows_by_benchmark(archive).items():
         for row in rows:
@@ -140,7 +159,10 @@ def short(archive: str, index: Index) -> None:
                 continue
             question, *answers = (last, *rest) if name in QUESTION_LAST else (*rest, last)
             bare = re.sub(r"^(Question|Q):\s*|\s*(Answer|A):\s*$", "", question)
-            texts = {"as in the file": "\n".join(row), **{how: arrange(bare, answers) for how, arrange in ARRANGED.items()}}
+            texts = {
+                "as in the file": "\n".join(row),
+                **{how: arrange(bare, answers) for how, arrange in ARRANGED.items()},
+            }
             for how, text in texts.items():
                 found.setdefault(how, []).append(best(text, index) > DEFAULT)
     for how, hits in found.items():
@@ -148,7 +170,9 @@ def short(archive: str, index: Index) -> None:
 
 
 def best(text: str, index: Index) -> float:
-    return float(decontamination.coverage(decontamination.find(text, index), index).shares.max(initial=0.0))
+    return float(
+        decontamination.coverage(decontamination.find(text, index), index).shares.max(initial=0.0)
+    )
 
 
 def trimmed(items: list[Item], pages: list[str], path: str) -> None:
@@ -169,16 +193,28 @@ def trimmed(items: list[Item], pages: list[str], path: str) -> None:
 def false_positives(name: str, texts: list[str], path: str, *, show: bool) -> None:
     measured = [Decontamination(index=path).measure(TextView(text)) for text in texts]
     for bound in BOUNDS:
-        print(f"clean.{name}.above {bound} {sum(m['coverage'] > bound for m in measured)} of {len(texts)} documents")
+        print(
+            f"clean.{name}.above {bound} {sum(m['coverage'] > bound for m in measured)} of {len(texts)} documents"
+        )
     for m in sorted(measured, key=lambda m: -m["coverage"]) if show else ():
         if m["coverage"] > 0.1:
             print(f"    {m['coverage']:.2f} {m['benchmark']} {m['evidence']}")
 
 
 def naive(archive: str) -> Callable[[str], bool]:
-    """A set of tuples of words, texts shorter than a tuple left out. Its bytes: tuples and their table, the words not counted."""
-    held = {gram for rows in rows_by_benchmark(archive).values() for row in rows for text in row for gram in tuples(text)}
-    print(f"set_of_tuples.per_ngram {sys.getsizeof(held) / len(held) + sys.getsizeof((None,) * N):.0f} bytes")
+    """A set of tuples of words, texts shorter than a tuple left out. Its bytes: tuples and their
+    table, the words not counted.
+    """
+    held = {
+        gram
+        for rows in rows_by_benchmark(archive).values()
+        for row in rows
+        for text in row
+        for gram in tuples(text)
+    }
+    print(
+        f"set_of_tuples.per_ngram {sys.getsizeof(held) / len(held) + sys.getsizeof((None,) * N):.0f} bytes"
+    )
     return lambda text: not held.isdisjoint(tuples(text))
 
 
@@ -192,7 +228,10 @@ def speed(pages: list[str], wiki: list[str], index: Index, peer: Callable[[str],
     for name, texts in (("web", pages), ("wiki leads", wiki[:3000])):
         size = sum(len(text.encode()) for text in texts) / MB
         rounds = [
-            (timed(lambda: [decontamination.find(t, index) for t in texts])[0], timed(lambda: [peer(t) for t in texts])[0])  # noqa: B023
+            (
+                timed(lambda: [decontamination.find(t, index) for t in texts])[0],
+                timed(lambda: [peer(t) for t in texts])[0],
+            )
             for _ in range(3)
         ]
         ours, theirs = (min(column) for column in zip(*rounds, strict=True))
@@ -209,7 +248,9 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Figures of decontamination.")
-    parser.add_argument("data", nargs="?", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument(
+        "data", nargs="?", type=Path, default=Path(__file__).parents[2] / "shared" / "data"
+    )
     parser.add_argument("--n", type=int, default=N)
     parser.add_argument("--show", action="store_true")
     arguments = parser.parse_args()

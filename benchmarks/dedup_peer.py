@@ -1,10 +1,12 @@
-"""Part `peer` of benchmarks.dedup: datatrove's MinHash, all four steps, and `gristmill dedup` on the same JSONL file.
+"""Part `peer` of benchmarks.dedup: datatrove's MinHash, all four steps, and `gristmill dedup` on
+the same JSONL file.
 
-The documents: WCXB's main texts, documentation pages, Wikipedia's leads; a tenth as many planted copies of true Jaccard
-similarity 0.5 to 0.95, and leads repeated with other case and digits. Both: word 5-grams, 14 bands of 8 rows, a document of
-each cluster kept. datatrove runs with one worker, which is one process; ours in one bare process, and as the command, with Ray.
-The two draw different permutations and cut words differently, so pairs near the threshold differ by chance: of pairs that only
-one of them put together the true similarity is told.
+The documents: WCXB's main texts, documentation pages, Wikipedia's leads; a tenth as many planted
+copies of true Jaccard similarity 0.5 to 0.95, and leads repeated with other case and digits. Both:
+word 5-grams, 14 bands of 8 rows, a document of each cluster kept. datatrove runs with one worker,
+which is one process; ours in one bare process, and as the command, with Ray. The two draw different
+permutations and cut words differently, so pairs near the threshold differ by chance: of pairs that
+only one of them put together the true similarity is told.
 """
 
 import json
@@ -76,14 +78,19 @@ def peer(data: Path, python: str, count: int) -> None:
         file.parent.mkdir()
         rows = (json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items())
         file.write_text("".join(rows), "utf-8")
-        print(f"peer: {len(texts):,} documents, {sum(map(len, texts.values())) / MB:.1f} M characters", flush=True)
+        print(
+            f"peer: {len(texts):,} documents, {sum(map(len, texts.values())) / MB:.1f} M characters",
+            flush=True,
+        )
         theirs = _datatrove(python, file, folder / "peer")
         ours = _bare(file, folder / "bare")
         by_command = _command(file, folder / "command")
         print(
             f"peer: CPU: datatrove {theirs.cpu / ours.cpu:.1f} times ours bare, {theirs.cpu / by_command.cpu:.1f} times with Ray"
         )
-        print(f"peer: peak memory of a process: datatrove {theirs.peak / ours.peak:.2f} times ours bare")
+        print(
+            f"peer: peak memory of a process: datatrove {theirs.peak / ours.peak:.2f} times ours bare"
+        )
         compare(texts, _our_result(folder / "bare"), _their_result(folder / "peer"))
         same = _our_result(folder / "bare") == _our_result(folder / "command")
         print(f"peer: ours with Ray and bare: {'the same table' if same else 'TABLES DIFFER'}")
@@ -96,8 +103,14 @@ def documents(data: Path, count: int) -> dict[str, str]:
     rng.shuffle(pages)
     planted, repeated = count // 10, count // 40
     leads = sources.leads(data)
-    originals = list(islice(chain(sources.web_pages(data), leads, pages), count - planted - repeated))
-    long = [t for t in (*sources.web_pages(data), *pages) if len(t.split()) >= 100 and len(t) <= MAX_CHARS]
+    originals = list(
+        islice(chain(sources.web_pages(data), leads, pages), count - planted - repeated)
+    )
+    long = [
+        t
+        for t in (*sources.web_pages(data), *pages)
+        if len(t.split()) >= 100 and len(t) <= MAX_CHARS
+    ]
     filler = sorted({word for text in long[:200] for word in text.split()})
     copies = [
         sources.plant(text, 0.5 + 0.45 * rng.random(), filler, rng)
@@ -105,10 +118,12 @@ def documents(data: Path, count: int) -> dict[str, str]:
     ]
     again = [leads[n].upper().replace("1", "2") for n in rng.integers(0, 200, repeated)]
     texts = [*originals, *copies, *again]
-    return {f"d{n:06d}": texts[place] for n, place in enumerate(rng.permutation(len(texts)).tolist())}
+    return {
+        f"d{n:06d}": texts[place] for n, place in enumerate(rng.permutation(len(texts)).tolist())
+    }
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def _datatrove(python: str, file: Path, folder: Path) -> Usage:
@@ -123,10 +138,14 @@ def _datatrove(python: str, file: Path, folder: Path) -> Usage:
     used = watch.usage()
     watch.end(kill=False)
     if process.returncode != 0:
-        raise SystemExit(f"{python}: datatrove failed\n{folder.with_suffix('.log').read_text()[-3000:]}")
+        raise SystemExit(
+            f"{python}: datatrove failed\n{folder.with_suffix('.log').read_text()[-3000:]}"
+        )
     *steps, last = map(json.loads, filter(lambda line: line.startswith("{"), said.splitlines()))
     for step in steps:
-        print(f"peer: datatrove: {step['step']}: {step['cpu']:.1f} s of CPU, {step['wall']:.1f} s wall")
+        print(
+            f"peer: datatrove: {step['step']}: {step['cpu']:.1f} s of CPU, {step['wall']:.1f} s wall"
+        )
     used = used._replace(cpu=last["cpu"])  # to the end, which the samples may miss
     _print_run("datatrove, one worker", used)
     return used
@@ -141,26 +160,50 @@ def _bare(file: Path, folder: Path) -> Usage:
 
 
 def _bare_dedup(mark: Callable[[], None], file: str, folder: str) -> tuple[dict[str, float], Usage]:
-    from pipeline.dedup_command import configure, dedup_files
-    from pipeline.engine import in_process
-    from pipeline.explain import all_commits
-    from pipeline.run import read_state
+    from pipeline.engine.units import in_process
+    from pipeline.run.dedup_command import configure, dedup_files
+    from pipeline.run.results import all_commits
+    from pipeline.run.state import read_state
 
     start = time.monotonic()
-    config = configure([file], folder, text_column="text", id_column="id", against=[], overrides=["dedup.keep_rule=first"])
+    config = configure(
+        [file],
+        folder,
+        text_column="text",
+        id_column="id",
+        against=[],
+        overrides=["dedup.keep_rule=first"],
+    )
     result = dedup_files(config, _Silent(), in_process)
     if result.failed:
         raise RuntimeError(f"units failed: {result.failed}")
     times = os.times()
-    cpu, peak = times.user + times.system + times.children_user + times.children_system, peak_bytes()
+    cpu, peak = (
+        times.user + times.system + times.children_user + times.children_system,
+        peak_bytes(),
+    )
     used = Usage(time.monotonic() - start, cpu, peak, peak)
     commits = all_commits(folder, read_state(folder))
-    return {phase: sum(c.cpu_seconds for c in done) for phase, done in commits.items() if done}, used
+    return {
+        phase: sum(c.cpu_seconds for c in done) for phase, done in commits.items() if done
+    }, used
 
 
 def _command(file: Path, folder: Path) -> Usage:
-    command = [sys.executable, "-m", "pipeline", "dedup", str(file), "-o", str(folder), "--set", "dedup.keep_rule=first"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "dedup",
+        str(file),
+        "-o",
+        str(folder),
+        "--set",
+        "dedup.keep_rule=first",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     watch = Watch(process.pid)
     code = process.wait()
     used = watch.usage()
@@ -184,7 +227,7 @@ class _Silent:
     def end(self, phase: str) -> None: ...
 
 
-# --- agreement -------------------------------------------------------------------------------------------------------
+# --- agreement ------------------------------------------------------------------------------------
 
 
 def _our_result(folder: Path) -> tuple[set[str], Labels]:
@@ -206,25 +249,49 @@ def _their_result(folder: Path) -> tuple[set[str], Labels]:
     return kept, labels
 
 
-def compare(texts: dict[str, str], ours: tuple[set[str], Labels], theirs: tuple[set[str], Labels]) -> None:
+def compare(
+    texts: dict[str, str], ours: tuple[set[str], Labels], theirs: tuple[set[str], Labels]
+) -> None:
     """Kept and dropped as a table; clusters as pairs and as the adjusted Rand index."""
     table = Counter((name in ours[0], name in theirs[0]) for name in texts)
-    print(f"peer: documents kept by both {table[True, True]:,}, dropped by both {table[False, False]:,}, ", end="")
-    print(f"dropped only here {table[False, True]}, only by datatrove {table[True, False]}: ", end="")
+    print(
+        f"peer: documents kept by both {table[True, True]:,}, dropped by both {table[False, False]:,}, ",
+        end="",
+    )
+    print(
+        f"dropped only here {table[False, True]}, only by datatrove {table[True, False]}: ", end=""
+    )
     print(f"{(table[True, True] + table[False, False]) / len(texts):.2%} alike")
-    members = [Counter(Counter(side.values())[side[name]] > 1 for name in texts)[True] for side in (ours[1], theirs[1])]
+    members = [
+        Counter(Counter(side.values())[side[name]] > 1 for name in texts)[True]
+        for side in (ours[1], theirs[1])
+    ]
     print(f"peer: documents with a copy: ours {members[0]:,}, datatrove's {members[1]:,}")
     a, b, both = (
-        _pairs(labels) for labels in (ours[1].values(), theirs[1].values(), [(ours[1][name], theirs[1][name]) for name in texts])
+        _pairs(labels)
+        for labels in (
+            ours[1].values(),
+            theirs[1].values(),
+            [(ours[1][name], theirs[1][name]) for name in texts],
+        )
     )
-    print(f"peer: pairs in one cluster: by both {both:,}, only here {a - both:,}, only by datatrove {b - both:,}")
+    print(
+        f"peer: pairs in one cluster: by both {both:,}, only here {a - both:,}, only by datatrove {b - both:,}"
+    )
     chance = a * b / _pairs([0] * len(texts))
-    print(f"peer: adjusted Rand index of the clusters {(both - chance) / ((a + b) / 2 - chance):.4f}")
-    for name, here, there in (("only here", ours[1], theirs[1]), ("only by datatrove", theirs[1], ours[1])):
+    print(
+        f"peer: adjusted Rand index of the clusters {(both - chance) / ((a + b) / 2 - chance):.4f}"
+    )
+    for name, here, there in (
+        ("only here", ours[1], theirs[1]),
+        ("only by datatrove", theirs[1], ours[1]),
+    ):
         true = np.array([_true(texts[x], texts[y]) for x, y in _neighbours_apart(here, there)])
         if len(true):
             quartiles = ", ".join(f"{q:.2f}" for q in np.percentile(true, [5, 25, 50, 75, 95]))
-            print(f"peer: {len(true)} neighbours in a cluster {name}: true Jaccard 5, 25, 50, 75, 95 %: {quartiles}")
+            print(
+                f"peer: {len(true)} neighbours in a cluster {name}: true Jaccard 5, 25, 50, 75, 95 %: {quartiles}"
+            )
 
 
 def _pairs(labels: Iterable[Any]) -> int:
@@ -232,11 +299,15 @@ def _pairs(labels: Iterable[Any]) -> int:
 
 
 def _neighbours_apart(here: Labels, there: Labels) -> list[tuple[str, str]]:
-    """Members of clusters, each with the next one, where the other side has them apart; at most 1,000."""
+    """Members of clusters, each with the next one, where the other side has them apart; at most
+    1,000.
+    """
     clusters: defaultdict[Any, list[str]] = defaultdict(list)
     for name, cluster in sorted(here.items()):
         clusters[cluster].append(name)
-    apart = ((x, y) for names in clusters.values() for x, y in pairwise(names) if there[x] != there[y])
+    apart = (
+        (x, y) for names in clusters.values() for x, y in pairwise(names) if there[x] != there[y]
+    )
     return list(islice(apart, 1000))
 
 

@@ -1,11 +1,14 @@
-"""Part `scale` of benchmarks.dedup: documents that are keys only, through every dedup phase and through Ray Data.
+"""Part `scale` of benchmarks.dedup: documents that are keys only, through every dedup phase and
+through Ray Data.
 
-30 % of the documents are in clusters; cluster number c of C is drawn as C u^3, so that sizes follow a power law with exponent
--2.5. A member has the cluster's key in a band with probability 0.8, and its content hash with 0.3; all else is random.
+30 % of the documents are in clusters; cluster number c of C is drawn as C u^3, so that sizes follow
+a power law with exponent -2.5. A member has the cluster's key in a band with probability 0.8, and
+its content hash with 0.3; all else is random.
 
-Both sides read the same Parquet parts and write the edges of stars. Ours: the phases as pipeline.dedup_plan lists them, without
-the engine, by a pool of spawned processes per phase. Ray Data: its keyed shuffle in three ways, see `STRATEGIES`. Not counted:
-the start of our processes and their imports; the start of Ray and of its first workers. Memory: see benchmarks.watch.
+Both sides read the same Parquet parts and write the edges of stars. Ours: the phases as
+pipeline.dedup_plan lists them, without the engine, by a pool of spawned processes per phase. Ray
+Data: its keyed shuffle in three ways, see `STRATEGIES`. Not counted: the start of our processes and
+their imports; the start of Ray and of its first workers. Memory: see benchmarks.watch.
 """
 
 import argparse
@@ -23,25 +26,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.watch import MB, SPAWN, ChildError, peak_bytes, watched
-from pipeline import dedup_plan
-from pipeline.phase import Phase
-from pipeline.run import DEDUP
-from stages import dedup, minhash
-from stages.components import estimated_bytes
-from stages.dedup import DedupConfig, Keys, lanes_of, read_edges
-from stages.document import POSITION_BITS, document_schema
-from stages.ledger import Commit, Store, Unit
-from stages.minhash import U64
-from stages.parts import fixed_binary
-from stages.shuffle import mix, sort_rows
+from pipeline.run import dedup_plan
+from pipeline.run.execute import DEDUP
+from pipeline.run.phase import Phase
+from stages.dedup import dedup, minhash
+from stages.dedup.components import estimated_bytes
+from stages.dedup.dedup import DedupConfig, Keys, lanes_of, read_edges
+from stages.dedup.minhash import U64
+from stages.dedup.shuffle import mix, sort_rows
+from stages.formats.document import POSITION_BITS, document_schema
+from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.parts import fixed_binary
 
-# key: a group for each (lane, key), as one would write it; cell: a group for each of our partitions, our own code inside it;
-# sort: sorted by (lane, key), our own code on each sorted block
+# key: a group for each (lane, key), as one would write it; cell: a group for each of our
+# partitions, our own code inside it; sort: sorted by (lane, key), our own code on each sorted block
 STRATEGIES = ("key", "cell", "sort")
 
 
 class Options(NamedTuple):
-    """Sizes of the part; `limit` in wall seconds ends a strategy of Ray Data's, `rounds` is the size for the star rounds."""
+    """Sizes of the part; `limit` in wall seconds ends a strategy of Ray Data's, `rounds` is the
+    size for the star rounds.
+    """
 
     sizes: list[int]
     per_unit: int
@@ -78,15 +83,39 @@ class Point(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this part."""
     parser.add_argument(
-        "--documents", type=int, default=4_000_000, help="largest size; sizes are 10,000, 50,000, and double from 250,000"
+        "--documents",
+        type=int,
+        default=4_000_000,
+        help="largest size; sizes are 10,000, 50,000, and double from 250,000",
     )
     parser.add_argument("--per-unit", type=int, default=250_000, help="documents per map file")
-    parser.add_argument("--partition-bytes", type=int, default=32_000_000, help="of rows, per reducer")
+    parser.add_argument(
+        "--partition-bytes", type=int, default=32_000_000, help="of rows, per reducer"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=500_000, help="documents for star rounds against dense components")
-    parser.add_argument("--limit", type=float, default=180, help="wall seconds after which Ray Data is stopped; 0 without it")
-    parser.add_argument("--plot", type=Path, help="PNG (SVG without matplotlib) of time and memory against documents")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder for 700 bytes a document")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=500_000,
+        help="documents for star rounds against dense components",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=180,
+        help="wall seconds after which Ray Data is stopped; 0 without it",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        help="PNG (SVG without matplotlib) of time and memory against documents",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="folder for 700 bytes a document",
+    )
 
 
 def options(args: argparse.Namespace) -> Options:
@@ -95,7 +124,14 @@ def options(args: argparse.Namespace) -> Options:
     sizes = [n for n in (10_000, 50_000, *doubled) if n < args.documents]
     folder = Path(tempfile.mkdtemp(prefix="gristmill-scale-", dir=args.scratch))
     return Options(
-        [*sizes, args.documents], args.per_unit, args.partition_bytes, args.workers, args.rounds, args.limit, args.plot, folder
+        [*sizes, args.documents],
+        args.per_unit,
+        args.partition_bytes,
+        args.workers,
+        args.rounds,
+        args.limit,
+        args.plot,
+        folder,
     )
 
 
@@ -122,52 +158,86 @@ def scale(given: Options) -> None:
 
 
 def _config(given: Options, **also: Any) -> DedupConfig:
-    return DedupConfig(partition_bytes=given.partition_bytes, documents_per_unit=given.per_unit, **also)
+    return DedupConfig(
+        partition_bytes=given.partition_bytes, documents_per_unit=given.per_unit, **also
+    )
 
 
-def _print_ours(documents: int, folder: Path, config: DedupConfig, given: Options, points: list[Point]) -> tuple[int, int]:
+def _print_ours(
+    documents: int, folder: Path, config: DedupConfig, given: Options, points: list[Point]
+) -> tuple[int, int]:
     (costs, checksum, idle), usage = watched(_ours, folder, config, given.workers)
     head = f"scale, {documents:,} documents"
-    print(f"{head}: ours: {sum(c.cpu for c in costs):.1f} s of CPU, {sum(c.wall for c in costs):.1f} s wall on", end=" ")
-    print(f"{given.workers} workers, all phases; a process that only imported holds {idle / MB:.0f} MB")
+    print(
+        f"{head}: ours: {sum(c.cpu for c in costs):.1f} s of CPU, {sum(c.wall for c in costs):.1f} s wall on",
+        end=" ",
+    )
+    print(
+        f"{given.workers} workers, all phases; a process that only imported holds {idle / MB:.0f} MB"
+    )
     for cost in costs:
         rate = cost.rows / max(cost.cpu, 1e-9) / MB
-        print(f"{head}: ours: {cost.name}: {cost.units} units, {cost.rows / MB:.2f} M rows in {cost.cpu:.2f} s of CPU,", end=" ")
-        print(f"{rate:.2f} M rows/s/core, {cost.wall:.1f} s wall, peak {cost.peak / MB:.0f} MB a process")
+        print(
+            f"{head}: ours: {cost.name}: {cost.units} units, {cost.rows / MB:.2f} M rows in {cost.cpu:.2f} s of CPU,",
+            end=" ",
+        )
+        print(
+            f"{rate:.2f} M rows/s/core, {cost.wall:.1f} s wall, peak {cost.peak / MB:.0f} MB a process"
+        )
     shuffled = [c for c in costs if c.name in ("dedup sort", "dedup match")]
     rows, cpu, wall = shuffled[0].rows, sum(c.cpu for c in shuffled), sum(c.wall for c in shuffled)
-    print(f"{head}: ours: rows to stars: {rows / cpu / MB:.2f} M rows/s/core, {wall:.1f} s wall,", end=" ")
+    print(
+        f"{head}: ours: rows to stars: {rows / cpu / MB:.2f} M rows/s/core, {wall:.1f} s wall,",
+        end=" ",
+    )
     print(f"{checksum[0] / documents:.2f} edges a document")
     sort, match = shuffled
     beyond = sort.peak - idle, match.peak - idle
     partition = 16 * documents * 15 / match.units
     print(
-        f"{head}: ours: beside what it imported: sort {beyond[0] / min(documents, given.per_unit):.0f} bytes a document,", end=" "
+        f"{head}: ours: beside what it imported: sort {beyond[0] / min(documents, given.per_unit):.0f} bytes a document,",
+        end=" ",
     )
     print(f"match {beyond[1] / partition:.1f} times its partition of {partition / MB:.1f} MB")
     hours = {c.name.removeprefix("dedup "): c.cpu / documents * 1e9 / 3600 for c in costs}
-    print(f"{head}: ours: at this rate 10^9 documents take", ", ".join(f"{name} {h:.1f}" for name, h in hours.items()), end="")
+    print(
+        f"{head}: ours: at this rate 10^9 documents take",
+        ", ".join(f"{name} {h:.1f}" for name, h in hours.items()),
+        end="",
+    )
     print(f", in all {sum(hours.values()):.1f} core-hours", flush=True)
     points.append(Point("ours", documents, wall, cpu, max(c.peak for c in shuffled), usage.total))
     cluster = next(c for c in costs if c.name == "dedup cluster")
-    points.append(Point("ours, components", documents, cluster.wall, cluster.cpu, cluster.peak, cluster.peak))
+    points.append(
+        Point("ours, components", documents, cluster.wall, cluster.cpu, cluster.peak, cluster.peak)
+    )
     return checksum
 
 
 def _print_ray(
-    strategy: str, documents: int, folder: Path, given: Options, points: list[Point], expected: tuple[int, int]
+    strategy: str,
+    documents: int,
+    folder: Path,
+    given: Options,
+    points: list[Point],
+    expected: tuple[int, int],
 ) -> bool:
     """Whether it was done in time."""
     head = f"scale, {documents:,} documents: Ray Data by {strategy}"
     foreseen = _foreseen([p for p in points if p.series == f"Ray Data by {strategy}"], documents)
     if foreseen > given.limit:
-        print(f"{head}: not tried; it would take {foreseen:.0f} s by how it grew to the last size", flush=True)
+        print(
+            f"{head}: not tried; it would take {foreseen:.0f} s by how it grew to the last size",
+            flush=True,
+        )
         return False
     # as many groups as we have partitions
     per_lane = -(-documents * 16 // given.partition_bytes)
     cells = 1 << max(0, per_lane - 1).bit_length()
     try:
-        (wall, checksum), usage = watched(_ray_stars, folder, strategy, cells, given.workers, limit=given.limit)
+        (wall, checksum), usage = watched(
+            _ray_stars, folder, strategy, cells, given.workers, limit=given.limit
+        )
     except TimeoutError:
         print(f"{head}: stopped after {given.limit:.0f} s, not tried on more documents", flush=True)
         return False
@@ -182,7 +252,9 @@ def _print_ray(
         f" {ours.peak / MB:.0f}), {usage.total / MB:.0f} MB in all (ours {ours.total / MB:.0f}); {verdict} stars",
         flush=True,
     )
-    points.append(Point(f"Ray Data by {strategy}", documents, wall, usage.cpu, usage.peak, usage.total))
+    points.append(
+        Point(f"Ray Data by {strategy}", documents, wall, usage.cpu, usage.peak, usage.total)
+    )
     return True
 
 
@@ -191,16 +263,21 @@ def _foreseen(points: Sequence[Point], documents: int) -> float:
     if len(points) < 2:
         return 0.0
     a, b = points[-2:]
-    return b.wall + (documents - b.documents) * max(0.0, b.wall - a.wall) / (b.documents - a.documents)
+    return b.wall + (documents - b.documents) * max(0.0, b.wall - a.wall) / (
+        b.documents - a.documents
+    )
 
 
 def _print_growth(points: Sequence[Point]) -> None:
     for series in dict.fromkeys(p.series for p in points):
-        of = [p for p in points if p.series == series][-3:]  # at small sizes it is what does not grow that shows
+        of = [p for p in points if p.series == series][
+            -3:
+        ]  # at small sizes it is what does not grow that shows
         if len(of) > 1:
             size = np.log([p.documents for p in of])
             time_, peak = (
-                float(np.polyfit(size, np.log(values), 1)[0]) for values in ([p.cpu for p in of], [p.peak for p in of])
+                float(np.polyfit(size, np.log(values), 1)[0])
+                for values in ([p.cpu for p in of], [p.peak for p in of])
             )
             growth = f"CPU time grows as n^{time_:.2f}, a process's memory as n^{peak:.2f}"
             print(f"scale: {series}: {growth}, over the last {len(of)} sizes")
@@ -209,7 +286,9 @@ def _print_growth(points: Sequence[Point]) -> None:
         for what in ("wall", "cpu", "total") if others else ():
             best = min(others, key=lambda q: getattr(q, what))
             favoured = "ours" if getattr(p, what) <= getattr(best, what) else best.series
-            print(f"scale: {p.documents:,} documents: least {what}: {favoured}; the best of Ray Data's is {best.series}")
+            print(
+                f"scale: {p.documents:,} documents: least {what}: {favoured}; the best of Ray Data's is {best.series}"
+            )
 
 
 def _print_rounds(given: Options) -> None:
@@ -221,21 +300,36 @@ def _print_rounds(given: Options) -> None:
         (costs, _, _), _ = watched(_ours, folder, config, given.workers)
         found[name] = [c for c in costs if c.name in ("dedup star", "dedup cluster")]
         spent = sum(c.cpu for c in found[name])
-        print(f"scale, components of {given.rounds:,} documents, {name}: {spent:.2f} s of CPU,", end=" ")
+        print(
+            f"scale, components of {given.rounds:,} documents, {name}: {spent:.2f} s of CPU,",
+            end=" ",
+        )
         print(
             f"{sum(c.wall for c in found[name]):.1f} s wall, peak {max(c.peak for c in found[name]) / MB:.0f} MB a process",
             end="",
         )
-        print(f", {next(c.rows for c in costs if c.name == 'dedup star')} rounds" if name == "rounds" else "")
+        print(
+            f", {next(c.rows for c in costs if c.name == 'dedup star')} rounds"
+            if name == "rounds"
+            else ""
+        )
     ratio = sum(c.cpu for c in found["rounds"]) / sum(c.cpu for c in found["dense"])
-    print(f"scale, components: rounds take {ratio:.1f} times the CPU of one dense union-find; that holds", end=" ")
-    print(f"16 bytes a node: {estimated_bytes(250_000_000) / 1e9:.1f} GB for 250 million documents with a copy", flush=True)
+    print(
+        f"scale, components: rounds take {ratio:.1f} times the CPU of one dense union-find; that holds",
+        end=" ",
+    )
+    print(
+        f"16 bytes a node: {estimated_bytes(250_000_000) / 1e9:.1f} GB for 250 million documents with a copy",
+        flush=True,
+    )
 
 
-# --- documents that are keys only --------------------------------------------------------------------------------------
+# --- documents that are keys only -----------------------------------------------------------------
 
 
-def _generate(mark: Callable[[], None], folder: Path, documents: int, per_unit: int, workers: int) -> None:
+def _generate(
+    mark: Callable[[], None], folder: Path, documents: int, per_unit: int, workers: int
+) -> None:
     units = [(n, min(per_unit, documents - n * per_unit)) for n in range(-(-documents // per_unit))]
     (folder / "extract" / "documents").mkdir(parents=True)
     with SPAWN.Pool(workers) as pool:
@@ -266,14 +360,23 @@ def _generate_part(folder: Path, documents: int, number: int, size: int) -> None
         "band_keys": pa.array([row.tobytes() for row in bands]),
     }
     table = pa.table([made.get(f.name, pa.nulls(size, f.type)) for f in schema], schema=schema)
-    pq.write_table(table, folder / "extract" / "documents" / f"{number:06d}.parquet", compression="zstd", row_group_size=50_000)
+    pq.write_table(
+        table,
+        folder / "extract" / "documents" / f"{number:06d}.parquet",
+        compression="zstd",
+        row_group_size=50_000,
+    )
 
 
-# --- ours ------------------------------------------------------------------------------------------------------------
+# --- ours -----------------------------------------------------------------------------------------
 
 
-def _ours(mark: Callable[[], None], folder: Path, config: DedupConfig, workers: int) -> tuple[list[Cost], tuple[int, int], int]:
-    """All phases; what each cost, the checksum of the stars, and what a process holds that only imported."""
+def _ours(
+    mark: Callable[[], None], folder: Path, config: DedupConfig, workers: int
+) -> tuple[list[Cost], tuple[int, int], int]:
+    """All phases; what each cost, the checksum of the stars, and what a process holds that only
+    imported.
+    """
     phases = {"extract": _extracted(folder)}
     root = tempfile.mkdtemp(dir=folder)
     costs, idle = [], 0
@@ -284,7 +387,9 @@ def _ours(mark: Callable[[], None], folder: Path, config: DedupConfig, workers: 
                 idle = max(pool.map(_nap, range(workers), chunksize=1))
                 costs.append(_run_phase(phase, phases, config, pool))
     matched = phases["dedup match"]
-    found = checksum(read_edges([matched.store.uri(c.outputs[0]["path"]) for c in matched.ordered()]))
+    found = checksum(
+        read_edges([matched.store.uri(c.outputs[0]["path"]) for c in matched.ordered()])
+    )
     shutil.rmtree(root)
     return costs, found, idle
 
@@ -294,7 +399,9 @@ def _extracted(folder: Path) -> Phase:
     phase = Phase("extract", store, [])
     for path in sorted((folder / "extract" / "documents").glob("*.parquet")):
         commit = Commit(path.stem, "", rows_out=pq.read_metadata(path).num_rows)
-        commit.outputs = [{"path": f"documents/{path.name}", "bytes": path.stat().st_size, "sha256": path.stem}]
+        commit.outputs = [
+            {"path": f"documents/{path.name}", "bytes": path.stat().st_size, "sha256": path.stem}
+        ]
         phase.units.append(Unit(path.stem, "", {}))
         phase.commits[path.stem] = commit
     return phase
@@ -312,12 +419,16 @@ def _run_phase(phase: Phase, phases: dict[str, Phase], config: DedupConfig, pool
             break
         jobs = [pool.apply_async(_measured, (step,)) for step in phase.prepare]
         ran = [job.get() for job in jobs]
-        ran += pool.imap_unordered(_measured, [partial(DEDUP[name], unit, config, store) for unit in pending])
+        ran += pool.imap_unordered(
+            _measured, [partial(DEDUP[name], unit, config, store) for unit in pending]
+        )
         for commit, spent, held in ran:
             cpu, peak = cpu + spent, max(peak, held)
             if commit is not None:
                 phase.commits[commit.unit] = commit
-    return Cost(name, len(phase.units), _rows(name, phase, phases), time.monotonic() - start, cpu, peak)
+    return Cost(
+        name, len(phase.units), _rows(name, phase, phases), time.monotonic() - start, cpu, peak
+    )
 
 
 def _rows(name: str, phase: Phase, before: dict[str, Phase]) -> int:
@@ -337,7 +448,9 @@ def _measured(call: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def _nap(_: int) -> int:
-    time.sleep(0.3)  # so that every process of the pool takes one of these, and has imported by its end
+    time.sleep(
+        0.3
+    )  # so that every process of the pool takes one of these, and has imported by its end
     pa.array(np.arange(2)).to_pandas()  # Arrow imports pandas when it is first used
     return peak_bytes()
 
@@ -351,36 +464,63 @@ def checksum(chunks: Any) -> tuple[int, int]:
     return count, total % (1 << 64)
 
 
-# --- Ray Data --------------------------------------------------------------------------------------------------------
+# --- Ray Data -------------------------------------------------------------------------------------
 
 
-def _ray_stars(mark: Callable[[], None], folder: Path, strategy: str, cells: int, workers: int) -> tuple[float, tuple[int, int]]:
-    """Wall seconds from the parts to the stars' Parquet files, without the start of Ray; and the stars' checksum."""
+def _ray_stars(
+    mark: Callable[[], None], folder: Path, strategy: str, cells: int, workers: int
+) -> tuple[float, tuple[int, int]]:
+    """Wall seconds from the parts to the stars' Parquet files, without the start of Ray; and the
+    stars' checksum.
+    """
     import logging
 
     import ray
     import ray.data
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    ray.init(num_cpus=workers, address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        num_cpus=workers,
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.range(8 * workers, override_num_blocks=8 * workers).map_batches(_wait).materialize()  # starts the workers
+    ray.data.range(8 * workers, override_num_blocks=8 * workers).map_batches(
+        _wait
+    ).materialize()  # starts the workers
     mark()
     start = time.monotonic()
-    read = ray.data.read_parquet(str(folder / "extract" / "documents"), columns=["doc_id", "content_hash", "band_keys"])
-    rows = read.map_batches(partial(_exploded, cells=cells), batch_format="pyarrow", batch_size=50_000)
+    read = ray.data.read_parquet(
+        str(folder / "extract" / "documents"), columns=["doc_id", "content_hash", "band_keys"]
+    )
+    rows = read.map_batches(
+        partial(_exploded, cells=cells), batch_format="pyarrow", batch_size=50_000
+    )
     if strategy == "key":
-        stars = rows.groupby(["lane", "key"], num_partitions=15 * cells).map_groups(_star_of_key, batch_format="numpy")
+        stars = rows.groupby(["lane", "key"], num_partitions=15 * cells).map_groups(
+            _star_of_key, batch_format="numpy"
+        )
     elif strategy == "cell":
-        stars = rows.groupby("cell", num_partitions=15 * cells).map_groups(_stars_of_rows, batch_format="numpy")
+        stars = rows.groupby("cell", num_partitions=15 * cells).map_groups(
+            _stars_of_rows, batch_format="numpy"
+        )
     else:
-        stars = rows.sort(["lane", "key"]).map_batches(_stars_of_rows, batch_format="numpy", batch_size=None)
+        stars = rows.sort(["lane", "key"]).map_batches(
+            _stars_of_rows, batch_format="numpy", batch_size=None
+        )
     output = tempfile.mkdtemp(dir=folder)
     stars.write_parquet(output)
     wall = time.monotonic() - start
-    tables = (pq.read_table(path, columns=["centre", "other"]) for path in Path(output).rglob("*.parquet"))
-    found = checksum(np.column_stack([t["centre"].to_numpy(), t["other"].to_numpy()]).astype(np.uint64) for t in tables)
+    tables = (
+        pq.read_table(path, columns=["centre", "other"]) for path in Path(output).rglob("*.parquet")
+    )
+    found = checksum(
+        np.column_stack([t["centre"].to_numpy(), t["other"].to_numpy()]).astype(np.uint64)
+        for t in tables
+    )
     shutil.rmtree(output)
     ray.shutdown()
     return wall, found
@@ -395,13 +535,23 @@ def _exploded(batch: pa.Table, *, cells: int) -> pa.Table:
     """A row for every lane of every document."""
     batch = batch.combine_chunks()
     ids = batch["doc_id"].to_numpy()
-    content = fixed_binary(batch["content_hash"].chunk(0), 16)[:, :8].copy().view(">u8").ravel().astype(np.uint64)
+    content = (
+        fixed_binary(batch["content_hash"].chunk(0), 16)[:, :8]
+        .copy()
+        .view(">u8")
+        .ravel()
+        .astype(np.uint64)
+    )
     bands = fixed_binary(batch["band_keys"].chunk(0), 112).copy().view("<u8").reshape(-1, 14)
     lanes = np.stack(list(lanes_of([Keys(ids, content, ids, bands)], 14)))
     lane = np.repeat(np.arange(15, dtype=np.uint32), len(ids))
     key = lanes[:, :, 0].ravel()
-    cell = lane * np.uint32(cells) + ((key >> np.uint64(32)) * np.uint64(cells) >> np.uint64(32)).astype(np.uint32)
-    return pa.table({"lane": lane.astype(np.uint8), "key": key, "id": lanes[:, :, 1].ravel(), "cell": cell})
+    cell = lane * np.uint32(cells) + (
+        (key >> np.uint64(32)) * np.uint64(cells) >> np.uint64(32)
+    ).astype(np.uint32)
+    return pa.table(
+        {"lane": lane.astype(np.uint8), "key": key, "id": lanes[:, :, 1].ravel(), "cell": cell}
+    )
 
 
 def _star_of_key(group: dict[str, Any]) -> dict[str, Any]:
@@ -420,7 +570,7 @@ def _stars_of_rows(rows: dict[str, Any]) -> dict[str, Any]:
     return {"centre": edges[:, 0], "other": edges[:, 1]}
 
 
-# --- plot ------------------------------------------------------------------------------------------------------------
+# --- plot -----------------------------------------------------------------------------------------
 
 
 def plot(points: Sequence[Point], path: Path) -> Path:
@@ -445,19 +595,32 @@ def plot(points: Sequence[Point], path: Path) -> Path:
         axis.set(xlabel="documents (15 rows each)", ylabel=label, xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
-    figure.suptitle("rows to stars: ours through sorted files, and Ray Data's shuffles; connected components")
+    figure.suptitle(
+        "rows to stars: ours through sorted files, and Ray Data's shuffles; connected components"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     return path
 
 
 def _plot_columns(points: Sequence[Point], path: Path) -> Path:
-    from pipeline.charts import Column, columns_svg, compact
+    from pipeline.report.charts import Column, columns_svg, compact
 
     def chart(title: str, value: Callable[[Point], float]) -> str:
-        return str(columns_svg([Column(f"{compact(p.documents)} {p.series}", {"kept": round(value(p))}) for p in points], title))
+        return str(
+            columns_svg(
+                [
+                    Column(f"{compact(p.documents)} {p.series}", {"kept": round(value(p))})
+                    for p in points
+                ],
+                title,
+            )
+        )
 
-    charts = [chart("wall seconds", lambda p: p.wall), chart("MB, largest process", lambda p: p.peak / MB)]
+    charts = [
+        chart("wall seconds", lambda p: p.wall),
+        chart("MB, largest process", lambda p: p.peak / MB),
+    ]
     namespace = "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 340 270'>"
     path.write_text(f"{namespace}{charts[0]}<g transform='translate(0 140)'>{charts[1]}</g></svg>")
     return path

@@ -1,10 +1,11 @@
-"""How far is an estimate from the run? `gristmill estimate` of the 500 WCXB pages, by several seeds, against the run itself.
+"""How far is an estimate from the run? `gristmill estimate` of the 500 WCXB pages, by several
+seeds, against the run itself.
 
     python -m benchmarks.estimate [DATA] [--sample 20%] [--seeds 5]
 
-Prints core-seconds, tokens and bytes of the run, on Ray as a user has it, and each estimate's ratio to them. The seed decides
-which pages are sampled; models and extraction are commoncrawl.toml's. Each is a command of its own: workers that have the
-models from the command before would load none.
+Prints core-seconds, tokens and bytes of the run, on Ray as a user has it, and each estimate's ratio
+to them. The seed decides which pages are sampled; models and extraction are commoncrawl.toml's.
+Each is a command of its own: workers that have the models from the command before would load none.
 """
 
 import argparse
@@ -16,16 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import ROOT
-from pipeline.explain import all_commits
-from pipeline.run import read_state
+from pipeline.run.results import all_commits
+from pipeline.run.state import read_state
 
 
 def gristmill(command: str, data: Path, directory: str, *options: str) -> None:
     """FineWeb's recipe over the pages."""
     pages = data / "warc" / "web" / "wcxb-500.warc.gz"
-    settings = [str(ROOT / "configs" / "commoncrawl.toml"), f"input.paths=['{pages}']", f"run.directory={directory}"]
+    settings = [
+        str(ROOT / "configs" / "commoncrawl.toml"),
+        f"input.paths=['{pages}']",
+        f"run.directory={directory}",
+    ]
     told = subprocess.run(
-        [sys.executable, "-m", "pipeline", command, *settings, *options], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pipeline", command, *settings, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if told.returncode:
         sys.exit(told.stderr)
@@ -41,19 +49,30 @@ def main() -> None:
     data = arguments.data.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         gristmill("run", data, f"{scratch}/run")
-        commits = [c for of_phase in all_commits(f"{scratch}/run", read_state(f"{scratch}/run")).values() for c in of_phase]
+        commits = [
+            c
+            for of_phase in all_commits(f"{scratch}/run", read_state(f"{scratch}/run")).values()
+            for c in of_phase
+        ]
         seconds = sum(c.cpu_seconds for c in commits)
-        tokens = sum(c.totals.get("tokens", 0) + c.totals.get("held_out_tokens", 0) for c in commits)
+        tokens = sum(
+            c.totals.get("tokens", 0) + c.totals.get("held_out_tokens", 0) for c in commits
+        )
         size = sum(o["bytes"] for c in commits for o in c.outputs)
         print(f"run: {seconds:.1f} core-seconds, {tokens:,.0f} tokens, {size:,} bytes", flush=True)
         for seed in range(arguments.seeds):
-            gristmill("estimate", data, f"{scratch}/{seed}", f"run.seed={seed}", "--sample", arguments.sample)
+            gristmill(
+                "estimate",
+                data,
+                f"{scratch}/{seed}",
+                f"run.seed={seed}",
+                "--sample",
+                arguments.sample,
+            )
             found: dict[str, Any] = json.loads(Path(f"{scratch}/{seed}/estimate.json").read_text())
             cpu, stored = found["total"]["core_seconds"], found["total"]["bytes"]["value"]
             interval = f"{cpu['value']:.1f} ({cpu['low']:.1f} to {cpu['high']:.1f})"
-            ratios = (
-                f"× {cpu['value'] / seconds:.2f}, tokens × {found['tokens']['value'] / tokens:.2f}, bytes × {stored / size:.2f}"
-            )
+            ratios = f"× {cpu['value'] / seconds:.2f}, tokens × {found['tokens']['value'] / tokens:.2f}, bytes × {stored / size:.2f}"
             print(f"seed {seed}: core-seconds {interval} {ratios}", flush=True)
 
 

@@ -1,10 +1,12 @@
-"""Does the extract stage lose anything the bare library finds? Word-F1 on WCXB's 500 pages, per page type, and ms per page.
+"""Does the extract stage lose anything the bare library finds? Word-F1 on WCXB's 500 pages, per
+page type, and ms per page.
 
     python -m benchmarks.extraction [DATA]
 
-F1 is WCXB's: multiset overlap of the words `\\w+`, lower-cased, of the extracted and the gold main text, averaged over pages.
-The stage runs as configured by default but without filters, so that what is compared is the text before any policy; 'gate'
-rows have the gate on. Times are CPU seconds of this process and the extractor's child.
+F1 is WCXB's: multiset overlap of the words `\\w+`, lower-cased, of the extracted and the gold main
+text, averaged over pages. The stage runs as configured by default but without filters, so that what
+is compared is the text before any policy; 'gate' rows have the gate on. Times are CPU seconds of
+this process and the extractor's child.
 """
 
 import io
@@ -22,13 +24,13 @@ import zstandard
 from filters.language import Language
 from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
-from stages.dedup import DedupConfig
-from stages.extract import ExtractConfig, ExtractPlan, extract_unit
-from stages.extractor import Gate
-from stages.fetch import FetchOptions, fingerprint
-from stages.ledger import Store, Unit
-from stages.records import InputConfig
-from stages.warc import ReadStats, read_records
+from stages.dedup.dedup import DedupConfig
+from stages.extract.extract import ExtractConfig, ExtractPlan, extract_unit
+from stages.extract.extractor import Gate
+from stages.read.fetch import FetchOptions, fingerprint
+from stages.read.records import InputConfig
+from stages.read.warc import ReadStats, read_records
+from stages.storage.ledger import Store, Unit
 
 WORD = re.compile(r"\w+")
 
@@ -60,24 +62,50 @@ def bare(warc: Path, engine: str) -> tuple[dict[str, str], float]:
         texts = {url: extract(html) or "" for url, html in pages.items()}
     else:
         texts = {
-            url: extract_plain_text(bytes_to_str(html, detect_encoding(html)), main_content=True, alt_texts=False)
+            url: extract_plain_text(
+                bytes_to_str(html, detect_encoding(html)), main_content=True, alt_texts=False
+            )
             for url, html in pages.items()
         }
     return texts, (time.process_time() - start) / len(pages) * 1000
 
 
-def stage(warc: Path, engine: str, *, gate: bool, filters: tuple[str, ...] = ()) -> tuple[dict[str, str], float, Counter[str]]:
-    """What the extract stage stores of each page, CPU milliseconds per page, and why pages have no text."""
-    config = ExtractConfig(engine=engine, filters=filters, keep_rejected_text=1.0, gate=Gate(enabled=gate))  # type: ignore[arg-type]
-    opt_out = OptOut(reject=False)  # of the 500 pages 4 opt out; what policy drops is no loss of the extraction
-    plan = ExtractPlan(config, InputConfig(), FetchOptions(), UrlPolicy(), opt_out, Language(), (), DedupConfig().signature, 0)
+def stage(
+    warc: Path, engine: str, *, gate: bool, filters: tuple[str, ...] = ()
+) -> tuple[dict[str, str], float, Counter[str]]:
+    """What the extract stage stores of each page, CPU milliseconds per page, and why pages have no
+    text.
+    """
+    config = ExtractConfig(
+        engine=engine, filters=filters, keep_rejected_text=1.0, gate=Gate(enabled=gate)
+    )  # type: ignore[arg-type]
+    opt_out = OptOut(
+        reject=False
+    )  # of the 500 pages 4 opt out; what policy drops is no loss of the extraction
+    plan = ExtractPlan(
+        config,
+        InputConfig(),
+        FetchOptions(),
+        UrlPolicy(),
+        opt_out,
+        Language(),
+        (),
+        DedupConfig().signature,
+        0,
+    )
     with tempfile.TemporaryDirectory() as folder:
         unit = Unit("000000", fingerprint(str(warc)), {"path": str(warc), "ordinal": 0})
         start = time.process_time()
         commit = extract_unit(unit, plan, Store(folder))
         seconds = time.process_time() - start + commit.totals["child_cpu_seconds"]
-        rows = pq.read_table(f"{folder}/documents/000000.parquet", columns=["url", "text", "rejected_by"]).to_pylist()
-    missing = Counter(row["rejected_by"] for row in rows if row["text"] is None and not row["rejected_by"].startswith("warc."))
+        rows = pq.read_table(
+            f"{folder}/documents/000000.parquet", columns=["url", "text", "rejected_by"]
+        ).to_pylist()
+    missing = Counter(
+        row["rejected_by"]
+        for row in rows
+        if row["text"] is None and not row["rejected_by"].startswith("warc.")
+    )
     return {row["url"]: row["text"] or "" for row in rows}, seconds / len(rows) * 1000, missing
 
 
@@ -95,13 +123,18 @@ def main(data: Path) -> None:
                 by_type[row["page_type"]].append(f1(texts.get(url, ""), row["main_content"]))
             scores[name] = by_type
             every = [s for values in by_type.values() for s in values]
-            print(f"{name}: word-F1 {sum(every) / len(every):.4f} on {len(every)} pages, {milliseconds:.1f} ms of CPU per page")
+            print(
+                f"{name}: word-F1 {sum(every) / len(every):.4f} on {len(every)} pages, {milliseconds:.1f} ms of CPU per page"
+            )
             if missing:
                 print(f"{name}: pages without text: {dict(missing)}")
     print(f"{'page type':<16} {'pages':>5}  " + "  ".join(f"{name:>24}" for name in scores))
     for kind in sorted({row["page_type"] for row in truth.values()}):
         means = [sum(s[kind]) / len(s[kind]) for s in scores.values()]
-        print(f"{kind:<16} {len(next(iter(scores.values()))[kind]):>5}  " + "  ".join(f"{m:>24.4f}" for m in means))
+        print(
+            f"{kind:<16} {len(next(iter(scores.values()))[kind]):>5}  "
+            + "  ".join(f"{m:>24.4f}" for m in means)
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""How often does the gate drop a page that would have been kept? Per set of pages, against the same run without the gate.
+"""How often does the gate drop a page that would have been kept? Per set of pages, against the same
+run without the gate.
 
     python -m benchmarks.gate [DATA]
 
-A false drop is a page that the gate rejects although, without it, the page passes every rule (language, Gopher, C4, FineWeb;
-published bounds); 'of English' counts pages whose extracted text the language rule accepts. Engine: resiliparse.
+A false drop is a page that the gate rejects although, without it, the page passes every rule
+(language, Gopher, C4, FineWeb; published bounds); 'of English' counts pages whose extracted text
+the language rule accepts. Engine: resiliparse.
 """
 
 import sys
@@ -16,13 +18,13 @@ from filters import filter_class
 from filters.language import Language
 from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
-from stages.dedup import DedupConfig
-from stages.document import NamedFilter
-from stages.extract import ExtractConfig, ExtractPlan, extract_unit
-from stages.extractor import Gate
-from stages.fetch import FetchOptions, fingerprint
-from stages.ledger import Store, Unit
-from stages.records import InputConfig
+from stages.dedup.dedup import DedupConfig
+from stages.extract.extract import ExtractConfig, ExtractPlan, extract_unit
+from stages.extract.extractor import Gate
+from stages.formats.document import NamedFilter
+from stages.read.fetch import FetchOptions, fingerprint
+from stages.read.records import InputConfig
+from stages.storage.ledger import Store, Unit
 
 
 def verdicts(warc: Path, engine: str, *, gate: bool) -> dict[int, str | None]:
@@ -30,10 +32,26 @@ def verdicts(warc: Path, engine: str, *, gate: bool) -> dict[int, str | None]:
     config = ExtractConfig(engine=engine, gate=Gate(enabled=gate))  # type: ignore[arg-type]
     chain = tuple(NamedFilter(name, filter_class(name)()) for name in config.filters)
     signature = DedupConfig().signature
-    plan = ExtractPlan(config, InputConfig(), FetchOptions(), UrlPolicy(), OptOut(), Language(), chain, signature, 0)
+    plan = ExtractPlan(
+        config,
+        InputConfig(),
+        FetchOptions(),
+        UrlPolicy(),
+        OptOut(),
+        Language(),
+        chain,
+        signature,
+        0,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        extract_unit(Unit("0", fingerprint(str(warc)), {"path": str(warc), "ordinal": 0}), plan, Store(folder))
-        rows = pq.read_table(f"{folder}/documents/0.parquet", columns=["doc_id", "rejected_by"]).to_pylist()
+        extract_unit(
+            Unit("0", fingerprint(str(warc)), {"path": str(warc), "ordinal": 0}),
+            plan,
+            Store(folder),
+        )
+        rows = pq.read_table(
+            f"{folder}/documents/0.parquet", columns=["doc_id", "rejected_by"]
+        ).to_pylist()
     return {row["doc_id"]: row["rejected_by"] for row in rows}
 
 
@@ -43,11 +61,17 @@ def main(data: Path) -> None:
         warc = data / "warc" / "web" / f"{name}.warc.gz"
         with_gate, without = (verdicts(warc, "resiliparse", gate=on) for on in (True, False))
         gated = {d for d, rule in with_gate.items() if rule and rule.startswith("gate.")}
-        english = {d for d, rule in without.items() if rule not in ("language.allowed", "language.score", "extract.empty")}
+        english = {
+            d
+            for d, rule in without.items()
+            if rule not in ("language.allowed", "language.score", "extract.empty")
+        }
         kept = {d for d, rule in without.items() if rule is None}
         print(f"{name}: gate drops {len(gated)} of {len(without)} pages")
         for what, pages in (("pages kept without the gate", kept), ("English pages", english)):
-            print(f"{name}: of {len(pages)} {what} it drops {len(gated & pages)} ({len(gated & pages) / len(pages):.2%})")
+            print(
+                f"{name}: of {len(pages)} {what} it drops {len(gated & pages)} ({len(gated & pages) / len(pages):.2%})"
+            )
 
 
 if __name__ == "__main__":

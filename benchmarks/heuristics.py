@@ -1,9 +1,11 @@
-"""The heuristics on real pages: time per document, agreement with the slow reference and with datatrove's classes.
+"""The heuristics on real pages: time per document, agreement with the slow reference and with
+datatrove's classes.
 
     python benchmarks/heuristics.py [DATA] [--peer-python PATH]
 
-DATA is the corpus (default ../shared/data); its wcxb-500 pages are extracted once with trafilatura and kept in the
-temporary folder. PATH is the Python of an environment that holds datatrove and spaCy.
+DATA is the corpus (default ../shared/data); its wcxb-500 pages are extracted once with trafilatura
+and kept in the temporary folder. PATH is the Python of an environment that holds datatrove and
+spaCy.
 
 Where datatrove decides otherwise it is for one of these reasons:
 
@@ -38,8 +40,8 @@ from filters.c4 import C4
 from filters.fineweb import Fineweb
 from filters.gopher_quality import GopherQuality
 from filters.gopher_repetition import GopherRepetition
-from filters.text import TextView
-from tests.filters import reference
+from filters.text.view import TextView
+from tests.support import heuristics_reference
 
 # the order in which FineWeb runs them; C4 edits the text that FineWeb's own rules see
 HEURISTICS: dict[str, Any] = {
@@ -49,7 +51,8 @@ HEURISTICS: dict[str, Any] = {
     "fineweb": Fineweb(),
 }
 
-# run by the peer's Python: text per line in, per line out the verdict of each filter and its seconds
+# run by the peer's Python: text per line in, per line out the verdict of each filter and its
+# seconds
 PEER = """
 import json, sys, time
 from datatrove.data import Document
@@ -74,8 +77,12 @@ for line in sys.stdin:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", nargs="?", type=Path, default=Path(__file__).parents[2] / "shared" / "data"
+    )
     parser.add_argument("--peer-python", type=Path)
     args = parser.parse_args()
 
@@ -89,7 +96,9 @@ def main() -> None:
 
     ours = [verdicts(text) for text in texts]
     slow = [reference_verdicts(text) for text in texts]
-    print(f"agreement with the reference, keep or drop: {agreement(map(kept, ours), map(kept, slow)):.2%}")
+    print(
+        f"agreement with the reference, keep or drop: {agreement(map(kept, ours), map(kept, slow)):.2%}"
+    )
     if args.peer_python is not None:
         compare(texts, ours, ask_peer(args.peer_python, texts))
 
@@ -131,7 +140,11 @@ def failures(measured: dict[str, dict[str, float]]) -> dict[str, list[str]]:
         first = first_failure(name, heuristic, measured[name])
         rejecting = [first.rule.split(".")[1]] if first else []
         for rule, bound in rules(heuristic).items():
-            if bound is not None and not bound[0] <= measured[name][rule] <= bound[1] and rule not in rejecting:
+            if (
+                bound is not None
+                and not bound[0] <= measured[name][rule] <= bound[1]
+                and rule not in rejecting
+            ):
                 rejecting.append(rule)
         broken[name] = rejecting
     return broken
@@ -142,13 +155,15 @@ def verdicts(text: str) -> dict[str, list[str]]:
 
 
 def reference_verdicts(text: str) -> dict[str, list[str]]:
-    edited = reference.c4_edit(text, HEURISTICS["c4"])
+    edited = heuristics_reference.c4_edit(text, HEURISTICS["c4"])
     return failures(
         {
-            "gopher_repetition": reference.gopher_repetition(text),
-            "gopher_quality": reference.gopher_quality(text, HEURISTICS["gopher_quality"]),
-            "c4": reference.c4(edited),
-            "fineweb": reference.fineweb(edited, HEURISTICS["fineweb"]),
+            "gopher_repetition": heuristics_reference.gopher_repetition(text),
+            "gopher_quality": heuristics_reference.gopher_quality(
+                text, HEURISTICS["gopher_quality"]
+            ),
+            "c4": heuristics_reference.c4(edited),
+            "fineweb": heuristics_reference.fineweb(edited, HEURISTICS["fineweb"]),
         }
     )
 
@@ -170,12 +185,23 @@ def ask_peer(python: Path, texts: list[str]) -> list[dict[str, tuple[str | None,
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def compare(texts: list[str], ours: list[dict[str, list[str]]], peers: list[dict[str, tuple[str | None, float]]]) -> None:
+def compare(
+    texts: list[str],
+    ours: list[dict[str, list[str]]],
+    peers: list[dict[str, tuple[str | None, float]]],
+) -> None:
     seconds = sum(spent for peer in peers for _, spent in peer.values())
-    print(f"datatrove: {seconds / sum(map(len, texts)) * 9_000 * 1e3:.2f} ms per 9,000 characters (stops at a failure)")
-    # without C4's verdict datatrove hands FineWeb's rules the unedited text: compare those where both keep
+    print(
+        f"datatrove: {seconds / sum(map(len, texts)) * 9_000 * 1e3:.2f} ms per 9,000 characters (stops at a failure)"
+    )
+    # without C4's verdict datatrove hands FineWeb's rules the unedited text: compare those where
+    # both keep
     for name in HEURISTICS:
-        chosen = [(a[name], b[name][0]) for a, b in zip(ours, peers, strict=True) if name != "fineweb" or not b["c4"][0]]
+        chosen = [
+            (a[name], b[name][0])
+            for a, b in zip(ours, peers, strict=True)
+            if name != "fineweb" or not b["c4"][0]
+        ]
         same = sum((not rejecting) == (reason is None) for rejecting, reason in chosen)
         print(f"agreement with datatrove, {name}: {same / len(chosen):.2%} of {len(chosen)}")
         differences = Counter(
@@ -185,7 +211,10 @@ def compare(texts: list[str], ours: list[dict[str, list[str]]], peers: list[dict
         )
         for difference, number in differences.most_common():
             print(f"    {number} x {difference}")
-    both = [(kept(a), all(reason is None for reason, _ in b.values())) for a, b in zip(ours, peers, strict=True)]
+    both = [
+        (kept(a), all(reason is None for reason, _ in b.values()))
+        for a, b in zip(ours, peers, strict=True)
+    ]
     print(f"agreement with datatrove, keep or drop: {sum(a == b for a, b in both) / len(both):.2%}")
     print(f"kept: {sum(a for a, _ in both)} here, {sum(b for _, b in both)} by datatrove")
 

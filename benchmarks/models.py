@@ -10,9 +10,9 @@ classifier  Clean text (Wikipedia, gold main texts) against whole pages as they 
 refine      What each step of refine costs on the main texts of the 500 pages, and its share of the whole. Names, which are a
             phase of their own, on every tenth page.
 
-The text to train on: leads of Wikipedia, two packages of documentation in prose, 20 MB; for the speed of a larger model all
-documentation, 5-grams kept if seen once. The web text: the 500 pages of WCXB.
-Seconds are of CPU.
+The text to train on: leads of Wikipedia, two packages of documentation in prose, 20 MB; for the
+speed of a larger model all documentation, 5-grams kept if seen once. The web text: the 500 pages of
+WCXB. Seconds are of CPU.
 """
 
 import argparse
@@ -32,18 +32,19 @@ import numpy as np
 
 from benchmarks.heuristics import extracted
 from benchmarks.texts import documentation, leads, lines, seeded
-from filters import ccnet, perplexity, quality
+from filters import perplexity, quality
 from filters.decontamination import Decontamination
-from filters.names import Names
 from filters.perplexity import Perplexity
-from filters.pii import Pii
+from filters.pii.ner import Names
+from filters.pii.scrub import Pii
 from filters.quality import Quality
-from filters.text import TextView
+from filters.text import ccnet
+from filters.text.view import TextView
 from filters.toxicity import Toxicity
-from pipeline.benchmark_index import build_index
-from pipeline.model_card import is_held_out
-from pipeline.train_classifier import auc, train_classifier
-from pipeline.train_lm import find_kenlm, train_lm
+from pipeline.models.benchmark_index import build_index
+from pipeline.models.model_card import is_held_out
+from pipeline.models.train_classifier import auc, train_classifier
+from pipeline.models.train_lm import find_kenlm, train_lm
 
 MB = 1_000_000
 ROUNDS = 5
@@ -64,11 +65,15 @@ class Page(NamedTuple):
     def boilerplate(self) -> str:
         """The lines of the page that its main text does not hold."""
         main = " ".join(self.main.split())
-        return "\n".join(line for line in self.whole.splitlines() if " ".join(line.split()) not in main)
+        return "\n".join(
+            line for line in self.whole.splitlines() if " ".join(line.split()) not in main
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=BENCHMARKS)
     default = Path(os.environ.get("GRISTMILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
     parser.add_argument("data", nargs="?", type=Path, default=default)
@@ -81,7 +86,7 @@ def figure(name: str, value: float, unit: str, digits: int = 3) -> None:
     print(f"{name} {value:,.{digits}f} {unit}", flush=True)
 
 
-# --- language models -------------------------------------------------------------------------------------------------
+# --- language models ------------------------------------------------------------------------------
 
 
 def lm(data: Path, folder: Path) -> None:
@@ -102,7 +107,10 @@ def lm(data: Path, folder: Path) -> None:
         spam(name, model, found)
     everything = folder / "everything.jsonl"
     figure("text.everything", write(everything, [*seen, *documentation(data)]) / MB, "MB")
-    models |= {"large": train([everything], folder / "large.bin", prune=(0,)), "bundled": str(perplexity.BUNDLED)}
+    models |= {
+        "large": train([everything], folder / "large.bin", prune=(0,)),
+        "bundled": str(perplexity.BUNDLED),
+    }
     for name, model in models.items():
         for kind, texts in (("web", [page.main for page in found]), ("wiki", unseen)):
             speed(f"{name}.{kind}", model, texts)
@@ -121,17 +129,39 @@ def train(sources: Sequence[Path], output: Path, **options: Any) -> str:
 def equality(source: Path, folder: Path) -> None:
     """The same lines through lmplz and query by hand: no trie, no quantisation, no Python."""
     with contextlib.redirect_stdout(io.StringIO()):
-        ours = {b: train_lm([source], output=folder / f"{b}.bin", licence="none", bits=b)["held_out"] for b in (0, 8)}
+        ours = {
+            b: train_lm([source], output=folder / f"{b}.bin", licence="none", bits=b)["held_out"]
+            for b in (0, 8)
+        }
     texts = [row["text"] for row in map(json.loads, source.open())]
     sides = [folder / name for name in ("train", "held")]
     for held, path in enumerate(sides):
         side = [text for text in texts if is_held_out(text, share=0.02) == held]
         path.write_text(
-            "".join(f"{ccnet.normalize(line)}\n" for text in side for line in text.split("\n") if ccnet.normalize(line))
+            "".join(
+                f"{ccnet.normalize(line)}\n"
+                for text in side
+                for line in text.split("\n")
+                if ccnet.normalize(line)
+            )
         )
     lmplz = find_kenlm(None)[0]
     arpa = folder / "arpa"
-    command = [lmplz, "-o", "5", "-S", "1G", "--prune", "0", "0", "1", "--text", str(sides[0]), "--arpa", str(arpa)]
+    command = [
+        lmplz,
+        "-o",
+        "5",
+        "-S",
+        "1G",
+        "--prune",
+        "0",
+        "0",
+        "1",
+        "--text",
+        str(sides[0]),
+        "--arpa",
+        str(arpa),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     query = [str(Path(lmplz).with_name("query")), "-v", "summary", str(arpa)]
     said = subprocess.run(query, stdin=sides[1].open("rb"), check=True, capture_output=True)
@@ -153,7 +183,12 @@ def separation(name: str, model: str, *, clean: Sequence[str], web: Sequence[Pag
     scores = {kind: scores_of(model, texts)[0] for kind, texts in kinds.items()}
     for kind, found in scores.items():
         figure(f"{name}.median.{kind}", float(np.median(found)), "perplexity", 0)
-    for lower, higher in (("clean", "web"), ("web", "boilerplate"), ("web", "shuffled"), ("clean", "boilerplate")):
+    for lower, higher in (
+        ("clean", "web"),
+        ("web", "boilerplate"),
+        ("web", "shuffled"),
+        ("clean", "boilerplate"),
+    ):
         figure(f"{name}.{lower}_{higher}", auc(scores[higher], scores[lower]), "AUC")
 
 
@@ -163,7 +198,9 @@ def spam(name: str, model: str, web: Sequence[Page]) -> None:
     spammed = []
     for i, text in enumerate(main_texts):
         paragraphs = text.split("\n")
-        paragraphs.insert(len(paragraphs) // 2, " ".join(shuffled(main_texts[i - 1], i).split()[:60]))
+        paragraphs.insert(
+            len(paragraphs) // 2, " ".join(shuffled(main_texts[i - 1], i).split()[:60])
+        )
         spammed.append("\n".join(paragraphs))
     for window in WINDOWS:
         clean, dirty = scores_of(model, main_texts, window), scores_of(model, spammed, window)
@@ -176,27 +213,42 @@ def scores_of(model: str, texts: Iterable[str], window: int = 64) -> tuple[Any, 
     """Perplexities of the texts that hold a token, and of their worst windows."""
     filter = Perplexity(model=model, window=window)
     found = [filter.measure(TextView(text)) for text in texts]
-    pairs = np.array([(f["perplexity"], f["worst_window"]) for f in found if f["perplexity"] == f["perplexity"]])
+    pairs = np.array(
+        [(f["perplexity"], f["worst_window"]) for f in found if f["perplexity"] == f["perplexity"]]
+    )
     return pairs[:, 0], pairs[:, 1]
 
 
 def speed(name: str, model: str, texts: Sequence[str]) -> None:
-    """The filter on documents, and its scoring of lines already normalised, against KenLM alone on the same lines.
+    """The filter on documents, and its scoring of lines already normalised, against KenLM alone on
+    the same lines.
 
-    In turn, a few documents each time and not the same ones, so that what else the machine does slows both alike.
+    In turn, a few documents each time and not the same ones, so that what else the machine does
+    slows both alike.
     """
     loaded, filter = perplexity.load(model), Perplexity(model=model)
     normalized = [loaded.normalize(text) for text in texts]
-    ready = [[" ".join(line.decode().split()) for line, t in zip(*n, strict=True) if t] for n in normalized]
+    ready = [
+        [" ".join(line.decode().split()) for line, t in zip(*n, strict=True) if t]
+        for n in normalized
+    ]
     views = [TextView(text) for text in texts]
     seconds = {"kenlm": 0.0, "filter": 0.0, "scoring": 0.0, "normalizer": 0.0}
     for start in range(0, len(texts) * ROUNDS, TURN):
         starts = [start + shift * len(texts) // 4 for shift in range(4)]
-        here, there, later, last = ([(first + k) % len(texts) for k in range(TURN)] for first in starts)
-        seconds["kenlm"] += cpu(lambda numbers=here: [loaded.kenlm.score(line) for i in numbers for line in ready[i]])
+        here, there, later, last = (
+            [(first + k) % len(texts) for k in range(TURN)] for first in starts
+        )
+        seconds["kenlm"] += cpu(
+            lambda numbers=here: [loaded.kenlm.score(line) for i in numbers for line in ready[i]]
+        )
         seconds["filter"] += cpu(lambda numbers=there: [filter.measure(views[i]) for i in numbers])
-        seconds["scoring"] += cpu(lambda ns=later: [perplexity.score(normalized[i], loaded.kenlm, window=64) for i in ns])
-        seconds["normalizer"] += cpu(lambda numbers=last: [loaded.normalize(texts[i]) for i in numbers])
+        seconds["scoring"] += cpu(
+            lambda ns=later: [perplexity.score(normalized[i], loaded.kenlm, window=64) for i in ns]
+        )
+        seconds["normalizer"] += cpu(
+            lambda numbers=last: [loaded.normalize(texts[i]) for i in numbers]
+        )
     size = sum(len(text.encode("utf-8", "replace")) for text in texts) * ROUNDS / MB
     for what, spent in seconds.items():
         figure(f"speed.{name}.{what}", size / spent, "MB/s", 1)
@@ -204,13 +256,17 @@ def speed(name: str, model: str, texts: Sequence[str]) -> None:
         figure(f"speed.{name}.ratio.{what}", seconds["kenlm"] / seconds[what], "of KenLM")
 
 
-# --- classifiers -----------------------------------------------------------------------------------------------------
+# --- classifiers ----------------------------------------------------------------------------------
 
 
 def classifier(data: Path, folder: Path) -> None:
-    """A third of the pages give gold texts to train on, a third whole pages, a third are for judging; of the leads 4/5 train."""
+    """A third of the pages give gold texts to train on, a third whole pages, a third are for
+    judging; of the leads 4/5 train.
+    """
     found = pages(data)
-    gold, ordinary, judged = ([page for i, page in enumerate(found) if i % 3 == part] for part in range(3))
+    gold, ordinary, judged = (
+        [page for i, page in enumerate(found) if i % 3 == part] for part in range(3)
+    )
     seen, unseen = fifth(leads(data))
     sources = {"hq": folder / "hq.jsonl", "lq": folder / "lq.jsonl"}
     write(sources["hq"], [*seen[:1000], *(page.main for page in gold)])
@@ -219,7 +275,9 @@ def classifier(data: Path, folder: Path) -> None:
     for _ in range(2):
         start = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
-            train_classifier({k: [v] for k, v in sources.items()}, output=folder / "q.bin", licence="none")
+            train_classifier(
+                {k: [v] for k, v in sources.items()}, output=folder / "q.bin", licence="none"
+            )
         made.append((folder / "q.bin").read_bytes())
     figure("train", time.process_time() - start, "s", 1)
     figure("train.same_bytes_twice", made[0] == made[1], "of 1", 0)
@@ -242,19 +300,23 @@ def judge(name: str, model: Any, *, wiki: Sequence[str], pages: Sequence[Page]) 
         everything = np.concatenate([scores, ordinary])
         best = np.argsort(-everything, kind="stable")[: round(len(everything) / 10)]
         figure(
-            f"{name}.{kind}.precision_at_10_percent", float((best < len(scores)).mean()), f"({len(scores)} of {len(everything)})"
+            f"{name}.{kind}.precision_at_10_percent",
+            float((best < len(scores)).mean()),
+            f"({len(scores)} of {len(everything)})",
         )
 
 
 def prediction(model: Any, texts: Sequence[str]) -> None:
     batch = min(cpu(lambda: quality.predict(texts, model)) for _ in range(ROUNDS))
-    single = min(cpu(lambda: [quality.predict([text], model) for text in texts]) for _ in range(ROUNDS))
+    single = min(
+        cpu(lambda: [quality.predict([text], model) for text in texts]) for _ in range(ROUNDS)
+    )
     figure("predict.mean_size", sum(map(len, texts)) / len(texts), "characters", 0)
     figure("predict.batch", len(texts) / batch, "documents/s", 0)
     figure("predict.one_by_one", len(texts) / single, "documents/s", 0)
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 def pages(data: Path) -> list[Page]:
@@ -263,13 +325,23 @@ def pages(data: Path) -> list[Page]:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-    gold = {row["url"]: row["main_content"] for row in lines(data / "gold" / "wcxb-500.jsonl.zst") if row["main_content"]}
+    gold = {
+        row["url"]: row["main_content"]
+        for row in lines(data / "gold" / "wcxb-500.jsonl.zst")
+        if row["main_content"]
+    }
     with (data / "warc" / "web" / "wcxb-500.warc.gz").open("rb") as stream:
         found = []
         for record in ArchiveIterator(stream, record_types=WarcRecordType.response):
             url, body = record.headers["WARC-Target-URI"], record.reader.read()
             if url in gold:
-                found.append(Page(url, gold[url], extract_plain_text(bytes_to_str(body, detect_encoding(body) or "utf-8"))))
+                found.append(
+                    Page(
+                        url,
+                        gold[url],
+                        extract_plain_text(bytes_to_str(body, detect_encoding(body) or "utf-8")),
+                    )
+                )
     return found
 
 
@@ -289,7 +361,9 @@ def shuffled(text: str, number: int) -> str:
     """The words of each line anywhere in the text."""
     words = text.split()
     order: Iterator[int] = iter(seeded("shuffled", number).permutation(len(words)))
-    return "\n".join(" ".join(words[next(order)] for _ in line.split()) for line in text.splitlines())
+    return "\n".join(
+        " ".join(words[next(order)] for _ in line.split()) for line in text.splitlines()
+    )
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -298,11 +372,13 @@ def cpu(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-# --- the steps of refine ---------------------------------------------------------------------------------------------
+# --- the steps of refine --------------------------------------------------------------------------
 
 
 def refine(data: Path, folder: Path) -> None:
-    """Milliseconds per document and share of the total of every step; all benchmarks in the index, all English words listed."""
+    """Milliseconds per document and share of the total of every step; all benchmarks in the index,
+    all English words listed.
+    """
     views = [TextView(text, "en") for text in extracted(data / "warc" / "web" / "wcxb-500.warc.gz")]
     build_index([str(data / "benchmarks" / "decontam-all.tar.zst")], output=folder / "index")
     steps: dict[str, Callable[[TextView], object]] = {
@@ -318,7 +394,12 @@ def refine(data: Path, folder: Path) -> None:
     for name, cost in costs.items():
         figure(f"{name}.cost", cost, "ms a document")
         figure(f"{name}.share", 100 * cost / sum(costs.values()), "%", 1)
-    figure("names.cost", per_document(lambda view: Names(enabled=True).scrub(view.text), views[::10]), "ms a document", 1)
+    figure(
+        "names.cost",
+        per_document(lambda view: Names(enabled=True).scrub(view.text), views[::10]),
+        "ms a document",
+        1,
+    )
 
 
 def per_document(step: Callable[[TextView], object], views: Sequence[TextView]) -> float:
@@ -330,7 +411,11 @@ def per_document(step: Callable[[TextView], object], views: Sequence[TextView]) 
     return (time.process_time() - start) / len(views) * 1000
 
 
-BENCHMARKS: dict[str, Callable[[Path, Path], None]] = {"lm": lm, "classifier": classifier, "refine": refine}
+BENCHMARKS: dict[str, Callable[[Path, Path], None]] = {
+    "lm": lm,
+    "classifier": classifier,
+    "refine": refine,
+}
 
 if __name__ == "__main__":
     main()

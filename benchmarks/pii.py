@@ -1,10 +1,12 @@
-"""Speed, recall and false positives of filters.pii and filters.names against bare Presidio, on the same text in one run.
+"""Speed, recall and false positives of filters.pii and filters.names against bare Presidio, on the
+same text in one run.
 
     python -m benchmarks.pii [FOLDER]        one line a figure: name, value, unit
 
-FOLDER is the corpus (default $GRISTMILL_DATA, then ../shared/data). The text: 1 MB each of Wikipedia leads,
-documentation, and the main text of web pages; then made-up tables of numbers, which is where phone numbers are slow.
-Speeds are of CPU time on one core. Names only where the spaCy model is installed.
+FOLDER is the corpus (default $GRISTMILL_DATA, then ../shared/data). The text: 1 MB each of
+Wikipedia leads, documentation, and the main text of web pages; then made-up tables of numbers,
+which is where phone numbers are slow. Speeds are of CPU time on one core. Names only where the
+spaCy model is installed.
 """
 
 import io
@@ -23,9 +25,9 @@ from typing import Any
 
 import zstandard
 
-from filters import secrets
-from filters.names import Names
-from filters.pii import Pii, Scrubbed, _recognizer, counts
+from filters.pii import secrets
+from filters.pii.ner import Names
+from filters.pii.scrub import Pii, Scrubbed, _recognizer, counts
 
 MB = 1_000_000
 CONFIG = Pii()
@@ -48,7 +50,9 @@ def main(corpus: Path) -> None:
     for page in text:
         ours.update(counts(CONFIG.scrub(page).spans))
         bare.update(entity for entity, _, _ in scrub_bare(page))
-    for entity in PATTERNS:  # public addresses and real numbers among them: look before calling them false
+    for (
+        entity
+    ) in PATTERNS:  # public addresses and real numbers among them: look before calling them false
         print(f"found.gristmill.{entity} {ours[entity] / size * MB:.2f} per MB")
         print(f"found.presidio.{entity} {bare[entity] / size * MB:.2f} per MB")
 
@@ -79,11 +83,15 @@ def tables() -> dict[str, str]:
     rows: dict[str, Callable[[], str]] = {
         "integers": lambda: " ".join(str(roll.randint(0, 99_999)) for _ in range(10)),
         "decimals": lambda: "  ".join(f"{roll.uniform(0, 1000):.2f}" for _ in range(8)),
-        "cells": lambda: " | ".join(f"{roll.randint(0, 10 ** roll.randint(1, 9)):,}" for _ in range(7)),
+        "cells": lambda: " | ".join(
+            f"{roll.randint(0, 10 ** roll.randint(1, 9)):,}" for _ in range(7)
+        ),
         "prices": lambda: (
             f"A-{roll.randint(1000, 99_999)} Bolt {roll.randint(1, 40)} x {roll.uniform(1, 99):.2f} {roll.randint(10**5, 10**8)}"
         ),
-        "log": lambda: f"{day()} {roll.randint(0, 23):02}:00:59.{roll.randint(0, 999):03} {roll.randint(10**9, 10**10)} 127",
+        "log": lambda: (
+            f"{day()} {roll.randint(0, 23):02}:00:59.{roll.randint(0, 999):03} {roll.randint(10**9, 10**10)} 127"
+        ),
         "oids": lambda: (
             "1.3.6.1.4.1."
             + ".".join(str(roll.randint(0, 40_000)) for _ in range(4))
@@ -98,9 +106,21 @@ def tables() -> dict[str, str]:
 
 def web_text(corpus: Path) -> list[str]:
     sources = [
-        (lead["extract"] for lead in json.load(unpacked(corpus / "text/wiki/ovos_summaries_en.json.zst")).values()),
-        (page["text"] for name in ("anarchism", "git-doc", "postfix-doc") for page in docs(corpus, name)),
-        (json.loads(line)["main_content"] or "" for line in unpacked(corpus / "gold/wcxb-500.jsonl.zst")),
+        (
+            lead["extract"]
+            for lead in json.load(
+                unpacked(corpus / "text/wiki/ovos_summaries_en.json.zst")
+            ).values()
+        ),
+        (
+            page["text"]
+            for name in ("anarchism", "git-doc", "postfix-doc")
+            for page in docs(corpus, name)
+        ),
+        (
+            json.loads(line)["main_content"] or ""
+            for line in unpacked(corpus / "gold/wcxb-500.jsonl.zst")
+        ),
     ]
     return [text for source in sources for text in first_megabyte(source)]
 
@@ -126,7 +146,9 @@ def first_megabyte(texts: Iterator[str]) -> Iterator[str]:
 
 
 def scrub_bare(text: str) -> list[tuple[str, int, int]]:
-    """What Presidio does without a prefilter: each recogniser on the whole text, results above the same score."""
+    """What Presidio does without a prefilter: each recogniser on the whole text, results above the
+    same score.
+    """
     return [
         (entity, hit.start, hit.end)
         for entity in PATTERNS
@@ -145,7 +167,9 @@ def bare_recognizer(entity: str) -> Any:
 
 
 def annotated(corpus: Path) -> dict[str, float]:
-    """Recall, precision and F2 by entity on presidio-research; found = a placeholder, and the value is gone."""
+    """Recall, precision and F2 by entity on presidio-research; found = a placeholder, and the value
+    is gone.
+    """
     gold, right, replaced, bare_right, bare_found = (Counter[str]() for _ in range(5))
     for sample in research(corpus):
         text, scrubbed = sample["full_text"], CONFIG.scrub(sample["full_text"])
@@ -156,15 +180,24 @@ def annotated(corpus: Path) -> dict[str, float]:
         for entity in PATTERNS:
             spans = [s for s in sample["spans"] if s["entity_type"] == entity]
             gold[entity] += len(spans)
-            right[entity] += min(found.get(entity, 0), sum(s["entity_value"] not in scrubbed.text for s in spans))
+            right[entity] += min(
+                found.get(entity, 0), sum(s["entity_value"] not in scrubbed.text for s in spans)
+            )
             bare_right[entity] += overlaps(spans, [hit for hit in hits if hit[0] == entity])
     figures = {}
-    for peer, ok, all_found in (("gristmill", right, replaced), ("presidio", bare_right, bare_found)):
+    for peer, ok, all_found in (
+        ("gristmill", right, replaced),
+        ("presidio", bare_right, bare_found),
+    ):
         for entity in PATTERNS:
             if gold[entity]:
                 figures[f"recall.{peer}.{entity}"] = recall = ok[entity] / gold[entity]
-                figures[f"precision.{peer}.{entity}"] = precision = ok[entity] / max(1, all_found[entity])
-                figures[f"f2.{peer}.{entity}"] = 5 * precision * recall / max(1e-9, 4 * precision + recall)
+                figures[f"precision.{peer}.{entity}"] = precision = ok[entity] / max(
+                    1, all_found[entity]
+                )
+                figures[f"f2.{peer}.{entity}"] = (
+                    5 * precision * recall / max(1e-9, 4 * precision + recall)
+                )
     return figures
 
 
@@ -174,20 +207,30 @@ def research(corpus: Path) -> Iterator[dict[str, Any]]:
 
 
 def overlaps(gold: list[dict[str, Any]], hits: list[tuple[str, int, int]]) -> int:
-    return sum(any(start < s["end_position"] and s["start_position"] < end for _, start, end in hits) for s in gold)
+    return sum(
+        any(start < s["end_position"] and s["start_position"] < end for _, start, end in hits)
+        for s in gold
+    )
 
 
 def report_secrets(corpus: Path) -> None:
-    """Secrets found on pages (look before calling them false: documentation shows keys), and found of those planted."""
+    """Secrets found on pages (look before calling them false: documentation shows keys), and found
+    of those planted.
+    """
     found = size = 0
     files = sorted((corpus / "text/docs").glob("*.zst"))
-    pages = [json.loads(line)["main_content"] or "" for line in unpacked(corpus / "gold/wcxb-500.jsonl.zst")]
+    pages = [
+        json.loads(line)["main_content"] or ""
+        for line in unpacked(corpus / "gold/wcxb-500.jsonl.zst")
+    ]
     for page in [*pages, *(json.loads(line)["text"] for file in files for line in unpacked(file))]:
         found += len(secrets.find(page))
         size += len(page)
     print(f"found.SECRET {found / size * MB:.3f} per MB")
     keys = list(planted())
-    print(f"recall.SECRET {sum(secrets.find(f'key: {key}, and so on') != [] for key in keys) / len(keys):.3f} ratio")
+    print(
+        f"recall.SECRET {sum(secrets.find(f'key: {key}, and so on') != [] for key in keys) / len(keys):.3f} ratio"
+    )
 
 
 def planted() -> Iterator[str]:
@@ -210,7 +253,11 @@ def planted() -> Iterator[str]:
     for prefix, letters, length in kinds:
         for _ in range(100):
             key = prefix + "".join(roll.choices(letters, k=length))
-            yield key + "." + "".join(roll.choices(letters, k=43)) if prefix.startswith("eyJ") else key
+            yield (
+                key + "." + "".join(roll.choices(letters, k=43))
+                if prefix.startswith("eyJ")
+                else key
+            )
 
 
 def report_names(corpus: Path, text: list[str]) -> None:
@@ -222,7 +269,9 @@ def report_names(corpus: Path, text: list[str]) -> None:
     names = Names()
     names.scrub("Jane Doe met Angela Merkel in Berlin.")
     models = [{"lang_code": "en", "model_name": names.model}]
-    engine = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models}).create_engine()
+    engine = NlpEngineProvider(
+        nlp_configuration={"nlp_engine_name": "spacy", "models": models}
+    ).create_engine()
     registry = RecognizerRegistry(recognizers=[SpacyRecognizer()], supported_languages=["en"])
     bare = AnalyzerEngine(registry=registry, nlp_engine=engine, supported_languages=["en"])
 
@@ -239,14 +288,19 @@ def report_names(corpus: Path, text: list[str]) -> None:
         scrubbed = names.scrub(sample["full_text"])
         gold += len(people)
         ours += sum(s["entity_value"] not in scrubbed.text for s in people)
-        hits = [("PERSON", hit.start, hit.end) for hit in bare.analyze(sample["full_text"], "en", ["PERSON"])]
+        hits = [
+            ("PERSON", hit.start, hit.end)
+            for hit in bare.analyze(sample["full_text"], "en", ["PERSON"])
+        ]
         theirs += overlaps(people, hits)
     print(f"recall.gristmill.PERSON {ours / gold:.3f} ratio")
     print(f"recall.presidio.PERSON {theirs / gold:.3f} ratio")
 
 
 def unpacked(file: Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file.open("rb")), encoding="utf-8")
+    return io.TextIOWrapper(
+        zstandard.ZstdDecompressor().stream_reader(file.open("rb")), encoding="utf-8"
+    )
 
 
 def timed(function: Callable[[str], object], texts: list[str]) -> float:

@@ -1,11 +1,14 @@
-"""What does the engine cost, and how do we compare with the peer? The whole main job on 2,240 real pages in 8 files.
+"""What does the engine cost, and how do we compare with the peer? The whole main job on 2,240 real
+pages in 8 files.
 
-    python -m benchmarks.pipeline [DATA] [--engine trafilatura|resiliparse] [--peer-python PY --peer-script datatrove_fineweb.py]
+    python -m benchmarks.pipeline [DATA] [--engine trafilatura|resiliparse] [--peer-python PY
+    --peer-script datatrove_fineweb.py]
 
-Prints CPU seconds and wall seconds per stage of `gristmill run` (its driver, Ray, all workers), of the same calls made in one
-bare process without Ray, and their ratio; then the peer on the same files, the ratio of wall times, and which documents
-either kept and the other did not, with our reason. The peer is datatrove 0.10.1 in its own environment with the shape of its
-FineWeb recipe; it does no perplexity, quality model or tokenising, so neither does the run that is compared with it.
+Prints CPU seconds and wall seconds per stage of `gristmill run` (its driver, Ray, all workers), of
+the same calls made in one bare process without Ray, and their ratio; then the peer on the same
+files, the ratio of wall times, and which documents either kept and the other did not, with our
+reason. The peer is datatrove 0.10.1 in its own environment with the shape of its FineWeb recipe; it
+does no perplexity, quality model or tokenising, so neither does the run that is compared with it.
 """
 
 import argparse
@@ -21,18 +24,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.watch import cpu_of_descendants
-from pipeline import explain
-from pipeline.config import Config, load
-from pipeline.engine import Done, in_process
-from pipeline.run import execute
-from stages.ledger import Commit
+from pipeline.config.load import Config, load
+from pipeline.engine.units import Done, in_process
+from pipeline.inspect import export, status
+from pipeline.run import results
+from pipeline.run.execute import execute
+from stages.storage.ledger import Commit
 
 ROOT = Path(__file__).parents[1]
 FILES = 8
 
 
 def split_pages(data: Path, folder: Path, *, copies: int) -> int:
-    """The three WARCs of DATA/warc/web dealt into 8 files, member by member, `copies` times over; the number of pages."""
+    """The three WARCs of DATA/warc/web dealt into 8 files, member by member, `copies` times over;
+    the number of pages.
+    """
     from fastwarc import ArchiveIterator, WarcRecordType
 
     folder.mkdir(parents=True)
@@ -40,9 +46,13 @@ def split_pages(data: Path, folder: Path, *, copies: int) -> int:
     pages = 0
     for name in ("wcxb-500", "trafilatura-eval", "multilang-docs"):
         raw = (data / "warc" / "web" / f"{name}.warc.gz").read_bytes()
-        records = ArchiveIterator(open(data / "warc" / "web" / f"{name}.warc.gz", "rb"), parse_http=False)
+        records = ArchiveIterator(
+            open(data / "warc" / "web" / f"{name}.warc.gz", "rb"), parse_http=False
+        )
         offsets = [(r.stream_pos, r.record_type == WarcRecordType.response) for r in records]
-        for (start, is_page), (end, _) in zip(offsets, [*offsets[1:], (len(raw), False)], strict=True):
+        for (start, is_page), (end, _) in zip(
+            offsets, [*offsets[1:], (len(raw), False)], strict=True
+        ):
             if is_page:
                 outputs[pages % FILES].write(raw[start:end])
                 pages += 1
@@ -63,11 +73,14 @@ def settings(pages: Path, run: Path, name: str) -> Config:
 
 
 def with_ray(config: Config) -> tuple[float, float]:
-    """Wall and CPU seconds of the command as a user runs it: the driver, Ray's own processes and every worker."""
+    """Wall and CPU seconds of the command as a user runs it: the driver, Ray's own processes and
+    every worker.
+    """
     command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "configs" / "commoncrawl.toml")]
     command += [f'input.paths=["{config.input.paths[0]}"]', f"run.directory={config.run.directory}"]
     command += [f"extract.engine={config.extract.engine}"]
-    # GNU time cannot see Ray's daemons; a cgroup-free way is to sum what /proc says of the session's processes
+    # GNU time cannot see Ray's daemons; a cgroup-free way is to sum what /proc says of the
+    # session's processes
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     seen: dict[int, float] = {}
@@ -80,16 +93,20 @@ def with_ray(config: Config) -> tuple[float, float]:
 
 
 def without_ray(config: Config) -> dict[str, float]:
-    """CPU seconds per phase of the same units, one after the other in this process and its extractor child."""
+    """CPU seconds per phase of the same units, one after the other in this process and its
+    extractor child.
+    """
     outcome = execute(config, Silent(), in_process)
     if outcome.failed:
         raise SystemExit(f"units failed: {outcome.failed}")
-    return {phase: sum(c.cpu_seconds for c in commits) for phase, commits in commits_of(config).items()}
+    return {
+        phase: sum(c.cpu_seconds for c in commits) for phase, commits in commits_of(config).items()
+    }
 
 
 def commits_of(config: Config) -> dict[str, list[Commit]]:
     """Commits per phase of a finished run."""
-    return explain.all_commits(config.run.directory, explain.read_state(config.run.directory))
+    return results.all_commits(config.run.directory, status.read_state(config.run.directory))
 
 
 class Silent:
@@ -114,13 +131,15 @@ def peer(python: str, script: str, pages: Path, folder: Path, data: Path) -> tup
 
 
 def compare(run: str, theirs: set[str]) -> None:
-    """Which documents were kept by both, by one only, and our reason for those that only the peer kept."""
-    ours = {u for t in explain.tables(run, "corpus") for u in t["url"].to_pylist()}
+    """Which documents were kept by both, by one only, and our reason for those that only the peer
+    kept.
+    """
+    ours = {u for t in export.tables(run, "corpus") for u in t["url"].to_pylist()}
     print(
         f"documents kept by both: {len(ours & theirs)}, only here: {len(ours - theirs)}, only by the peer: {len(theirs - ours)}"
     )
     reasons: Counter[str] = Counter()
-    for table in explain.tables(run, "documents"):
+    for table in export.tables(run, "documents"):
         for row in table.select(["url", "rejected_by"]).to_pylist():
             if row["url"] in theirs - ours:
                 reasons[row["rejected_by"] or "dedup: another copy kept"] += 1
@@ -133,7 +152,10 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--engine", choices=["trafilatura", "resiliparse"], action="append")
     parser.add_argument(
-        "--copies", type=int, default=1, help="read the pages so many times: what Ray costs to start matters less"
+        "--copies",
+        type=int,
+        default=1,
+        help="read the pages so many times: what Ray costs to start matters less",
     )
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-script")
@@ -149,14 +171,31 @@ def main() -> None:
             wall, cpu = with_ray(config)
             runs[name] = (wall, config.run.directory)
             for phase, commits in commits_of(config).items():
-                print(f"{name}: {phase}: {sum(c.cpu_seconds for c in commits):.1f} s of CPU in {len(commits)} units")
+                print(
+                    f"{name}: {phase}: {sum(c.cpu_seconds for c in commits):.1f} s of CPU in {len(commits)} units"
+                )
             bare = without_ray(settings(folder / "pages", folder / f"bare-{name}", name))
-            print(f"{name}: with Ray {cpu:.1f} s of CPU, {wall:.1f} s wall, {count / wall:.1f} pages/s")
-            print(f"{name}: bare process {sum(bare.values()):.1f} s of CPU ({ {k: round(v, 1) for k, v in bare.items()} })")
-            print(f"{name}: ratio of CPU, with Ray to bare: {cpu / sum(bare.values()):.2f}", flush=True)
+            print(
+                f"{name}: with Ray {cpu:.1f} s of CPU, {wall:.1f} s wall, {count / wall:.1f} pages/s"
+            )
+            print(
+                f"{name}: bare process {sum(bare.values()):.1f} s of CPU ({ {k: round(v, 1) for k, v in bare.items()} })"
+            )
+            print(
+                f"{name}: ratio of CPU, with Ray to bare: {cpu / sum(bare.values()):.2f}",
+                flush=True,
+            )
         if arguments.peer_python:
-            seconds, kept = peer(arguments.peer_python, arguments.peer_script, folder / "pages", folder / "peer", data)
-            print(f"peer: {seconds:.1f} s wall, {count / seconds:.1f} pages/s, {len(kept)} documents kept")
+            seconds, kept = peer(
+                arguments.peer_python,
+                arguments.peer_script,
+                folder / "pages",
+                folder / "peer",
+                data,
+            )
+            print(
+                f"peer: {seconds:.1f} s wall, {count / seconds:.1f} pages/s, {len(kept)} documents kept"
+            )
             for name, (wall, run) in runs.items():
                 print(f"{name}: throughput {seconds / wall:.1f} times the peer's")
                 compare(run, kept)

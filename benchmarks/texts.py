@@ -11,30 +11,42 @@ import numpy as np
 import xxhash
 import zstandard
 
-from stages import minhash
+from stages.dedup import minhash
 
 
 def lines(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a .jsonl.zst file."""
     with open(path, "rb") as raw:
-        yield from map(json.loads, io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw), "utf-8"))
+        yield from map(
+            json.loads, io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw), "utf-8")
+        )
 
 
 def web_pages(data: Path) -> list[str]:
     """The main texts of WCXB's pages."""
-    return [row["main_content"] for row in lines(data / "gold" / "wcxb-500.jsonl.zst") if row["main_content"]]
+    return [
+        row["main_content"]
+        for row in lines(data / "gold" / "wcxb-500.jsonl.zst")
+        if row["main_content"]
+    ]
 
 
 def documentation(data: Path, names: Iterable[str] = ()) -> Iterator[str]:
     """Pages of documentation packages, all of them if none is named."""
     folder = data / "text" / "docs"
-    for path in [folder / f"{name}.jsonl.zst" for name in names] or sorted(folder.glob("*.jsonl.zst")):
+    for path in [folder / f"{name}.jsonl.zst" for name in names] or sorted(
+        folder.glob("*.jsonl.zst")
+    ):
         yield from (row["text"] for row in lines(path))
 
 
 def leads(data: Path) -> list[str]:
     """The first paragraphs of English Wikipedia's articles, a different article each."""
-    raw = zstandard.ZstdDecompressor().stream_reader(open(data / "text" / "wiki" / "ovos_summaries_en.json.zst", "rb")).read()
+    raw = (
+        zstandard.ZstdDecompressor()
+        .stream_reader(open(data / "text" / "wiki" / "ovos_summaries_en.json.zst", "rb"))
+        .read()
+    )
     return [article["extract"] for article in json.loads(raw).values()]
 
 
@@ -46,15 +58,21 @@ def cut(texts: Iterable[str], words: int) -> Iterator[str]:
 
 
 def plant(text: str, target: float, filler: Sequence[str], rng: np.random.Generator) -> str:
-    """A copy with words exchanged, here and there or in one run, so that about `target` of the shingles' union is common."""
+    """A copy with words exchanged, here and there or in one run, so that about `target` of the
+    shingles' union is common.
+    """
     words = text.split()
-    changed = len(words) * (1 - target) / (1 + target)  # shingles: of n on either side k differ, (n - k) / (n + k) are common
+    changed = (
+        len(words) * (1 - target) / (1 + target)
+    )  # shingles: of n on either side k differ, (n - k) / (n + k) are common
     if rng.random() < 0.5:
         places = rng.choice(len(words), max(1, round(changed / 5)), replace=False)
     else:
         length = max(1, round(changed) - 4)
         places = np.arange(length) + rng.integers(0, max(1, len(words) - length))
-    for place, other in zip(places.tolist(), rng.integers(0, len(filler), len(places)).tolist(), strict=True):
+    for place, other in zip(
+        places.tolist(), rng.integers(0, len(filler), len(places)).tolist(), strict=True
+    ):
         words[place] = filler[other]
     return " ".join(words)
 

@@ -1,10 +1,12 @@
-"""How fast does the trainer step? Tokens/s of a GPU, MFU and memory, beside bare torch and beside rows of many documents.
+"""How fast does the trainer step? Tokens/s of a GPU, MFU and memory, beside bare torch and beside
+rows of many documents.
 
     python -m benchmarks.trainer [--quick] [--only 1B 3B] [--parts bare attention loader] …
     torchrun --nproc-per-node 8 -m benchmarks.trainer --rows 8 --checkpointing none …
 
-A step is the loop's: `accumulate`, clipping, a look at the loss, the update (BF16, AdamW). It needs torch and NumPy alone; the
-part `loader` the full installation. MFU is PaLM's (`flops_per_token`), with attention counted whole even where rows are packed.
+A step is the loop's: `accumulate`, clipping, a look at the loss, the update (BF16, AdamW). It needs
+torch and NumPy alone; the part `loader` the full installation. MFU is PaLM's (`flops_per_token`),
+with attention counted whole even where rows are packed.
 
 speed      always: our step on whole rows, with the least activation checkpointing that fits, and as many rows as fit
 bare       the same layers without FSDP, with weights, gradients and AdamW in BF16, cross-entropy of whole logits: a ceiling
@@ -33,20 +35,40 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from trainer.config import PRESETS, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, SourceConfig
-from trainer.devices import peak_flops
-from trainer.model import IGNORE, INIT_STD, Transformer, flops_per_token, next_tokens
-from trainer.optim import make_optimizer
-from trainer.parallel import clip_grad_norm, join_ranks, make_mesh, parallelize, sum_over_ranks
-from trainer.step import accumulate
-from trainer.telemetry import Meter, mfu
+from trainer.config import (
+    PRESETS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SourceConfig,
+)
+from trainer.model.llama import IGNORE, INIT_STD, Transformer, flops_per_token, next_tokens
+from trainer.model.optim import make_optimizer
+from trainer.model.parallel import (
+    clip_grad_norm,
+    join_ranks,
+    make_mesh,
+    parallelize,
+    sum_over_ranks,
+)
+from trainer.model.step import accumulate
+from trainer.telemetry.devices import peak_flops
+from trainer.telemetry.meter import Meter, mfu
 
 PEERS = """published, other hardware: llm-foundry on 8 to 16 H100 80 GB, BF16, 2048 tokens a row (scripts/train/benchmarking)
   1.3B 45,455 tokens/s/GPU  MFU 41.8 %    2.7B 24,142 tokens/s/GPU  MFU 43.7 %    6.7B 10,643 tokens/s/GPU  MFU 46.4 %"""
 PARTS = ("bare", "attention", "loader")
-MICRO_TOKENS = {"3B": 16_384, "8B": 4096}  # of a micro-batch to begin with, about what 140 GB hold; others 32,768
-LEAST_TOKENS = 4096  # of a micro-batch: with less, computing activations again is the better way to make room
-DOCUMENT_TOKENS = 700  # of a document on average, about a web page's main text; lengths are drawn geometrically
+MICRO_TOKENS = {
+    "3B": 16_384,
+    "8B": 4096,
+}  # of a micro-batch to begin with, about what 140 GB hold; others 32,768
+LEAST_TOKENS = (
+    4096  # of a micro-batch: with less, computing activations again is the better way to make room
+)
+DOCUMENT_TOKENS = (
+    700  # of a document on average, about a web page's main text; lengths are drawn geometrically
+)
 WARM_UP = 2  # steps, which compile and allocate
 KERNELS = {
     "cuDNN": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
@@ -64,7 +86,9 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What to measure: `micro` micro-batches of `rows` rows a step on each GPU, packed of documents or (0) whole."""
+    """What to measure: `micro` micro-batches of `rows` rows a step on each GPU, packed of documents
+    or (0) whole.
+    """
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -77,7 +101,9 @@ class Case:
 
 
 class Speed(NamedTuple):
-    """What a GPU gave. `wait_share` of the time it waited for data; `peak_bytes` of memory were allocated."""
+    """What a GPU gave. `wait_share` of the time it waited for data; `peak_bytes` of memory were
+    allocated.
+    """
 
     case: Case
     tokens_per_second: float
@@ -120,19 +146,25 @@ def our_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Any], d
     optimizer.zero_grad()
 
 
-def bare_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Any], device: str) -> None:
+def bare_step(
+    model: Transformer, optimizer: Optimizer, batches: Sequence[Any], device: str
+) -> None:
     """Whole rows only."""
     for batch in batches:
         tokens = batch.tokens.to(device)
         logits = model(tokens, None).flatten(0, 1).float()
-        (F.cross_entropy(logits, next_tokens(tokens, None).flatten(), ignore_index=IGNORE) / len(batches)).backward()
+        (
+            F.cross_entropy(logits, next_tokens(tokens, None).flatten(), ignore_index=IGNORE)
+            / len(batches)
+        ).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()
     optimizer.zero_grad()
 
 
 def make(case: Case, *, wrapped: bool) -> tuple[Transformer, Optimizer]:
-    """As trainer.step.build, but with weights drawn where they lie: those that go by the seed take 10 s a billion.
+    """As trainer.step.build, but with weights drawn where they lie: those that go by the seed take
+    10 s a billion.
 
     Random, not zeros: on those a GPU draws less power, and runs faster than it ever will.
     """
@@ -164,7 +196,8 @@ def in_memory(case: Case) -> Draw:
 
 
 def fitting(case: Case, step: Step, *, least_rows: int = 1) -> Speed | None:
-    """Measured with as many rows as fit: halved while memory runs out, None below `least_rows`; a step keeps its tokens.
+    """Measured with as many rows as fit: halved while memory runs out, None below `least_rows`; a
+    step keeps its tokens.
 
     OutOfMemoryError with several ranks, as some may have had room and now wait for the others.
     """
@@ -179,7 +212,9 @@ def fitting(case: Case, step: Step, *, least_rows: int = 1) -> Speed | None:
 
 
 def clear() -> None:
-    """Free the last model, also after an error, and compile anew: sizes seen to change are compiled as unknowns, and slower."""
+    """Free the last model, also after an error, and compile anew: sizes seen to change are compiled
+    as unknowns, and slower.
+    """
     gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_available():
@@ -193,10 +228,12 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
-def bench(label: str, case: Case, *, checkpointing: Sequence[Any], least_rows: int, parts: Sequence[str]) -> None:
+def bench(
+    label: str, case: Case, *, checkpointing: Sequence[Any], least_rows: int, parts: Sequence[str]
+) -> None:
     """The lines of one model, length and way to run."""
     for kind in checkpointing:
         case = replace(case, parallel=replace(case.parallel, checkpointing=kind))
@@ -219,10 +256,18 @@ def attention(label: str, speed: Speed) -> None:
     name = f"{label}, documents of {packed.document_tokens} tokens"
     compare(f"{name}, sdpa", packed, our_step, speed)
     if packed.device == "cuda":  # FlexAttention has no backward pass on CPUs
-        compare(f"{name}, flex", replace(packed, model=replace(packed.model, attention="flex")), our_step, speed)
+        compare(
+            f"{name}, flex",
+            replace(packed, model=replace(packed.model, attention="flex")),
+            our_step,
+            speed,
+        )
     for name, kernels in KERNELS.items() if packed.device == "cuda" else ():
         # torch's caches on disk do not tell kernels apart (pytorch issue 185449)
-        with sdpa_kernel(kernels, set_priority=True), torch.compiler.config.patch(force_disable_caches=True):
+        with (
+            sdpa_kernel(kernels, set_priority=True),
+            torch.compiler.config.patch(force_disable_caches=True),
+        ):
             compare(f"{label}, {name} first", speed.case, our_step, speed)
 
 
@@ -232,39 +277,57 @@ def compare(label: str, case: Case, step: Step, ours: Speed) -> None:
     except RuntimeError as error:
         if dist.get_world_size() > 1:
             raise
-        return say(f"{label}: failed, {error!r:.300}")  # a kernel that this torch or GPU lacks is not the end of an hour's run
+        return say(
+            f"{label}: failed, {error!r:.300}"
+        )  # a kernel that this torch or GPU lacks is not the end of an hour's run
     say(f"{label}: does not fit" if found is None else line(label, found, ours))
 
 
 def line(label: str, speed: Speed, ours: Speed | None = None) -> str:
     """What a case gave, and its ratio to `ours`."""
     case, name = speed.case, torch.cuda.get_device_name() if speed.case.device == "cuda" else ""
-    used = mfu(speed.tokens_per_second, flops_per_token=flops_per_token(case.model, case.seq_len), peak=peak_flops(name))
+    used = mfu(
+        speed.tokens_per_second,
+        flops_per_token=flops_per_token(case.model, case.seq_len),
+        peak=peak_flops(name),
+    )
     shown = "unknown" if used is None else f"{used:.1%}"
     seconds = case.rows * case.micro * case.seq_len / speed.tokens_per_second
     memory = f"{speed.peak_bytes / 2**30:.1f} GiB" if speed.peak_bytes else "memory unknown"
-    ratio = f"  {speed.tokens_per_second / ours.tokens_per_second:.3f} of ours on whole rows" if ours else ""
+    ratio = (
+        f"  {speed.tokens_per_second / ours.tokens_per_second:.3f} of ours on whole rows"
+        if ours
+        else ""
+    )
     how = f"{case.rows} rows x {case.micro} micro-batches, {case.parallel.checkpointing}, {seconds:.3f} s a step, {memory}"
     return f"{label}: {speed.tokens_per_second:,.0f} tokens/s/GPU  MFU {shown}  ({how}){ratio}"
 
 
 def loader(label: str, speed: Speed) -> None:
-    """The trainer's own supply of whole rows, from a generation just written: from the page cache, that is."""
-    from trainer.supply import Supply
+    """The trainer's own supply of whole rows, from a generation just written: from the page cache,
+    that is.
+    """
+    from trainer.data.loader import Supply
 
     case, batch = speed.case, speed.case.rows * speed.case.micro
     with tempfile.TemporaryDirectory() as folder:
         publish(Path(folder), case, rows=batch * (WARM_UP + case.steps))
-        config = DataConfig((SourceConfig(folder),), global_batch_rows=batch, micro_batch_rows=case.rows)
+        config = DataConfig(
+            (SourceConfig(folder),), global_batch_rows=batch, micro_batch_rows=case.rows
+        )
         with Supply(config, rank=0, world_size=1) as supply:
             read = measure(case, our_step, supply.next)
     say(line(f"{label}, from disk", read, speed))
-    say(f"{label}: waits for data {read.wait_share:.3%} of the time from disk, {speed.wait_share:.3%} from memory")
+    say(
+        f"{label}: waits for data {read.wait_share:.3%} of the time from disk, {speed.wait_share:.3%} from memory"
+    )
 
 
 def publish(run: Path, case: Case, *, rows: int) -> None:
-    """A generation of one shard of random whole rows, and the catalog that lists it, as the pipeline would leave them."""
-    from stages import mds
+    """A generation of one shard of random whole rows, and the catalog that lists it, as the
+    pipeline would leave them.
+    """
+    from stages.formats import mds
 
     folder, rng = run / "generations" / "gen-0001", np.random.default_rng(0)
     columns = {"tokens": f"ndarray:uint32:{case.seq_len}", "spans": "ndarray:uint32"}
@@ -273,15 +336,25 @@ def publish(run: Path, case: Case, *, rows: int) -> None:
             writer.write({"tokens": tokens, "spans": np.array([case.seq_len], np.uint32)})
     name = mds.read_index(folder)["shards"][0]["raw_data"]["basename"]
     data = (folder / name).read_bytes()
-    shard = {"basename": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "rows": rows}
-    shape = {"rows": rows, "tokens": rows * case.seq_len, "seq_len": case.seq_len, "tokenizer": "none"}
+    shard = {
+        "basename": name,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "rows": rows,
+    }
+    shape = {
+        "rows": rows,
+        "tokens": rows * case.seq_len,
+        "seq_len": case.seq_len,
+        "tokenizer": "none",
+    }
     text = json.dumps({"name": folder.name, **shape, "shards": [shard]})
     (folder / "manifest.json").write_text(text)
     entry = {"name": folder.name, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
     (run / "catalog.jsonl").write_text(json.dumps(entry) + "\n")
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -291,25 +364,51 @@ def say(text: str) -> None:
 
 def parse(arguments: Sequence[str] | None, *, gpu: bool) -> argparse.Namespace:
     """The options; what is left open goes by `quick`, and by whether there is a GPU."""
-    parser = argparse.ArgumentParser(prog="benchmarks.trainer", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="1B and 3B, compiled, speed alone, few steps")
-    parser.add_argument("--only", nargs="+", choices=PRESETS, help="presets; 8B is measured only when named")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.trainer", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="1B and 3B, compiled, speed alone, few steps"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=PRESETS, help="presets; 8B is measured only when named"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens a row")
     parser.add_argument("--compile", nargs="+", choices=("on", "off"))
-    parser.add_argument("--checkpointing", nargs="+", choices=("none", "selective", "full"), help="tried in this order")
-    parser.add_argument("--rows", type=int, help="of a micro-batch; else tried, halving while memory runs out")
+    parser.add_argument(
+        "--checkpointing",
+        nargs="+",
+        choices=("none", "selective", "full"),
+        help="tried in this order",
+    )
+    parser.add_argument(
+        "--rows", type=int, help="of a micro-batch; else tried, halving while memory runs out"
+    )
     parser.add_argument("--micro", type=int, help="micro-batches a step")
     parser.add_argument("--steps", type=int, help="timed steps")
     parser.add_argument("--parts", nargs="*", choices=PARTS, help="what to measure beside speed")
-    defaults = {"only": ["125M", "350M", "1B", "3B"], "lengths": [2048, 4096], "compile": ["on", "off"], "parts": list(PARTS)}
+    defaults = {
+        "only": ["125M", "350M", "1B", "3B"],
+        "lengths": [2048, 4096],
+        "compile": ["on", "off"],
+        "parts": list(PARTS),
+    }
     defaults |= {"checkpointing": ["none", "selective", "full"], "rows": 0, "micro": 4, "steps": 10}
     options = parser.parse_args(arguments)
     if options.quick:
         defaults |= {"only": ["1B", "3B"], "compile": ["on"], "parts": [], "micro": 2, "steps": 5}
     if not gpu:
         defaults |= {"only": ["tiny"], "compile": ["off"], "lengths": [32], "micro": 2, "steps": 2}
-    options = argparse.Namespace(**defaults | {name: value for name, value in vars(options).items() if value is not None})
-    if min(options.rows, *(number - 1 for number in (options.micro, options.steps, *options.lengths))) < 0:
+    options = argparse.Namespace(
+        **defaults | {name: value for name, value in vars(options).items() if value is not None}
+    )
+    if (
+        min(
+            options.rows,
+            *(number - 1 for number in (options.micro, options.steps, *options.lengths)),
+        )
+        < 0
+    ):
         parser.error("lengths, micro and steps are 1 at least, rows 0 (to be tried) or more")
     return options
 
@@ -326,13 +425,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "loader" in options.parts and (missing or dist.get_world_size() > 1):
         say(f"loader: skipped, it needs {', '.join(missing) or 'a single rank'}")
         options.parts = [part for part in options.parts if part != "loader"]
-    for name, compiled, seq_len in itertools.product(options.only, options.compile, options.lengths):
+    for name, compiled, seq_len in itertools.product(
+        options.only, options.compile, options.lengths
+    ):
         model = PRESETS[name] if gpu else replace(PRESETS[name], vocab_size=512)
         rows = options.rows or max(1, (MICRO_TOKENS.get(name, 32_768) if gpu else 128) // seq_len)
-        case = Case(model, ParallelConfig(compile=compiled == "on"), device, options.steps, seq_len, rows, options.micro)
+        case = Case(
+            model,
+            ParallelConfig(compile=compiled == "on"),
+            device,
+            options.steps,
+            seq_len,
+            rows,
+            options.micro,
+        )
         least = rows if options.rows else min(rows, max(1, LEAST_TOKENS // seq_len))
         label = f"{name} {seq_len}{' compiled' if compiled == 'on' else ''}"
-        bench(label, case, checkpointing=options.checkpointing, least_rows=least, parts=options.parts)
+        bench(
+            label, case, checkpointing=options.checkpointing, least_rows=least, parts=options.parts
+        )
 
 
 if __name__ == "__main__":

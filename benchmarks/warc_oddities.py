@@ -1,8 +1,10 @@
-"""Reads every file of the shared corpus and prints what came out of it: records, pages, reasons, damage.
+"""Reads every file of the shared corpus and prints what came out of it: records, pages, reasons,
+damage.
 
     python benchmarks/warc_oddities.py [DATA]        (DATA defaults to ../shared/data)
 
-Bytes lost are bytes of the file as it lies on disk; MB/s counts delivered pages, decoded, by the clock of this machine.
+Bytes lost are bytes of the file as it lies on disk; MB/s counts delivered pages, decoded, by the
+clock of this machine.
 """
 
 import sys
@@ -11,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stages.warc import ReadStats, read_records
+from stages.read.warc import ReadStats, read_records
 
 FOLDERS = ("real", "edge", "web")
 MAX_PAYLOAD_BYTES = 8 << 20
@@ -38,7 +40,9 @@ def main(data: Path) -> None:
     total, total_kinds, delivered = ReadStats(), Counter[str](), 0
     started = time.perf_counter()
     for folder in FOLDERS:
-        for path in sorted(path for path in (data / "warc" / folder).iterdir() if path.suffix != ".tsv"):
+        for path in sorted(
+            path for path in (data / "warc" / folder).iterdir() if path.suffix != ".tsv"
+        ):
             stats, kinds, size = measure(path)
             print(row(f"{folder}/{path.name}", stats, kinds))
             total.records += stats.records
@@ -50,7 +54,9 @@ def main(data: Path) -> None:
             delivered += size
     elapsed_seconds = time.perf_counter() - started
     print(row("total", total, total_kinds))
-    print(f"{total.bytes_total:,} bytes read, {delivered:,} delivered, {delivered / 1e6 / elapsed_seconds:.0f} MB/s")
+    print(
+        f"{total.bytes_total:,} bytes read, {delivered:,} delivered, {delivered / 1e6 / elapsed_seconds:.0f} MB/s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What a process and its descendants use: CPU seconds, peak memory. Linux only, from /proc.
 
-A process's peak is its VmHWM, not ru_maxrss, which a child inherits from its parent. A sum over processes is one of
-proportional set sizes, so that memory they share (Ray's object store) counts once.
+A process's peak is its VmHWM, not ru_maxrss, which a child inherits from its parent. A sum over
+processes is one of proportional set sizes, so that memory they share (Ray's object store) counts
+once.
 """
 
 import multiprocessing
@@ -18,7 +19,9 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 class Usage(NamedTuple):
-    """Of a process and its descendants: wall and CPU seconds since the mark, the largest process, the largest sum (bytes)."""
+    """Of a process and its descendants: wall and CPU seconds since the mark, the largest process,
+    the largest sum (bytes).
+    """
 
     wall: float
     cpu: float
@@ -31,9 +34,11 @@ class ChildError(RuntimeError):
 
 
 def watched(call: Callable[..., Any], *args: Any, limit: float = 3600) -> tuple[Any, Usage]:
-    """What `call(mark, *args)` returns in a process of its own, and what that and its descendants used.
+    """What `call(mark, *args)` returns in a process of its own, and what that and its descendants
+    used.
 
-    CPU time is counted from the moment it calls `mark`. TimeoutError after `limit` seconds; nothing is left running.
+    CPU time is counted from the moment it calls `mark`. TimeoutError after `limit` seconds; nothing
+    is left running.
     """
     here, there = SPAWN.Pipe()
     process = SPAWN.Process(target=_child, args=(there, call, args))
@@ -85,7 +90,9 @@ class Watch:
     def usage(self) -> Usage:
         self._sample()
         cpu = sum(self._cpu.values()) - self._before
-        return Usage(time.monotonic() - self._start, cpu, max(self._peaks.values(), default=0), self._total)
+        return Usage(
+            time.monotonic() - self._start, cpu, max(self._peaks.values(), default=0), self._total
+        )
 
     def end(self, *, kill: bool) -> None:
         self._ended.set()

@@ -1,12 +1,13 @@
 """Policy over text: what a filter is, how its bounds are checked, and how one is found by name.
 
-A filter is a frozen dataclass in `filters/<name>.py`, called <Name> in CamelCase. Every field of type `Bound` is a rule:
-its name is at once the score that `measure` returns, the Arrow column, the reject reason, the report row, the TOML key and
-the command-line override (`gopher_quality.word_count`). Adding a filter is one file and one word in a config.
+A filter is a frozen dataclass in `filters/<name>.py`, called <Name> in CamelCase. Every field of
+type `Bound` is a rule: its name is at once the score that `measure` returns, the Arrow column, the
+reject reason, the report row, the TOML key and the command-line override
+(`gopher_quality.word_count`). Adding a filter is one file and one word in a config.
 
-What a filter may have besides: fields of type `File` (models, lists: known by their content, not by their path), `notes`
-(names of text columns that `measure` fills), `edit` (it changes the text too; `edits_by` names the bounds that say how), `check`
-(what must hold before a run starts).
+What a filter may have besides: fields of type `File` (models, lists: known by their content, not by
+their path), `notes` (names of text columns that `measure` fills), `edit` (it changes the text too;
+`edits_by` names the bounds that say how), `check` (what must hold before a run starts).
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict
 
-# defaults are validated too, so that 5 written out and 5 by default are the same bound and give the same stage key
+# defaults are validated too, so that 5 written out and 5 by default are the same bound and give the
+# same stage key
 STRICT = ConfigDict(extra="forbid", validate_default=True)
 
 
@@ -34,8 +36,11 @@ def _low_to_high(value: tuple[float, float] | None) -> tuple[float, float] | Non
     return value
 
 
-# [low, high], both inclusive; inf and -inf leave a side open; "off" (None) measures without rejecting.
-Bound = Annotated[tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_low_to_high)]
+# [low, high], both inclusive; inf and -inf leave a side open; "off" (None) measures without
+# rejecting.
+Bound = Annotated[
+    tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_low_to_high)
+]
 
 
 # Paths to files or folders that every worker can read; "" when none is named.
@@ -46,17 +51,22 @@ Measured = dict[str, Any]  # a float per rule, then a string or None per note
 
 
 class Filter(Protocol):
-    """What every filter has. The names of `notes` and of `tallied`, those of them whose values are few enough to be counted,
-    are class variables; both are () for a filter that lacks them.
+    """What every filter has. The names of `notes` and of `tallied`, those of them whose values are
+    few enough to be counted, are class variables; both are () for a filter that lacks them.
     """
 
     def measure(self, view: Any) -> Measured:
-        """Score a document; total: defined for every string, one score per Bound field, in field order, then the notes."""
+        """Score a document; total: defined for every string, one score per Bound field, in field
+        order, then the notes.
+        """
         ...
 
 
 def apply(filter: Any, view: Any) -> tuple[Any, Measured]:
-    """The document as the filter hands it on, and what it measured. Only filters with a method `edit` change a document."""
+    """The document as the filter hands it on, and what it measured.
+
+    Only filters with a method `edit` change a document.
+    """
     if hasattr(filter, "edit"):
         edited: tuple[Any, Measured] = filter.edit(view)
         return edited
@@ -64,7 +74,9 @@ def apply(filter: Any, view: Any) -> tuple[Any, Measured]:
 
 
 class Rejection(NamedTuple):
-    """Why a document was dropped: `rule` is '<filter>.<score>', `bound` the limits that `value` fell outside."""
+    """Why a document was dropped: `rule` is '<filter>.<score>', `bound` the limits that `value`
+    fell outside.
+    """
 
     rule: str
     value: float
@@ -77,7 +89,8 @@ def rules(filter: Any) -> dict[str, tuple[float, float] | None]:
 
 
 def settings(filter: Any) -> dict[str, Any]:
-    """The fields of a filter that change what is measured, as opposed to where the limits lie; files not, see `files`.
+    """The fields of a filter that change what is measured, as opposed to where the limits lie;
+    files not, see `files`.
 
     Limits by which a filter edits, its `edits_by`, decide what it and all filters after it measure.
     """
@@ -91,12 +104,21 @@ def settings(filter: Any) -> dict[str, Any]:
 
 def files(section: Any) -> dict[str, tuple[str, ...]]:
     """The paths that a filter, or any other section, reads by the names of their fields."""
-    paths = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.type in (File, Files)}
-    return {name: found if isinstance(found, tuple) else (found,) * bool(found) for name, found in paths.items()}
+    paths = {
+        f.name: getattr(section, f.name)
+        for f in dataclasses.fields(section)
+        if f.type in (File, Files)
+    }
+    return {
+        name: found if isinstance(found, tuple) else (found,) * bool(found)
+        for name, found in paths.items()
+    }
 
 
 def derived(filter: Any) -> dict[str, str]:
-    """The settings that only sort documents by a score, with that score: no score changes with them. As percentiles allowed."""
+    """The settings that only sort documents by a score, with that score: no score changes with
+    them. As percentiles allowed.
+    """
     return dict(getattr(filter, "percentiles_of", {}))
 
 
@@ -106,7 +128,9 @@ def notes(filter: Any) -> tuple[str, ...]:
 
 
 def first_failure(name: str, filter: Any, scores: Mapping[str, float]) -> Rejection | None:
-    """The first rule that `scores` breaks. NaN breaks every rule: a score that cannot be had is no pass."""
+    """The first rule that `scores` breaks. NaN breaks every rule: a score that cannot be had is no
+    pass.
+    """
     for rule, bound in rules(filter).items():
         if bound is None:
             continue
@@ -119,7 +143,11 @@ def first_failure(name: str, filter: Any, scores: Mapping[str, float]) -> Reject
 def available() -> list[str]:
     """Names of the modules in this package that hold a filter, that is, a class of their own name."""
     modules = (m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SECTIONS)
-    return sorted(name for name in modules if hasattr(importlib.import_module(f"filters.{name}"), _class_name(name)))
+    return sorted(
+        name
+        for name in modules
+        if hasattr(importlib.import_module(f"filters.{name}"), _class_name(name))
+    )
 
 
 # policy that has a place of its own in the pipeline, and is no link of a stage's chain

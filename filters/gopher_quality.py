@@ -5,15 +5,16 @@ from math import inf
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound
-from filters.text import TextView, ratio
+from filters.text.view import TextView, ratio
 
 
 @dataclass(frozen=True, config=STRICT)
 class GopherQuality:
     """Keep prose-like documents (Rae et al. 2021, arXiv:2112.11446, A1.1).
 
-    Lengths are in characters, ratios per word or per line; blank lines are no lines. Every score of "" is 0. A word is
-    what `TextView.words` says; one without letter or digit is a symbol, which the paper leaves open.
+    Lengths are in characters, ratios per word or per line; blank lines are no lines. Every score of
+    "" is 0. A word is what `TextView.words` says; one without letter or digit is a symbol, which
+    the paper leaves open.
     """
 
     word_count: Bound = (50, 100_000)  # symbols not counted
@@ -22,11 +23,20 @@ class GopherQuality:
     ellipsis_ratio: Bound = (0, 0.1)  # "..." and "…" per word, symbols included
     bullet_line_ratio: Bound = (0, 0.9)  # lines that start with "•" or "-"
     ellipsis_line_ratio: Bound = (0, 0.3)  # lines that end in "..." or "…"
-    # paper: 80 % of the words have a letter. Over all tokens, as datatrove and so FineWeb do it, a comma is a word
-    # without one, and the rule bites harder than the paper's; we keep FineWeb's.
+    # paper: 80 % of the words have a letter. Over all tokens, as datatrove and so FineWeb do it, a
+    # comma is a word without one, and the rule bites harder than the paper's; we keep FineWeb's.
     alpha_word_ratio: Bound = (0.8, 1)
     stop_word_count: Bound = (2, inf)  # how many different ones occur
-    stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")  # in lower case, as written
+    stop_words: tuple[str, ...] = (
+        "the",
+        "be",
+        "to",
+        "of",
+        "and",
+        "that",
+        "have",
+        "with",
+    )  # in lower case, as written
 
     def measure(self, view: TextView) -> dict[str, float]:
         text, lines, words, counts = view.text, view.lines, view.vocabulary, view.word_counts
@@ -35,11 +45,17 @@ class GopherQuality:
         word_count = int(counts[plain].sum()) if words else 0
         return {
             "word_count": float(word_count),
-            "mean_word_length": ratio((counts * view.word_lengths)[plain].sum(), word_count) if words else 0.0,
+            "mean_word_length": ratio((counts * view.word_lengths)[plain].sum(), word_count)
+            if words
+            else 0.0,
             "hash_ratio": ratio(text.count("#"), len(view.words)),
             "ellipsis_ratio": ratio(text.count("...") + text.count("…"), len(view.words)),
-            "bullet_line_ratio": ratio(sum(line.lstrip().startswith(("•", "-")) for line in lines), len(lines)),
-            "ellipsis_line_ratio": ratio(sum(line.rstrip().endswith(("...", "…")) for line in lines), len(lines)),
+            "bullet_line_ratio": ratio(
+                sum(line.lstrip().startswith(("•", "-")) for line in lines), len(lines)
+            ),
+            "ellipsis_line_ratio": ratio(
+                sum(line.rstrip().endswith(("...", "…")) for line in lines), len(lines)
+            ),
             "alpha_word_ratio": ratio(counts[alpha].sum(), len(view.words)) if words else 0.0,
             "stop_word_count": float(len(set(self.stop_words).intersection(words))),
         }

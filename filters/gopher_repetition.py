@@ -3,16 +3,17 @@
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound
-from filters.text import TextView, ratio
+from filters.text.view import TextView, ratio
 
 
 @dataclass(frozen=True, config=STRICT)
 class GopherRepetition:
     """Drop repetitive documents (Rae et al. 2021, arXiv:2112.11446, A1.1 and Table A1).
 
-    A part counts as duplicate from its second occurrence on. Shares of characters are of all characters, white space
-    included. The most frequent n-gram may overlap itself ("a a a a"), so its share may exceed 1; one that occurs once
-    still counts, which only very short texts notice. Every score of "" is 0.
+    A part counts as duplicate from its second occurrence on. Shares of characters are of all
+    characters, white space included. The most frequent n-gram may overlap itself ("a a a a"), so
+    its share may exceed 1; one that occurs once still counts, which only very short texts notice.
+    Every score of "" is 0.
     """
 
     duplicate_line_ratio: Bound = (0, 0.30)
@@ -38,5 +39,8 @@ class GopherRepetition:
             "duplicate_line_char_ratio": ratio(lines.chars, chars),
             "duplicate_paragraph_char_ratio": ratio(paragraphs.chars, chars),
             **{f"top_{n}gram_char_ratio": ratio(view.top_ngram_chars(n), chars) for n in (2, 3, 4)},
-            **{f"duplicate_{n}gram_char_ratio": ratio(view.repeated_ngram_chars(n), chars) for n in range(5, 11)},
+            **{
+                f"duplicate_{n}gram_char_ratio": ratio(view.repeated_ngram_chars(n), chars)
+                for n in range(5, 11)
+            },
         }

@@ -1,7 +1,8 @@
 """Publishers' machine-readable refusals of text and data mining, in HTTP headers and in the page.
 
-`noai` in X-Robots-Tag or a robots meta element (DeviantArt 2022, adopted by others), and `tdm-reservation: 1` as header
-or meta element (W3C TDM Reservation Protocol, final report 2024, sections 4 and 5).
+`noai` in X-Robots-Tag or a robots meta element (DeviantArt 2022, adopted by others), and
+`tdm-reservation: 1` as header or meta element (W3C TDM Reservation Protocol, final report 2024,
+sections 4 and 5).
 """
 
 import re
@@ -27,7 +28,9 @@ class OptOut:
 
 
 def in_headers(headers: Mapping[str, str]) -> str | None:
-    """The opt-out signal of a response, e.g. 'x-robots-tag: noai', or None; header names are lower-case."""
+    """The opt-out signal of a response, e.g. 'x-robots-tag: noai', or None; header names are
+    lower-case.
+    """
     if "noai" in _directives(headers.get("x-robots-tag", "")):
         return "x-robots-tag: noai"
     if headers.get("tdm-reservation", "").strip() == "1":
@@ -48,5 +51,6 @@ def in_html(html: str) -> str | None:
 
 
 def _directives(value: str) -> set[str]:
-    # "otherbot: noindex, noai" names a user agent before the colon; a refusal to one is read as a refusal to all
+    # "otherbot: noindex, noai" names a user agent before the colon; a refusal to one is read as a
+    # refusal to all
     return {part.rpartition(":")[2].strip() for part in value.lower().split(",")}

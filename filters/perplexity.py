@@ -1,7 +1,9 @@
-"""Perplexity of a document under a KenLM model: how unlike the model's own text it reads (CCNet, arXiv:1911.00359).
+"""Perplexity of a document under a KenLM model: how unlike the model's own text it reads (CCNet,
+arXiv:1911.00359).
 
-A perplexity means something only with the model and the normaliser it came from: cut at percentiles of a sample of your
-own. It sees word salad, foreign languages and broken encodings; it hardly sees boilerplate.
+A perplexity means something only with the model and the normaliser it came from: cut at percentiles
+of a sample of your own. It sees word salad, foreign languages and broken encodings; it hardly sees
+boilerplate.
 """
 
 import math
@@ -12,7 +14,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, Bound, File, Measured, cards, ccnet, off_is_none
+from filters import STRICT, Bound, File, Measured, model_card, off_is_none
+from filters.text import ccnet
 
 BUNDLED = Path(__file__).parents[1] / "models" / "wiki-en.5gram.bin"
 NORMALIZERS = (ccnet.WORDS, ccnet.PIECES)
@@ -20,28 +23,35 @@ NORMALIZERS = (ccnet.WORDS, ccnet.PIECES)
 
 def _ordered(value: tuple[float, float] | None) -> tuple[float, float] | None:
     if value is not None and not value[0] <= value[1]:
-        raise ValueError(f"head ends at the first number, tail begins after the second: got [{value[0]}, {value[1]}]")
+        raise ValueError(
+            f"head ends at the first number, tail begins after the second: got [{value[0]}, {value[1]}]"
+        )
     return value
 
 
 # Not a Bound: it names documents, and rejects none
-Buckets = Annotated[tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_ordered)]
+Buckets = Annotated[
+    tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_ordered)
+]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Perplexity:
-    """Keep documents that a language model finds neither too strange nor too predictable (Wenzek et al. 2019).
+    """Keep documents that a language model finds neither too strange nor too predictable (Wenzek et
+    al. 2019).
 
-    `model` is a KenLM binary with its card beside it. `perplexity` is per token, at least 1 but for rounding;
-    `worst_window` that of the worst consecutive lines with `window` tokens, line ends counted, or of the document if it
-    has fewer: a paragraph of spam in a good page. Both are NaN for a text without a token.
-    `buckets` are two perplexities (CCNet: the 33rd and 66th percentile of a sample); `bucket` is head up to the first, tail
-    above the second, and middle.
+    `model` is a KenLM binary with its card beside it. `perplexity` is per token, at least 1 but for
+    rounding; `worst_window` that of the worst consecutive lines with `window` tokens, line ends
+    counted, or of the document if it has fewer: a paragraph of spam in a good page. Both are NaN
+    for a text without a token. `buckets` are two perplexities (CCNet: the 33rd and 66th percentile
+    of a sample); `bucket` is head up to the first, tail above the second, and middle.
     """
 
     notes: ClassVar[tuple[str, ...]] = ("bucket",)
     tallied: ClassVar[tuple[str, ...]] = ("bucket",)
-    percentiles_of: ClassVar[dict[str, str]] = {"buckets": "perplexity"}  # buckets may be percentiles, of this score
+    percentiles_of: ClassVar[dict[str, str]] = {
+        "buckets": "perplexity"
+    }  # buckets may be percentiles, of this score
 
     model: File = ""
     perplexity: Bound = (0.0, math.inf)
@@ -55,9 +65,11 @@ class Perplexity:
         return {**scored._asdict(), "bucket": self._bucket(scored.perplexity)}
 
     def check(self, languages: tuple[str, ...]) -> None:
-        """That the model is there, is one that this filter can use, and is the one that its card describes."""
-        card = cards.read_card(self.model, kind="kenlm", normalizers=NORMALIZERS)
-        cards.check_digest(Path(self.model), card.get("sha256"), model=self.model)
+        """That the model is there, is one that this filter can use, and is the one that its card
+        describes.
+        """
+        card = model_card.read_card(self.model, kind="kenlm", normalizers=NORMALIZERS)
+        model_card.check_digest(Path(self.model), card.get("sha256"), model=self.model)
         _splitter(self.model, card)
 
     def _bucket(self, perplexity: float) -> str | None:
@@ -75,13 +87,14 @@ class Scored(NamedTuple):
 
 
 def score(lines: ccnet.Lines, model: Any, *, window: int) -> Scored:
-    """10 ** (-sum of the lines' log10 scores / sum of their lengths), a line's length being its tokens and its end.
+    """10 ** (-sum of the lines' log10 scores / sum of their lengths), a line's length being its
+    tokens and its end.
 
-    As CCNet computes it, but for lines without a token, which are left out: they are layout, and a model that never saw
-    an empty line would find it most surprising.
+    As CCNet computes it, but for lines without a token, which are left out: they are layout, and a
+    model that never saw an empty line would find it most surprising.
 
-    Windows are the shortest runs of lines with `window` tokens, line ends counted: one ends with each line, and one begins
-    the document, so that every line is in some window.
+    Windows are the shortest runs of lines with `window` tokens, line ends counted: one ends with
+    each line, and one begins the document, so that every line is in some window.
     """
     score_line = model.score
     log10, length, worst, first = 0.0, 0, math.nan, 0
@@ -115,21 +128,25 @@ class Loaded(NamedTuple):
     normalize: ccnet.Normalizer
 
 
-@lru_cache(maxsize=64)  # a model per language of a run, mapped into memory, which the workers of a machine share
+@lru_cache(
+    maxsize=64
+)  # a model per language of a run, mapped into memory, which the workers of a machine share
 def load(path: str) -> Loaded:
     """A model that its card says can be used; once per process."""
     import kenlm
 
-    card = cards.read_card(path, kind="kenlm", normalizers=NORMALIZERS)
+    card = model_card.read_card(path, kind="kenlm", normalizers=NORMALIZERS)
     splitter = _splitter(path, card)
     normalize = ccnet.words if splitter is None else partial(ccnet.pieces, splitter=splitter)
     return Loaded(kenlm.Model(path), normalize)
 
 
 def _splitter(model: str, card: dict[str, Any]) -> ccnet.Splitter | None:
-    """The SentencePiece model beside a model of pieces, if the card's digest is its own; None for a model of words."""
+    """The SentencePiece model beside a model of pieces, if the card's digest is its own; None for a
+    model of words.
+    """
     if card["normalizer"] == ccnet.WORDS:
         return None
     path = Path(model + ".spm")
-    cards.check_digest(path, card.get("sentencepiece", {}).get("sha256"), model=model)
+    model_card.check_digest(path, card.get("sentencepiece", {}).get("sha256"), model=model)
     return ccnet.Splitter(str(path))

@@ -1,7 +1,8 @@
-"""Quality by a fastText classifier: the probability that a text is of the kind the model was shown as good.
+"""Quality by a fastText classifier: the probability that a text is of the kind the model was shown
+as good.
 
-What "good" means is the model's card's to say. The one bundled tells prose from navigation, indexes and listings. A model
-may have any labels: topics, toxicity, levels.
+What "good" means is the model's card's to say. The one bundled tells prose from navigation, indexes
+and listings. A model may have any labels: topics, toxicity, levels.
 """
 
 import math
@@ -12,11 +13,12 @@ from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from filters import STRICT, Bound, File, Measured, cards
+from filters import STRICT, Bound, File, Measured, model_card
 
 BUNDLED = Path(__file__).parents[1] / "models" / "quality-en.ftz"
 
-# Stored on the card of every model trained on text of `normalize`. Any change to what it returns needs a new number.
+# Stored on the card of every model trained on text of `normalize`. Any change to what it returns
+# needs a new number.
 NORMALIZER = "line-lower-1"
 PREFIX = "__label__"  # by which fastText knows a label; names are without it
 _LINE_END = "</s>"  # fastText's word for it, which every model has
@@ -24,10 +26,12 @@ _LINE_END = "</s>"  # fastText's word for it, which every model has
 
 @dataclass(frozen=True, config=STRICT)
 class Quality:
-    """Keep documents that a classifier takes for good ones (as DCLM, Li et al. 2024, arXiv:2406.11794).
+    """Keep documents that a classifier takes for good ones (as DCLM, Li et al. 2024,
+    arXiv:2406.11794).
 
-    `model` is a supervised fastText model with its card beside it; `label` names its good class. `score` is that class's
-    probability, in [0, 1]; NaN for a text without a word. `likeliest` is the most probable label.
+    `model` is a supervised fastText model with its card beside it; `label` names its good class.
+    `score` is that class's probability, in [0, 1]; NaN for a text without a word. `likeliest` is
+    the most probable label.
     """
 
     notes: ClassVar[tuple[str, ...]] = ("likeliest",)
@@ -39,12 +43,15 @@ class Quality:
 
     def measure(self, view: Any) -> Measured:
         (found,) = predict([view.text], load(self.model))
-        return {"score": found[self.label] if found else math.nan, "likeliest": next(iter(found), None)}
+        return {
+            "score": found[self.label] if found else math.nan,
+            "likeliest": next(iter(found), None),
+        }
 
     def check(self, languages: tuple[str, ...]) -> None:
         """That the model is there, is the one that its card describes, and has the label."""
-        card = cards.read_card(self.model, kind="fasttext", normalizers=(NORMALIZER,))
-        cards.check_digest(Path(self.model), card.get("sha256"), model=self.model)
+        card = model_card.read_card(self.model, kind="fasttext", normalizers=(NORMALIZER,))
+        model_card.check_digest(Path(self.model), card.get("sha256"), model=self.model)
         check_label(self.label, load(self.model), path=self.model)
 
 
@@ -56,7 +63,8 @@ def probabilities(texts: Sequence[str], model: Any, *, label: str) -> list[float
 def predict(texts: Sequence[str], model: Any) -> list[dict[str, float]]:
     """The labels of a model, likeliest first, and their probabilities, in [0, 1], for each text.
 
-    None for a text without a word that the model knows: of such fastText would say what it says of an empty line.
+    None for a text without a word that the model knows: of such fastText would say what it says of
+    an empty line.
     """
     lines = [line if _is_known(line, model) else "" for line in map(normalize, texts)]
     # a list, because for a single string other builds of fastText fail under NumPy 2
@@ -73,11 +81,16 @@ def _is_known(line: str, model: Any) -> bool:
 
 
 def _probabilities(labels: Sequence[str], found: Sequence[float]) -> dict[str, float]:
-    """fastText adds 1e-5 to each, in 32 bits, so that half of all good pages have the same one, near 1.
+    """fastText adds 1e-5 to each, in 32 bits, so that half of all good pages have the same one,
+    near 1.
 
-    What the others leave is exact to 1e-11, and tells those pages apart: the best 5 % can be cut off.
+    What the others leave is exact to 1e-11, and tells those pages apart: the best 5 % can be cut
+    off.
     """
-    exact = {label.removeprefix(PREFIX): min(1.0, max(0.0, float(p) - 1e-5)) for label, p in zip(labels, found, strict=True)}
+    exact = {
+        label.removeprefix(PREFIX): min(1.0, max(0.0, float(p) - 1e-5))
+        for label, p in zip(labels, found, strict=True)
+    }
     likeliest, *others = exact
     if exact[likeliest] > 0.5:
         exact[likeliest] = max(0.0, 1.0 - sum(exact[label] for label in others))
@@ -85,7 +98,9 @@ def _probabilities(labels: Sequence[str], found: Sequence[float]) -> dict[str, f
 
 
 def normalize(text: str) -> str:
-    """The text as one lower-case line: fastText reads a document per line, and takes words on __label__ for labels."""
+    """The text as one lower-case line: fastText reads a document per line, and takes words on
+    __label__ for labels.
+    """
     text = text.encode("utf-8", "replace").decode().lower().replace("\0", " ").replace(PREFIX, " ")
     return " ".join(text.split())
 
@@ -93,7 +108,7 @@ def normalize(text: str) -> str:
 @lru_cache(maxsize=64)  # a model per language of a run
 def load(path: str) -> Any:
     """A model that its card says can be used; once per process."""
-    cards.read_card(path, kind="fasttext", normalizers=(NORMALIZER,))
+    model_card.read_card(path, kind="fasttext", normalizers=(NORMALIZER,))
     return load_bare(path)
 
 
@@ -108,4 +123,6 @@ def check_label(label: str, model: Any, *, path: str) -> None:
     """ValueError unless the model has the label."""
     known = sorted(found.removeprefix(PREFIX) for found in model.get_labels())
     if label not in known:
-        raise ValueError(f"model {path}: no label '{label}', only {', '.join(known)}; set the label to one of them")
+        raise ValueError(
+            f"model {path}: no label '{label}', only {', '.join(known)}; set the label to one of them"
+        )

@@ -1,8 +1,9 @@
 """Toxic and adult text: words of a list per language, and a slot for a classifier of your own.
 
-Word lists know no context: medicine and law use the same words. So what is bounded is their share of a text, not their
-presence; C4 dropped every page with one word of such a list, and lost much of what minorities write (Dodge et al. 2021,
-arXiv:2104.08758). The lists that this was made for are LDNOOBW's (one file per language, CC BY 4.0).
+Word lists know no context: medicine and law use the same words. So what is bounded is their share
+of a text, not their presence; C4 dropped every page with one word of such a list, and lost much of
+what minorities write (Dodge et al. 2021, arXiv:2104.08758). The lists that this was made for are
+LDNOOBW's (one file per language, CC BY 4.0).
 """
 
 import re
@@ -16,20 +17,21 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound, File, Measured
-from filters.ngrams import U32, code_points, replacements
 from filters.quality import Quality
-from filters.text import TextView
+from filters.text.ngrams import U32, code_points, replacements
+from filters.text.view import TextView
 
 
 @dataclass(frozen=True, config=STRICT)
 class Toxicity:
     """Keep documents with few listed words, and that a classifier does not take for toxic.
 
-    `lists` is a folder with one file per language, named as the language model names it ("en", "de"), one word or phrase a
-    line; `model` a fastText model with its card beside it, whose `label` is the toxic class. Either may be "".
-    `listed_ratio` is the share of the letters and digits, in [0, 1], that belong to listed words or phrases, `listed_count`
-    the number of these, repeats included; both are 0 in a language without a list. `score` is the probability of `label`, in
-    [0, 1]; 0 without a model. The note `list` names the list that was looked at.
+    `lists` is a folder with one file per language, named as the language model names it ("en",
+    "de"), one word or phrase a line; `model` a fastText model with its card beside it, whose
+    `label` is the toxic class. Either may be "". `listed_ratio` is the share of the letters and
+    digits, in [0, 1], that belong to listed words or phrases, `listed_count` the number of these,
+    repeats included; both are 0 in a language without a list. `score` is the probability of
+    `label`, in [0, 1]; 0 without a model. The note `list` names the list that was looked at.
     """
 
     notes: ClassVar[tuple[str, ...]] = ("list",)
@@ -43,22 +45,36 @@ class Toxicity:
     score: Bound = (0.0, 0.5)
 
     def check(self, languages: tuple[str, ...]) -> None:
-        """ValueError without a list or model, when a wanted language has no list, or the model is not one of ours."""
+        """ValueError without a list or model, when a wanted language has no list, or the model is
+        not one of ours.
+        """
         if not self.lists and not self.model:
-            raise ValueError("name a folder of word lists (toxicity.lists), or a classifier (toxicity.model)")
+            raise ValueError(
+                "name a folder of word lists (toxicity.lists), or a classifier (toxicity.model)"
+            )
         if self.lists:
-            there = sorted(p.name for p in Path(self.lists).iterdir()) if Path(self.lists).is_dir() else []
+            there = (
+                sorted(p.name for p in Path(self.lists).iterdir())
+                if Path(self.lists).is_dir()
+                else []
+            )
             missing = [language for language in languages if language not in there]
             if missing:
                 found = ", ".join(there) or "no file at all"
-                raise ValueError(f"lists = {self.lists}: no file named '{missing[0]}' for that language, only {found}")
+                raise ValueError(
+                    f"lists = {self.lists}: no file named '{missing[0]}' for that language, only {found}"
+                )
         if self.model:
             Quality(model=self.model, label=self.label).check(languages)
 
     def measure(self, view: TextView) -> Measured:
         words = _load(self.lists, view.language) if self.lists and view.language else None
         ratio, count = _listed(view.text, words) if words else (0.0, 0)
-        score = Quality(model=self.model, label=self.label).measure(view)["score"] if self.model else 0.0
+        score = (
+            Quality(model=self.model, label=self.label).measure(view)["score"]
+            if self.model
+            else 0.0
+        )
         return {
             "listed_ratio": ratio,
             "listed_count": float(count),
@@ -68,7 +84,9 @@ class Toxicity:
 
 
 class _Words(NamedTuple):
-    """Automata of what must stand between word borders, and of what is found anywhere; None for none."""
+    """Automata of what must stand between word borders, and of what is found anywhere; None for
+    none.
+    """
 
     whole: Any
     anywhere: Any
@@ -76,7 +94,9 @@ class _Words(NamedTuple):
 
 _SPACE = 32
 # Thai, Lao, Burmese, Khmer, kana, ideographs: no spaces between words
-_NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_NO_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+)
 
 
 def _listed(text: str, words: _Words) -> tuple[float, int]:
@@ -89,17 +109,21 @@ def _listed(text: str, words: _Words) -> tuple[float, int]:
 
 
 def _spelled(text: str) -> tuple[str, int]:
-    """A text's words, each between single spaces, " " if there are none; and how many characters they have."""
+    """A text's words, each between single spaces, " " if there are none; and how many characters
+    they have.
+    """
     points = _table().take(code_points(f" {text} "))
     filled = points != _SPACE
     kept: U32 = points[filled | np.append(filled[1:], False)]
-    return kept.astype("<u4", copy=False).tobytes().decode("utf-32-le") + " ", int(np.count_nonzero(filled))
+    return kept.astype("<u4", copy=False).tobytes().decode("utf-32-le") + " ", int(
+        np.count_nonzero(filled)
+    )
 
 
 @lru_cache(maxsize=1)
 def _table() -> U32:
-    """What a code point is to words, (0x110000,): itself if it is a letter, a digit, or a mark that belongs to one (the
-    vowel signs of Hindi or Thai are no letters), else a space.
+    """What a code point is to words, (0x110000,): itself if it is a letter, a digit, or a mark that
+    belongs to one (the vowel signs of Hindi or Thai are no letters), else a space.
     """
     marks = (c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
     return replacements(digits="kept", letters="".join(marks))
@@ -108,9 +132,14 @@ def _table() -> U32:
 def _longest(automaton: Any, text: str) -> Iterator[str]:
     """Entries in the text from left to right, of those that overlap the first and then the longest.
 
-    The automaton's own `iter_long` passes over an entry that stands within the beginning of a longer one.
+    The automaton's own `iter_long` passes over an entry that stands within the beginning of a
+    longer one.
     """
-    found = sorted((end - length, -length, entry) for end, (length, entry) in automaton.iter(text)) if automaton else []
+    found = (
+        sorted((end - length, -length, entry) for end, (length, entry) in automaton.iter(text))
+        if automaton
+        else []
+    )
     free = -1
     for before, negative, entry in found:
         if before >= free:
@@ -123,7 +152,9 @@ def _load(folder: str, language: str) -> _Words | None:
     file = Path(folder, language)
     if not file.is_file():
         return None
-    entries = {" ".join(line.lower().split()) for line in file.read_text(encoding="utf-8").splitlines()} - {""}
+    entries = {
+        " ".join(line.lower().split()) for line in file.read_text(encoding="utf-8").splitlines()
+    } - {""}
     anywhere = {entry for entry in entries if _NO_SPACES.search(entry) or not _letters(entry)}
     return _Words(
         whole=_automaton({_spelled(entry)[0] for entry in entries - anywhere}, border=1),

@@ -1,7 +1,8 @@
 """URL policy: blocked hosts, URLs and words from list files, checked before a page is opened.
 
-List folders are in the format of the UT1 blacklists (Université Toulouse 1 Capitole): a folder per category, with a file
-`domains` (one host a line, which blocks its subdomains too) and a file `urls` (host/path prefixes).
+List folders are in the format of the UT1 blacklists (Université Toulouse 1 Capitole): a folder per
+category, with a file `domains` (one host a line, which blocks its subdomains too) and a file `urls`
+(host/path prefixes).
 """
 
 import re
@@ -18,7 +19,9 @@ _NOT_WORD = re.compile(r"[^a-z0-9]+")
 
 
 class Blocked(NamedTuple):
-    """Why a URL is blocked: the rule ('host', 'url' or 'word') and the entry of the list that matched."""
+    """Why a URL is blocked: the rule ('host', 'url' or 'word') and the entry of the list that
+    matched.
+    """
 
     rule: str
     entry: str
@@ -28,9 +31,9 @@ class Blocked(NamedTuple):
 class UrlPolicy:
     """Reject URLs by lists.
 
-    `blocked_lists`: UT1 category folders, or files of hosts and URL prefixes. `blocked_words`: files of words, one a line,
-    which match whole words of the URL (letters and digits between other characters), lower-cased; a phrase matches the
-    same words in a row. All matching ignores case.
+    `blocked_lists`: UT1 category folders, or files of hosts and URL prefixes. `blocked_words`:
+    files of words, one a line, which match whole words of the URL (letters and digits between other
+    characters), lower-cased; a phrase matches the same words in a row. All matching ignores case.
     """
 
     blocked_lists: Files = ()
@@ -86,7 +89,10 @@ def _blocked_word(url: str, words: Any) -> Blocked | None:
 @lru_cache(maxsize=2)
 def _load(blocked_lists: tuple[str, ...], blocked_words: tuple[str, ...]) -> _Lists:
     entries = {line.removeprefix("www.") for path in blocked_lists for line in _lines(_files(path))}
-    words = sorted({" ".join(_NOT_WORD.sub(" ", w).split()) for w in _lines([Path(p) for p in blocked_words])} - {""})
+    words = sorted(
+        {" ".join(_NOT_WORD.sub(" ", w).split()) for w in _lines([Path(p) for p in blocked_words])}
+        - {""}
+    )
     return _Lists(
         hosts=frozenset(e for e in entries if "/" not in e),
         urls=frozenset(e.rstrip("/") for e in entries if "/" in e),
@@ -98,7 +104,11 @@ def _files(path: str) -> list[Path]:
     root = Path(path)
     if not root.exists():
         raise ValueError(f"url_policy.blocked_lists: no such file or folder: {path}")
-    return sorted(p for p in root.rglob("*") if p.name in ("domains", "urls")) if root.is_dir() else [root]
+    return (
+        sorted(p for p in root.rglob("*") if p.name in ("domains", "urls"))
+        if root.is_dir()
+        else [root]
+    )
 
 
 def _lines(files: list[Path]) -> set[str]:

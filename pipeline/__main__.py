@@ -1,14 +1,15 @@
 """The command line: `gristmill`, also `python -m pipeline`.
 
-Exit codes: 0 well; 1 a fault was found, or the run could not be completed; 2 the command line or the configuration is wrong;
-3 the run ended, but some units failed within what the configuration allows; 4 the run directory is in use; 130 interrupted.
+Exit codes: 0 well; 1 a fault was found, or the run could not be completed; 2 the command line or
+the configuration is wrong; 3 the run ended, but some units failed within what the configuration
+allows; 4 the run directory is in use; 130 interrupted.
 """
 
 import os
 import sys
 
 # each adds its commands to the application
-from pipeline.commands import app, batches, inspection, models, runs, training  # noqa: F401
+from pipeline.cli import app, batches, inspection, models, runs, training  # noqa: F401
 
 
 def main() -> None:

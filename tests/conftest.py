@@ -33,9 +33,9 @@ def corpus() -> Path:
 @pytest.fixture(scope="session")
 def ray_session(s3_server):
     """The one Ray of the test session; after the S3 server, whose address its workers then inherit."""
-    from pipeline import engine
+    from pipeline.engine import cluster
 
-    engine.start(None)
+    cluster.start(None)
     yield
     import ray
 
@@ -44,7 +44,10 @@ def ray_session(s3_server):
 
 @contextmanager
 def s3_process(folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """An S3 server of its own, empty, its log in `folder`: the process and its endpoint. It forgets all when it ends."""
+    """An S3 server of its own, empty, its log in `folder`: the process and its endpoint.
+
+    It forgets all when it ends.
+    """
     log = folder / "s3.log"  # a pipe that nobody reads would fill
     with log.open("w") as stream:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
@@ -61,10 +64,15 @@ def s3_process(folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory) -> Iterator[str]:
-    """Endpoint of the one S3 server of the session. The environment names it: s3fs and pyarrow.fs take s3:// URLs as they are."""
+    """Endpoint of the one S3 server of the session. The environment names it: s3fs and pyarrow.fs
+    take s3:// URLs as they are.
+    """
     pytest.importorskip("s3fs")
     pytest.importorskip("moto")
-    with s3_process(tmp_path_factory.mktemp("s3")) as (_, endpoint), pytest.MonkeyPatch.context() as patch:
+    with (
+        s3_process(tmp_path_factory.mktemp("s3")) as (_, endpoint),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.delenv("AWS_PROFILE", raising=False)
         for name, value in {
             "AWS_ENDPOINT_URL": endpoint,

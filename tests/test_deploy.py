@@ -1,4 +1,6 @@
-"""The files that start Gristmill elsewhere: each is read by what reads it there, as far as that can be had on one machine."""
+"""The files that start Gristmill elsewhere: each is read by what reads it there, as far as that can
+be had on one machine.
+"""
 
 import os
 import re
@@ -24,15 +26,20 @@ from pathspec import PathSpec
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAUNCHER = ROOT / "cluster.yaml"
-KUBERAY, SLURM = (sorted(ROOT.glob(f"configs/{pattern}")) for pattern in ("kuberay/*.yaml", "slurm/*.sh"))
-STUBS = {"scontrol": "echo 127.0.0.1", "srun": 'shift 2; exec "$@"'}  # one node; srun's own options are not looked at
+KUBERAY, SLURM = (
+    sorted(ROOT.glob(f"configs/{pattern}")) for pattern in ("kuberay/*.yaml", "slurm/*.sh")
+)
+STUBS = {
+    "scontrol": "echo 127.0.0.1",
+    "srun": 'shift 2; exec "$@"',
+}  # one node; srun's own options are not looked at
 
 
 def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-# --- the cluster launcher on AWS --------------------------------------------------------------------------------------
+# --- the cluster launcher on AWS ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -47,13 +54,23 @@ def launcher() -> dict[str, Any]:
 
 def test_the_launchers_head_works_on_nothing_and_is_seen_by_no_one(launcher):
     start = " ".join(launcher["head_start_ray_commands"])
-    assert launcher["available_node_types"]["head"]["resources"] == {"CPU": 0} and "--num-cpus=0" in start
-    assert "--dashboard-host=127.0.0.1" in start and "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
-    assert launcher["setup_commands"] == launcher["head_setup_commands"] == []  # Ray's defaults would install another Ray
+    assert (
+        launcher["available_node_types"]["head"]["resources"] == {"CPU": 0}
+        and "--num-cpus=0" in start
+    )
+    assert (
+        "--dashboard-host=127.0.0.1" in start
+        and "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
+    )
+    assert (
+        launcher["setup_commands"] == launcher["head_setup_commands"] == []
+    )  # Ray's defaults would install another Ray
     assert not re.search("aws_credentials|AKIA|ssh_private_key|aws_secret", LAUNCHER.read_text())
 
 
-def test_the_launcher_starts_the_machines_that_were_meant(launcher, s3_server, tmp_path, monkeypatch):
+def test_the_launcher_starts_the_machines_that_were_meant(
+    launcher, s3_server, tmp_path, monkeypatch
+):
     """By Ray's own code for AWS, down to the instances that a server with AWS's interface then has."""
     boto3 = pytest.importorskip("boto3")
     from ray.autoscaler._private.aws.config import bootstrap_aws
@@ -66,27 +83,59 @@ def test_the_launcher_starts_the_machines_that_were_meant(launcher, s3_server, t
     provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
     for kind, node_type in ready["available_node_types"].items():
         provider.create_node(node_type["node_config"], {"ray-user-node-type": kind}, 1)
-    started = [i for r in boto3.client("ec2").describe_instances()["Reservations"] for i in r["Instances"]]
-    assert {(i["InstanceType"], i.get("InstanceLifecycle"), i["IamInstanceProfile"]["Arn"].split("/")[1]) for i in started} == {
+    started = [
+        i for r in boto3.client("ec2").describe_instances()["Reservations"] for i in r["Instances"]
+    ]
+    assert {
+        (
+            i["InstanceType"],
+            i.get("InstanceLifecycle"),
+            i["IamInstanceProfile"]["Arn"].split("/")[1],
+        )
+        for i in started
+    } == {
         ("m7i.2xlarge", None, "gristmill-head"),
         ("m7i.8xlarge", "spot", "gristmill-worker"),
         ("p5.48xlarge", None, "gristmill-worker"),
     }
 
 
-# --- KubeRay ----------------------------------------------------------------------------------------------------------
+# --- KubeRay --------------------------------------------------------------------------------------
 
 
 def fields(*required: str, **types: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": types, "required": list(required), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": types,
+        "required": list(required),
+        "additionalProperties": False,
+    }
 
 
-# Of KubeRay's definitions the fields that are used here, by hand: the API server drops or refuses any other. Read at commits 034971d
-# (raycronjobs.yaml) and 0057210 (reference/api.md) of ray-project/kuberay; pod templates were checked by kubernetes-validate 1.37.
-TEXT, COUNT, YES_NO, POD = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}, fields("spec", spec={})
+# Of KubeRay's definitions the fields that are used here, by hand: the API server drops or refuses
+# any other. Read at commits 034971d (raycronjobs.yaml) and 0057210 (reference/api.md) of
+# ray-project/kuberay; pod templates were checked by kubernetes-validate 1.37.
+TEXT, COUNT, YES_NO, POD = (
+    {"type": "string"},
+    {"type": "integer", "minimum": 0},
+    {"type": "boolean"},
+    fields("spec", spec={}),
+)
 START = {"type": "object", "additionalProperties": TEXT}  # text even for numbers
-GROUP = fields("groupName", "minReplicas", "maxReplicas", "rayStartParams", "template", groupName=TEXT, replicas=COUNT,
-               minReplicas=COUNT, maxReplicas=COUNT, rayStartParams=START, template=POD)  # fmt: skip
+GROUP = fields(
+    "groupName",
+    "minReplicas",
+    "maxReplicas",
+    "rayStartParams",
+    "template",
+    groupName=TEXT,
+    replicas=COUNT,
+    # fmt: skip
+    minReplicas=COUNT,
+    maxReplicas=COUNT,
+    rayStartParams=START,
+    template=POD,
+)
 CLUSTER = fields("headGroupSpec", "rayVersion", rayVersion=TEXT, authOptions=fields("mode", mode={"enum": ["token"]}),
                  enableInTreeAutoscaling=YES_NO, autoscalerOptions=fields(idleTimeoutSeconds=COUNT),
                  headGroupSpec=fields("rayStartParams", "template", rayStartParams=START, template=POD),
@@ -105,29 +154,43 @@ def job_of(manifest: dict[str, Any]) -> dict[str, Any]:
 def test_a_manifest_has_what_kuberay_knows(path):
     manifest = read(path)
     spec = {"RayJob": JOB, "RayCronJob": CRON}[manifest["kind"]]
-    whole = fields("metadata", "spec", apiVersion={"const": "ray.io/v1"}, kind=TEXT, metadata=fields(name=NAME), spec=spec)
+    whole = fields(
+        "metadata",
+        "spec",
+        apiVersion={"const": "ray.io/v1"},
+        kind=TEXT,
+        metadata=fields(name=NAME),
+        spec=spec,
+    )
     jsonschema.validate(manifest, whole)
     cluster = job_of(manifest)["rayClusterSpec"]
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
-        assert pod["restartPolicy"] == "Never"  # the operator refuses others with the autoscaler that Ray 2.60 has
+        assert (
+            pod["restartPolicy"] == "Never"
+        )  # the operator refuses others with the autoscaler that Ray 2.60 has
         for container in pod["containers"]:
             # Ray reads the limits, Kubernetes the requests: apart, nodes are overfilled
             assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
 def test_the_batch_has_the_cluster_of_a_run():
-    curate, batch = (job_of(read(ROOT / f"configs/kuberay/{name}.yaml"))["rayClusterSpec"] for name in ("curate", "batch"))
+    curate, batch = (
+        job_of(read(ROOT / f"configs/kuberay/{name}.yaml"))["rayClusterSpec"]
+        for name in ("curate", "batch")
+    )
     assert curate == batch
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def dockerfile() -> dict[str, list[tuple[str, str]]]:
     """Instructions of each stage, in order, with those of the stage it begins from."""
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace("\\\n", "")
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace(
+        "\\\n", ""
+    )
     stages: dict[str, list[tuple[str, str]]] = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         word, rest = line.split(maxsplit=1)
@@ -142,11 +205,25 @@ def dockerfile() -> dict[str, list[tuple[str, str]]]:
 def test_every_file_that_an_image_copies_is_there_and_sent_to_docker():
     ignored = PathSpec.from_lines("gitignore", (ROOT / ".dockerignore").read_text().splitlines())
     for name, steps in dockerfile().items():
-        for source in (s for word, rest in steps if word == "COPY" and "--from" not in rest for s in shlex.split(rest)[:-1]):
-            files = [p for p in [ROOT / source, *(ROOT / source).rglob("*")] if p.is_file() and "__pycache__" not in p.parts]
+        for source in (
+            s
+            for word, rest in steps
+            if word == "COPY" and "--from" not in rest
+            for s in shlex.split(rest)[:-1]
+        ):
+            files = [
+                p
+                for p in [ROOT / source, *(ROOT / source).rglob("*")]
+                if p.is_file() and "__pycache__" not in p.parts
+            ]
             assert files, f"{name}: {source}"
-            assert not [f for f in files if ignored.match_file(f.relative_to(ROOT))], f"{name}: {source}"
-    assert all(ignored.match_file(f"{name}/file") for name in (".git", ".venv", "runs", ".kenlm", "artifacts"))
+            assert not [f for f in files if ignored.match_file(f.relative_to(ROOT))], (
+                f"{name}: {source}"
+            )
+    assert all(
+        ignored.match_file(f"{name}/file")
+        for name in (".git", ".venv", "runs", ".kenlm", "artifacts")
+    )
 
 
 @pytest.mark.parametrize("target", ["curation", "trainer"])
@@ -157,47 +234,61 @@ def test_an_image_runs_the_command_as_no_one_special_and_holds_what_was_built_fo
     assert yaml.safe_load(dict(steps)["CMD"])[0] in PROJECT["scripts"]
     copied = [re.search(r"--from=(\S+)", rest) for word, rest in steps if word == "COPY"]
     assert {found[1] for found in copied if found} <= stages.keys() - {target}
-    assert not re.search(r"pip install|cmake|g\+\+|build-essential", " ".join(rest for _, rest in steps))
-    installs = [rest for word, rest in stages[f"{target}-build"] if word == "RUN" and "pip install" in rest]
+    assert not re.search(
+        r"pip install|cmake|g\+\+|build-essential", " ".join(rest for _, rest in steps)
+    )
+    installs = [
+        rest for word, rest in stages[f"{target}-build"] if word == "RUN" and "pip install" in rest
+    ]
     extras = re.search(r"'\.\[([\w,]+)\]'", installs[0])[1].split(",")
-    assert set(extras) <= PROJECT["optional-dependencies"].keys() and ("train" in extras) == (target == "trainer")
+    assert set(extras) <= PROJECT["optional-dependencies"].keys() and ("train" in extras) == (
+        target == "trainer"
+    )
 
 
 def test_all_files_name_the_same_images_and_the_same_ray():
     pinned = re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
     assert {job_of(read(path))["rayClusterSpec"]["rayVersion"] for path in KUBERAY} == {pinned}
     images = [
-        m for p in [LAUNCHER, ROOT / "Dockerfile", *KUBERAY] for m in re.findall(r"\S+/gristmill-(\w+):(\S+)", p.read_text())
+        m
+        for p in [LAUNCHER, ROOT / "Dockerfile", *KUBERAY]
+        for m in re.findall(r"\S+/gristmill-(\w+):(\S+)", p.read_text())
     ]
     assert {version for _, version in images} == {PROJECT["version"]}
     assert {target for target, _ in images} == {"curation", "trainer"} <= dockerfile().keys()
 
 
-# --- what is run there ------------------------------------------------------------------------------------------------
+# --- what is run there ----------------------------------------------------------------------------
 
 
 def commands(path: Path) -> list[str]:
-    """The gristmill commands of a manifest or script; "$@" and the like as a reader would fill them in."""
+    """The gristmill commands of a manifest or script; "$@" and the like as a reader would fill them
+    in.
+    """
     text = job_of(read(path))["entrypoint"] if path.suffix == ".yaml" else path.read_text()
     filled = {'"$@" && touch "$0"\'': "configs/quickstart.toml", '"$@" &': "", '"$config"': "configs/train_tiny.toml",
               '"$folder"': "FOLDER", "/shared/train.toml": "configs/train_tiny.toml"}  # fmt: skip
     for old, new in filled.items():
         text = text.replace(old, new)
     lines = [line for line in text.splitlines() if not line.startswith("#")]
-    return [m for line in lines for m in re.findall(r"gristmill (?:run|batch|train) [^\n\"']*", line)]
+    return [
+        m for line in lines for m in re.findall(r"gristmill (?:run|batch|train) [^\n\"']*", line)
+    ]
 
 
 @pytest.mark.parametrize("path", [*KUBERAY, *SLURM], ids=lambda path: path.name)
 def test_the_commands_are_the_command_lines_and_their_keys_the_configs(path):
     from pipeline.__main__ import app
-    from pipeline.config import load
+    from pipeline.config.load import load
     from trainer.config import load as load_training
 
     group = typer.main.get_command(app)
     for command in commands(path) or pytest.fail("no command found"):
         _, name, *words = shlex.split(command)
         given = group.commands[name].make_context(name, words, parent=click.Context(group)).params
-        (load_training if name == "train" else load)(ROOT / given["config"], given["overrides"] or [])
+        (load_training if name == "train" else load)(
+            ROOT / given["config"], given["overrides"] or []
+        )
 
 
 def test_ray_job_submit_sends_what_a_run_needs_and_little_more(tmp_path):
@@ -205,15 +296,30 @@ def test_ray_job_submit_sends_what_a_run_needs_and_little_more(tmp_path):
     from ray._private.runtime_env.packaging import create_package
 
     package = tmp_path / "package.zip"
-    create_package(str(ROOT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    create_package(
+        str(ROOT), package, include_gitignore=True, excludes=get_runtime_env_default_excludes()
+    )
     names = set(zipfile.ZipFile(package).namelist())
-    needed = ["configs/quickstart.toml", "pipeline/__main__.py", "filters/lid.176.ftz", "models/wiki-en.5gram.bin"]
+    needed = [
+        "configs/quickstart.toml",
+        "pipeline/__main__.py",
+        "filters/lid.176.ftz",
+        "models/wiki-en.5gram.bin",
+    ]
     assert names.issuperset([*needed, *(f"samples/{p.name}" for p in ROOT.glob("samples/*.gz"))])
-    assert not {n.split("/")[0] for n in names} & {".git", ".venv", ".kenlm", "runs", "artifacts", "tests", "benchmarks"}
+    assert not {n.split("/")[0] for n in names} & {
+        ".git",
+        ".venv",
+        ".kenlm",
+        "runs",
+        "artifacts",
+        "tests",
+        "benchmarks",
+    }
     assert package.stat().st_size < 20 << 20  # Ray refuses more than 500 MiB
 
 
-# --- Slurm ------------------------------------------------------------------------------------------------------------
+# --- Slurm ----------------------------------------------------------------------------------------
 
 
 def environment(folder: Path, **stubs: str) -> dict[str, str]:
@@ -221,7 +327,12 @@ def environment(folder: Path, **stubs: str) -> dict[str, str]:
         Path(folder, name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         Path(folder, name).chmod(0o755)
     path = os.pathsep.join([str(folder), os.path.dirname(sys.executable), os.environ["PATH"]])
-    slurm = {"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "1", "SLURM_JOB_ID": "7"}
+    slurm = {
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_ON_NODE": "1",
+        "SLURM_JOB_ID": "7",
+    }
     return os.environ | slurm | {"PATH": path}
 
 
@@ -241,7 +352,9 @@ def test_a_run_that_never_began_is_no_success(tmp_path, code):
 
 def test_the_end_of_the_time_asks_a_training_to_save_and_waits_for_it(tmp_path):
     saving = f"touch {tmp_path}/begun; until [[ -e {tmp_path}/stop ]]; do sleep 0.05; done; sleep 0.3; touch {tmp_path}/saved"
-    script = subprocess.Popen(["bash", SLURM[1], "x.toml", tmp_path], cwd=tmp_path, env=environment(tmp_path, srun=saving))
+    script = subprocess.Popen(
+        ["bash", SLURM[1], "x.toml", tmp_path], cwd=tmp_path, env=environment(tmp_path, srun=saving)
+    )
     while not Path(tmp_path, "begun").exists():
         assert script.poll() is None
         time.sleep(0.05)
@@ -251,15 +364,25 @@ def test_the_end_of_the_time_asks_a_training_to_save_and_waits_for_it(tmp_path):
 
 @pytest.mark.ray
 def test_symmetric_run_brings_a_run_to_its_end(tmp_path):
-    """The real one, where `ray stop`, with which it ends, sees no Ray but its own: in a space of its own for processes."""
+    """The real one, where `ray stop`, with which it ends, sees no Ray but its own: in a space of
+    its own for processes.
+    """
     apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    if not shutil.which("unshare") or subprocess.run([*apart, "true"], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*apart, "true"], capture_output=True).returncode
+    ):
         pytest.skip("no PID namespaces for this user")
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # paths of sockets have 107 characters
         env = environment(tmp_path) | {"RAY_TMPDIR": short, "RAY_PORT": "26379"}
-        overrides = [f"run.directory={tmp_path}/run", f'input.paths=["{ROOT}/samples/apache2-doc.warc.gz"]']
+        overrides = [
+            f"run.directory={tmp_path}/run",
+            f'input.paths=["{ROOT}/samples/apache2-doc.warc.gz"]',
+        ]
         words = ["bash", SLURM[0], "configs/quickstart.toml", *overrides, "--only", "extract"]
         done = subprocess.run([*apart, *words], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "On head node" in done.stdout and list(Path(tmp_path, "run", "extract").rglob("*.parquet"))
+    assert "On head node" in done.stdout and list(
+        Path(tmp_path, "run", "extract").rglob("*.parquet")
+    )
     assert not list(ROOT.glob("slurm-*"))

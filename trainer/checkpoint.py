@@ -1,12 +1,14 @@
-"""Checkpoints by torch.distributed.checkpoint: written beside the training, whole or not there, for any number of ranks.
+"""Checkpoints by torch.distributed.checkpoint: written beside the training, whole or not there, for
+any number of ranks.
 
     FOLDER/step-00000100/__0_0.distcp   the part of rank 0: weights and optimiser state, and so on for each rank
     FOLDER/step-00000100/.metadata      where each tensor's pieces lie
     FOLDER/step-00000100/meta.json      written last: what makes the folder a checkpoint; sha256 of every other file
 
-A folder without meta.json was cut off while it was written or removed. FOLDER is one that every rank sees: of a disk, or a URL
-that fsspec knows (s3://BUCKET/RUN), where one PUT makes meta.json. Retries are the client's: for S3 set AWS_RETRY_MODE and
-AWS_MAX_ATTEMPTS. A save that is killed may leave parts of an upload, which only a lifecycle rule of the bucket removes.
+A folder without meta.json was cut off while it was written or removed. FOLDER is one that every
+rank sees: of a disk, or a URL that fsspec knows (s3://BUCKET/RUN), where one PUT makes meta.json.
+Retries are the client's: for S3 set AWS_RETRY_MODE and AWS_MAX_ATTEMPTS. A save that is killed may
+leave parts of an upload, which only a lifecycle rule of the bucket removes.
 """
 
 import base64
@@ -33,13 +35,19 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
 
 from trainer.config import CheckpointConfig, ModelConfig
-from trainer.model import Transformer, save_hugging_face
+from trainer.model.hugging_face import save_hugging_face
+from trainer.model.llama import Transformer
 
 VERSION = 1
 META = "meta.json"
@@ -55,7 +63,9 @@ class CheckpointError(RuntimeError):
 
 
 class Saved(NamedTuple):
-    """A checkpoint that passed: the number of steps it was taken after, and the `extra` it was saved with."""
+    """A checkpoint that passed: the number of steps it was taken after, and the `extra` it was
+    saved with.
+    """
 
     step: int
     folder: str  # absolute path or URL
@@ -64,18 +74,22 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a local folder or at a URL. All ranks make one and call its methods in step, but `poll`.
+    """The checkpoints of a run, in a local folder or at a URL. All ranks make one and call its
+    methods in step, but `poll`.
 
-    At most one save is in flight. Writing, hashing, meta.json and pruning happen in a thread, whose exchanges go over a gloo
-    group of their own: over the group of the training they would meet its collectives in another order on each rank.
+    At most one save is in flight. Writing, hashing, meta.json and pruning happen in a thread, whose
+    exchanges go over a gloo group of their own: over the group of the training they would meet its
+    collectives in another order on each rank.
 
-    ValueError for a URL of an unknown kind, with * ? [ in it, or made a Path, or a config that would keep nothing; ImportError,
-    which says what to install, where fsspec lacks the client.
+    ValueError for a URL of an unknown kind, with * ? [ in it, or made a Path, or a config that
+    would keep nothing; ImportError, which says what to install, where fsspec lacks the client.
     """
 
     def __init__(self, folder: Path | str, config: CheckpointConfig) -> None:
         if config.keep_last < 1 or config.keep_best < 0:
-            raise ValueError(f"checkpoint.keep_last {config.keep_last} must be 1 or more, keep_best {config.keep_best} 0 or more")
+            raise ValueError(
+                f"checkpoint.keep_last {config.keep_last} must be 1 or more, keep_best {config.keep_best} 0 or more"
+            )
         (self._files, self._folder), self._config = _locate(folder), config
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._rank = 0 if self._group is None else dist.get_rank()
@@ -85,14 +99,22 @@ class Checkpoints:
         self._faulty: set[str] = set()  # found by `latest`; removed once there is a newer one
 
     def save(
-        self, step: int, model: Transformer, optimizer: Optimizer, extra: dict[str, Any], *, metric: float | None = None
+        self,
+        step: int,
+        model: Transformer,
+        optimizer: Optimizer,
+        extra: dict[str, Any],
+        *,
+        metric: float | None = None,
     ) -> None:
-        """Save the state after `step` steps; first waits for the save before, and raises CheckpointError if that failed.
+        """Save the state after `step` steps; first waits for the save before, and raises
+        CheckpointError if that failed.
 
-        Asynchronous: returns when the state is copied to host memory, and the caller may train on; the checkpoint exists once
-        its meta.json does. What was written is read back for its sha256, which from object storage is a download of each rank's
-        own file. `extra` is for JSON (finite numbers; else ValueError) and rank 0's counts. `metric`, lower is better, picks
-        the best; None and NaN are never among them.
+        Asynchronous: returns when the state is copied to host memory, and the caller may train on;
+        the checkpoint exists once its meta.json does. What was written is read back for its sha256,
+        which from object storage is a download of each rank's own file. `extra` is for JSON (finite
+        numbers; else ValueError) and rank 0's counts. `metric`, lower is better, picks the best;
+        None and NaN are never among them.
         """
         self.finish()
         meta = _describe(step, model, optimizer, extra, metric)
@@ -103,36 +125,47 @@ class Checkpoints:
                 save(state, storage_writer=writer, process_group=self._group)
             self._commit(folder, meta)
             return
-        # the writer stages as well (2.13): it copies to new host memory, and blocks until that is done; where a torch's writer
-        # is no stager, async_save takes its own default, which does the same
+        # the writer stages as well (2.13): it copies to new host memory, and blocks until that is
+        # done; where a torch's writer is no stager, async_save takes its own default, which does
+        # the same
         written = async_save(state, storage_writer=writer, process_group=self._group)
         assert isinstance(written, Future)
         self._pending = self._thread.submit(self._commit, folder, meta, written)
 
     def poll(self) -> bool:
-        """Whether a save is still being written, as this rank sees it. Exchanges nothing, raises nothing."""
+        """Whether a save is still being written, as this rank sees it.
+
+        Exchanges nothing, raises nothing.
+        """
         return self._pending is not None and not self._pending.done()
 
     def finish(self) -> None:
-        """Wait for the save in flight, if any. CheckpointError, on all ranks alike, if it failed; those before it remain."""
+        """Wait for the save in flight, if any. CheckpointError, on all ranks alike, if it failed;
+        those before it remain.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def latest(self) -> Saved | None:
-        """The newest checkpoint whose files all have their size and sha256; None when there is none. The same on all ranks.
+        """The newest checkpoint whose files all have their size and sha256; None when there is
+        none. The same on all ranks.
 
-        Each rank hashes a share of the files: of object storage all of the checkpoint is downloaded once, and again, each rank
-        its files, by `load`. What fails is passed over with a warning, and removed by the next save. CheckpointError when there
-        are checkpoints and all fail, as to begin anew is for a person to decide; when the bucket is absent; when the store
-        does not answer, which is no fault of a checkpoint.
+        Each rank hashes a share of the files: of object storage all of the checkpoint is downloaded
+        once, and again, each rank its files, by `load`. What fails is passed over with a warning,
+        and removed by the next save. CheckpointError when there are checkpoints and all fail, as to
+        begin anew is for a person to decide; when the bucket is absent; when the store does not
+        answer, which is no fault of a checkpoint.
         """
         self.finish()
         faults: list[str] = []
         for name in self._of_first(lambda: _committed(self._files, self._folder)):
             folder = f"{self._folder}/{name}"
             findings = self._of_all(partial(_inspect, self._files, folder, self._rank, self._ranks))
-            meta, fault = findings[0][0], next((fault for _, fault in findings if fault is not None), None)
+            meta, fault = (
+                findings[0][0],
+                next((fault for _, fault in findings if fault is not None), None),
+            )
             if meta is not None and fault is None:
                 return Saved(meta["step"], folder, meta["extra"], meta["metric"])
             faults.append(f"{folder}: {fault}")
@@ -140,34 +173,49 @@ class Checkpoints:
             if self._rank == 0:
                 _LOG.warning("checkpoint passed over: %s", faults[-1])
         if faults:
-            raise CheckpointError(f"no checkpoint can be used; restore one, or move them away to begin anew: {'; '.join(faults)}")
+            raise CheckpointError(
+                f"no checkpoint can be used; restore one, or move them away to begin anew: {'; '.join(faults)}"
+            )
         return None
 
     def load(self, saved: Saved, model: Transformer, optimizer: Optimizer) -> None:
-        """Put a checkpoint's weights, optimiser state and CPU random state in place, on this number of ranks.
+        """Put a checkpoint's weights, optimiser state and CPU random state in place, on this number
+        of ranks.
 
-        Learning rate, betas, weight decay remain those of `optimizer`: the config's. ValueError, before anything is changed,
-        for a model of another config or another kind of optimiser. CheckpointError if reading fails: the model is then undefined.
+        Learning rate, betas, weight decay remain those of `optimizer`: the config's. ValueError,
+        before anything is changed, for a model of another config or another kind of optimiser.
+        CheckpointError if reading fails: the model is then undefined.
         """
         self.finish()
         meta = self._of_first(partial(_read_meta, self._files, saved.folder))
         _check_fits(saved.folder, meta, model, optimizer)
-        optimizer.zero_grad(set_to_none=True)  # with gradients there, torch would not make the state that is to be filled
+        optimizer.zero_grad(
+            set_to_none=True
+        )  # with gradients there, torch would not make the state that is to be filled
         optimizer.state.clear()
         if meta["moments"]:
             weights, moments = get_state_dict(model, optimizer)
-            _read(self._files, saved.folder, {"model": weights, "optimizer": moments["state"]}, process_group=self._group)
+            _read(
+                self._files,
+                saved.folder,
+                {"model": weights, "optimizer": moments["state"]},
+                process_group=self._group,
+            )
             set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         else:
             weights = get_model_state_dict(model)
             _read(self._files, saved.folder, {"model": weights}, process_group=self._group)
             set_model_state_dict(model, weights)
-        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(meta["rng"])), dtype=torch.uint8))
+        torch.set_rng_state(
+            torch.frombuffer(bytearray(base64.b64decode(meta["rng"])), dtype=torch.uint8)
+        )
 
-    # --- in the thread, when asynchronous -----------------------------------------------------------------------------
+    # --- in the thread, when asynchronous ---------------------------------------------------------
 
     def _commit(self, folder: str, meta: _Meta, written: "Future[Any] | None" = None) -> None:
-        """Once the data are stored everywhere: hash them, make the folder a checkpoint, remove what is superseded."""
+        """Once the data are stored everywhere: hash them, make the folder a checkpoint, remove what
+        is superseded.
+        """
         if written is not None:
             with _as_errors(folder):
                 written.result()
@@ -178,25 +226,43 @@ class Checkpoints:
     def _publish(self, folder: str, meta: _Meta) -> None:
         unknown = _names(self._files, folder) ^ meta["files"].keys()
         if unknown:
-            raise CheckpointError(f"{folder}: {sorted(unknown)} on one side only: every rank must see the same folder")
+            raise CheckpointError(
+                f"{folder}: {sorted(unknown)} on one side only: every rank must see the same folder"
+            )
         _write_meta(self._files, folder, meta)
         self._prune()
 
     def _prune(self) -> None:
-        """Remove what is neither among the last nor the best. What has a meta.json that cannot be read stays."""
-        oldest_first = [name for name in reversed(_committed(self._files, self._folder)) if name not in self._faulty]
-        found = ((name, _inspect_meta(self._files, f"{self._folder}/{name}")[0]) for name in oldest_first)
+        """Remove what is neither among the last nor the best.
+
+        What has a meta.json that cannot be read stays.
+        """
+        oldest_first = [
+            name
+            for name in reversed(_committed(self._files, self._folder))
+            if name not in self._faulty
+        ]
+        found = (
+            (name, _inspect_meta(self._files, f"{self._folder}/{name}")[0]) for name in oldest_first
+        )
         metas = {name: meta for name, meta in found if meta is not None}
-        newest = list({meta["step"]: name for name, meta in metas.items()}.values())  # a step saved again counts once
+        newest = list(
+            {meta["step"]: name for name, meta in metas.items()}.values()
+        )  # a step saved again counts once
         last = newest[-self._config.keep_last :]
         ranked = [name for name in reversed(newest) if metas[name]["metric"] is not None]
-        best = sorted(ranked, key=lambda name: metas[name]["metric"])[: self._config.keep_best]  # of equals the newest
+        best = sorted(ranked, key=lambda name: metas[name]["metric"])[
+            : self._config.keep_best
+        ]  # of equals the newest
         for name in {*metas, *self._faulty} - {*last, *best}:
             _remove(self._files, f"{self._folder}/{name}")
         self._faulty.clear()
 
     def _new_folder(self, step: int) -> str:
-        """Make the folder of a save, once those cut off are removed. A checkpoint of this step stays until the new one is one."""
+        """Make the folder of a save, once those cut off are removed.
+
+        A checkpoint of this step stays until the new one is one.
+        """
         committed = _committed(self._files, self._folder)
         for name in _names(self._files, self._folder):
             if _NAME.fullmatch(name) and name not in committed:
@@ -209,15 +275,21 @@ class Checkpoints:
             _sync(self._folder)
         return name
 
-    # --- between ranks ------------------------------------------------------------------------------------------------
+    # --- between ranks ----------------------------------------------------------------------------
 
     def _of_all(self, action: Callable[[], _T]) -> list[_T]:
-        """The results of all ranks; if it fails on any, CheckpointError on every one, so that none waits for another."""
+        """The results of all ranks; if it fails on any, CheckpointError on every one, so that none
+        waits for another.
+        """
         answer, failure = None, None
         try:
             answer = action()
         except Exception as error:  # whatever it is: the other ranks wait for ours
-            failure = str(error) if isinstance(error, CheckpointError) else f"rank {self._rank}: {error!r}"
+            failure = (
+                str(error)
+                if isinstance(error, CheckpointError)
+                else f"rank {self._rank}: {error!r}"
+            )
         answers: list[Any] = [(answer, failure)] * self._ranks
         if self._group is not None:
             dist.all_gather_object(answers, (answer, failure), group=self._group)
@@ -239,13 +311,19 @@ def committed(folder: Path | str) -> dict[int, str]:
 
 
 def export_hugging_face(
-    folder: Path | str, output: Path | str, *, max_positions: int | None = None, end_of_text: int | None = None
+    folder: Path | str,
+    output: Path | str,
+    *,
+    max_positions: int | None = None,
+    end_of_text: int | None = None,
 ) -> None:
-    """Write the weights of a checkpoint, float32, for transformers' LlamaForCausalLM (see `save_hugging_face`).
+    """Write the weights of a checkpoint, float32, for transformers' LlamaForCausalLM (see
+    `save_hugging_face`).
 
-    In this process alone, without a process group; holds the weights, not the optimiser's state. Both may be URLs, by way of
-    the temporary folder. `max_positions` is by default the length of the rows that it was trained on. ValueError for a folder
-    that is no checkpoint or whose files are not what was saved.
+    In this process alone, without a process group; holds the weights, not the optimiser's state.
+    Both may be URLs, by way of the temporary folder. `max_positions` is by default the length of
+    the rows that it was trained on. ValueError for a folder that is no checkpoint or whose files
+    are not what was saved.
     """
     (files, folder), (store, target) = _locate(folder), _locate(output)
     meta, fault = _inspect(files, folder, 0, 1)
@@ -261,15 +339,19 @@ def export_hugging_face(
     max_positions = max_positions or meta["extra"].get("supply", {}).get("seq_len") or 2048
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(target if _is_local(store) else scratch)
-        save_hugging_face(place, state["model"], config, max_positions=max_positions, end_of_text=end_of_text)
+        save_hugging_face(
+            place, state["model"], config, max_positions=max_positions, end_of_text=end_of_text
+        )
         if not _is_local(store):
             store.put(f"{scratch}/", f"{target}/", recursive=True)
 
 
-# --- state ------------------------------------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------------------
 
 
-def _describe(step: int, model: Transformer, optimizer: Optimizer, extra: dict[str, Any], metric: float | None) -> _Meta:
+def _describe(
+    step: int, model: Transformer, optimizer: Optimizer, extra: dict[str, Any], metric: float | None
+) -> _Meta:
     """meta.json but for `files`, as it is now: what the caller changes later does not reach it."""
     meta = {
         "version": VERSION,
@@ -287,9 +369,11 @@ def _describe(step: int, model: Transformer, optimizer: Optimizer, extra: dict[s
 
 
 def _state(model: Transformer, optimizer: Optimizer) -> dict[str, Any]:
-    """What DCP writes. Without the optimiser's hyperparameters, and without its state as long as it has none.
+    """What DCP writes. Without the optimiser's hyperparameters, and without its state as long as it
+    has none.
 
-    torch would make one by a step with zero gradients, which counts in bias correction: no longer the same run.
+    torch would make one by a step with zero gradients, which counts in bias correction: no longer
+    the same run.
     """
     if not optimizer.state:
         return {"model": get_model_state_dict(model)}
@@ -305,9 +389,13 @@ def _check_fits(folder: str, meta: _Meta, model: Transformer, optimizer: Optimiz
         if key not in _FREE and value != ours.get(key)
     ]
     if other:
-        raise ValueError(f"{folder}: saved of another model: {', '.join(other)}; restore them, or train into a new directory")
+        raise ValueError(
+            f"{folder}: saved of another model: {', '.join(other)}; restore them, or train into a new directory"
+        )
     if meta["optimizer"] != type(optimizer).__name__:
-        raise ValueError(f"{folder}: saved with {meta['optimizer']}, the config has {type(optimizer).__name__}; restore it")
+        raise ValueError(
+            f"{folder}: saved with {meta['optimizer']}, the config has {type(optimizer).__name__}; restore it"
+        )
 
 
 @contextmanager
@@ -320,15 +408,19 @@ def _as_errors(folder: str) -> Iterator[None]:
         raise CheckpointError(f"{folder}: rank {rank}: {cause!r}") from error
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _locate(folder: Path | str) -> tuple[Any, str]:
     """The file system of a folder, and its absolute path or URL there."""
     if re.match(r"\w{2,}:/(?!/)", str(folder)):
-        raise ValueError(f"'{folder}' is a URL that was made a Path and lost a slash; pass it as a string")
+        raise ValueError(
+            f"'{folder}' is a URL that was made a Path and lost a slash; pass it as a string"
+        )
     if "://" in str(folder) and set(str(folder)) & set("*?["):
-        raise ValueError(f"'{folder}': fsspec removes by pattern, and would take * ? [ for one; name another folder")
+        raise ValueError(
+            f"'{folder}': fsspec removes by pattern, and would take * ? [ for one; name another folder"
+        )
     # a rank that listed a folder before another wrote its meta.json would not find it
     files, path = fsspec.core.url_to_fs(str(folder), use_listings_cache=False)
     return files, path if _is_local(files) else files.unstrip_protocol(path)
@@ -346,25 +438,37 @@ def _names(files: Any, folder: str) -> set[str]:
         # a bucket mistyped is not a run that begins, and torch's writer would make it
         bucket = fsspec.core.url_to_fs(folder)[1].partition("/")[0]
         if not files.exists(bucket or "/"):
-            raise CheckpointError(f"{folder}: bucket '{bucket}' cannot be reached ({error}); make it, or name another") from None
+            raise CheckpointError(
+                f"{folder}: bucket '{bucket}' cannot be reached ({error}); make it, or name another"
+            ) from None
         return set()
 
 
 def _committed(files: Any, folder: str) -> list[str]:
     """Names of the checkpoints in a folder, the newest first."""
     matches = [match for name in _names(files, folder) if (match := _NAME.fullmatch(name))]
-    # by listing: `exists` of a store that does not answer is False, and what is not committed is removed
-    numbers = {m[0]: (int(m[1]), int(m[2] or 0)) for m in matches if META in _names(files, f"{folder}/{m[0]}")}
+    # by listing: `exists` of a store that does not answer is False, and what is not committed is
+    # removed
+    numbers = {
+        m[0]: (int(m[1]), int(m[2] or 0))
+        for m in matches
+        if META in _names(files, f"{folder}/{m[0]}")
+    }
     return sorted(numbers, key=numbers.__getitem__, reverse=True)
 
 
 def _faults(files: Any) -> tuple[type[Exception], ...]:
-    """Errors that are a checkpoint's own fault. A store's, but for absence, may pass, and must not cost the checkpoint."""
+    """Errors that are a checkpoint's own fault.
+
+    A store's, but for absence, may pass, and must not cost the checkpoint.
+    """
     return (OSError if _is_local(files) else FileNotFoundError, ValueError)
 
 
 def _inspect(files: Any, folder: str, rank: int, ranks: int) -> tuple[_Meta | None, str | None]:
-    """meta.json, and what is wrong with it or this rank's share of the files; raises only where a store does not answer."""
+    """meta.json, and what is wrong with it or this rank's share of the files; raises only where a
+    store does not answer.
+    """
     meta, fault = _inspect_meta(files, folder)
     if meta is None:
         return None, fault
@@ -395,18 +499,28 @@ def _read_meta(files: Any, folder: str) -> _Meta:
 
 
 def _writer(files: Any, folder: str) -> FileSystemWriter:
-    """One file a rank. Given the address alone torch takes the same, but would wait for the GPU every 10 MB (2.13, read)."""
+    """One file a rank.
+
+    Given the address alone torch takes the same, but would wait for the GPU every 10 MB (2.13,
+    read).
+    """
     if _is_local(files):
         return FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # private (2.13): it stages, and there is no other
+    from torch.distributed.checkpoint._fsspec_filesystem import (
+        FsspecWriter,  # private (2.13): it stages, and there is no other
+    )
 
-    return FsspecWriter(folder, single_file_per_rank=True, sync_files=False)  # a file without a number would sync(2) the machine
+    return FsspecWriter(
+        folder, single_file_per_rank=True, sync_files=False
+    )  # a file without a number would sync(2) the machine
 
 
 def _read(files: Any, folder: str, state: dict[str, Any], **options: Any) -> None:
-    """Into the tensors of `state`. Of object storage each rank first copies the files it needs to the temporary folder.
+    """Into the tensors of `state`. Of object storage each rank first copies the files it needs to
+    the temporary folder.
 
-    torch jumps about in them: through a window of 50 MB over S3, 63 MB in 60 tensors took 209 MB of reads.
+    torch jumps about in them: through a window of 50 MB over S3, 63 MB in 60 tensors took 209 MB of
+    reads.
     """
     source = folder if _is_local(files) else f"simplecache::{folder}"
     with _as_errors(folder):
@@ -414,12 +528,20 @@ def _read(files: Any, folder: str, state: dict[str, Any], **options: Any) -> Non
             load(state, checkpoint_id=source, **options)
         finally:
             if source != folder:
-                fsspec.core.url_to_fs(source)[0].clear_cache()  # fsspec makes one a thread: it is the one that `load` used
+                fsspec.core.url_to_fs(source)[
+                    0
+                ].clear_cache()  # fsspec makes one a thread: it is the one that `load` used
 
 
 def _hashes(files: Any, folder: str, rank: int) -> dict[str, dict[str, Any]]:
-    """Entries of the files that a rank has written, by DCP's names; read again, from the page cache if that is large enough."""
-    ours = [name for name in _names(files, folder) if name.startswith(f"__{rank}_") or (name == ".metadata" and rank == 0)]
+    """Entries of the files that a rank has written, by DCP's names; read again, from the page cache
+    if that is large enough.
+    """
+    ours = [
+        name
+        for name in _names(files, folder)
+        if name.startswith(f"__{rank}_") or (name == ".metadata" and rank == 0)
+    ]
     return {name: _entry(files, f"{folder}/{name}") for name in ours}
 
 
@@ -433,7 +555,9 @@ def _entry(files: Any, path: str, *, of_size: int | None = None) -> dict[str, An
 
 
 def _write_meta(files: Any, folder: str, meta: _Meta) -> None:
-    """Atomically and durably: a store's PUT is both; on disks DCP has synced the files but not their names."""
+    """Atomically and durably: a store's PUT is both; on disks DCP has synced the files but not
+    their names.
+    """
     text = json.dumps(meta, indent=1)
     if not _is_local(files):
         files.pipe_file(f"{folder}/{META}", text.encode())

@@ -1,4 +1,7 @@
-"""What a training run is made of: sizes, precision, optimiser, data, checkpoints. Plain values, read without torch or Ray."""
+"""What a training run is made of: sizes, precision, optimiser, data, checkpoints.
+
+Plain values, read without torch or Ray.
+"""
 
 import difflib
 import math
@@ -10,14 +13,18 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 Sink = Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"]
-STOP = "stop"  # a file in the training's folder that asks it to save and end, wherever its ranks run
+STOP = (
+    "stop"  # a file in the training's folder that asks it to save and end, wherever its ranks run
+)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder (Touvron et al. 2023). `heads` is a multiple of `kv_heads`, `dim` of `heads`.
+    """A Llama-style decoder (Touvron et al. 2023). `heads` is a multiple of `kv_heads`, `dim` of
+    `heads`.
 
-    `vocab_size` may exceed the tokenizer's (100,277 of cl100k_base), as multiples of 128 are faster.
+    `vocab_size` may exceed the tokenizer's (100,277 of cl100k_base), as multiples of 128 are
+    faster.
     """
 
     vocab_size: int = 100_352
@@ -45,7 +52,8 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """`shard_size` ranks hold one copy of the model between them (0: all; fewer: HSDP, copies are kept equal by all-reduce).
+    """`shard_size` ranks hold one copy of the model between them (0: all; fewer: HSDP, copies are
+    kept equal by all-reduce).
 
     Weights and reductions are float32 in either precision; "bf16" is what blocks compute in.
     """
@@ -58,7 +66,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`clip_norm` bounds the global gradient norm, 0 for no bound. Weight decay is of matrices alone."""
+    """`clip_norm` bounds the global gradient norm, 0 for no bound.
+
+    Weight decay is of matrices alone.
+    """
 
     name: Literal["adamw", "adafactor", "sgd"] = "adamw"
     lr: float = 3e-4
@@ -71,7 +82,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate: up in `warmup_steps`, then down to `min_ratio` of it; "wsd" only in the last `decay_share` of the steps."""
+    """Learning rate: up in `warmup_steps`, then down to `min_ratio` of it; "wsd" only in the last
+    `decay_share` of the steps.
+    """
 
     name: Literal["cosine", "wsd", "linear"] = "cosine"
     warmup_steps: int = 100
@@ -81,7 +94,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A run of the pipeline, a folder or URL, whose catalog lists generations; `weight` is its share of the rows against others'.
+    """A run of the pipeline, a folder or URL, whose catalog lists generations; `weight` is its
+    share of the rows against others'.
 
     `generations` names those to read, in order; () is all, and each new one when it is published.
     """
@@ -93,14 +107,17 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`global_batch_rows` a step over all ranks, in micro-batches of `micro_batch_rows` a rank. `workers` are loaders a rank.
+    """`global_batch_rows` a step over all ranks, in micro-batches of `micro_batch_rows` a rank.
+    `workers` are loaders a rank.
 
-    The order of rows depends on `shuffle_seed`, `canonical_nodes` and the global batch, and not on the number of ranks.
-    When generations end: stop, wait for the next up to `wait_seconds`, or repeat up to `max_epochs`.
+    The order of rows depends on `shuffle_seed`, `canonical_nodes` and the global batch, and not on
+    the number of ranks. When generations end: stop, wait for the next up to `wait_seconds`, or
+    repeat up to `max_epochs`.
 
-    What lies on an object store (s3://BUCKET/RUN) is copied by each node to `cache_dir`, which is this training's alone and has
-    room for two generations of a source at a time, unpacked, or all if they are repeated; "" is `cache/` of the training's
-    directory. Where that lies on a file system that nodes share, name a disk that each has for itself.
+    What lies on an object store (s3://BUCKET/RUN) is copied by each node to `cache_dir`, which is
+    this training's alone and has room for two generations of a source at a time, unpacked, or all
+    if they are repeated; "" is `cache/` of the training's directory. Where that lies on a file
+    system that nodes share, name a disk that each has for itself.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -119,10 +136,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `every_steps`, the last `keep_last` and the best `keep_best` by held-out loss kept.
+    """A checkpoint every `every_steps`, the last `keep_last` and the best `keep_best` by held-out
+    loss kept.
 
-    The best are of those steps that were evaluated. `folder` is a disk that every rank sees or a URL (s3://BUCKET/RUN); "" is
-    `checkpoints/` of the training's directory.
+    The best are of those steps that were evaluated. `folder` is a disk that every rank sees or a
+    URL (s3://BUCKET/RUN); "" is `checkpoints/` of the training's directory.
     """
 
     folder: str = ""
@@ -134,10 +152,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """Where figures go, besides metrics.jsonl, which is always written; and how often the pipeline is told, in seconds.
+    """Where figures go, besides metrics.jsonl, which is always written; and how often the pipeline
+    is told, in seconds.
 
-    `feedback` is the folder that the pipeline reads; "" is `feedback/` of the first source's run. `name` is the trainer's in it,
-    and must be its own; "" is that of the training's directory.
+    `feedback` is the folder that the pipeline reads; "" is `feedback/` of the first source's run.
+    `name` is the trainer's in it, and must be its own; "" is that of the training's directory.
     """
 
     sinks: tuple[Sink, ...] = ("console", "jsonl")
@@ -148,10 +167,12 @@ class TelemetryConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Every `every_steps` (0: never) the loss on what `pack` held out, and multiple-choice questions.
+    """Every `every_steps` (0: never) the loss on what `pack` held out, and multiple-choice
+    questions.
 
-    Of each source the first `held_out_rows` rows held out in the first generation that has any, so that figures compare as
-    the supply grows; 0 for none. `cloze` are files in the format of HellaSwag or ARC; the first `cloze_questions` are asked.
+    Of each source the first `held_out_rows` rows held out in the first generation that has any, so
+    that figures compare as the supply grows; 0 for none. `cloze` are files in the format of
+    HellaSwag or ARC; the first `cloze_questions` are asked.
     """
 
     every_steps: int = 0
@@ -162,11 +183,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Workers of Ray Train, one a GPU where there are any: from `min_workers` (0: as many as `workers`) to `workers`.
+    """Workers of Ray Train, one a GPU where there are any: from `min_workers` (0: as many as
+    `workers`) to `workers`.
 
-    Only counts that divide the global batch are taken. `cpus_per_worker` are reserved for each with its loaders. `gpus`: whether
-    workers take one each; "auto" looks at what the cluster has now, and would miss machines that it starts on demand. A worker
-    that dies restarts all from the last checkpoint, `max_failures` times (-1: always); a preempted node does not count.
+    Only counts that divide the global batch are taken. `cpus_per_worker` are reserved for each with
+    its loaders. `gpus`: whether workers take one each; "auto" looks at what the cluster has now,
+    and would miss machines that it starts on demand. A worker that dies restarts all from the last
+    checkpoint, `max_failures` times (-1: always); a preempted node does not count.
     """
 
     workers: int = 1
@@ -178,9 +201,11 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run in the local folder `directory`, of `max_steps` steps (0: until the data ends).
+    """A training run in the local folder `directory`, of `max_steps` steps (0: until the data
+    ends).
 
-    A step whose loss is a spike, 6 sigma above the last 128, is logged with its rows, and left out with `skip_spikes`.
+    A step whose loss is a spike, 6 sigma above the last 128, is logged with its rows, and left out
+    with `skip_spikes`.
     """
 
     directory: str
@@ -203,9 +228,11 @@ class ConfigError(ValueError):
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a TOML file and section.key=value overrides. ConfigError on the first thing that is wrong.
+    """Read a TOML file and section.key=value overrides. ConfigError on the first thing that is
+    wrong.
 
-    `model.preset` names one of PRESETS, over which the section's other keys are laid. Paths are made absolute.
+    `model.preset` names one of PRESETS, over which the section's other keys are laid. Paths are
+    made absolute.
     """
     try:
         raw = tomllib.loads(file.read_text())
@@ -226,10 +253,20 @@ def load(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def _check(config: TrainConfig) -> None:
     """What one section asks of another, or of the world."""
     if not config.directory or "://" in config.directory:
-        raise ConfigError(f"directory = '{config.directory}': a local folder is wanted; checkpoint.folder may be a URL")
-    for key, folder in (("directory", config.directory), ("checkpoint.folder", config.checkpoint.folder)):
+        raise ConfigError(
+            f"directory = '{config.directory}': a local folder is wanted; checkpoint.folder may be a URL"
+        )
+    for key, folder in (
+        ("directory", config.directory),
+        ("checkpoint.folder", config.checkpoint.folder),
+    ):
         inside = f"{os.path.abspath(folder)}/".startswith(f"{os.getcwd()}/")
-        if folder and "://" not in folder and inside and os.path.basename(os.getcwd()).startswith("_ray_pkg_"):
+        if (
+            folder
+            and "://" not in folder
+            and inside
+            and os.path.basename(os.getcwd()).startswith("_ray_pkg_")
+        ):
             said = f"{key} = '{folder}' lies in the job's working directory, which Ray removes with the job"
             raise ConfigError(f"{said}: write an absolute path that every node sees")
     if "://" in config.data.cache_dir:
@@ -237,10 +274,16 @@ def _check(config: TrainConfig) -> None:
     runs = [os.path.abspath(source.run) for source in config.data.sources]
     if twice := [run for run in runs if runs.count(run) > 1]:
         raise ConfigError(f"data.sources names {twice[0]} twice; set its weight instead")
-    if config.evaluation.every_steps and not (config.evaluation.held_out_rows or config.evaluation.cloze):
-        raise ConfigError("evaluation.every_steps is set, but neither held_out_rows nor cloze: there is nothing to evaluate")
+    if config.evaluation.every_steps and not (
+        config.evaluation.held_out_rows or config.evaluation.cloze
+    ):
+        raise ConfigError(
+            "evaluation.every_steps is set, but neither held_out_rows nor cloze: there is nothing to evaluate"
+        )
     if config.ray.min_workers > config.ray.workers:
-        raise ConfigError(f"ray.min_workers = {config.ray.min_workers} exceeds ray.workers = {config.ray.workers}")
+        raise ConfigError(
+            f"ray.min_workers = {config.ray.min_workers} exceeds ray.workers = {config.ray.workers}"
+        )
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -283,10 +326,16 @@ def _build(cls: type[Any], raw: Any, at: str) -> Any:
     hints = get_type_hints(cls)
     for key in raw:
         _known(key, hints, f"{at}.{key}".lstrip("."))
-    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in raw]
+    required = [
+        f.name
+        for f in fields(cls)
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in raw
+    ]
     if required:
         raise ConfigError(f"{f'{at}.{required[0]}'.lstrip('.')} is missing")
-    return cls(**{key: _value(hints[key], value, f"{at}.{key}".lstrip(".")) for key, value in raw.items()})
+    return cls(
+        **{key: _value(hints[key], value, f"{at}.{key}".lstrip(".")) for key, value in raw.items()}
+    )
 
 
 def _value(wanted: Any, value: Any, at: str) -> Any:
@@ -297,14 +346,18 @@ def _value(wanted: Any, value: Any, at: str) -> Any:
         return value
     if get_origin(wanted) is tuple:
         inner, *others = get_args(wanted)
-        if not isinstance(value, list | tuple) or (... not in others and len(value) != 1 + len(others)):
+        if not isinstance(value, list | tuple) or (
+            ... not in others and len(value) != 1 + len(others)
+        ):
             number = "" if ... in others else f" of {1 + len(others)}"
             raise ConfigError(f"{at} = {value!r}: a list{number} is wanted")
         return tuple(_value(inner, item, f"{at}[{i}]") for i, item in enumerate(value))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not wanted:
-        raise ConfigError(f"{at} = {value!r}: {wanted.__name__} is wanted, found {type(value).__name__}")
+        raise ConfigError(
+            f"{at} = {value!r}: {wanted.__name__} is wanted, found {type(value).__name__}"
+        )
     least = _LEAST.get(at, 0)
     if wanted in (int, float) and not (least <= value < math.inf):
         raise ConfigError(f"{at} = {value!r}: a number from {least} on is wanted")
@@ -313,10 +366,21 @@ def _value(wanted: Any, value: Any, at: str) -> Any:
 
 # the least that a number may be, where that is not 0
 _LEAST = {
-    **{f"model.{key}": 1 for key in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden_dim")},
-    **{f"data.{key}": 1 for key in ("global_batch_rows", "micro_batch_rows", "canonical_nodes", "max_epochs")},
+    **{
+        f"model.{key}": 1
+        for key in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden_dim")
+    },
+    **{
+        f"data.{key}": 1
+        for key in ("global_batch_rows", "micro_batch_rows", "canonical_nodes", "max_epochs")
+    },
     **{"checkpoint.every_steps": 1, "checkpoint.keep_last": 1, "evaluation.cloze_questions": 1},
-    **{"ray.workers": 1, "ray.max_failures": -1, "telemetry.every_seconds": 0.001, "data.batch_timeout_seconds": 0.001},
+    **{
+        "ray.workers": 1,
+        "ray.max_failures": -1,
+        "telemetry.every_seconds": 0.001,
+        "data.batch_timeout_seconds": 0.001,
+    },
 }
 
 

@@ -1,7 +1,9 @@
-"""Start a training: by Ray Train, on this machine or a cluster; or in this process, alone or as one rank of torchrun.
+"""Start a training: by Ray Train, on this machine or a cluster; or in this process, alone or as one
+rank of torchrun.
 
-The one file that knows Ray Train. Workers are restarted from the last checkpoint when one dies. Of what Ray offers, its own
-checkpoints and reports are not used: ours lie in the training's folder, and its reports are a barrier that keeps rank 0's alone.
+The one file that knows Ray Train. Workers are restarted from the last checkpoint when one dies. Of
+what Ray offers, its own checkpoints and reports are not used: ours lie in the training's folder,
+and its reports are a barrier that keeps rank 0's alone.
 """
 
 import json
@@ -18,14 +20,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.config import STOP, TrainConfig, load
 from trainer.config import ConfigError as ConfigError  # for those who launch
-from trainer.plan import fitting_ranks
+from trainer.data.order import fitting_ranks
 
 if TYPE_CHECKING:
-    from trainer.blame import Blamed
+    from trainer.telemetry.why_step import Blamed
 
 
 class Ended(NamedTuple):
-    """How a training ended: the steps in its state, the loss of the last in nats a token, why it ended, and its plot, if any."""
+    """How a training ended: the steps in its state, the loss of the last in nats a token, why it
+    ended, and its plot, if any.
+    """
 
     steps: int
     loss: float
@@ -42,17 +46,19 @@ class FinalError(TrainingError):
 
 
 def launch(file: Path, overrides: Sequence[str], *, on_ray: bool) -> Ended:
-    """Train as the file says, on GPUs where there are any, and draw the run. Ranks of torchrun take no Ray.
+    """Train as the file says, on GPUs where there are any, and draw the run. Ranks of torchrun take
+    no Ray.
 
-    ConfigError for a config that is wrong in itself, TrainingError for data or a model that is at fault.
+    ConfigError for a config that is wrong in itself, TrainingError for data or a model that is at
+    fault.
     """
     config = load(file, overrides)
     try:
         import torch
     except ImportError:
         raise ConfigError("training needs PyTorch: pip install 'gristmill[train]'") from None
-    from trainer.plot import plot
-    from trainer.telemetry import METRICS
+    from trainer.telemetry.plot import plot
+    from trainer.telemetry.sinks import METRICS
 
     ranked = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # by torchrun
     leads = not ranked or os.environ["RANK"] == "0"
@@ -60,7 +66,11 @@ def launch(file: Path, overrides: Sequence[str], *, on_ray: bool) -> Ended:
     if leads:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOP).unlink(missing_ok=True)  # meant for an earlier run
-    ended = _on_ray(config) if on_ray and not ranked else _here(config, "cuda" if torch.cuda.is_available() else "cpu")
+    ended = (
+        _on_ray(config)
+        if on_ray and not ranked
+        else _here(config, "cuda" if torch.cuda.is_available() else "cpu")
+    )
     drawn = folder / "training.html"
     if leads and (folder / METRICS).exists():  # else it lies where the workers are
         plot(folder, drawn)
@@ -68,9 +78,12 @@ def launch(file: Path, overrides: Sequence[str], *, on_ray: bool) -> Ended:
 
 
 def why_step(directory: Path, step: int) -> "list[Blamed]":
-    """The rows that a step was taken on, and their documents (see trainer.blame). TrainingError when they cannot be told."""
-    from trainer import blame
-    from trainer.generations import GenerationFault
+    """The rows that a step was taken on, and their documents (see trainer.blame).
+
+    TrainingError when they cannot be told.
+    """
+    from trainer.data.generations import GenerationFault
+    from trainer.telemetry import why_step as blame
 
     try:
         return blame.why_step(directory, step)
@@ -81,10 +94,11 @@ def why_step(directory: Path, step: int) -> "list[Blamed]":
 def export(training: str, output: str, *, step: int | None) -> int:
     """Write a checkpoint's weights, the newest or that of `step`, for transformers; the step.
 
-    `training` is its directory, or the folder or URL of its checkpoints. TrainingError if there is none or it is damaged.
+    `training` is its directory, or the folder or URL of its checkpoints. TrainingError if there is
+    none or it is damaged.
     """
-    from trainer.blame import CONFIG
     from trainer.checkpoint import CheckpointError, committed, export_hugging_face
+    from trainer.telemetry.why_step import CONFIG
 
     folder = training
     if Path(training, CONFIG).exists():
@@ -94,17 +108,21 @@ def export(training: str, output: str, *, step: int | None) -> int:
         found = committed(folder)
         chosen = max(found, default=None) if step is None else step
         if chosen not in found:
-            raise TrainingError(f"{folder} holds checkpoints of the steps {list(found)}{f', none of {step}' if step else ''}")
+            raise TrainingError(
+                f"{folder} holds checkpoints of the steps {list(found)}{f', none of {step}' if step else ''}"
+            )
         export_hugging_face(found[chosen], output)
     except (CheckpointError, ValueError) as error:
         raise TrainingError(str(error)) from error
     return chosen
 
 
-def _here(config: TrainConfig, device: str, preempted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def _here(
+    config: TrainConfig, device: str, preempted: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Train as this rank: how it ended, as plain values."""
     from trainer.checkpoint import CheckpointError
-    from trainer.generations import GenerationFault
+    from trainer.data.generations import GenerationFault
     from trainer.loop import Diverged, Training
 
     with ExitStack() as opened:
@@ -112,7 +130,10 @@ def _here(config: TrainConfig, device: str, preempted: Callable[[], bool] = lamb
             training = Training(config, opened, device=device, preempted=preempted)
         except (GenerationFault, ValueError) as error:
             raise FinalError(str(error)) from error
-        except (CheckpointError, OSError) as error:  # a store that does not answer may do so the next time
+        except (
+            CheckpointError,
+            OSError,
+        ) as error:  # a store that does not answer may do so the next time
             raise TrainingError(str(error)) from error
         try:
             return training.to_the_end()._asdict()
@@ -122,11 +143,13 @@ def _here(config: TrainConfig, device: str, preempted: Callable[[], bool] = lamb
             raise TrainingError(str(error)) from error
 
 
-# --- Ray Train --------------------------------------------------------------------------------------------------------
+# --- Ray Train ------------------------------------------------------------------------------------
 
 
 def _on_ray(config: TrainConfig) -> dict[str, Any]:
-    """Train by Ray Train on the cluster of $RAY_ADDRESS, as `ray job submit` sets it, else on this machine."""
+    """Train by Ray Train on the cluster of $RAY_ADDRESS, as `ray job submit` sets it, else on this
+    machine.
+    """
     counts, on_gpus = worker_counts(config), _start_ray(config.ray.gpus)
     _check_room(config, counts[0], on_gpus)
     import ray.train
@@ -140,10 +163,13 @@ def _on_ray(config: TrainConfig) -> dict[str, Any]:
         scaling_config=api.ScalingConfig(
             num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
             use_gpu=on_gpus,
-            resources_per_worker={"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if on_gpus else {}),
+            resources_per_worker={"CPU": config.ray.cpus_per_worker}
+            | ({"GPU": 1} if on_gpus else {}),
         ),
         run_config=api.RunConfig(
-            name="ray", storage_path=config.directory, failure_config=api.FailureConfig(config.ray.max_failures)
+            name="ray",
+            storage_path=config.directory,
+            failure_config=api.FailureConfig(config.ray.max_failures),
         ),
     )
     with _shown(config), _stoppable(config):
@@ -157,8 +183,15 @@ def _on_ray(config: TrainConfig) -> dict[str, Any]:
 
 
 def worker_counts(config: TrainConfig) -> list[int]:
-    """The numbers of workers that Ray may take, rising. ConfigError when none in the range divides the global batch."""
-    least, most, data = config.ray.min_workers or config.ray.workers, config.ray.workers, config.data
+    """The numbers of workers that Ray may take, rising.
+
+    ConfigError when none in the range divides the global batch.
+    """
+    least, most, data = (
+        config.ray.min_workers or config.ray.workers,
+        config.ray.workers,
+        config.data,
+    )
     fitting = fitting_ranks(data.global_batch_rows, data.micro_batch_rows)
     counts = [count for count in fitting if least <= count <= most]
     if not counts:
@@ -171,7 +204,9 @@ def worker_counts(config: TrainConfig) -> list[int]:
 
 @contextmanager
 def _stoppable(config: TrainConfig) -> Iterator[None]:
-    """SIGTERM and Ctrl-C of this process ask the workers to save and end; it then waits for them, unless it is asked again."""
+    """SIGTERM and Ctrl-C of this process ask the workers to save and end; it then waits for them,
+    unless it is asked again.
+    """
 
     def ask(*_: object) -> None:
         Path(config.directory, STOP).touch()
@@ -190,10 +225,12 @@ def _stoppable(config: TrainConfig) -> Iterator[None]:
 @contextmanager
 def _shown(config: TrainConfig) -> Iterator[None]:
     """The figures of the workers on this console: their own output is lost among Ray's."""
-    from trainer.telemetry import METRICS, Console, follow
+    from trainer.telemetry.sinks import METRICS, Console, follow
 
     ended = threading.Event()
-    thread = threading.Thread(target=follow, args=(Path(config.directory, METRICS), Console(), ended))
+    thread = threading.Thread(
+        target=follow, args=(Path(config.directory, METRICS), Console(), ended)
+    )
     if "console" in config.telemetry.sinks:
         thread.start()
     try:
@@ -205,7 +242,9 @@ def _shown(config: TrainConfig) -> Iterator[None]:
 
 
 def _check_room(config: TrainConfig, workers: int, on_gpus: bool) -> None:
-    """Ray would wait without a word for workers that this machine has no room for; a cluster may grow."""
+    """Ray would wait without a word for workers that this machine has no room for; a cluster may
+    grow.
+    """
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
@@ -222,19 +261,27 @@ def _start_ray(gpus: str) -> bool:
     """Connect or start; whether workers take GPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # importing torch can take longer than the 60 s given
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600"
+    )  # importing torch can take longer than the 60 s given
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
+    local: dict[str, Any] = (
+        {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
+    )
     if not ray.is_initialized():
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local
+        )
     return gpus == "yes" or (gpus == "auto" and bool(ray.cluster_resources().get("GPU")))  # type: ignore[no-untyped-call]
 
 
 def _trainer(counts: Sequence[int]) -> Any:
-    """TorchTrainer, but for what its public interface leaves no room for; with Ray 2.60 this is where it lies."""
+    """TorchTrainer, but for what its public interface leaves no room for; with Ray 2.60 this is
+    where it lies.
+    """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
@@ -259,20 +306,30 @@ def _trainer(counts: Sequence[int]) -> Any:
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs. What another start would meet again is returned: to raise it would start all anew."""
+    """What each worker runs. What another start would meet again is returned: to raise it would
+    start all anew.
+    """
     import ray.train
     import torch
 
     if settings["device"] == "cpu":  # Ray allows torch a thread for each CPU reserved, which is one
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
+        torch.set_num_threads(
+            max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
+        )
     try:
-        return _here(settings["config"], settings["device"], lambda: ray.train.get_preemption_info() is not None)
+        return _here(
+            settings["config"],
+            settings["device"],
+            lambda: ray.train.get_preemption_info() is not None,
+        )
     except FinalError as error:
         return {"fault": str(error)}
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong first, without Ray's frames; ranks that lost their neighbours say so only after one that has a reason."""
+    """What went wrong first, without Ray's frames; ranks that lost their neighbours say so only
+    after one that has a reason.
+    """
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     ours = [failure for failure in failures if "TrainingError" in repr(failure)]
     return str((ours or failures)[0])

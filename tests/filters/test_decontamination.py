@@ -1,4 +1,6 @@
-"""Coverage is that of a slow matcher on tuples of words; trimming takes the items and leaves the rest; bad indexes are refused."""
+"""Coverage is that of a slow matcher on tuples of words; trimming takes the items and leaves the
+rest; bad indexes are refused.
+"""
 
 import json
 import re
@@ -12,11 +14,12 @@ import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from filters import first_failure, ngrams
+from filters import first_failure
 from filters.decontamination import MAGIC, Decontamination, _table, find, load, normalize
-from filters.text import TextView
-from pipeline.benchmark_index import build_index
-from tests.filters.texts import PROSE, TEXTS
+from filters.text import ngrams
+from filters.text.view import TextView
+from pipeline.models.benchmark_index import build_index
+from tests.support.texts import PROSE, TEXTS
 
 ITEM = (
     "Janet’s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins for her friends "
@@ -29,7 +32,9 @@ N, MIN_WORDS, MAX_ITEMS = 4, 2, 2
 WORDS = st.sampled_from(["a", "b", "c", "q", "don't", "é", "7", "42", "internationalization", "東"])
 PASSAGES = st.lists(WORDS, max_size=9).map(" ".join)
 # a set is a list of items, an item a list of texts
-SETS = st.lists(st.lists(st.lists(PASSAGES, max_size=4), min_size=1, max_size=5), min_size=1, max_size=3)
+SETS = st.lists(
+    st.lists(st.lists(PASSAGES, max_size=4), min_size=1, max_size=5), min_size=1, max_size=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +59,42 @@ def measured(text: str, index: str, **options) -> dict:
     return Decontamination(index=index, **options).measure(TextView(text))
 
 
-# --- coverage --------------------------------------------------------------------------------------------------------
+# --- coverage -------------------------------------------------------------------------------------
 
 
 # scripts with vowel signs that belong to their words; scripts without spaces, whose signs part them
-SIGNS = ["THAANA", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL", "TELUGU", "KANNADA", "MALAYALAM"]
+SIGNS = [
+    "THAANA",
+    "DEVANAGARI",
+    "BENGALI",
+    "GURMUKHI",
+    "GUJARATI",
+    "ORIYA",
+    "TAMIL",
+    "TELUGU",
+    "KANNADA",
+    "MALAYALAM",
+]
 SIGNS += ["SINHALA", "TIBETAN", "BALINESE", "JAVANESE"]
 PARTED = ["THAI", "LAO", "KHMER", "MYANMAR"]
-MARKED = {*SIGNS, *PARTED, "COMBINING", "ARABIC", "HEBREW", "CYRILLIC", "SYRIAC", "VARIATION", "KATAKANA-HIRAGANA"}
+MARKED = {
+    *SIGNS,
+    *PARTED,
+    "COMBINING",
+    "ARABIC",
+    "HEBREW",
+    "CYRILLIC",
+    "SYRIAC",
+    "VARIATION",
+    "KATAKANA-HIRAGANA",
+}
 ALONE = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 
 
 def slow_normalize(text):
-    text = re.sub("['’‘\u00ad\u0640\u200b-\u200d\u2060\ufeff]", "", unicodedata.normalize("NFD", text.lower()))
+    text = re.sub(
+        "['’‘\u00ad\u0640\u200b-\u200d\u2060\ufeff]", "", unicodedata.normalize("NFD", text.lower())
+    )
     text = "".join(re.sub(ALONE, r" \g<0> ", slow_character(c)) for c in text)
     return re.sub(" +", " ", text).strip()
 
@@ -79,7 +107,10 @@ def slow_character(c):
 
 
 def slow_size(text):
-    return sum(0.5 if re.match(f"{ALONE}|[\u1000-\u109f\u1780-\u17ff]", word) else 1 for word in text.split())
+    return sum(
+        0.5 if re.match(f"{ALONE}|[\u1000-\u109f\u1780-\u17ff]", word) else 1
+        for word in text.split()
+    )
 
 
 def slow_passages(item):
@@ -93,12 +124,18 @@ def slow_arranged(texts):
     texts = [text for text in texts if text not in list("abcdefghij")]
     bare = [re.sub("^(question|q) | (answer|a)$", "", text) for text in texts]
     for strings in (texts, bare):
-        for question, answers in ((strings[0], strings[1:]), (strings[-1], strings[:-1])) if len(strings) > 1 else ():
+        for question, answers in (
+            ((strings[0], strings[1:]), (strings[-1], strings[:-1])) if len(strings) > 1 else ()
+        ):
             for told in (answers, *([answer] for answer in answers)):
                 if slow_size(" ".join([question, *told])) >= MIN_WORDS:
                     lettered = [f"{'abcdefgh'[k]} {answer}" for k, answer in enumerate(told)]
                     found += [" ".join([question, *told]), " ".join([question, *lettered])]
-        found += [f"{text} {strings[-1]}" for text in strings[:-1] if slow_size(f"{text} {strings[-1]}") >= MIN_WORDS]
+        found += [
+            f"{text} {strings[-1]}"
+            for text in strings[:-1]
+            if slow_size(f"{text} {strings[-1]}") >= MIN_WORDS
+        ]
     return found
 
 
@@ -112,11 +149,22 @@ def slow_grams(passage):
 def slow_coverage(text, sets):
     common = set()
     for items in sets:
-        counts = Counter(gram for item in items for gram in {g for p in slow_passages(item) for g in slow_grams(p)})
+        counts = Counter(
+            gram
+            for item in items
+            for gram in {g for p in slow_passages(item) for g in slow_grams(p)}
+        )
         common |= {gram for gram, count in counts.items() if count > MAX_ITEMS}
     words = slow_normalize(text).split()
-    held = {tuple(words[i : i + n]) for n in range(MIN_WORDS, N + 1) for i in range(len(words) - n + 1)}
-    passages = [slow_grams(passage) - common for items in sets for item in items for passage in slow_passages(item)]
+    held = {
+        tuple(words[i : i + n]) for n in range(MIN_WORDS, N + 1) for i in range(len(words) - n + 1)
+    }
+    passages = [
+        slow_grams(passage) - common
+        for items in sets
+        for item in items
+        for passage in slow_passages(item)
+    ]
     return max((len(grams & held) / len(grams) for grams in passages if grams), default=None)
 
 
@@ -143,7 +191,9 @@ def test_coverage_is_that_of_the_slow_matcher(tmp_path_factory, sets, data):
         found = measured(text.upper(), built(folder, folder / "index", **options))
         assert found["coverage"] == pytest.approx(expected)
         assert (found["evidence"] is None) == (expected == 0)
-        assert (found["benchmark"] is None) == (expected <= Decontamination().coverage[1])  # traces drop nothing
+        assert (found["benchmark"] is None) == (
+            expected <= Decontamination().coverage[1]
+        )  # traces drop nothing
 
 
 @pytest.mark.parametrize(
@@ -166,13 +216,19 @@ def test_a_problem_with_other_numbers_is_another_problem(index):
 
 
 def test_an_idiom_that_an_item_quotes_is_a_small_part_of_it(index):
-    found = measured("She eats three for breakfast every morning and bakes muffins for her friends, they say.", index)
+    found = measured(
+        "She eats three for breakfast every morning and bakes muffins for her friends, they say.",
+        index,
+    )
     assert found["coverage"] == pytest.approx(1 / 27)
     assert first_failure("decontamination", Decontamination(index=index), found) is None
 
 
 def test_evidence_names_the_best_match_s_set_row_and_place(index):
-    found = measured(f"{SHORT} She eats three for breakfast every morning and bakes muffins for her friends every day.", index)
+    found = measured(
+        f"{SHORT} She eats three for breakfast every morning and bakes muffins for her friends every day.",
+        index,
+    )
     assert found["benchmark"] == "gsm8k"
     # not in words of the page, which may be someone's address
     assert found["evidence"] == f"gsm8k.jsonl:2, 1.00 of 1 n-grams, at 0 to {len(SHORT) - 1}"
@@ -188,13 +244,19 @@ def test_measure_is_total(index, text):
         assert list(found.values()) == [0.0, 0.0, None, None]
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def test_normalize_is_the_slow_way_s_on_every_code_point():
-    """Of ideographs and unassigned ones a hundredth; but for Brahmi's kin of the second plane, and marks of minor scripts."""
+    """Of ideographs and unassigned ones a hundredth; but for Brahmi's kin of the second plane, and
+    marks of minor scripts.
+    """
     points = map(chr, (*range(0x11000), *range(0x12000, 0x20000), *range(0x20000, 0x110000, 97)))
-    text = "".join(f"{c}x {c} " for c in points if unicodedata.category(c)[0] != "M" or unicodedata.name(c).split()[0] in MARKED)
+    text = "".join(
+        f"{c}x {c} "
+        for c in points
+        if unicodedata.category(c)[0] != "M" or unicodedata.name(c).split()[0] in MARKED
+    )
     assert normalize(text) == slow_normalize(text)
 
 
@@ -203,7 +265,10 @@ def test_word_places_are_those_of_the_words(text):
     starts, ends = ngrams.word_places(text, _table())
     words = normalize(text).split()
     # alone, a sigma may be a final one
-    alone = [normalize(text[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    alone = [
+        normalize(text[start:end])
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
     assert [word.replace("ς", "σ") for word in alone] == [word.replace("ς", "σ") for word in words]
 
 
@@ -228,7 +293,8 @@ HINDI = "आज प्रधान मंत्री नरेंद्र म�
         ("בְּרֵאשִׁית בָּרָא", "בראשית ברא"),
         ("❤\ufe0f 1\ufe0f\u20e3 е\ufe2eр", "1 ер"),
         ("がある", "か あ る"),
-        ("ภราดรภาพ และสิทธิ", "ภราดรภาพ และส ทธ"),  # vowels above part, those that are letters do not
+        # vowels above part, those that are letters do not
+        ("ภราดรภาพ และสิทธิ", "ภราดรภาพ และส ทธ"),
     ],
 )
 def test_marks_do_not_part_words_but_where_nothing_else_does(text, words):
@@ -238,7 +304,10 @@ def test_marks_do_not_part_words_but_where_nothing_else_does(text, words):
 @pytest.mark.parametrize(
     "item, page",
     [
-        (["会议由哪个机构主持召开？", "全国人民代表大会常务委员会"], "会议由全国人民代表大会常务委员会主持召开。"),
+        (
+            ["会议由哪个机构主持召开？", "全国人民代表大会常务委员会"],
+            "会议由全国人民代表大会常务委员会主持召开。",
+        ),
         (["会议由全国人民代表大会常务委员会主持召开。"], "全国人民代表大会常务委员会"),
         ([HINDI], HINDI),
         ([ARABIC], ARABIC),
@@ -259,7 +328,10 @@ def test_a_phrase_or_a_name_is_no_item_in_any_script(tmp_path, item, page):
             "问：太阳从东边升起，到西边落下，那么中午的时候影子朝向哪一个方向？",
         ),
         (f"{HINDI} कि देश के किसान बहुत मेहनत करते हैं", f"{HINDI} कि देश के किसान बहुत मेहनत करते हैं।"),
-        (f"{ARABIC} رب العالمين الرحمن الرحيم مالك", "بسم الله الرحمن الرحيم الحمد لله رب العالمين الرحمن الرحيم مالك"),
+        (
+            f"{ARABIC} رب العالمين الرحمن الرحيم مالك",
+            "بسم الله الرحمن الرحيم الحمد لله رب العالمين الرحمن الرحيم مالك",
+        ),
     ],
 )
 def test_an_item_is_found_in_any_script(tmp_path, item, page):
@@ -268,7 +340,7 @@ def test_an_item_is_found_in_any_script(tmp_path, item, page):
     assert measured(page, built(tmp_path / "sets", tmp_path / "index"))["coverage"] == 1.0
 
 
-# --- trimming --------------------------------------------------------------------------------------------------------
+# --- trimming -------------------------------------------------------------------------------------
 
 
 def test_drop_leaves_the_document_as_it_is(index):
@@ -283,40 +355,55 @@ def test_trim_takes_the_item_and_leaves_the_rest(index):
     assert edited.text == f"{before}\n\n{after}" and edited.language == "en"
     assert found["coverage"] == 0.0
     assert found["cut_share"] == pytest.approx(1 - len(edited.text) / len(view.text))
-    assert found["benchmark"] == "gsm8k" and found["evidence"].startswith("gsm8k.jsonl:1, 1.00 of 27 n-grams, at ")
+    assert found["benchmark"] == "gsm8k" and found["evidence"].startswith(
+        "gsm8k.jsonl:1, 1.00 of 27 n-grams, at "
+    )
 
 
 def test_trim_takes_the_whole_sentence_but_no_more(index):
     part = OTHER[: OTHER.index("; which")]
     view = TextView(f"Here it starts. (See no.{OTHER} Here it goes on.")
-    assert Decontamination(index=index, action="trim").edit(view)[0].text == "Here it starts.\n\nHere it goes on."
+    assert (
+        Decontamination(index=index, action="trim").edit(view)[0].text
+        == "Here it starts.\n\nHere it goes on."
+    )
     # of half the item too few n-grams are left to be cut
     assert Decontamination(index=index, action="trim").edit(TextView(part))[0].text == part
 
 
 def test_trim_goes_no_further_than_200_characters_for_a_sentence_s_end(index):
     far = "word " * 60
-    edited, _ = Decontamination(index=index, action="trim").edit(TextView(f"{far}so-called({OTHER[:-1]}) {far}."))
+    edited, _ = Decontamination(index=index, action="trim").edit(
+        TextView(f"{far}so-called({OTHER[:-1]}) {far}.")
+    )
     assert edited.text == f"{far.strip()}\n\n{far}."
 
 
 def test_trim_takes_what_lies_between_two_matches_along(index):
     changed = ITEM.replace("muffins", "scones").replace(" She sells", " Think of that! She sells")
-    edited, found = Decontamination(index=index, action="trim").edit(TextView(f"{PROSE}\n{changed}"))
+    edited, found = Decontamination(index=index, action="trim").edit(
+        TextView(f"{PROSE}\n{changed}")
+    )
     assert edited.text == PROSE
     assert found["evidence"].startswith("gsm8k.jsonl:1, 0.26 of 27")
 
 
 def test_trim_takes_an_item_that_the_first_cut_brought_together(index):
     head, tail = SHORT[:30], SHORT[30:]
-    edited, found = Decontamination(index=index, action="trim").edit(TextView(f"{PROSE}\n{head}\n{OTHER}\n{tail}"))
+    edited, found = Decontamination(index=index, action="trim").edit(
+        TextView(f"{PROSE}\n{head}\n{OTHER}\n{tail}")
+    )
     assert edited.text == PROSE and found["coverage"] == 0.0
 
 
 def test_trim_takes_only_what_the_bound_does_not_allow(index):
-    view = TextView("She eats three for breakfast every morning and bakes muffins for her friends, they say.")
+    view = TextView(
+        "She eats three for breakfast every morning and bakes muffins for her friends, they say."
+    )
     assert Decontamination(index=index, action="trim", coverage=(0, 1 / 27)).edit(view)[0] is view
-    assert Decontamination(index=index, action="trim", coverage=(0, 1 / 28)).edit(view)[0].text == ""
+    assert (
+        Decontamination(index=index, action="trim", coverage=(0, 1 / 28)).edit(view)[0].text == ""
+    )
 
 
 def test_a_document_that_is_mostly_test_items_is_dropped(index):
@@ -328,7 +415,9 @@ def test_a_document_that_is_mostly_test_items_is_dropped(index):
 
 
 PIECES = st.lists(
-    st.sampled_from([ITEM, OTHER, SHORT, *ITEM.split(". "), "It is. ", "\n", "\n\n", "3.5 ", "東京。", "yes "])
+    st.sampled_from(
+        [ITEM, OTHER, SHORT, *ITEM.split(". "), "It is. ", "\n", "\n\n", "3.5 ", "東京。", "yes "]
+    )
     | st.text(max_size=9),
     max_size=8,
 ).map("".join)
@@ -349,7 +438,7 @@ def test_after_trimming_nothing_is_left_to_trim(index, text):
         place = text.index(line, place) + len(line)
 
 
-# --- the index -------------------------------------------------------------------------------------------------------
+# --- the index ------------------------------------------------------------------------------------
 
 
 def refusal(path: str) -> str:
@@ -381,10 +470,15 @@ def test_a_damaged_index_is_refused(index, tmp_path):
 
 
 def test_an_index_of_another_normalizer_is_refused(index, tmp_path):
-    rest = Path(index).read_bytes()[len(MAGIC) + 8 :].replace(b"nfd-words-numbers-2", b"nfd-words-numbers-9")
+    rest = (
+        Path(index)
+        .read_bytes()[len(MAGIC) + 8 :]
+        .replace(b"nfd-words-numbers-2", b"nfd-words-numbers-9")
+    )
     (tmp_path / "other").write_bytes(MAGIC + xxhash.xxh3_64_digest(rest) + rest)
     assert re.search(
-        r"numbers-9.*this filter reads version 1 and normalizer 'nfd-words-numbers-2'.*anew", refusal(str(tmp_path / "other"))
+        r"numbers-9.*this filter reads version 1 and normalizer 'nfd-words-numbers-2'.*anew",
+        refusal(str(tmp_path / "other")),
     )
 
 

@@ -16,9 +16,9 @@ from filters.c4 import C4
 from filters.fineweb import Fineweb
 from filters.gopher_quality import GopherQuality
 from filters.gopher_repetition import GopherRepetition
-from filters.text import TextView
-from tests.filters import reference
-from tests.filters.texts import NASTY, PROSE, TEXTS
+from filters.text.view import TextView
+from tests.support import heuristics_reference
+from tests.support.texts import NASTY, PROSE, TEXTS
 
 HEURISTICS = {
     "gopher_quality": GopherQuality(),
@@ -39,19 +39,22 @@ def verdicts(text: str) -> dict[str, str | None]:
 
 
 def slow_scores(text: str) -> dict[str, dict[str, float]]:
-    edited = reference.c4_edit(text, HEURISTICS["c4"])
+    edited = heuristics_reference.c4_edit(text, HEURISTICS["c4"])
     return {
-        "gopher_quality": reference.gopher_quality(text, HEURISTICS["gopher_quality"]),
-        "gopher_repetition": reference.gopher_repetition(text),
-        "c4": reference.c4(edited),
-        "fineweb": reference.fineweb(edited, HEURISTICS["fineweb"]),
+        "gopher_quality": heuristics_reference.gopher_quality(text, HEURISTICS["gopher_quality"]),
+        "gopher_repetition": heuristics_reference.gopher_repetition(text),
+        "c4": heuristics_reference.c4(edited),
+        "fineweb": heuristics_reference.fineweb(edited, HEURISTICS["fineweb"]),
     }
 
 
 def fast_scores(text: str) -> dict[str, dict[str, float]]:
     view = TextView(text)
     edited, _ = HEURISTICS["c4"].edit(view)
-    return {name: heuristic.measure(edited if name in ("c4", "fineweb") else view) for name, heuristic in HEURISTICS.items()}
+    return {
+        name: heuristic.measure(edited if name in ("c4", "fineweb") else view)
+        for name, heuristic in HEURISTICS.items()
+    }
 
 
 def test_prose_passes_every_rule() -> None:
@@ -79,7 +82,11 @@ def test_gopher_quality(text: str, reason: str | None) -> None:
     assert verdicts(text)["gopher_quality"] == reason
 
 
-OTHER = [a + b for a in "klmnprst" for b in ["ab", "ebu", "idor", "oful", "uran", "yx", "elio", "osta", "inne", "arp"]]
+OTHER = [
+    a + b
+    for a in "klmnprst"
+    for b in ["ab", "ebu", "idor", "oful", "uran", "yx", "elio", "osta", "inne", "arp"]
+]
 HAN = [chr(0x4E00 + i) for i in range(60)]
 
 
@@ -93,7 +100,10 @@ def filler(number: int, start: int = 0) -> str:
     [
         (f"{filler(70)}\nab\nab\nab", "duplicate_line_ratio"),
         (filler(70).replace(" ", "\n") + "\n\nab\n\nab\n\nab", "duplicate_paragraph_ratio"),
-        (f"{filler(10)}\n{filler(10)}\n{filler(20, 20)}\n{filler(9, 40)}", "duplicate_line_char_ratio"),
+        (
+            f"{filler(10)}\n{filler(10)}\n{filler(20, 20)}\n{filler(9, 40)}",
+            "duplicate_line_char_ratio",
+        ),
         (
             "\n\n".join("\n".join(part) for part in (HAN[:20], HAN[:20], HAN[20:40], HAN[40:])),
             "duplicate_paragraph_char_ratio",
@@ -101,7 +111,10 @@ def filler(number: int, start: int = 0) -> str:
         (f"{filler(12)} {'the mill x ' * 4}", "top_2gram_char_ratio"),
         (" ".join(f"of the old {word}" for word in OTHER[:40]), "top_2gram_char_ratio"),
         (" ".join(f"the old mill {filler(5, 5 * i)}" for i in range(16)), "top_3gram_char_ratio"),
-        (" ".join(f"down the old mill {filler(10, 10 * i)}" for i in range(8)), "top_4gram_char_ratio"),
+        (
+            " ".join(f"down the old mill {filler(10, 10 * i)}" for i in range(8)),
+            "top_4gram_char_ratio",
+        ),
         (f"{filler(40)} {filler(12)}", "duplicate_5gram_char_ratio"),
         (filler(80), None),
         ("", None),
@@ -111,7 +124,9 @@ def test_gopher_repetition(text: str, reason: str | None) -> None:
     assert verdicts(text)["gopher_repetition"] == reason
 
 
-SENTENCES = "The mill is old. The river is wide.\nThe bread is warm. The path is steep. The day is long."
+SENTENCES = (
+    "The mill is old. The river is wide.\nThe bread is warm. The path is steep. The day is long."
+)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +169,9 @@ def test_c4_edit_returns_the_same_view_when_nothing_changes() -> None:
     assert C4().edit(view)[0] is view
 
 
-@pytest.mark.parametrize("line, kept", [("It ends well.", True), ("It goes on", False), ("It goes on...", False)])
+@pytest.mark.parametrize(
+    "line, kept", [("It ends well.", True), ("It goes on", False), ("It goes on...", False)]
+)
 def test_c4_may_require_terminal_punctuation(line: str, kept: bool) -> None:
     assert (C4(require_terminal_punctuation=True).edit(TextView(line))[0].text == line) == kept
 
@@ -166,7 +183,12 @@ def test_c4_may_require_terminal_punctuation(line: str, kept: bool) -> None:
         ("A line that goes on without any end to it\n" * 8, "line_punct_ratio"),
         ("Short and sweet indeed.\n" * 8, "short_line_ratio"),
         ("A line that is long enough not to count as short.\n" * 2, "duplicate_line_char_ratio"),
-        ("\n".join(f"{'a' * 10} {'b' * 10} {'c' * 10}{i}" + "." * (i % 8 == 0) for i in range(24)), "newline_ratio"),
+        (
+            "\n".join(
+                f"{'a' * 10} {'b' * 10} {'c' * 10}{i}" + "." * (i % 8 == 0) for i in range(24)
+            ),
+            "newline_ratio",
+        ),
         (PROSE.replace("\n", " "), None),
     ],
 )
@@ -183,8 +205,13 @@ def test_scores_equal_those_of_the_slow_reference(text: str) -> None:
 
 @given(TEXTS)
 def test_c4_edit_equals_the_slow_reference(text: str) -> None:
-    for heuristic in (C4(), C4(require_terminal_punctuation=True, max_word_length=4, min_line_words=1)):
-        assert heuristic.edit(TextView(text))[0].text == reference.c4_edit(text, heuristic)
+    for heuristic in (
+        C4(),
+        C4(require_terminal_punctuation=True, max_word_length=4, min_line_words=1),
+    ):
+        assert heuristic.edit(TextView(text))[0].text == heuristics_reference.c4_edit(
+            text, heuristic
+        )
 
 
 @pytest.mark.parametrize("name", HEURISTICS)
@@ -204,7 +231,9 @@ def test_loosening_a_bound_never_rejects_more(name: str, text: str, data: st.Dat
     below, above = data.draw(st.floats(0, 100)), data.draw(st.floats(0, 100))
     loose = dataclasses.replace(tight, **{rule: (low - below, high + above)})
     scores = tight.measure(TextView(text))
-    assert first_failure(name, tight, scores) is not None or first_failure(name, loose, scores) is None
+    assert (
+        first_failure(name, tight, scores) is not None or first_failure(name, loose, scores) is None
+    )
 
 
 @pytest.mark.parametrize("name", HEURISTICS)
@@ -227,7 +256,10 @@ def test_verdicts_on_real_pages_are_those_of_the_reference(corpus: Path) -> None
     agree = 0
     for text in texts:
         slow = slow_scores(text)
-        kept = all(first_failure(name, heuristic, slow[name]) is None for name, heuristic in HEURISTICS.items())
+        kept = all(
+            first_failure(name, heuristic, slow[name]) is None
+            for name, heuristic in HEURISTICS.items()
+        )
         agree += kept == (not any(verdicts(text).values()))
     assert len(texts) == 100
     assert agree / len(texts) >= 0.99

@@ -1,4 +1,6 @@
-"""Perplexity against a bare KenLM loop in CCNet's manner, windows against all windows, and what models are refused."""
+"""Perplexity against a bare KenLM loop in CCNet's manner, windows against all windows, and what
+models are refused.
+"""
 
 import json
 import math
@@ -13,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from filters import ccnet
 from filters.perplexity import BUNDLED, Perplexity, score
-from tests.filters.test_ccnet import NASTY, slow_line
+from filters.text import ccnet
+from tests.filters.text.test_ccnet import NASTY, slow_line
 
 PROSE = "The city is the capital of the province.\nIt was founded in 1850, and has been growing ever since."
 SPAM = "cheap pills buy viagra casino bonus xxx replica watches click free loans poker"
@@ -29,7 +31,9 @@ def slow_lines(text: str) -> list[tuple[float, int]]:
     """Score and length of each line with a token, by KenLM's own loop over its words."""
     lm = kenlm.Model(str(BUNDLED))
     tokens = [found for line in text.split("\n") if (found := slow_line(line))]
-    return [(sum(p for p, _, _ in lm.full_scores(" ".join(line))), len(line) + 1) for line in tokens]
+    return [
+        (sum(p for p, _, _ in lm.full_scores(" ".join(line))), len(line) + 1) for line in tokens
+    ]
 
 
 def slow_perplexity(lines: list[tuple[float, int]]) -> float:
@@ -37,8 +41,14 @@ def slow_perplexity(lines: list[tuple[float, int]]) -> float:
 
 
 def slow_worst_window(lines: list[tuple[float, int]], window: int) -> float:
-    """Of all runs of lines with at least `window` tokens: those that no shorter one ends, and the shortest at the start."""
-    runs = [lines[i:j] for i, j in combinations(range(len(lines) + 1), 2) if sum(n for _, n in lines[i:j]) >= window]
+    """Of all runs of lines with at least `window` tokens: those that no shorter one ends, and the
+    shortest at the start.
+    """
+    runs = [
+        lines[i:j]
+        for i, j in combinations(range(len(lines) + 1), 2)
+        if sum(n for _, n in lines[i:j]) >= window
+    ]
     if not runs:
         return slow_perplexity(lines)
     ends = [
@@ -46,11 +56,15 @@ def slow_worst_window(lines: list[tuple[float, int]], window: int) -> float:
         for j in range(1, len(lines) + 1)
         if sum(n for _, n in lines[:j]) >= window
     ]
-    first = next(lines[:j] for j in range(1, len(lines) + 1) if sum(n for _, n in lines[:j]) >= window)
+    first = next(
+        lines[:j] for j in range(1, len(lines) + 1) if sum(n for _, n in lines[:j]) >= window
+    )
     return max(map(slow_perplexity, [*ends, first]))
 
 
-WORDS = st.sampled_from(["the", "city", "of", "and", "was", "river", "qwxz", "19", ",", ".", "É", "“"])
+WORDS = st.sampled_from(
+    ["the", "city", "of", "and", "was", "river", "qwxz", "19", ",", ".", "É", "“"]
+)
 LINES = st.lists(st.lists(WORDS, max_size=12).map(" ".join), max_size=12)
 
 
@@ -63,7 +77,9 @@ def test_scores_are_those_of_ccnets_loop_and_of_all_windows(text: str, window: i
     if not lines:
         assert math.isnan(found["perplexity"]) and math.isnan(found["worst_window"])
         return
-    assert found["perplexity"] == pytest.approx(slow_perplexity(lines), rel=1e-5)  # full_scores are 32 bits each
+    assert found["perplexity"] == pytest.approx(
+        slow_perplexity(lines), rel=1e-5
+    )  # full_scores are 32 bits each
     assert found["worst_window"] == pytest.approx(slow_worst_window(lines, window), rel=1e-5)
 
 
@@ -93,8 +109,13 @@ def test_prose_is_likelier_than_shuffled_or_french() -> None:
 def test_worst_window_sees_spam_wherever_it_stands(place: int) -> None:
     lines = PROSE.split("\n") * 10
     clean, spammed = "\n".join(lines), "\n".join([*lines[:place], SPAM, *lines[place:]])
-    assert measured(spammed, window=12)["worst_window"] == pytest.approx(measured(SPAM)["perplexity"])
-    assert measured(spammed, window=12)["worst_window"] > 5 * measured(clean, window=12)["worst_window"]
+    assert measured(spammed, window=12)["worst_window"] == pytest.approx(
+        measured(SPAM)["perplexity"]
+    )
+    assert (
+        measured(spammed, window=12)["worst_window"]
+        > 5 * measured(clean, window=12)["worst_window"]
+    )
     assert measured(spammed)["perplexity"] < 2 * measured(clean)["perplexity"]
 
 
@@ -121,7 +142,7 @@ def test_no_line_has_no_score(lines: ccnet.Lines) -> None:
     assert all(map(math.isnan, score(lines, kenlm.Model(str(BUNDLED)), window=1)))
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -143,7 +164,9 @@ def test_the_bundled_model_passes(model: Path) -> None:
 
 def test_no_model_is_refused_with_advice() -> None:
     for ask in (lambda f: f.check(()), lambda f: f.measure(SimpleNamespace(text=PROSE))):
-        with pytest.raises(ValueError, match=r"no model is named; train one with `gristmill train-lm`"):
+        with pytest.raises(
+            ValueError, match=r"no model is named; train one with `gristmill train-lm`"
+        ):
             ask(Perplexity())
 
 
@@ -164,10 +187,15 @@ def test_model_without_card_is_refused(model: Path) -> None:
     refused(model, match=r"m\.bin: no card at .*m\.bin\.json.*gristmill train-lm")
 
 
-@pytest.mark.parametrize("changes", [{"normalizer": "other-2"}, {"normalizer": None}, {"kind": "fasttext"}])
+@pytest.mark.parametrize(
+    "changes", [{"normalizer": "other-2"}, {"normalizer": None}, {"kind": "fasttext"}]
+)
 def test_model_of_another_normalizer_or_kind_is_refused(model: Path, changes: dict) -> None:
     edit_card(model, **changes)
-    refused(model, match=rf"{next(iter(changes.values()))}.*needs kind 'kenlm' and normalizer 'ccnet-words-1' or 'ccnet-sp-1'")
+    refused(
+        model,
+        match=rf"{next(iter(changes.values()))}.*needs kind 'kenlm' and normalizer 'ccnet-words-1' or 'ccnet-sp-1'",
+    )
 
 
 @pytest.mark.parametrize("text, what", [("{", "not JSON"), ("[]", "must be an object, is list")])
@@ -178,7 +206,10 @@ def test_broken_card_is_refused(model: Path, text: str, what: str) -> None:
 
 def test_model_that_is_not_its_cards_is_refused(model: Path) -> None:
     edit_card(model, sha256="0" * 64)
-    with pytest.raises(ValueError, match=r"the sha256 of .*m\.bin is 54d5c5626ad7…, its card says 000000000000…: one of them"):
+    with pytest.raises(
+        ValueError,
+        match=r"the sha256 of .*m\.bin is 54d5c5626ad7…, its card says 000000000000…: one of them",
+    ):
         Perplexity(model=str(model)).check(())
 
 

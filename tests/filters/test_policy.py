@@ -13,10 +13,17 @@ from filters.c4 import C4
 from filters.gopher_quality import GopherQuality
 from filters.language import Language
 from filters.opt_out import in_headers, in_html
-from filters.text import TextView
+from filters.text.view import TextView
 from filters.url_policy import UrlPolicy, host_of
 
-NASTY = ["", "http://[", "//", "http://a\udcff.com/", "https://user@HOST.com:80/x", "http://" + "a." * 500]
+NASTY = [
+    "",
+    "http://[",
+    "//",
+    "http://a\udcff.com/",
+    "https://user@HOST.com:80/x",
+    "http://" + "a." * 500,
+]
 
 
 @pytest.fixture
@@ -25,7 +32,9 @@ def policy(tmp_path):
     (tmp_path / "adult" / "domains").write_text("Bad.example\n# a comment\n")
     (tmp_path / "adult" / "urls").write_text("blog.example/dark\nhost.example/a/b\n")
     (tmp_path / "words").write_text("casino\nfree money\n")
-    return UrlPolicy(blocked_lists=(str(tmp_path / "adult"),), blocked_words=(str(tmp_path / "words"),))
+    return UrlPolicy(
+        blocked_lists=(str(tmp_path / "adult"),), blocked_words=(str(tmp_path / "words"),)
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,13 +127,17 @@ def test_every_filter_measures_exactly_its_rules(name):
 
 
 def test_an_unknown_filter_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown filter 'gofer_quality'; did you mean 'gopher_quality'"):
+    with pytest.raises(
+        ValueError, match="unknown filter 'gofer_quality'; did you mean 'gopher_quality'"
+    ):
         filter_class("gofer_quality")
 
 
 def test_nan_breaks_a_rule_and_off_does_not():
     scores = dict.fromkeys(rules(GopherQuality()), math.nan)
-    assert first_failure("gopher_quality", GopherQuality(), scores).rule == "gopher_quality.word_count"
+    assert (
+        first_failure("gopher_quality", GopherQuality(), scores).rule == "gopher_quality.word_count"
+    )
     off = TypeAdapter(GopherQuality).validate_python(dict.fromkeys(scores, "off"))
     assert first_failure("gopher_quality", off, scores) is None
 
@@ -158,7 +171,13 @@ def test_share_of_lines_in_a_language(lines, share):
 
 
 @pytest.mark.parametrize(
-    "lines", [["-" * 80], ["12.5 13.7 88.1 14.2 99.0 12.1 11.2 13.4 15.6"], ["2021-03-29 10:15:00 " * 3], ["🙂" * 20]]
+    "lines",
+    [
+        ["-" * 80],
+        ["12.5 13.7 88.1 14.2 99.0 12.1 11.2 13.4 15.6"],
+        ["2021-03-29 10:15:00 " * 3],
+        ["🙂" * 20],
+    ],
 )
 def test_lines_without_a_letter_are_in_no_language(lines):
     german = "Der Müller öffnete das Wehr, bevor die Sonne über dem Hügel stand."
@@ -169,7 +188,9 @@ def test_lines_without_a_letter_are_in_no_language(lines):
 def test_a_line_of_chinese_needs_fewer_characters():
     chinese = "今天天气很好，我们一起去公园散步吧。孩子们都非常高兴。"
     english = "Nobody in the village remembered when the wheel had last been mended."
-    assert Language().line_share_of("\n".join([chinese] * 5 + [english]), "zh") == pytest.approx(5 / 6)
+    assert Language().line_share_of("\n".join([chinese] * 5 + [english]), "zh") == pytest.approx(
+        5 / 6
+    )
 
 
 @given(st.text())

@@ -1,4 +1,6 @@
-"""The bundled classifier tells prose from listings; probabilities are total; wrong cards and labels are refused."""
+"""The bundled classifier tells prose from listings; probabilities are total; wrong cards and labels
+are refused.
+"""
 
 import json
 import math
@@ -13,7 +15,17 @@ from hypothesis import strategies as st
 
 from filters.quality import BUNDLED, NORMALIZER, Quality, load, normalize, predict, probabilities
 
-ODD = ["", " \n", "\0", "\ud800", "__label__hq", "__label__hq __LABEL__lq word", "\u2028", "x " * 50_000, "文字"]
+ODD = [
+    "",
+    " \n",
+    "\0",
+    "\ud800",
+    "__label__hq",
+    "__label__hq __LABEL__lq word",
+    "\u2028",
+    "x " * 50_000,
+    "文字",
+]
 PROSE = (
     "The river rises in the mountains and flows west for two hundred miles before it reaches the sea.\n"
     "Its valley has been settled since the Bronze Age, and most of its towns still hold a weekly market."
@@ -34,7 +46,9 @@ def test_prose_scores_high_and_listings_low() -> None:
 @pytest.mark.parametrize("text", [PROSE, LISTING, PROSE + LISTING])
 def test_score_is_fasttexts_own(text: str) -> None:
     labels, scores = fasttext.load_model(MODEL).predict(" ".join(text.lower().split()), k=2)
-    assert measured(text)["score"] == pytest.approx(dict(zip(labels, scores, strict=True))["__label__hq"], abs=1e-4)
+    assert measured(text)["score"] == pytest.approx(
+        dict(zip(labels, scores, strict=True))["__label__hq"], abs=1e-4
+    )
 
 
 def test_the_labels_of_a_two_class_model_share_one() -> None:
@@ -44,7 +58,11 @@ def test_the_labels_of_a_two_class_model_share_one() -> None:
 
 
 def test_good_pages_are_told_apart_where_fasttext_says_one() -> None:
-    better, best = PROSE, "\n".join([PROSE] * 3) + " The town was founded in the nineteenth century and is known for its market."
+    better, best = (
+        PROSE,
+        "\n".join([PROSE] * 3)
+        + " The town was founded in the nineteenth century and is known for its market.",
+    )
     bare = fasttext.load_model(MODEL).predict([normalize(better), normalize(best)], k=1)[1]
     assert [float(p) >= 1.0 for (p,) in bare] == [True, True]
     assert measured(better)["score"] != measured(best)["score"]
@@ -55,8 +73,12 @@ def test_good_pages_are_told_apart_where_fasttext_says_one() -> None:
 def test_measure_is_total_a_probability_or_nan(text: str) -> None:
     found = measured(text)
     assert list(found) == ["score", "likeliest"]
-    if any(len(load(MODEL).get_subwords(word)[1]) for word in normalize(text).split() if word != "</s>"):
-        assert 0 <= found["score"] <= 1 and found["likeliest"] == ("hq" if found["score"] > 0.5 else "lq")
+    if any(
+        len(load(MODEL).get_subwords(word)[1]) for word in normalize(text).split() if word != "</s>"
+    ):
+        assert 0 <= found["score"] <= 1 and found["likeliest"] == (
+            "hq" if found["score"] > 0.5 else "lq"
+        )
     else:
         assert math.isnan(found["score"]) and found["likeliest"] is None
 
@@ -64,18 +86,22 @@ def test_measure_is_total_a_probability_or_nan(text: str) -> None:
 @given(st.lists(st.text() | st.sampled_from([*ODD, PROSE, LISTING]), max_size=5))
 def test_a_batch_scores_as_its_texts_do(texts: list[str]) -> None:
     expected = [measured(text)["score"] for text in texts]
-    assert probabilities(texts, load(MODEL), label="hq") == pytest.approx(expected, nan_ok=True, abs=0)
+    assert probabilities(texts, load(MODEL), label="hq") == pytest.approx(
+        expected, nan_ok=True, abs=0
+    )
 
 
 def test_a_text_of_which_the_model_knows_nothing_has_no_score() -> None:
     unknown = ["zzzzqqqq", "这是一个关于数据的网页。", "aGVsbG8gd29ybGQ= " * 9, ""]
     # what fastText says of an empty line is the best score there is
     assert float(fasttext.load_model(MODEL).predict([unknown[0]], k=1)[1][0][0]) > 0.99
-    assert predict([*unknown, "</s> </s>"], load(MODEL)) == [{}] * 5  # fastText's own word for the end of a line
+    assert (
+        predict([*unknown, "</s> </s>"], load(MODEL)) == [{}] * 5
+    )  # fastText's own word for the end of a line
     assert math.isnan(probabilities(unknown[:1], load(MODEL), label="hq")[0])
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -115,7 +141,9 @@ def test_model_of_another_normalizer_is_refused(model: Path) -> None:
 def test_model_that_is_not_its_cards_is_refused(model: Path) -> None:
     card = Path(f"{model}.json")
     card.write_text(json.dumps(json.loads(card.read_text()) | {"sha256": "0" * 64}))
-    with pytest.raises(ValueError, match=r"the sha256 of .*q\.ftz is .*, its card says 000000000000…"):
+    with pytest.raises(
+        ValueError, match=r"the sha256 of .*q\.ftz is .*, its card says 000000000000…"
+    ):
         Quality(model=str(model)).check(())
 
 

@@ -9,10 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from filters import first_failure
-from filters.text import TextView
+from filters.text.view import TextView
 from filters.toxicity import Toxicity, _spelled
 
-LISTS = {"en": "darn\nbloody hell\ng-spot\n🖕\nhell\n", "ja": "くそ\nsm\n", "xx": "\n", "hi": "चूत\n", "zz": "b d a\nd\n"}
+LISTS = {
+    "en": "darn\nbloody hell\ng-spot\n🖕\nhell\n",
+    "ja": "くそ\nsm\n",
+    "xx": "\n",
+    "hi": "चूत\n",
+    "zz": "b d a\nd\n",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,12 @@ def lists(tmp_path_factory) -> str:
     [
         ("Darn it, DARN!", "en", 2, 8 / 10),
         ("darned darning", "en", 0, 0.0),  # whole words only
-        ("oh bloody  hell, hell", "en", 2, 14 / 16),  # the phrase, then the word; not the word within the phrase
+        (
+            "oh bloody  hell, hell",
+            "en",
+            2,
+            14 / 16,
+        ),  # the phrase, then the word; not the word within the phrase
         ("bloody-hell", "en", 1, 1.0),
         ("the g-spot", "en", 1, 5 / 8),
         ("fine 🖕", "en", 1, 1 / 4),
@@ -44,7 +55,9 @@ def lists(tmp_path_factory) -> str:
         ("e e d e b d", "zz", 2, 2 / 6),  # one stands within the beginning of another
     ],
 )
-def test_what_is_listed(lists: str, text: str, language: str | None, count: int, ratio: float) -> None:
+def test_what_is_listed(
+    lists: str, text: str, language: str | None, count: int, ratio: float
+) -> None:
     scores = Toxicity(lists=lists).measure(TextView(text, language))
     assert (scores["listed_count"], scores["listed_ratio"]) == (count, pytest.approx(ratio))
     assert scores["list"] == (language if language in LISTS else None)
@@ -54,10 +67,17 @@ def test_share_of_listed_letters_rejects(lists: str) -> None:
     filter = Toxicity(lists=lists)
     failure = first_failure("toxicity", filter, filter.measure(TextView("darn it", "en")))
     assert failure is not None and failure.rule == "toxicity.listed_ratio"
-    assert first_failure("toxicity", filter, filter.measure(TextView("well " * 200 + "darn", "en"))) is None
+    assert (
+        first_failure("toxicity", filter, filter.measure(TextView("well " * 200 + "darn", "en")))
+        is None
+    )
 
 
-@given(st.lists(st.sampled_from(["darn", "hell", "bloody", "it", "Darn", ",", "-", "\n", "x"]), max_size=12).map(" ".join))
+@given(
+    st.lists(
+        st.sampled_from(["darn", "hell", "bloody", "it", "Darn", ",", "-", "\n", "x"]), max_size=12
+    ).map(" ".join)
+)
 def test_same_as_trying_every_entry_at_every_word(text: str) -> None:
     entries = [["bloody", "hell"], ["darn"], ["hell"]]  # longest first
     words, at, count = re.findall(r"[a-z]+", text.lower()), 0, 0
@@ -90,11 +110,17 @@ def test_total_on_every_string(text: str) -> None:
     "settings, languages, message",
     [
         ({}, ("en",), "name a folder of word lists"),
-        ({"lists": "nowhere"}, ("en",), "no file named 'en' for that language, only no file at all"),
+        (
+            {"lists": "nowhere"},
+            ("en",),
+            "no file named 'en' for that language, only no file at all",
+        ),
         ({"lists": str(FOLDER)}, ("en", "de"), "no file named 'de' for that language, only en"),
     ],
 )
-def test_lists_that_are_missing_stop_the_run(settings: dict, languages: tuple[str, ...], message: str) -> None:
+def test_lists_that_are_missing_stop_the_run(
+    settings: dict, languages: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Toxicity(**settings).check(languages)
 
@@ -107,5 +133,12 @@ def test_lists_that_are_there_pass(lists: str) -> None:
 def test_ldnoobw_files_load(corpus: Path) -> None:
     folder = corpus / "lists" / "badwords"
     for language in ("en", "de", "ja", "zh", "ru"):
-        entry = next(line for line in (folder / language).read_text(encoding="utf-8").splitlines() if line.strip())
-        assert Toxicity(lists=str(folder)).measure(TextView(f"{entry} .", language))["listed_count"] >= 1
+        entry = next(
+            line
+            for line in (folder / language).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        )
+        assert (
+            Toxicity(lists=str(folder)).measure(TextView(f"{entry} .", language))["listed_count"]
+            >= 1
+        )

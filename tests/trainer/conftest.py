@@ -1,8 +1,10 @@
-"""What tests of the trainer share; torch is imported where it is asked for, as not all of them need it."""
+"""What tests of the trainer share; torch is imported where it is asked for, as not all of them need
+it.
+"""
 
 import pytest
 
-from tests.trainer.shards import publish
+from tests.support.shards import publish
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
@@ -20,7 +22,7 @@ def group_of_one():
     """A process group of this process alone."""
     import torch.distributed as dist
 
-    from trainer.parallel import join_ranks
+    from trainer.model.parallel import join_ranks
 
     join_ranks("cpu")
     yield
@@ -29,7 +31,9 @@ def group_of_one():
 
 @pytest.fixture
 def config(tmp_path):
-    """A training of 12 steps of 8 rows on a generation of 40, repeated; a model of some thousand weights."""
+    """A training of 12 steps of 8 rows on a generation of 40, repeated; a model of some thousand
+    weights.
+    """
     publish(tmp_path / "run", 40)
     return TrainConfig(
         directory=str(tmp_path / "train"),

@@ -32,7 +32,9 @@ runpy.run_module("benchmarks.trainer", run_name="__main__", alter_sys=True)
 
 def run(*arguments):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -41,8 +43,16 @@ def test_it_runs_with_torch_and_numpy_alone_and_says_what_it_left_out():
     found = run(sys.executable, "-c", BARE)
     assert "no GPU: sizes cut down, MFU unknown" in found
     assert "loader: skipped, it needs streaming, xxhash, zstandard" in found
-    lines = re.findall(r"^(tiny 32.*): ([\d,]+) tokens/s/GPU  MFU unknown  \(4 rows x 2 micro-batches, none, ", found, re.M)
-    assert [label for label, _ in lines] == ["tiny 32", "tiny 32, bare", "tiny 32, documents of 8 tokens, sdpa"]
+    lines = re.findall(
+        r"^(tiny 32.*): ([\d,]+) tokens/s/GPU  MFU unknown  \(4 rows x 2 micro-batches, none, ",
+        found,
+        re.M,
+    )
+    assert [label for label, _ in lines] == [
+        "tiny 32",
+        "tiny 32, bare",
+        "tiny 32, documents of 8 tokens, sdpa",
+    ]
     assert all(int(rate.replace(",", "")) > 0 for _, rate in lines)
 
 
@@ -59,8 +69,16 @@ def trainer(monkeypatch, group_of_one):
 def test_from_disk_it_reads_a_generation_by_the_trainers_own_supply(trainer, capsys):
     trainer.main(["--parts", "loader", "--lengths", "16", "--rows", "2"])
     found = capsys.readouterr().out
-    assert re.search(r"^tiny 16, from disk: [\d,]+ tokens/s/GPU .*\(2 rows x 2 micro-batches, none, ", found, re.M)
-    share = re.search(r"^tiny 16: waits for data ([\d.]+)% of the time from disk, ([\d.]+)% from memory", found, re.M)
+    assert re.search(
+        r"^tiny 16, from disk: [\d,]+ tokens/s/GPU .*\(2 rows x 2 micro-batches, none, ",
+        found,
+        re.M,
+    )
+    share = re.search(
+        r"^tiny 16: waits for data ([\d.]+)% of the time from disk, ([\d.]+)% from memory",
+        found,
+        re.M,
+    )
     assert 0 < float(share[1]) < 100 and float(share[2]) < 100
 
 
@@ -74,7 +92,15 @@ def test_rows_are_halved_until_they_fit_and_a_step_keeps_its_tokens(trainer):
         if len(batches[0].tokens) > 3:
             raise torch.OutOfMemoryError
 
-    case = trainer.Case(trainer.PRESETS["tiny"], trainer.ParallelConfig(), "cpu", steps=1, seq_len=8, rows=12, micro=1)
+    case = trainer.Case(
+        trainer.PRESETS["tiny"],
+        trainer.ParallelConfig(),
+        "cpu",
+        steps=1,
+        seq_len=8,
+        rows=12,
+        micro=1,
+    )
     assert trainer.fitting(case, step).case.rows == 3
     assert asked == [(1, 12, 8), (2, 6, 8), *[(4, 3, 8)] * 3]
     assert trainer.fitting(case, step, least_rows=4) is None
@@ -82,12 +108,24 @@ def test_rows_are_halved_until_they_fit_and_a_step_keeps_its_tokens(trainer):
 
 def test_packed_rows_begin_with_document_0_and_number_the_others_upwards(trainer):
     model = trainer.PRESETS["tiny"]
-    case = trainer.Case(model, trainer.ParallelConfig(), "cpu", steps=1, seq_len=500, rows=3, micro=2, document_tokens=10)
+    case = trainer.Case(
+        model,
+        trainer.ParallelConfig(),
+        "cpu",
+        steps=1,
+        seq_len=500,
+        rows=3,
+        micro=2,
+        document_tokens=10,
+    )
     batches = trainer.in_memory(case)(0)
     assert len(batches) == 2
     for batch in batches:
         ids = batch.documents
-        assert (ids[:, 0] == 0).all() and set((ids[:, 1:] - ids[:, :-1]).flatten().tolist()) == {0, 1}
+        assert (ids[:, 0] == 0).all() and set((ids[:, 1:] - ids[:, :-1]).flatten().tolist()) == {
+            0,
+            1,
+        }
         assert 25 < ids.max() < 100  # 50 are expected, 7 are a standard deviation
     whole = trainer.in_memory(trainer.replace(case, document_tokens=0))(1)
     assert not any(batch.documents.any() for batch in whole)
@@ -97,12 +135,24 @@ def test_a_comparison_that_fails_is_a_line_and_not_the_end(trainer, capsys):
     def step(model, optimizer, batches, device):
         raise NotImplementedError("no such kernel")
 
-    case = trainer.Case(trainer.PRESETS["tiny"], trainer.ParallelConfig(), "cpu", steps=1, seq_len=8, rows=1, micro=1)
+    case = trainer.Case(
+        trainer.PRESETS["tiny"],
+        trainer.ParallelConfig(),
+        "cpu",
+        steps=1,
+        seq_len=8,
+        rows=1,
+        micro=1,
+    )
     trainer.compare("tiny 8, flex", case, step, None)
-    assert capsys.readouterr().out == "tiny 8, flex: failed, NotImplementedError('no such kernel')\n"
+    assert (
+        capsys.readouterr().out == "tiny 8, flex: failed, NotImplementedError('no such kernel')\n"
+    )
 
 
-@pytest.mark.parametrize("wrong", [("--steps", "0"), ("--lengths", "2048", "0"), ("--rows", "-1"), ("--micro", "0")])
+@pytest.mark.parametrize(
+    "wrong", [("--steps", "0"), ("--lengths", "2048", "0"), ("--rows", "-1"), ("--micro", "0")]
+)
 def test_numbers_that_measure_nothing_are_refused(trainer, capsys, wrong):
     with pytest.raises(SystemExit):
         trainer.main(wrong)

@@ -1,4 +1,6 @@
-"""What is saved comes back bit for bit on any number of ranks; a save that is cut off, torn or superseded is never used."""
+"""What is saved comes back bit for bit on any number of ranks; a save that is cut off, torn or
+superseded is never used.
+"""
 
 import json
 import multiprocessing
@@ -16,17 +18,21 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-from torch.distributed.checkpoint.filesystem import FileSystemWriter  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.tensor import DTensor
 
-from tests.trainer.test_model import transformers  # noqa: E402, F401
-from trainer import checkpoint  # noqa: E402
-from trainer.checkpoint import CheckpointError, Checkpoints, export_hugging_face  # noqa: E402
-from trainer.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
-from trainer.model import Transformer  # noqa: E402
-from trainer.optim import make_optimizer  # noqa: E402
-from trainer.parallel import join_ranks, make_mesh, parallelize  # noqa: E402
+from tests.trainer.model.test_llama import transformers  # noqa: F401
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointError, Checkpoints, export_hugging_face
+from trainer.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from trainer.model.llama import Transformer
+from trainer.model.optim import make_optimizer
+from trainer.model.parallel import (
+    join_ranks,
+    make_mesh,
+    parallelize,
+)
 
 pytestmark = pytest.mark.train
 
@@ -62,19 +68,25 @@ def build(optimizer="adamw", *, config=SMALL, seed=0, shard_size=0):
 
 def train(model, optimizer, *steps):
     for step in steps:
-        tokens = torch.randint(0, SMALL.vocab_size, (2, 12), generator=torch.Generator().manual_seed(step))
+        tokens = torch.randint(
+            0, SMALL.vocab_size, (2, 12), generator=torch.Generator().manual_seed(step)
+        )
         model.loss(tokens, None).sum.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
 def whole(model, optimizer):
-    """Every number of the weights and of the optimiser's state, copied; a collective where there are ranks."""
+    """Every number of the weights and of the optimiser's state, copied; a collective where there
+    are ranks.
+    """
     numbers = {}
     for name, parameter in model.named_parameters():
         for key, value in {"": parameter, **optimizer.state.get(parameter, {})}.items():
             value = value.detach()
-            numbers[name, key] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+            numbers[name, key] = (
+                value.full_tensor() if isinstance(value, DTensor) else value
+            ).clone()
     return numbers
 
 
@@ -107,7 +119,7 @@ def steps(folder):
     return [int(name.split("-")[1]) for name in names(folder)]
 
 
-# --- what comes back --------------------------------------------------------------------------------------------------
+# --- what comes back ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [NOW, LATER], ids=["now", "later"])
@@ -119,7 +131,12 @@ def test_one_process_goes_on_bit_for_bit(optimizer, config, tmp_path):
     checkpoints.finish()
     expected, random = whole(*state), torch.rand(3)
     saved, again = restored(tmp_path, optimizer)
-    assert (saved.step, saved.folder, saved.extra, saved.metric) == (2, str(tmp_path / "step-00000002"), EXTRA, 1.5)
+    assert (saved.step, saved.folder, saved.extra, saved.metric) == (
+        2,
+        str(tmp_path / "step-00000002"),
+        EXTRA,
+        1.5,
+    )
     assert_same(whole(*again), expected)
     assert torch.equal(torch.rand(3), random)  # the draws after the save come again
     train(*state, 2, 3)
@@ -148,18 +165,26 @@ def test_hyperparameters_are_those_of_the_config_and_not_of_the_checkpoint(tmp_p
     model, optimizer = build()
     for group in optimizer.param_groups:
         group.update(lr=0.5, betas=(0.1, 0.2))
-    model.loss(torch.zeros(1, 4, dtype=torch.int64), None).sum.backward()  # gradients that are lying about do not matter
+    model.loss(
+        torch.zeros(1, 4, dtype=torch.int64), None
+    ).sum.backward()  # gradients that are lying about do not matter
     checkpoints = Checkpoints(tmp_path, NOW)
     checkpoints.load(checkpoints.latest(), model, optimizer)
-    assert {(group["lr"], group["betas"]) for group in optimizer.param_groups} == {(0.5, (0.1, 0.2))}
+    assert {(group["lr"], group["betas"]) for group in optimizer.param_groups} == {
+        (0.5, (0.1, 0.2))
+    }
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert_same(whole(model, optimizer), whole(*state))
 
 
 def ranks_worker(rank, ranks, folder):
-    """Save as two, load what two and what one have saved, take a step with each; rank 0 leaves what it saw."""
+    """Save as two, load what two and what one have saved, take a step with each; rank 0 leaves what
+    it saw.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks
+    )
     seen = {}
     for optimizer in OPTIMIZERS:
         state = trained(optimizer)
@@ -251,7 +276,11 @@ def two_ranks(tmp_path_factory):
         Checkpoints(folder / "one" / optimizer, NOW).save(2, *state, EXTRA)
         alone[optimizer] = whole(*state)
     torch.multiprocessing.spawn(ranks_worker, args=(2, folder), nprocs=2)
-    return folder, alone, [torch.load(folder / f"seen-{rank}.pt", weights_only=False) for rank in range(2)]
+    return (
+        folder,
+        alone,
+        [torch.load(folder / f"seen-{rank}.pt", weights_only=False) for rank in range(2)],
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -269,7 +298,10 @@ def test_any_number_of_ranks_loads_what_any_number_saved(optimizer, two_ranks):
 def test_copies_of_hsdp_are_saved_once(two_ranks):
     folder, _, seen = two_ranks
     assert_same(whole(*restored(folder / "copies")[1]), seen[0]["copies"])
-    once, copies = (sum(path.stat().st_size for path in (folder / kind).rglob("*.distcp")) for kind in ("one/adamw", "copies"))
+    once, copies = (
+        sum(path.stat().st_size for path in (folder / kind).rglob("*.distcp"))
+        for kind in ("one/adamw", "copies")
+    )
     assert copies < 1.5 * once
 
 
@@ -304,7 +336,7 @@ def test_a_group_of_one_is_like_none(tmp_path):
     assert_same(whole(*restored(tmp_path / "group")[1]), whole(*state))
 
 
-# --- asynchronous -----------------------------------------------------------------------------------------------------
+# --- asynchronous ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -367,7 +399,7 @@ def test_a_failed_write_is_an_error_of_the_next_call_that_waits(tmp_path, monkey
     assert names(tmp_path) == ["step-00000002"]  # what was cut off is gone
 
 
-# --- cut off, torn, damaged -------------------------------------------------------------------------------------------
+# --- cut off, torn, damaged -----------------------------------------------------------------------
 
 
 def die(*args, **kwargs):
@@ -398,9 +430,14 @@ def killed_worker(folder, where):
 def killed(tmp_path_factory):
     """Where each worker died → its folder."""
     root, processes = tmp_path_factory.mktemp("killed"), multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["torch.distributed.checkpoint.state_dict"])  # imported once, in a process without threads
+    processes.set_forkserver_preload(
+        ["torch.distributed.checkpoint.state_dict"]
+    )  # imported once, in a process without threads
     folders = {where: root / where.replace(" ", "-") for where in KILLED_AT}
-    workers = [processes.Process(target=killed_worker, args=(folder, where)) for where, folder in folders.items()]
+    workers = [
+        processes.Process(target=killed_worker, args=(folder, where))
+        for where, folder in folders.items()
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -424,7 +461,9 @@ def test_killed_while_saving_leaves_the_checkpoint_before(where, killed, caplog)
 def test_killed_while_pruning_leaves_the_new_checkpoint(killed, caplog):
     folder = killed["while pruning"]
     assert steps(folder) == [2, 3]
-    assert not (folder / "step-00000002" / "meta.json").exists()  # gone first: what is half removed is no checkpoint
+    assert not (
+        folder / "step-00000002" / "meta.json"
+    ).exists()  # gone first: what is half removed is no checkpoint
     saved, state = restored(folder)
     assert saved.step == 3
     assert warnings_of(caplog) == []
@@ -443,12 +482,27 @@ def flip(path):
 
 
 DAMAGE = {
-    "truncated": (lambda folder: os.truncate(folder / "__0_0.distcp", 1000), r"__0_0.distcp: expected .*, found {'bytes': 1000}"),
-    "flipped": (lambda folder: flip(folder / "__0_0.distcp"), "__0_0.distcp: expected .*sha256.*, found .*sha256"),
-    "flipped metadata": (lambda folder: flip(folder / ".metadata"), ".metadata: expected .*sha256.*, found .*sha256"),
-    "missing": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp cannot be read: .*No such file"),
+    "truncated": (
+        lambda folder: os.truncate(folder / "__0_0.distcp", 1000),
+        r"__0_0.distcp: expected .*, found {'bytes': 1000}",
+    ),
+    "flipped": (
+        lambda folder: flip(folder / "__0_0.distcp"),
+        "__0_0.distcp: expected .*sha256.*, found .*sha256",
+    ),
+    "flipped metadata": (
+        lambda folder: flip(folder / ".metadata"),
+        ".metadata: expected .*sha256.*, found .*sha256",
+    ),
+    "missing": (
+        lambda folder: (folder / "__0_0.distcp").unlink(),
+        "__0_0.distcp cannot be read: .*No such file",
+    ),
     "empty meta.json": (lambda folder: os.truncate(folder / "meta.json", 0), "Expecting value"),
-    "torn meta.json": (lambda folder: os.truncate(folder / "meta.json", 100), "Unterminated string|Expecting"),
+    "torn meta.json": (
+        lambda folder: os.truncate(folder / "meta.json", 100),
+        "Unterminated string|Expecting",
+    ),
     "another version": (
         lambda folder: (folder / "meta.json").write_text('{"version": 2}'),
         "meta.json of version 2, this code reads 1",
@@ -457,7 +511,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_with_its_fault_and_later_removed(damage, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_passed_over_with_its_fault_and_later_removed(
+    damage, tmp_path, caplog
+):
     state, checkpoints = trained(), Checkpoints(tmp_path, NOW)
     for step in (2, 3):
         checkpoints.save(step, *state, {})
@@ -488,7 +544,9 @@ def test_when_all_are_damaged_a_person_decides(tmp_path):
     checkpoints = Checkpoints(tmp_path, NOW)
     checkpoints.save(2, *trained(), {})
     flip(tmp_path / "step-00000002" / "__0_0.distcp")
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be used; .*step-00000002: __0_0.distcp: expected"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint can be used; .*step-00000002: __0_0.distcp: expected"
+    ):
         checkpoints.latest()
 
 
@@ -497,11 +555,13 @@ def test_there_is_none_in_an_empty_or_absent_folder(tmp_path):
     assert Checkpoints(tmp_path / "absent", NOW).latest() is None
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- what is kept ---------------------------------------------------------------------------------
 
 
 def kept_slowly(metrics, keep_last, keep_best):
-    """The steps that remain when steps 1, 2, 3 … have these metrics; looks at all that still is there after each."""
+    """The steps that remain when steps 1, 2, 3 … have these metrics; looks at all that still is
+    there after each.
+    """
     there = {}
     for step, metric in enumerate(metrics, 1):
         there[step] = metric
@@ -554,7 +614,7 @@ def test_other_folders_are_left_alone(tmp_path):
     assert names(tmp_path) == ["notes", "step-00000002", "step-1.old", "step-final"]
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_url_that_was_made_a_path_is_refused():
@@ -562,7 +622,9 @@ def test_a_url_that_was_made_a_path_is_refused():
         Checkpoints(Path("s3://bucket/run"), NOW)
 
 
-@pytest.mark.parametrize("url, why", [("nosuch://bucket/run", "nosuch"), ("memory://runs/*", "by pattern")])
+@pytest.mark.parametrize(
+    "url, why", [("nosuch://bucket/run", "nosuch"), ("memory://runs/*", "by pattern")]
+)
 def test_a_url_that_cannot_be_served_is_refused(url, why):
     with pytest.raises(ValueError, match=why):
         Checkpoints(url, NOW)
@@ -587,7 +649,9 @@ def test_another_model_is_refused_and_left_as_it_is(change, tmp_path):
     state = trained(config=replace(SMALL, **change), seed=5)
     before = whole(*state)
     (key,) = change
-    with pytest.raises(ValueError, match=f"another model: {key}=.* where the config has {change[key]}"):
+    with pytest.raises(
+        ValueError, match=f"another model: {key}=.* where the config has {change[key]}"
+    ):
         checkpoints.load(checkpoints.latest(), *state)
     assert_same(whole(*state), before)
 
@@ -607,16 +671,20 @@ def test_another_optimiser_is_refused(tmp_path):
         checkpoints.load(checkpoints.latest(), *build("adafactor"))
 
 
-# --- export -----------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_export_has_the_logits_of_the_model_in_transformers(tied, transformers, tmp_path):  # noqa: F811
+def test_an_export_has_the_logits_of_the_model_in_transformers(tied, transformers, tmp_path):
     model, optimizer = trained(config=replace(SMALL, tied=tied))
     checkpoints = Checkpoints(tmp_path / "checkpoints", NOW)
     checkpoints.save(2, model, optimizer, {})
-    export_hugging_face(checkpoints.latest().folder, tmp_path / "out", max_positions=64, end_of_text=3)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    export_hugging_face(
+        checkpoints.latest().folder, tmp_path / "out", max_positions=64, end_of_text=3
+    )
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
     tokens = torch.randint(0, SMALL.vocab_size, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens, None), rtol=1e-4, atol=1e-5)
@@ -629,7 +697,9 @@ def test_one_process_exports_what_two_ranks_saved(two_ranks, tmp_path):
     folder, _, seen = two_ranks
     export_hugging_face(folder / "two" / "adamw" / "step-00000002", tmp_path)
     found = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(found["model.embed_tokens.weight"], seen[0]["saved", "adamw"]["embedding.weight", ""])
+    assert torch.equal(
+        found["model.embed_tokens.weight"], seen[0]["saved", "adamw"]["embedding.weight", ""]
+    )
     assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == SMALL.layers
 
 

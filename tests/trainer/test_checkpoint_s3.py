@@ -1,4 +1,6 @@
-"""Checkpoints on object storage keep the laws of those on disks; a store that does not answer costs none. A real S3 server."""
+"""Checkpoints on object storage keep the laws of those on disks; a store that does not answer costs
+none. A real S3 server.
+"""
 
 import os
 import re
@@ -10,24 +12,24 @@ import pytest
 torch = pytest.importorskip("torch")
 s3fs = pytest.importorskip("s3fs")
 
-import fsspec  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import fsspec
+import torch.distributed as dist
 
-from tests.conftest import s3_process  # noqa: E402
-from tests.trainer.test_checkpoint import (  # noqa: E402, F401
+from tests.conftest import s3_process
+from tests.trainer.test_checkpoint import (
     EXTRA,
     LATER,
     NOW,
     PATIENCE,
     assert_same,
-    one_thread,
+    one_thread,  # noqa: F401
     restored,
     train,
     trained,
     warnings_of,
     whole,
 )
-from trainer.checkpoint import CheckpointError, Checkpoints, export_hugging_face  # noqa: E402
+from trainer.checkpoint import CheckpointError, Checkpoints, export_hugging_face
 
 pytestmark = pytest.mark.train
 
@@ -83,12 +85,14 @@ def test_what_cannot_be_read_is_an_error_each_time(run):
             checkpoints.load(saved, *state)
 
 
-# --- ranks ------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def ranks_worker(rank, ranks, folder, bucket):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks
+    )
     state, seen = trained(), {}
     checkpoints = Checkpoints(f"{bucket}/two", LATER)
     checkpoints.save(2, *state, EXTRA)
@@ -138,7 +142,7 @@ def test_ranks_share_what_is_saved_and_what_fails(tmp_path, s3_bucket):
     assert_same(whole(*state), seen[0]["saved"])
 
 
-# --- asynchronous -----------------------------------------------------------------------------------------------------
+# --- asynchronous ---------------------------------------------------------------------------------
 
 
 def test_training_goes_on_while_an_upload_is_in_flight(run, monkeypatch):
@@ -163,7 +167,7 @@ def test_training_goes_on_while_an_upload_is_in_flight(run, monkeypatch):
     assert_same(whole(*restored(run)[1]), expected)
 
 
-# --- what is kept and what is not -------------------------------------------------------------------------------------
+# --- what is kept and what is not -----------------------------------------------------------------
 
 
 def test_what_is_superseded_is_removed_and_nothing_else(run):
@@ -186,7 +190,9 @@ def test_a_save_that_was_cut_off_is_passed_over_and_removed_by_the_next(run, cap
     state, checkpoints = trained(), Checkpoints(run, NOW)
     checkpoints.save(2, *state, {})
     whole_one = files()
-    whole_one.copy(f"{run}/step-00000002", f"{run}/step-00000003", recursive=True)  # the checkpoints' listings are older
+    whole_one.copy(
+        f"{run}/step-00000002", f"{run}/step-00000003", recursive=True
+    )  # the checkpoints' listings are older
     whole_one.rm_file(f"{run}/step-00000003/meta.json")
     assert checkpoints.latest().step == 2
     assert warnings_of(caplog) == []
@@ -227,12 +233,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_fault_and_later_removed(da
     assert names(run) == ["step-00000002", "step-00000004"]
 
 
-# --- a store that refuses ---------------------------------------------------------------------------------------------
+# --- a store that refuses -------------------------------------------------------------------------
 
 
 def test_a_bucket_that_is_not_there_is_no_run_that_begins(s3_bucket):
     checkpoints = Checkpoints(f"{s3_bucket}-mistyped/run", NOW)
-    with pytest.raises(CheckpointError, match=r"bucket 'test-\w+-mistyped' cannot be reached .*make it, or name another"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"bucket 'test-\w+-mistyped' cannot be reached .*make it, or name another",
+    ):
         checkpoints.latest()
     assert Checkpoints(f"{s3_bucket}/run", NOW).latest() is None
 
@@ -269,7 +278,9 @@ def test_a_server_that_stops_is_an_error_and_the_state_remains(tmp_path, s3_serv
         server.wait()
         expected = whole(*state)
         for call in (checkpoints.latest, lambda: checkpoints.save(3, *state, {})):
-            with pytest.raises(CheckpointError, match=r"rank 0: EndpointConnectionError.*Could not connect"):
+            with pytest.raises(
+                CheckpointError, match=r"rank 0: EndpointConnectionError.*Could not connect"
+            ):
                 call()
     s3fs.S3FileSystem.clear_instance_cache()  # of instances that know the server that is gone
     assert not checkpoints.poll()
@@ -279,7 +290,7 @@ def test_a_server_that_stops_is_an_error_and_the_state_remains(tmp_path, s3_serv
     assert_same(whole(*restored(tmp_path / "elsewhere")[1]), whole(*state))
 
 
-# --- export -----------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 def test_an_export_from_url_to_url_is_that_of_local_folders(run, tmp_path):
@@ -288,6 +299,10 @@ def test_an_export_from_url_to_url_is_that_of_local_folders(run, tmp_path):
         Checkpoints(folder, NOW).save(2, *state, {})
         export_hugging_face(f"{folder}/step-00000002", f"{folder}-exported")
     local = tmp_path / "run-exported"
-    assert names(f"{run}-exported") == sorted(path.name for path in local.iterdir()) == ["config.json", "model.safetensors"]
+    assert (
+        names(f"{run}-exported")
+        == sorted(path.name for path in local.iterdir())
+        == ["config.json", "model.safetensors"]
+    )
     for path in local.iterdir():
         assert files().cat_file(f"{run}-exported/{path.name}") == path.read_bytes()

@@ -1,4 +1,6 @@
-"""Launching: a config becomes a training, in this process or by Ray Train, which starts dead workers again."""
+"""Launching: a config becomes a training, in this process or by Ray Train, which starts dead
+workers again.
+"""
 
 import fcntl
 import json
@@ -27,17 +29,24 @@ from trainer.launch import worker_counts
     ],
 )
 def test_only_counts_that_divide_the_global_batch_are_taken(rows, micro, ray, counts):
-    config = TrainConfig("t", data=DataConfig(global_batch_rows=rows, micro_batch_rows=micro), ray=ray)
+    config = TrainConfig(
+        "t", data=DataConfig(global_batch_rows=rows, micro_batch_rows=micro), ray=ray
+    )
     assert worker_counts(config) == counts
 
 
 @pytest.mark.parametrize("ray", [RayConfig(workers=3), RayConfig(workers=7, min_workers=5)])
 def test_a_range_without_such_a_count_is_refused_with_those_that_do(ray):
-    with pytest.raises(ConfigError, match="8 rows in micro-batches of 2 divide among 1, 2, 4 workers; take one of these"):
-        worker_counts(TrainConfig("t", data=DataConfig(global_batch_rows=8, micro_batch_rows=2), ray=ray))
+    with pytest.raises(
+        ConfigError,
+        match="8 rows in micro-batches of 2 divide among 1, 2, 4 workers; take one of these",
+    ):
+        worker_counts(
+            TrainConfig("t", data=DataConfig(global_batch_rows=8, micro_batch_rows=2), ray=ray)
+        )
 
 
-# --- in this process --------------------------------------------------------------------------------------------------
+# --- in this process ------------------------------------------------------------------------------
 
 train = pytest.mark.train
 
@@ -46,7 +55,7 @@ train = pytest.mark.train
 def file(tmp_path) -> Path:
     """A config of 40 rows, twenty times over, in steps of 8: 100 steps."""
     pytest.importorskip("torch")
-    from tests.trainer.shards import publish
+    from tests.support.shards import publish
 
     publish(tmp_path / "run", 40)
     text = f"""
@@ -70,7 +79,9 @@ def file(tmp_path) -> Path:
 
 
 def lines(folder: Path) -> list[dict]:
-    """All records of a training, those of replayed steps as well; not the line that is written at this moment."""
+    """All records of a training, those of replayed steps as well; not the line that is written at
+    this moment.
+    """
     path, found = folder / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():
         with suppress(ValueError):
@@ -83,11 +94,17 @@ def test_a_training_is_launched_drawn_exported_and_asked_about(file, tmp_path):
     from trainer.launch import TrainingError, export, launch
 
     ended = launch(file, ["max_steps=4", "checkpoint.every_steps=2"], on_ray=False)
-    assert (ended.steps, ended.why) == (4, "step 4 was reached") and "<svg" in ended.plot.read_text()
+    assert (ended.steps, ended.why) == (
+        4,
+        "step 4 was reached",
+    ) and "<svg" in ended.plot.read_text()
     assert export(f"{tmp_path}/train", f"{tmp_path}/hf", step=2) == 2
     assert export(f"{tmp_path}/train/checkpoints", f"{tmp_path}/newest", step=None) == 4
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "llama"
-    with pytest.raises(TrainingError, match=r"train/checkpoints holds checkpoints of the steps \[2, 4\], none of 3$"):
+    with pytest.raises(
+        TrainingError,
+        match=r"train/checkpoints holds checkpoints of the steps \[2, 4\], none of 3$",
+    ):
         export(f"{tmp_path}/train", f"{tmp_path}/other", step=3)
     assert export(f"{tmp_path}/train", f"{tmp_path}/again", step=None) == 4
     with pytest.raises(TrainingError, match=r"nowhere holds checkpoints of the steps \[\]$"):
@@ -120,8 +137,8 @@ def test_a_folder_has_one_training_at_a_time_and_nothing_of_another_one(file, tm
 
 @train
 def test_a_training_that_has_reached_its_end_is_left_as_it_is(file, tmp_path):
-    from trainer.feedback import read_summaries
     from trainer.launch import launch
+    from trainer.telemetry.feedback import read_summaries
 
     first = launch(file, ["max_steps=4", "telemetry.sinks=[]"], on_ray=False)
     again = launch(file, ["max_steps=3"], on_ray=False)
@@ -141,7 +158,7 @@ def test_what_only_the_first_step_or_rank_0_can_know_is_told_in_a_line(file, ran
         launch(file, [rank_fault], on_ray=False)
 
 
-# --- Ray Train --------------------------------------------------------------------------------------------------------
+# --- Ray Train ------------------------------------------------------------------------------------
 
 
 def workers() -> list[int]:
@@ -173,15 +190,18 @@ def when(folder: Path, step: int, action) -> threading.Thread:
 @pytest.mark.ray
 @pytest.mark.kill
 def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session):
-    from trainer.feedback import read_summaries
     from trainer.launch import launch
+    from trainer.telemetry.feedback import read_summaries
 
     undisturbed = launch(file, [f"directory={tmp_path}/undisturbed"], on_ray=True)
     killer = when(tmp_path / "train", 25, lambda: os.kill(workers()[-1], signal.SIGKILL))
     ended = launch(file, [], on_ray=True)
     killer.join()
     assert (ended.steps, ended.why, ended.loss) == (100, "the data ended", undisturbed.loss)
-    told, expected = lines(tmp_path / "train"), {record["step"]: record for record in lines(tmp_path / "undisturbed")}
+    told, expected = (
+        lines(tmp_path / "train"),
+        {record["step"]: record for record in lines(tmp_path / "undisturbed")},
+    )
     assert len(told) > 100  # steps since the last checkpoint came again
     exact = ("loss", "grad_norm", "lr", "tokens", "sources", "data")
     assert all(record[key] == expected[record["step"]][key] for record in told for key in exact)
@@ -190,30 +210,49 @@ def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session
         [[[name, epoch, start, stop]]] = record["data"].values()
         drawn.update((name, epoch, place) for place in range(start, stop))
     assert drawn == {("gen-0001", epoch, place): 1 for epoch in range(20) for place in range(40)}
-    reports = {summary.trainer: summary.report for summary in read_summaries(f"{tmp_path}/run/feedback").summaries}
+    reports = {
+        summary.trainer: summary.report
+        for summary in read_summaries(f"{tmp_path}/run/feedback").summaries
+    }
     assert (reports["train"].restarts, reports["undisturbed"].restarts) == (1, 0)
-    assert reports["train"].tokens_total == reports["undisturbed"].tokens_total == reports["undisturbed"].tokens_processed
-    # what was thrown away is counted as far as it had been told before the kill, which it need not have been
+    assert (
+        reports["train"].tokens_total
+        == reports["undisturbed"].tokens_total
+        == reports["undisturbed"].tokens_processed
+    )
+    # what was thrown away is counted as far as it had been told before the kill, which it need not
+    # have been
     assert reports["train"].tokens_processed >= reports["train"].tokens_total
 
 
 @train
 @pytest.mark.ray
-def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(file, tmp_path, ray_session):
+def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(
+    file, tmp_path, ray_session
+):
     from trainer.launch import TrainingError, launch
 
-    with pytest.raises(TrainingError, match="a trainer is named by letters"):  # which rank 0 alone can know
+    with pytest.raises(
+        TrainingError, match="a trainer is named by letters"
+    ):  # which rank 0 alone can know
         launch(file, ["ray.max_failures=-1", "telemetry.name='no name'"], on_ray=True)
     next((tmp_path / "run").rglob("*.mds")).unlink()
-    with pytest.raises(TrainingError, match=r"generation gen-0001: part-0000\d/shard\.00000\.mds: expected a file, found none"):
+    with pytest.raises(
+        TrainingError,
+        match=r"generation gen-0001: part-0000\d/shard\.00000\.mds: expected a file, found none",
+    ):
         launch(file, ["ray.max_failures=-1"], on_ray=True)  # which would be tried for ever
-    with pytest.raises(ConfigError, match=r"2 workers want 200 CPU, and there are \d+; change the section ray"):
+    with pytest.raises(
+        ConfigError, match=r"2 workers want 200 CPU, and there are \d+; change the section ray"
+    ):
         launch(file, ["ray.cpus_per_worker=100"], on_ray=True)
 
 
 @train
 @pytest.mark.ray
-def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_end(file, tmp_path, ray_session):
+def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_end(
+    file, tmp_path, ray_session
+):
     from trainer.launch import launch
 
     seen = []
@@ -225,10 +264,19 @@ def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_
     handler = signal.getsignal(signal.SIGTERM)
     import ray
 
-    each = 0.3 * ray.cluster_resources()["CPU"]  # there is room for 3 workers, among which 4 micro-batches do not divide
+    each = (
+        0.3 * ray.cluster_resources()["CPU"]
+    )  # there is room for 3 workers, among which 4 micro-batches do not divide
     stopper = when(tmp_path / "train", 5, stop)
     ended = launch(
-        file, ["ray.min_workers=1", "ray.workers=4", f"ray.cpus_per_worker={each}", "data.micro_batch_rows=2"], on_ray=True
+        file,
+        [
+            "ray.min_workers=1",
+            "ray.workers=4",
+            f"ray.cpus_per_worker={each}",
+            "data.micro_batch_rows=2",
+        ],
+        on_ray=True,
     )
     stopper.join()
     assert seen == [2] and ended.why == "it was asked to stop" and ended.steps < 100

@@ -1,4 +1,6 @@
-"""The loop on one process: it learns, resumes bit for bit, keeps NaN from the weights, and its feedback is its own count."""
+"""The loop on one process: it learns, resumes bit for bit, keeps NaN from the weights, and its
+feedback is its own count.
+"""
 
 import itertools
 import math
@@ -15,25 +17,31 @@ import pytest
 pytestmark = pytest.mark.train
 torch = pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
+import torch.distributed as dist
 
-from tests.trainer.shards import publish  # noqa: E402
-from trainer import checkpoint, loop, supply  # noqa: E402
-from trainer.config import (  # noqa: E402
+from tests.support.shards import publish
+from trainer import checkpoint, loop
+from trainer.config import (
     CheckpointConfig,
     EvaluationConfig,
     ParallelConfig,
     SourceConfig,
 )
-from trainer.data import read_batch  # noqa: E402
-from trainer.feedback import Writer, read_summaries  # noqa: E402
-from trainer.plot import read_metrics  # noqa: E402
+from trainer.data import loader
+from trainer.data.rows import read_batch
+from trainer.telemetry.feedback import (
+    Writer,
+    read_summaries,
+)
+from trainer.telemetry.plot import read_metrics
 
 NO_LOSS = torch.tensor([[10.0, 9.0, math.nan]], dtype=torch.float64)
 
 
 def metrics(config):
-    return {record["step"]: record for record in read_metrics(Path(config.directory) / "metrics.jsonl")}
+    return {
+        record["step"]: record for record in read_metrics(Path(config.directory) / "metrics.jsonl")
+    }
 
 
 def test_the_loss_falls_and_the_run_ends_where_it_was_told_to(config):
@@ -46,12 +54,18 @@ def test_the_loss_falls_and_the_run_ends_where_it_was_told_to(config):
 def test_a_resumed_run_takes_the_steps_that_would_have_come(config, tmp_path):
     whole = replace(config, directory=str(tmp_path / "whole"))
     loop.train(whole, device="cpu")
-    stopped = replace(config, max_steps=12, data=replace(config.data, max_epochs=1))  # 5 steps of 8 rows
+    stopped = replace(
+        config, max_steps=12, data=replace(config.data, max_epochs=1)
+    )  # 5 steps of 8 rows
     assert loop.train(stopped, device="cpu").why == "the data ended"
     loop.train(config, device="cpu")
     expected, found = metrics(whole), metrics(config)
-    assert [found[step]["loss"] for step in range(1, 13)] == [expected[step]["loss"] for step in range(1, 13)]
-    assert [found[step]["grad_norm"] for step in range(1, 13)] == [expected[step]["grad_norm"] for step in range(1, 13)]
+    assert [found[step]["loss"] for step in range(1, 13)] == [
+        expected[step]["loss"] for step in range(1, 13)
+    ]
+    assert [found[step]["grad_norm"] for step in range(1, 13)] == [
+        expected[step]["grad_norm"] for step in range(1, 13)
+    ]
 
 
 def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):
@@ -74,9 +88,19 @@ def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):
 def test_only_nan_ends_the_run_and_the_last_good_state_stays(config, monkeypatch):
     loop.train(replace(config, max_steps=4), device="cpu")
     accumulate = loop.accumulate
-    monkeypatch.setattr(loop, "accumulate", lambda *args, **options: accumulate(*args, **options)._replace(by_run=NO_LOSS))
-    with pytest.raises(loop.Diverged, match=r"10 steps in a row up to 14 had no finite loss or gradient: lower optimizer.lr"):
-        loop.train(replace(config, max_steps=99, checkpoint=CheckpointConfig(every_steps=100)), device="cpu")
+    monkeypatch.setattr(
+        loop,
+        "accumulate",
+        lambda *args, **options: accumulate(*args, **options)._replace(by_run=NO_LOSS),
+    )
+    with pytest.raises(
+        loop.Diverged,
+        match=r"10 steps in a row up to 14 had no finite loss or gradient: lower optimizer.lr",
+    ):
+        loop.train(
+            replace(config, max_steps=99, checkpoint=CheckpointConfig(every_steps=100)),
+            device="cpu",
+        )
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
     assert summary.report.state == "failed"
     monkeypatch.undo()
@@ -111,14 +135,17 @@ def test_feedback_counts_what_was_trained_on_once(config):
     assert summary.report.restarts == 1
 
 
-# --- ranks ------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def rank(number, ranks, folder, config):
     """In a process of its own: one rank of a training."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/ranks-{config.max_steps}-{ranks}", rank=number, world_size=ranks
+        "gloo",
+        init_method=f"file://{folder}/ranks-{config.max_steps}-{ranks}",
+        rank=number,
+        world_size=ranks,
     )
     loop.train(config, device="cpu")
     dist.destroy_process_group()
@@ -143,11 +170,15 @@ def test_two_ranks_in_bfloat16_train_like_one(config, tmp_path):
     spawn(2, tmp_path, two)
     assert losses(two) == pytest.approx(losses(config), rel=2e-3)
     assert taken(two) == taken(config)
-    assert [row["tokens"] for row in metrics(two).values()] == [row["tokens"] for row in metrics(config).values()]
+    assert [row["tokens"] for row in metrics(two).values()] == [
+        row["tokens"] for row in metrics(config).values()
+    ]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_ranks_goes_on_with_the_same_global_batches(config, tmp_path, before, after):
+def test_another_number_of_ranks_goes_on_with_the_same_global_batches(
+    config, tmp_path, before, after
+):
     config = replace(config, parallel=ParallelConfig(precision="fp32"))
     loop.train(config, device="cpu")
     changed = replace(config, directory=str(tmp_path / "changed"))
@@ -160,16 +191,22 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches(config, tm
     assert summary.report.steps == 12
 
 
-# --- what a slow disk and a slow save do ------------------------------------------------------------------------------
+# --- what a slow disk and a slow save do ----------------------------------------------------------
 
 
 def test_a_slow_reader_raises_data_wait_and_nothing_else(config, tmp_path, monkeypatch):
     loop.train(config, device="cpu")
-    monkeypatch.setattr("trainer.data.read_batch", lambda places, read=read_batch: time.sleep(0.2) or read(places))
+    monkeypatch.setattr(
+        "trainer.data.rows.read_batch",
+        lambda places, read=read_batch: time.sleep(0.2) or read(places),
+    )
     slow = replace(config, directory=str(tmp_path / "slow"))
     loop.train(slow, device="cpu")
     for quick, waited in zip(metrics(config).values(), metrics(slow).values(), strict=True):
-        assert all(quick[key] == waited[key] for key in ("loss", "grad_norm", "tokens", "sources", "data", "lr"))
+        assert all(
+            quick[key] == waited[key]
+            for key in ("loss", "grad_norm", "tokens", "sources", "data", "lr")
+        )
     last = metrics(slow)[12]
     wait = sum(row["seconds"]["data_wait"] for row in metrics(slow).values())
     others = sum(sum(row["seconds"].values()) for row in metrics(slow).values()) - wait
@@ -193,32 +230,41 @@ def test_steps_go_on_while_a_checkpoint_is_written(config, monkeypatch):
     monkeypatch.setattr(checkpoint, "_hashes", slow)
     monkeypatch.setattr(loop.Training, "_update", counted)
     loop.train(config, device="cpu")
-    # the save after step 4 is in flight at the start of steps 4 to 6 (counted from 0), and waited for by none of them
+    # the save after step 4 is in flight at the start of steps 4 to 6 (counted from 0), and waited
+    # for by none of them
     assert [step for step, in_flight in steps if in_flight][:3] == [4, 5, 6]
-    assert checkpoint.Checkpoints(f"{config.directory}/checkpoints", config.checkpoint).latest().step == 12
+    assert (
+        checkpoint.Checkpoints(f"{config.directory}/checkpoints", config.checkpoint).latest().step
+        == 12
+    )
 
 
-# --- supply that comes late -------------------------------------------------------------------------------------------
+# --- supply that comes late -----------------------------------------------------------------------
 
 
 def test_a_trainer_that_waits_says_so_and_goes_on_with_the_next_generation(config, monkeypatch):
     run = Path(config.data.sources[0].run)
     said = []
-    monkeypatch.setattr(supply, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(
-        loop.feedback.Writer, "write", lambda self, report, write=Writer.write: said.append(report) or write(self, report)
+        loop.feedback.Writer,
+        "write",
+        lambda self, report, write=Writer.write: said.append(report) or write(self, report),
     )
     publish_after = iter([None] * 3)
 
-    def grows(self, grows=supply.Supply.grows):
+    def grows(self, grows=loader.Supply.grows):
         if next(publish_after, True):
             publish(run, 8, first=40)
         return grows(self)
 
-    monkeypatch.setattr(supply.Supply, "grows", grows)
+    monkeypatch.setattr(loader.Supply, "grows", grows)
     data = replace(config.data, when_empty="wait")
     result = loop.train(
-        replace(config, max_steps=6, data=data, telemetry=replace(config.telemetry, every_seconds=0.001)), device="cpu"
+        replace(
+            config, max_steps=6, data=data, telemetry=replace(config.telemetry, every_seconds=0.001)
+        ),
+        device="cpu",
     )
     assert (result.steps, result.why) == (6, "step 6 was reached")
     assert [report.steps for report in said if report.state == "waiting"] == [5, 5, 5]
@@ -244,17 +290,22 @@ def test_a_machine_about_to_be_taken_away_is_saved_for_and_training_goes_on(conf
     with ExitStack() as opened:
         result = loop.Training(config, opened, device="cpu", preempted=lambda: True).to_the_end()
     assert (result.steps, result.why) == (12, "step 12 was reached")
-    assert sorted(path.name for path in Path(config.directory, "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+    assert sorted(path.name for path in Path(config.directory, "checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000012",
+    ]
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def test_held_out_loss_is_told_and_picks_the_best_checkpoint(config, tmp_path):
     run = tmp_path / "held"
     publish(run, 40, held_out=4)
     every = replace(
-        config, data=replace(config.data, sources=(SourceConfig(str(run)),)), evaluation=EvaluationConfig(every_steps=4)
+        config,
+        data=replace(config.data, sources=(SourceConfig(str(run)),)),
+        evaluation=EvaluationConfig(every_steps=4),
     )
     loop.train(every, device="cpu")
     rows = metrics(every)

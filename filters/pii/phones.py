@@ -1,0 +1,216 @@
+"""How phone numbers are written: what the recogniser of phone numbers is asked about, and what it
+says that is believed.
+
+phonenumbers accepts any seven to fifteen digits that some country could have given out, however
+they are grouped: two numbers of a table, a size 600/800/1000. And it knows no number outside its
+tables. So a number that no word near it calls one has to be written like one (`WRITTEN`), while one
+right after its label (`labelled`), and one that says its country (`international`), need not be
+known to it.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+# What phonenumbers allows between two blocks of digits (its _VALID_PUNCTUATION, at most four in a
+# row).
+BETWEEN = r"[-x‐-―−ー－／ \xa0\xad\u200b\u2060\u3000()（）［］.\[\]/~⁓∼～]{0,4}"
+
+# Seven digits: the shortest subscriber numbers in wide use; for region DE Presidio takes the year
+# 1648 for a pager.
+DIGITS = re.compile(rf"\d(?:{BETWEEN}\d){{6}}")
+
+_SPACE = r"[ \xa0\u2009]"
+_DASH = r"[-\u2010-\u2013]"
+_REST_OF_DATE = (
+    # after its first digit
+    r"(?:(?:(?<=1)9|(?<=2)0)\d\d[-.][01]\d[-.][0-3]\d|(?<=[0-3])\d[-.][0-3]\d[-.](?:19|20)\d\d)(?!\d)"
+    rf"|(?:(?:(?<=1)9|(?<=2)0)\d\d{_SPACE}[01]\d{_SPACE}[0-3]\d|(?<=[0-3])\d{_SPACE}[0-3]\d{_SPACE}(?:19|20)\d\d)(?!{_SPACE}?\d)"
+)
+_MORE = r"(?![-‐-–./]?\d)"
+_NO_MORE_BEFORE = rf"(?<!\d[-‐-–./]\d)(?<!\d{_SPACE}\d)"
+# The ways to write a number that nothing announces, after its first character. Each needs a + or
+# (), a leading 0, or a grouping that tables rarely have and that does not go on to either side; two
+# blocks only as in 98765 43210 (India) and 212-5550147.
+_WAYS = (
+    rf"(?<=[+＋]){BETWEEN}\d(?:{BETWEEN}\d){{6}}",
+    rf"(?<=[(（\[]){_SPACE}?\d(?:[-/ \xa0]?\d){{0,5}}{_SPACE}?[)）\]](?:[-‐-―−－./ \xa0\u2009]{{0,3}}\d){{5}}",
+    rf"(?<=0)(?<!\d[-./:]\d)(?<!\d{_SPACE}\d)\d(?:{BETWEEN}\d){{5}}",
+    rf"(?<=1)[-. \xa0]{{0,2}}\(\d{{3}}\)(?:{BETWEEN}\d){{7}}",
+    rf"(?<!\d[-‐-–./]\d)(?:(?<=1){_DASH}\d)?\d{{1,4}}+(?:{_DASH}\d{{2,5}}+){{2,4}}{_MORE}",
+    rf"(?<!\d[-./]\d)(?!\d{{0,2}}(?:\.\d{{1,3}}){{3}}(?!\.?\d))\d{{1,3}}+(?:\.\d{{2,4}}+){{2,4}}{_MORE}",
+    # … after a 1 in North America's way: 1.2.840.113549 is no number, nor is 1 754 696 090
+    rf"(?<=1)(?<!\d[-./]\d)\.\d{{3}}\.\d{{3}}\.\d{{4}}{_MORE}",
+    rf"{_NO_MORE_BEFORE}(?:(?<=1){_SPACE}\d(?=\d\d(?:{_SPACE}|/)\d{{3}}(?:{_SPACE}|{_DASH})\d{{4}}(?!\d)))?\d{{1,3}}+(?:{_SPACE}|/)\d{{2,5}}+(?:(?:{_SPACE}|{_DASH})\d{{2,5}}+){{1,3}}{_MORE}(?!{_SPACE}\d)",
+    rf"(?<=[6-9]){_NO_MORE_BEFORE}\d{{4}}[- \xa0]\d{{5}}{_MORE}(?!{_SPACE}\d)",
+    rf"(?<=[2-9])(?<!\d[-‐-–./]\d)\d\d{_DASH}\d{{7}}{_MORE}",
+    # Russia's 8 (495) 123-45-67
+    rf"(?<=[78]){_NO_MORE_BEFORE}(?:{_SPACE}|{_DASH})?\(?\d{{3}}\)?(?:{_SPACE}|{_DASH})?\d{{3}}(?:(?:{_SPACE}|{_DASH})\d\d){{2}}{_MORE}(?!{_SPACE}\d)",
+)
+# begins with a class of characters, which is what makes the search fast
+WRITTEN = re.compile(rf"[+＋(（\[\d](?<!\d\d)(?!{_REST_OF_DATE})(?:{'|'.join(_WAYS)})")
+
+# No phone number, yet often the like of one in some region: dates, ranges of years, dotted quads
+# (none after '+45 '), degrees, times, fractions; and tables: more than 40 digits in a row, four
+# numbers' worth, of which none is written like a phone number. Blanked for the phone recogniser,
+# which does 15 kB/s on them.
+_NO_PHONE = re.compile(
+    r"(?<![\d.+-])(?<!\+\d )(?<!\+\d\d )(?<!\+\d{3} )"
+    r"(?:[12]\d{3}([-/.])[01]?\d\1[0-3]?\d(?![.-]?\d)|[0-3]?\d([-/.])[0-3]?\d\2[12]\d{3}(?![.-]?\d)"
+    r"|[0-3]?\d[ \xa0](?<!\d \d.)(?<!\d \d\d.)[0-3]?\d[ \xa0](?:19|20)\d\d(?![-. \xa0]?\d)"
+    r"|(?:19|20)\d\d[ \xa0](?<!\d \d{4}.)[01]?\d[ \xa0][0-3]?\d(?![-. \xa0]?\d)"
+    r"|(?:1\d|20)\d\d ?[-‐-―/] ?(?:1\d|20)\d\d(?!\d)|[1-9]\d{2,3}/\d{2,4} ?[–—] ?1\d{3}(?!\d)"
+    r"|\d{1,3}(?:\. ?\d{1,3}){3}(?: ?/ ?\d{1,3})?(?!\.?\d))"
+    r"|(?<!\d)\d\d?:\d\d(?::\d\d)?(?!\d)"
+    r"|(?<![\d.])0\.\d+(?!\.?\d)"
+    # degrees; the numbers of the registries of domains, +1.2125550147, have eight digits and more
+    r"|\+(?<![\w+].)\d{1,3}\.(?:\d{4,7}(?!\d)|\d{4,}[,; ]{1,2}[-+]?\d{1,3}\.\d{4,}(?!\d))"
+)
+_TABLE = re.compile(rf"\d(?:{BETWEEN}\d){{40,}}")
+
+# Right before a number these leave no doubt …
+_PHONE = (
+    r"(?:tele)?phone|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp|(?:call|ring|reach|phone)(?: \w+)? (?:at|on)"
+    r"|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph"
+)
+_PHONE_CJK = "电话|電話|手机|手機|전화"  # in the midst of a sentence
+# … and these, words of other trades too (a cell, a mobile), only with a colon.
+_PHONE_COLON = (
+    r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|hotline|ph"
+)
+_LABEL = (
+    rf"(?:\b(?:{_PHONE})\b(?: (?:no|nr|number)\b)?[.:#]{{0,2}}|(?:{_PHONE_CJK})[:：]?"
+    rf"|\b(?:{_PHONE_COLON})(?: ?(?:phone|no|nr|number))?\b[.]?[:：])"
+)
+_NUMBER = r"\+?\(?\d(?:[-‐-– ./()\xa0]{0,3}\d){6,14}"
+_AFTER_LABEL = re.compile(rf"{_LABEL}{_SPACE}{{0,3}}({_NUMBER})(?![-/]?\d|\.\d)", re.IGNORECASE)
+_LABEL_ENDS = re.compile(rf"{_LABEL}\s*\Z", re.IGNORECASE)
+_BEGINS = re.compile(rf"\s*({_NUMBER})(?![-/]?\d|\.\d)")
+_PLUS = re.compile(r"(?<![\w+])\+[1-9](?:[-‐-– .()\xa0]{0,3}\d){7,14}(?![-/.]?\d)")
+
+
+# a word of each label
+LABELS = (
+    *(
+        "phone",
+        "telephone",
+        "tel",
+        "fax",
+        "telefax",
+        "whatsapp",
+        "call",
+        "ring",
+        "reach",
+        "mobile",
+        "cell",
+        "cellphone",
+    ),
+    *(
+        "cellular",
+        "desk",
+        "landline",
+        "hotline",
+        "tél",
+        "téléphone",
+        "teléphone",
+        "télephone",
+        "telefon",
+        "teléfon",
+        "telefone",
+    ),
+    *(
+        "teléfone",
+        "telefono",
+        "teléfono",
+        "movil",
+        "móvil",
+        "portable",
+        "mobil",
+        "handy",
+        "ph",
+        "tlf",
+        "tlph",
+        "тел",
+        "телефон",
+    ),
+    *("τηλ", "τηλέφωνο", "电话", "電話", "手机", "手機", "전화"),
+)
+
+
+def shown(line: str) -> str:
+    """The line without what is surely no phone number; every character in its place."""
+    line = _NO_PHONE.sub(_blank, line)
+    return _TABLE.sub(
+        lambda m: m[0] if WRITTEN.search(line, max(0, m.start() - 2), m.end()) else _blank(m), line
+    )
+
+
+def _blank(match: re.Match[str]) -> str:
+    return "\0" * len(match[0])
+
+
+_CHAIN = re.compile(rf"\d(?:{BETWEEN}\d){{6,}}")
+_DIGIT = re.compile(r"\d")
+_LEAD, _EXTENSION = 12, 40  # characters: '+ (', and ' ext. 12345'
+_REACH = 80  # characters in which a word can lie that says what a number is, and the word
+
+
+def worth_reading(line: str, above: str, words: re.Pattern[str]) -> str:
+    """The line with all digits blanked but those of numbers written like a phone's and those with
+    one of `words` near.
+
+    phonenumbers tries to read every year, for each region.
+    """
+    parts, at = [], 0
+    for match in _CHAIN.finditer(line):
+        start, end = max(at, match.start() - _LEAD), match.end() + _EXTENSION
+        near = (above[-_REACH:] + "\n" if start < _REACH else "") + line[
+            max(0, start - _REACH) : end + _REACH
+        ]
+        if WRITTEN.search(line, max(0, match.start() - _LEAD), match.end()) or words.search(near):
+            parts += [_DIGIT.sub("\0", line[at:start]), line[start:end]]
+            at = end
+    return "".join([*parts, _DIGIT.sub("\0", line[at:])])
+
+
+_OPENED = re.compile(rf"[(（\[]{_SPACE}?")
+
+
+def is_written_like_one(line: str, start: int, end: int) -> bool:
+    """Whether line[start:end], which no word near it calls a phone number, looks like one."""
+    opened = _OPENED.match(line, start)
+    written = WRITTEN.match(line, start) or (opened and WRITTEN.match(line, opened.end()))
+    return written is not None and written.end() <= end
+
+
+def unbracketed(line: str, start: int, end: int) -> int:
+    """Where line[start:end] begins without a bracket that it does not close: of (0171 2345678) the
+    number alone is one.
+    """
+    opened = _OPENED.match(line, start)
+    return opened.end() if opened and not re.search(r"[)）\]]", line[start:end]) else start
+
+
+def labelled(line: str, above: str) -> Iterator[tuple[int, int]]:
+    """Numbers of seven to fifteen digits right after their label, which may end the line above."""
+    if _LABEL_ENDS.search(above[-40:]) and (match := _BEGINS.match(line)):
+        yield match.span(1)
+    for match in _AFTER_LABEL.finditer(line):
+        yield match.span(1)
+
+
+def international(line: str) -> Iterator[tuple[int, int]]:
+    """Numbers that start with + and an assigned country code and are as long as that country's are."""
+    for match in _PLUS.finditer(line):
+        if _is_possible(re.sub(r"\D", "", match[0])):
+            yield match.span()
+
+
+@lru_cache(maxsize=1024)
+def _is_possible(digits: str) -> bool:
+    import phonenumbers
+
+    try:
+        return phonenumbers.is_possible_number(phonenumbers.parse("+" + digits, None))
+    except phonenumbers.NumberParseException:
+        return False

@@ -1,0 +1,182 @@
+"""What is seen of a run while it works: by a person a bar per phase and the funnel at its end, by a
+log collector JSON lines.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from pipeline.engine.units import Done
+from pipeline.run.funnel import FunnelRow, stage_bases
+from stages.storage.ledger import Commit
+
+
+@dataclass
+class _Sums:
+    task: TaskID
+    rows_in: int = 0
+    rows_out: int = 0
+    before: int = 0  # rows of units that an earlier run had done: no part of this run's rate
+
+    @property
+    def kept(self) -> str:
+        return f"{self.rows_out / self.rows_in:.0%} kept" if self.rows_in else ""
+
+
+class Bars:
+    """Bars on a terminal: units, documents a second, share kept, time left.
+
+    Silent when the console is no terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._sums: dict[str, _Sums] = {}
+        self._bars = Progress(
+            TextColumn("[bold]{task.description:<14}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn(
+                "units  {task.fields[rate]:>10}  {task.fields[kept]:>9}  {task.fields[failed]}"
+            ),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "Bars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
+        """Start a phase of `units`, of which `done` were committed before."""
+        task = self._bars.add_task(
+            phase, total=units, completed=len(done), rate="", kept="", failed=""
+        )
+        rows_in = sum(c.rows_in for c in done)
+        self._sums[phase] = _Sums(task, rows_in, sum(c.rows_out for c in done), rows_in)
+
+    def advance(self, phase: str, done: Done) -> None:
+        """Count one unit that ended."""
+        sums = self._sums[phase]
+        if done.commit is not None:
+            sums.rows_in += done.commit.rows_in
+            sums.rows_out += done.commit.rows_out
+        else:
+            self.console.print(
+                f"[red]failed[/red] {phase} unit {done.unit}: {done.error}", highlight=False
+            )
+        elapsed = self._bars.tasks[sums.task].elapsed or 0.0
+        rate = f"{(sums.rows_in - sums.before) / elapsed:,.0f} rows/s" if elapsed else ""
+        kept = sums.kept if phase in ("extract", "dedup keep", "refine") else ""
+        self._bars.update(sums.task, advance=1, rate=rate, kept=kept)
+
+    def end(self, phase: str) -> None:
+        """Close a phase."""
+        self._bars.stop_task(self._sums[phase].task)
+
+
+class JsonLog:
+    """A JSON object a line: phases begin and end, units are done or failed, a run stops on an
+    error.
+
+    Each has time (ISO 8601, UTC), level ("info" or "error"), run, stage, phase, unit, event,
+    seconds, error, null where there is none; those of units that are done also rows_in and
+    rows_out, a phase's begin also units, and done: those of them that an earlier run did.
+    """
+
+    def __init__(self, stream: TextIO, run: str) -> None:
+        self._stream, self._run = stream, run
+        self._began: dict[str, float] = {}
+
+    def __enter__(self) -> "JsonLog":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._write("stopped", error=f"{type(error).__name__}: {error}")
+
+    def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
+        """Tell of a phase of `units`, of which `done` were committed before; `run` is its
+        directory, of a batch the batch's.
+        """
+        self._run, self._began[phase] = run, time.monotonic()
+        self._write("begin", phase, units=units, done=len(done))
+
+    def advance(self, phase: str, done: Done) -> None:
+        """Tell of one unit that ended."""
+        if done.commit is None:
+            self._write("failed", phase, unit=done.unit, error=done.error)
+        else:
+            commit = done.commit
+            self._write(
+                "done",
+                phase,
+                unit=done.unit,
+                seconds=commit.seconds,
+                rows_in=commit.rows_in,
+                rows_out=commit.rows_out,
+            )
+
+    def end(self, phase: str) -> None:
+        """Tell of the end of a phase."""
+        self._write("end", phase, seconds=round(time.monotonic() - self._began.pop(phase), 3))
+
+    def _write(
+        self, event: str, phase: str | None = None, *, error: str | None = None, **more: object
+    ) -> None:
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "level": "info" if error is None else "error",
+            "run": self._run,
+            "stage": phase and phase.split()[0],
+            "phase": phase,
+            "event": event,
+            "unit": None,
+            "seconds": None,
+            "error": error,
+        }
+        print(json.dumps(line | more), file=self._stream, flush=True)
+
+
+def funnel_table(rows: Sequence[FunnelRow]) -> Table:
+    """The funnel for a terminal; shares are of what the stage began with."""
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (
+        ("stage", "left"),
+        ("rule", "left"),
+        ("count", "right"),
+        ("share", "right"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    base: Mapping[str, int] = stage_bases(rows)
+    for row in rows:
+        if row.rule is None:
+            table.add_row(
+                row.stage, f"[bold]= {row.unit}[/bold]", f"[bold]{row.count:,}[/bold]", ""
+            )
+        else:
+            table.add_row(
+                "",
+                f"  − {row.rule}",
+                f"{row.count:,}",
+                f"{row.count / max(1, base[row.stage]):.1%}",
+            )
+    return table

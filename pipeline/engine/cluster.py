@@ -1,0 +1,55 @@
+"""Connecting to Ray, and what the cluster has room for."""
+
+import logging
+import os
+from typing import Any
+
+from pipeline.engine.units import Resources
+
+# a unit's inputs and outputs go to disk, not to the object store: on one machine it can be small
+_LOCAL_SETTINGS: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 200_000_000}
+
+
+def start(address: str | None) -> None:
+    """Connect to a cluster (`address`, else $RAY_ADDRESS), or start Ray on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = not (address or os.environ.get("RAY_ADDRESS"))
+    import ray
+    import ray.data
+
+    if not ray.is_initialized():
+        settings: dict[str, Any] = _LOCAL_SETTINGS if local else {}
+        ray.init(
+            address="local" if local else address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **settings,
+        )
+    for handler in logging.getLogger("ray.data").handlers:
+        if (
+            type(handler).__name__ == "PlainRayHandler"
+        ):  # the terminal; Ray's own log files keep everything
+            handler.setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+
+
+def largest_node_memory() -> int:
+    """Bytes of memory of the largest node: Ray would wait for ever for a worker that fits nowhere."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    found = [node["Resources"].get("memory", 0) for node in nodes if node["Alive"]]
+    return int(max(found, default=0)) or 1
+
+
+def actors_that_fit(resources: Resources, units: int) -> int:
+    """How many actors a pool may have: as many as the cluster has processors for, and no more than
+    there are units.
+    """
+    import ray
+
+    fit = int(ray.cluster_resources().get("CPU", 1) / resources.num_cpus)  # type: ignore[no-untyped-call]
+    return max(1, min(units, resources.parallelism or fit))

@@ -1,0 +1,143 @@
+"""The files of a trained model: written aside, then put in place together, the card last.
+
+A card lies beside its model as `<model>.json`: what it was trained on (with digests), how the text
+was normalised, under which licence, by which command, and how it does on documents held out. It
+holds no time: the same run makes the same bytes.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filters.model_card import digest
+
+
+def card_path(model: Path) -> Path:
+    return model.with_name(model.name + ".json")
+
+
+@contextlib.contextmanager
+def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[Path, ...]]:
+    """Temporary paths that become `outputs` on success, those that were written; the first is the
+    model.
+
+    ValueError at once if that would replace a source, or anything but a model that has a card. The
+    old card goes before anything is replaced, so that none describes another model.
+    """
+    _check_outputs(outputs, sources)
+    for output in outputs:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tuple(output.with_name(f".{output.name}.{os.getpid()}") for output in outputs)
+    try:
+        yield temporary
+        card_path(outputs[0]).unlink(missing_ok=True)
+        for written, output in zip(temporary, outputs, strict=True):
+            if written.exists():
+                written.replace(output)
+            else:
+                output.unlink(missing_ok=True)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def _check_outputs(outputs: Sequence[Path], sources: Sequence[str | Path]) -> None:
+    model = outputs[0]
+    if re.match(r"[A-Za-z][\w+.-]*:/", str(model)):
+        address = str(model).replace(":/", "://", 1)  # pathlib had folded the slashes
+        raise ValueError(
+            f"output {address}: is no path; filters need models on a path that every worker has, so name one"
+        )
+    if model.is_dir():
+        raise ValueError(f"output {model}: is a folder; name a file in it")
+    card = _card_beside(model)
+    for path in filter(Path.exists, (*outputs, card_path(model))):
+        for source in filter(os.path.exists, sources):
+            if path.samefile(source):
+                raise ValueError(
+                    f"output {path}: is the source {source}, which it would replace; choose another name"
+                )
+        if not card or path.is_dir() or (path in outputs[1:] and "sentencepiece" not in card):
+            raise ValueError(
+                f"output {path}: is there, and is no model of ours with its card; remove it or choose another name"
+            )
+
+
+def _card_beside(model: Path) -> dict[str, Any]:
+    """Empty if there is none, or none of ours."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        card = json.loads(card_path(model).read_text(encoding="utf-8"))
+        if isinstance(card, dict) and card.get("kind") in ("kenlm", "fasttext"):
+            return card
+    return {}
+
+
+def write_card(model: Path, **facts: Any) -> dict[str, Any]:
+    """Write the card of a model that is in place; returns it."""
+    card = {"name": model.name, **facts, "sha256": digest(model)}
+    temporary = model.with_name(f".{model.name}.json.{os.getpid()}")
+    temporary.write_text(
+        _compact(json.dumps(card, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8"
+    )
+    temporary.replace(card_path(model))
+    return card
+
+
+def _compact(text: str) -> str:
+    """Lists of numbers on one line each; no string in JSON holds a line break."""
+    return re.sub(
+        r"\[\n[^\[\]{}\"]*\]",
+        lambda m: re.sub(r"\s+", " ", m[0]).replace("[ ", "[").replace(" ]", "]"),
+        text,
+    )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    # the normalisers ask Unicode's tables what is a digit, an accent, a word
+    return {p: importlib.metadata.version(p) for p in packages} | {
+        "unicode": unicodedata.unidata_version
+    }
+
+
+def is_held_out(text: str, *, share: float) -> bool:
+    """Whether a document is kept out of training; by its hash, so that equal ones fall on the same
+    side.
+    """
+    found = hashlib.sha256(repr(text).encode()).digest()  # repr: lone surrogates too have a hash
+    return int.from_bytes(found[:8], "big") < share * 2**64
+
+
+def check_split(
+    held: int, train: int, *, held_out: float, sources: Iterable[str | Path], of: str = ""
+) -> None:
+    """ValueError unless there are documents on both sides."""
+    if not held or not train:
+        in_txt = any(".txt" in Path(source).suffixes for source in sources)
+        raise ValueError(
+            f"held_out = {held_out}: of {held + train} documents{of} {held} are held out and {train} left to train on; "
+            "both must be some, so give more text or another share"
+            + ("; documents in .txt are parted by blank lines" if in_txt else "")
+        )
+
+
+def command_line(name: str, *arguments: Any, **options: Any) -> str:
+    """The line for a shell: an option is repeated for each item of a list, items of a tuple are
+    parted by commas.
+
+    None and empty ones are left out.
+    """
+    words = ["gristmill", name, *map(str, arguments)]
+    for option, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one != ():
+                text = ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+                words += [f"--{option.replace('_', '-')}", text]
+    return shlex.join(words)

@@ -1,0 +1,408 @@
+"""What the report says of duplicates: which rule took how many, the largest clusters, how alike
+copies are, who lost most.
+
+Counts, cluster sizes and losses are exact, from commit records; the histogram of similarities is of
+the sampled parts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.report.charts import Column, Histogram, binned
+from pipeline.report.sample import Ledger, Sample, part_uri
+from pipeline.run import dedup_plan
+from stages.dedup.dedup import EARLIER, earlier_documents
+from stages.dedup.minhash import normalize, shingle_hashes
+from stages.formats.document import ordinal_of
+from stages.storage.files import exists
+from stages.storage.ledger import Commit
+from stages.storage.parts import documents, part_of, read_columns
+
+RULES = ("dedup.exact", "dedup.near", "dedup.earlier")
+EXCERPT = 600
+_CLUSTERS, _COPIES = 6, 3  # shown
+_SOURCES, _BUCKETS = 24, 12  # rows of tables; the name of each is read from a part
+_NAMED_BY = {"host": "host", "language": "language", "input": "warc_file"}
+
+
+class Piece(NamedTuple):
+    """A stretch of shown text; `marked` if it is what the reader should see."""
+
+    text: str
+    marked: bool = False
+
+
+class Copy(NamedTuple):
+    """A document of a cluster. `kept_in`: path of the earlier batch that holds it, None for this
+    one. `rule` that dropped it.
+
+    `similarity` is a Jaccard similarity measured by stage dedup, None where it measured none;
+    `text` None: not at hand.
+    """
+
+    url: str
+    text: str | None
+    kept_in: str | None = None
+    rule: str | None = None
+    similarity: float | None = None
+
+
+class Member(NamedTuple):
+    """A copy as it is shown; `similarity` is the share of word n-grams in common with the kept copy
+    (Jaccard).
+    """
+
+    url: str
+    kept_in: str | None
+    rule: str | None
+    similarity: float | None
+    pieces: list[Piece] | None
+
+
+class Cluster(NamedTuple):
+    """A cluster of copies, `size` of them in this batch, with a few of its members, the kept copy
+    first.
+    """
+
+    size: int
+    members: list[Member]
+
+
+class Wiped(NamedTuple):
+    """A host, language or input file that lost more than `dedup.alarm_share` of its documents."""
+
+    kind: str
+    name: str
+    documents: int
+    dropped: int
+
+
+class Alarm(NamedTuple):
+    """Who lost too much: the first of them, how many there are in all, and of the listed ones how
+    many of each kind.
+    """
+
+    ran: bool
+    share: float
+    least: int
+    first: list[Wiped]
+    total: int
+    kinds: dict[str, int]
+
+
+class Bucket(NamedTuple):
+    """Very many documents with an equal key: the largest bucket around a document, and the number
+    of such buckets.
+    """
+
+    url: str
+    documents: int
+    buckets: int
+
+
+class Measured(NamedTuple):
+    """Similarities of dropped documents with their kept copies."""
+
+    share: float
+    measured: int
+    histogram: Histogram | None
+
+
+@dataclass
+class Duplicates:
+    """Everything that the section on duplicates shows."""
+
+    enabled: bool
+    against: int
+    documents: int
+    rules: dict[str, int]
+    sizes: list[Column]
+    measured: Measured
+    clusters: list[Cluster]
+    alarm: Alarm
+    giants: list[Bucket]
+
+    @property
+    def dropped(self) -> int:
+        return sum(self.rules.values())
+
+
+def find_duplicates(ledger: Ledger, sample: Sample) -> Duplicates:
+    """Read what the dedup phases left."""
+    kept = ledger.commits["dedup keep"]
+    counts = _sum(c.counts for c in kept)
+    return Duplicates(
+        enabled=ledger.setting("dedup.enabled", True),
+        against=len(ledger.state.get("indexes", [])),
+        documents=sum(c.rows_in for c in kept),
+        rules={rule: counts[rule] for rule in RULES},
+        sizes=_sizes(ledger.commits["dedup elect"]),
+        measured=_measured(ledger, sample),
+        clusters=list(_clusters(ledger)),
+        alarm=_alarm(ledger),
+        giants=_giants(ledger),
+    )
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for some in counts:
+        total.update(some)
+    return total
+
+
+def _sizes(elected: Sequence[Commit]) -> list[Column]:
+    sizes = _sum(c.extra.get("cluster_sizes", {}) for c in elected)
+    ordered = sorted(sizes, key=lambda name: int(name.split("-")[0]))
+    return [Column(name.replace("-", "–"), {"clusters": sizes[name]}) for name in ordered]
+
+
+def _measured(ledger: Ledger, sample: Sample) -> Measured:
+    kept = ledger.commits["dedup keep"]
+    uris = [uri for unit in sample.units if (uri := part_uri(ledger, "dedup keep", "keep", unit))]
+    return Measured(
+        share=float(ledger.setting("dedup.verify_share", 0.0)),
+        measured=int(sum(c.totals.get("measured", 0) for c in kept)),
+        histogram=similarities([read_columns(uri, ["similarity"]) for uri in uris]),
+    )
+
+
+def similarities(tables: Sequence[pa.Table]) -> Histogram | None:
+    """Measured similarities of dropped documents, over a range that ends at 1."""
+    values = [table["similarity"].drop_null().to_numpy() for table in tables]
+    histogram = binned({"dropped": np.concatenate([np.empty(0), *values])}, (0.0, 1.0))
+    # the range takes in 1, but 1 is no limit
+    return histogram and histogram._replace(bound=None)
+
+
+# --- the largest clusters -------------------------------------------------------------------------
+
+
+def _clusters(ledger: Ledger) -> Iterator[Cluster]:
+    ngram = ledger.setting("dedup.ngram", 5)
+    sizes: dict[int, int] = {}
+    members: dict[int, list[int]] = {}
+    for commit in ledger.commits[
+        "dedup keep"
+    ]:  # every group that has a member names some of the largest
+        for largest in commit.extra.get("largest", []):
+            sizes[largest["cluster_id"]] = largest["size"]
+            members.setdefault(largest["cluster_id"], []).extend(largest["members"])
+    for root in sorted(sizes, key=lambda r: (-sizes[r], r))[:_CLUSTERS]:
+        copies = _copies(ledger, sorted(members[root])[:_COPIES])
+        if copies:
+            yield Cluster(sizes[root], compare(copies, ngram=ngram))
+
+
+def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
+    """The kept copy of a cluster, given some of its documents, and after it two of these that are
+    others.
+    """
+    columns = ["kept_id", "kept_in", "rule", "similarity"]
+    rows = [
+        row
+        for doc_id in ids
+        if (row := _row(part_uri(ledger, "dedup keep", "keep", _unit(doc_id)), doc_id, columns))
+    ]
+    if not rows:
+        return []
+    dropped = next((r for r in rows if r["rule"] is not None), None)
+    kept = (
+        {
+            "doc_id": dropped["kept_id"],
+            "kept_in": dropped["kept_in"],
+            "rule": None,
+            "similarity": None,
+        }
+        if dropped
+        else rows[0]
+    )
+    others = [
+        r | {"kept_in": None}
+        for r in rows
+        if kept["kept_in"] is not None or r["doc_id"] != kept["doc_id"]
+    ]
+    return [_copy(ledger, row) for row in [kept, *others][:_COPIES]]
+
+
+def _copy(ledger: Ledger, row: Mapping[str, Any]) -> Copy:
+    uri, kept_in = part_uri(ledger, "extract", "documents", _unit(row["doc_id"])), None
+    if row["kept_in"] is not None:
+        batch = ledger.state["indexes"][row["kept_in"]]["documents"]
+        uri, kept_in = (
+            part_of(row["doc_id"], beside=f"{batch}/documents/"),
+            batch.rsplit("/", 2)[0],
+        )  # RUN/extract/<key>
+        uri = uri if exists(uri) else None  # it may have been put away since
+    found = _row(uri, row["doc_id"], ["url", "source_id", "text"]) or {}
+    name = found.get("url") or found.get("source_id") or f"document {row['doc_id']}"
+    return Copy(name, found.get("text"), kept_in, row["rule"], row["similarity"])
+
+
+def _unit(doc_id: int) -> str:
+    return f"{ordinal_of(doc_id):06d}"
+
+
+def _row(uri: str | None, doc_id: int, columns: Sequence[str]) -> dict[str, Any] | None:
+    return documents(uri, [doc_id], columns).get(doc_id) if uri else None
+
+
+def compare(copies: Sequence[Copy], *, ngram: int) -> list[Member]:
+    """Members of a cluster beside the first: similarity over whole texts, and the text around the
+    first difference.
+    """
+    texts = [None if c.text is None else _BLANKS.sub(" ", clean(c.text)) for c in copies]
+    shown = _excerpts(texts)
+    grams = [None if c.text is None else _shingles(c.text, ngram) for c in copies]
+    members = []
+    for i, copy in enumerate(copies):
+        similarity = (
+            copy.similarity
+            if copy.similarity is not None or not i
+            else _jaccard(grams[0], grams[i])
+        )
+        members.append(
+            Member(
+                clean(copy.url),
+                copy.kept_in and clean(copy.kept_in),
+                copy.rule,
+                similarity,
+                shown[i],
+            )
+        )
+    return members
+
+
+def _excerpts(texts: Sequence[str | None]) -> list[list[Piece] | None]:
+    """Excerpts from shortly before the first place where any text differs from the first,
+    differences marked.
+
+    From the beginning, and nothing marked, when the first is not at hand.
+    """
+    first = texts[0]
+    starts = (
+        [_first_difference(first, t) for t in texts[1:] if t is not None and t != first]
+        if first is not None
+        else []
+    )
+    start = (
+        0
+        if first is None
+        else max(0, first.rfind(" ", 0, max(0, min(starts, default=0) - 150)) + 1)
+    )
+    cut = [None if t is None else _cut(t[start:]) for t in texts]
+    lead = [Piece("… ")] if start else []
+    return [
+        None
+        if t is None
+        else lead + (differing(cut[0], t) if i and cut[0] is not None else [Piece(t)])
+        for i, t in enumerate(cut)
+    ]
+
+
+def _cut(text: str) -> str:
+    return text[:EXCERPT].rpartition(" ")[0] if len(text) > EXCERPT else text
+
+
+_BLANKS = re.compile(r"[^\S\n]+")
+
+
+def _first_difference(a: str, b: str) -> int:
+    """Index of the first differing character; 0 when there is none."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+
+
+def _shingles(text: str, ngram: int) -> set[Any]:
+    """What stage dedup compares: hashes of word n-grams; of a text too short for one, the text."""
+    normalized = normalize(text)
+    return set(shingle_hashes(normalized, ngram=ngram).tolist()) or {normalized}
+
+
+def _jaccard(a: set[Any] | None, b: set[Any] | None) -> float | None:
+    return None if a is None or b is None else len(a & b) / len(a | b)
+
+
+def differing(before: str, after: str) -> list[Piece]:
+    """`after` in pieces, marked where its words are not those of `before`."""
+    old, new = re.split(r"([ \n])", before), re.split(r"([ \n])", after)
+    codes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    if codes and codes[-1][0] == "insert":  # what came later in the other text, beyond its excerpt
+        codes[-1] = ("equal", *codes[-1][1:])
+    return [
+        Piece("".join(new[first:last]), tag != "equal")
+        for tag, _, _, first, last in codes
+        if last > first
+    ]
+
+
+# --- who lost most, giant buckets -----------------------------------------------------------------
+
+
+def _alarm(ledger: Ledger) -> Alarm:
+    commits = ledger.commits["dedup alarm"]
+    found = list(dedup_plan.wiped(commits))
+    first = [
+        Wiped(w["kind"], _name(ledger, w), w["documents"], w["dropped"]) for w in found[:_SOURCES]
+    ]
+    return Alarm(
+        ran=bool(commits),
+        share=float(ledger.setting("dedup.alarm_share", 0.9)),
+        least=int(ledger.setting("dedup.alarm_documents", 20)),
+        first=first,
+        total=sum(c.rows_out for c in commits),  # a commit lists a thousand of them at most
+        kinds=dict(Counter(w["kind"] for w in found)),
+    )
+
+
+def _name(ledger: Ledger, wiped: Mapping[str, Any]) -> str:
+    column, example = _NAMED_BY[wiped["kind"]], wiped["example"]
+    row = _row(part_uri(ledger, "extract", "documents", _unit(example)), example, [column])
+    if row is None:
+        return f"that of document {example}"
+    return clean(row[column] or "") or f"(no {column})"
+
+
+def _giants(ledger: Ledger) -> list[Bucket]:
+    """A cluster of near-equal texts shares most of its band keys: its buckets have one smallest
+    document.
+    """
+    sizes: dict[int, list[int]] = {}
+    for commit in ledger.commits["dedup match"]:
+        for giant in commit.extra.get("giant_buckets", []):
+            sizes.setdefault(giant["smallest"], []).append(giant["documents"])
+    largest = sorted(sizes, key=lambda i: (-max(sizes[i]), i))[:_BUCKETS]
+    return [
+        Bucket(_url(ledger, doc_id), max(sizes[doc_id]), len(sizes[doc_id])) for doc_id in largest
+    ]
+
+
+def _url(ledger: Ledger, tagged: int) -> str:
+    row: dict[str, Any] = {"doc_id": tagged, "kept_in": None, "rule": None, "similarity": None}
+    if tagged >= EARLIER:
+        number, doc_id = earlier_documents(np.array([tagged], np.uint64))
+        row |= {"doc_id": int(doc_id[0]), "kept_in": int(number[0])}
+    return clean(_copy(ledger, row).url)
+
+
+# --- crawled text ---------------------------------------------------------------------------------
+
+
+# control characters have no place in HTML; bidirectional overrides would turn the page around the
+# text
+_CONTROLS = [*range(9), 11, 12, *range(14, 32), *range(127, 160)]
+_UNWANTED = dict.fromkeys([*_CONTROLS, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+
+
+def clean(text: str) -> str:
+    """A crawled string without characters that would break the page.
+
+    Escaping is the template's business.
+    """
+    return text.translate(_UNWANTED).encode("utf-8", "replace").decode()

@@ -1,0 +1,204 @@
+"""`gristmill dedup`: the dedup stage alone, over JSONL or Parquet files, with one table as its
+result.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config.load import Config, ConfigError, load
+from pipeline.engine.units import RunUnits
+from pipeline.run.execute import Progress, execute
+from pipeline.run.results import all_commits, store_of
+from pipeline.run.state import read_state
+from stages.read.fetch import FetchOptions, expand_inputs, local_copy
+from stages.read.records import InputConfig, columns_of
+from stages.storage.ledger import Commit, Store
+from stages.storage.parts import read_columns
+
+FORMATS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
+_ALONE = (
+    *("extract.filters=[]", "language.identify=false", "language.allowed=[]", "language.score=off"),
+    *(
+        "extract.gate.enabled=false",
+        "opt_out.reject=false",
+        "extract.max_text_chars=1_000_000_000",
+        "extract.keep_text=false",
+    ),
+)
+
+
+class Result(NamedTuple):
+    """What a dedup of files came to: rows by rule (null ones 'kept'), clusters of more than one
+    document, failed inputs.
+    """
+
+    rows: dict[str, int]
+    clusters: int
+    failed: list[str]
+    table: str
+
+
+def configure(
+    paths: Sequence[str],
+    output: str,
+    *,
+    text_column: str,
+    id_column: str,
+    against: Sequence[str],
+    overrides: Sequence[str],
+) -> Config:
+    """The configuration of a dedup of files; `overrides` as on the command line come last."""
+    files = _files(paths, output)
+    settings = {
+        "run.directory": output,
+        "input.paths": list(paths),
+        "input.format": _format(files),
+        "input.text_column": text_column,
+        "input.id_column": id_column,
+        "dedup.against": list(against),
+    }
+    given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
+    asked = load(None, given).dedup
+    if asked.lines != "off":
+        raise ConfigError(
+            "dedup.lines changes texts, and gristmill dedup writes none; use gristmill run"
+        )
+    verified = ["extract.keep_text=true"] if asked.verify_share else []
+    config = load(None, [*_ALONE, *verified, *given])
+    _require_columns(files[0], config.input)
+    return config
+
+
+def _files(paths: Sequence[str], output: str) -> list[str]:
+    """The inputs; what an earlier run wrote into the output folder is none."""
+    files = [f for f in expand_inputs(list(paths), base_uri="") if not f.startswith(f"{output}/")]
+    if not files:
+        raise ConfigError(
+            f"no input: {', '.join(paths)} holds nothing but what lies in the output folder {output}"
+        )
+    return files
+
+
+def _format(files: Sequence[str]) -> str:
+    """The format of all inputs, by their names."""
+    found = {}
+    for path in files:
+        name = next((f for f, suffixes in FORMATS.items() if path.lower().endswith(suffixes)), None)
+        if name is None:
+            raise ConfigError(
+                f"{path}: not {' or '.join(s for f in FORMATS.values() for s in f)}; gristmill run reads WARC files"
+            )
+        found[name] = path
+    if len(found) > 1:
+        raise ConfigError(
+            f"inputs of two formats: {' and '.join(found.values())}; convert one, or run them one against the other"
+        )
+    return next(iter(found))
+
+
+def _require_columns(path: str, config: InputConfig) -> None:
+    """ConfigError when the first file has no such columns: a whole corpus without text must not
+    pass as one.
+    """
+    with local_copy(path, options=FetchOptions()) as local:
+        names = columns_of(local, config)
+    for option, column in (("text", config.text_column), ("id", config.id_column)):
+        if names and column and column not in names:
+            none = ", or '' if there is none" if option == "id" else ""
+            raise ConfigError(
+                f"{path}: no column '{column}'; it has {', '.join(names)}; set --{option}-column{none}"
+            )
+
+
+def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Result:
+    """Deduplicate, and write `keep.parquet`: a row for every row of the inputs, in the order in
+    which files were first seen.
+
+    id, cluster_id (the smallest document number of the cluster), cluster_size, keep, rule (why not:
+    dedup.exact, dedup.near, dedup.earlier, or input.* of a row without a text; null: kept), path,
+    row. RunFailed as `execute`.
+    """
+    outcome = execute(config, progress, run_units, last="dedup")
+    root = config.run.directory
+    state = read_state(root)
+    commits = all_commits(root, state)
+    with Store(root).create("keep.parquet", outputs=[]) as temporary:
+        _write(temporary, root, commits, state)
+    rows: Counter[str] = Counter()
+    for commit in commits["extract"]:
+        rows.update({rule: count for rule, count in commit.counts.items() if rule != "kept"})
+    for commit in commits["dedup keep"]:
+        rows.update(commit.counts)
+    clusters = sum(
+        n
+        for c in commits["dedup elect"]
+        for size, n in c.extra["cluster_sizes"].items()
+        if size != "1"
+    )
+    failed = [error for errors in outcome.failed.values() for error in errors]
+    return Result(dict(sorted(rows.items())), clusters, failed, f"{root}/keep.parquet")
+
+
+def _write(path: Path, root: str, commits: dict[str, list[Commit]], state: dict[str, Any]) -> None:
+    documents, kept = (store_of(root, state, phase) for phase in ("extract", "dedup keep"))
+    parts = [(c.unit, documents.uri(c.outputs[0]["path"])) for c in commits["extract"]]
+    found = [
+        ("cluster_id", pa.uint64()),
+        ("cluster_size", pa.int64()),
+        ("keep", pa.bool_()),
+        ("rule", pa.string()),
+    ]
+    place = [("path", pa.string()), ("row", pa.int64())]
+    schema = pa.schema(
+        [("id", _id_type(commits["extract"], [uri for _, uri in parts])), *found, *place]
+    )
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for unit, uri in parts:
+            rows = read_columns(
+                uri, ["doc_id", "source_id", "warc_file", "warc_offset", "rejected_by"]
+            )
+            keep = read_columns(
+                kept.uri("keep", f"{unit}.parquet"),
+                ["doc_id", "cluster_id", "cluster_size", "keep", "rule"],
+            )
+            writer.write_table(_joined(rows, keep, schema))
+
+
+def _joined(rows: pa.Table, keep: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows of an input with what was said of those that are documents; both are in order of doc_id."""
+    place = pc.index_in(rows["doc_id"], value_set=keep["doc_id"].combine_chunks())
+    found = keep.take(place)
+    columns = {
+        "id": rows["source_id"].cast(schema.field("id").type),
+        "cluster_id": found["cluster_id"],
+        "cluster_size": found["cluster_size"],
+        "keep": pc.fill_null(found["keep"], False),
+        "rule": pc.coalesce(rows["rejected_by"], found["rule"]),
+        "path": rows["warc_file"],
+        "row": rows["warc_offset"],
+    }
+    return pa.table(columns, schema=schema)
+
+
+def _id_type(extracted: Sequence[Commit], uris: Sequence[str]) -> pa.DataType:
+    """Integers stay integers, of the inputs' type: ids are what the table is joined by."""
+    types = {commit.extra.get("id_type", "string") for commit in extracted}
+    found = pa.type_for_alias(types.pop()) if len(types) == 1 else pa.string()
+    if not pa.types.is_integer(found):
+        return pa.string()
+    ids = (read_columns(uri, ["source_id"])["source_id"] for uri in uris)
+    return found if all(_are_integers(column, found) for column in ids) else pa.string()
+
+
+def _are_integers(ids: pa.ChunkedArray, of: pa.DataType) -> bool:
+    try:
+        return bool(ids.cast(of).cast(pa.string()).equals(ids))
+    except pa.ArrowInvalid:
+        return False

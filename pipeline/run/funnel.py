@@ -1,0 +1,66 @@
+"""The funnel of a run: rows in, rows dropped by each rule, rows out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stages.storage.ledger import Commit
+
+
+@dataclass(frozen=True)
+class FunnelRow:
+    """One line of the funnel: what was there at a point (`rule` None), or what one rule took away."""
+
+    stage: str
+    rule: str | None
+    count: int
+    unit: str = "documents"
+
+
+def funnel(
+    extracted: Sequence[Commit],
+    clustered: Sequence[Commit],
+    refined: Sequence[Commit],
+    packed: Sequence[Commit],
+) -> list[FunnelRow]:
+    """The way from records to tokens, summed over commit records: points, and between them the
+    losses by rule.
+    """
+    rows = [FunnelRow("extract", None, sum(c.rows_in for c in extracted), "records")]
+    rows += _losses("extract", extracted)
+    rows.append(FunnelRow("extract", None, sum(c.rows_out for c in extracted)))
+    if clustered:
+        rows += _losses("dedup", clustered)
+        rows.append(FunnelRow("dedup", None, sum(c.rows_out for c in clustered)))
+    if refined:
+        rows += _losses("refine", refined)
+        rows.append(FunnelRow("refine", None, sum(c.rows_out for c in refined)))
+    if packed:
+        rows += _losses("pack", packed)
+        rows.append(FunnelRow("pack", None, int(sum(c.totals["tokens"] for c in packed)), "tokens"))
+        rows.append(FunnelRow("pack", None, sum(c.rows_out for c in packed), "rows"))
+        if held_out := int(sum(c.totals.get("held_out_tokens", 0) for c in packed)):
+            rows.append(FunnelRow("pack", None, held_out, "held-out tokens"))
+    return rows
+
+
+def _losses(stage: str, commits: Sequence[Commit]) -> list[FunnelRow]:
+    counts: dict[str, int] = {}
+    for commit in commits:
+        for rule, count in commit.counts.items():
+            if rule != "kept":
+                counts[rule] = counts.get(rule, 0) + count
+    return [
+        FunnelRow(stage, rule, count)
+        for rule, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def stage_bases(rows: Sequence[FunnelRow]) -> dict[str, int]:
+    """What each stage began with: the count of the last point before its losses."""
+    bases: dict[str, int] = {}
+    last = 0
+    for row in rows:
+        if row.rule is None:
+            last = row.count
+        bases.setdefault(row.stage, last)
+    return bases

@@ -1,0 +1,399 @@
+"""Stage dedup, second half: which copy stays, what becomes of the others, and who lost too much.
+
+  rank      labels of a group of documents -> for every cluster the best candidate of the group
+  elect     candidates of a partition of clusters -> the winner and the size, sent back to every group that has a member
+  keep      verdicts of a group -> the keep table, one part per documents part; similarities measured; losses counted
+  alarm     losses by host, language and input file -> those that lost too much
+
+A document of an earlier batch (a tagged id, see stages.dedup) beats all others and is no member: a
+cluster that holds one loses all its documents.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from stages.dedup import minhash, shuffle
+from stages.dedup.dedup import CELLS, EARLIER, DedupConfig, earlier_documents
+from stages.dedup.shuffle import Layout, group_starts, merge, merge_all, mix, whole_groups
+from stages.formats.document import sampled
+from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.parts import PartRef, documents, fixed_binary, part_of, read_columns
+
+U64 = npt.NDArray[np.uint64]
+KEEP = pa.schema(
+    [
+        pa.field("doc_id", pa.uint64(), nullable=False),
+        pa.field("cluster_id", pa.uint64(), nullable=False),  # the smallest doc_id of the cluster
+        pa.field("cluster_size", pa.int64(), nullable=False),  # documents of this batch
+        pa.field("keep", pa.bool_(), nullable=False),
+        pa.field("kept_id", pa.uint64(), nullable=False),
+        pa.field(
+            "kept_in", pa.uint8()
+        ),  # the number of the index that holds the kept copy; null: this batch
+        pa.field("rule", pa.string()),  # dedup.exact, dedup.near, dedup.earlier; null: kept
+        pa.field(
+            "similarity", pa.float64()
+        ),  # true Jaccard similarity with the kept copy, null: not measured
+    ]
+)
+CANDIDATES = Layout(
+    width=7, lanes=1, cells=CELLS
+)  # mixed root, group, members, rank, content hash (2), doc_id
+LOSSES = Layout(
+    width=4, lanes=1, cells=256
+)  # hash of kind and name, documents, dropped, a document
+KINDS = ("host", "language", "input")
+_COLUMNS = {"longest": "num_chars", "newest": "crawl_date", "first": "doc_id"}
+_WORST = np.uint64(2**64 - 1)
+_PAIRS_AT_ONCE = 512
+
+
+# --- rank -----------------------------------------------------------------------------------------
+
+
+def rank_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Candidates of a group. `unit.task`: {"group", "parts": [PartRef...] ([]: earlier batches),
+    "labels": shuffle URI}.
+    """
+    commit = Commit(unit.name, unit.fingerprint)
+    labels, group = merge_all(unit.task["labels"], unit.task["group"], width=2), unit.task["group"]
+    commit.rows_in = len(labels)
+    parts = [PartRef(*p) for p in unit.task["parts"]]
+    rows = (
+        [_earlier(labels, group)]
+        if not parts
+        else [_members(p, labels, group, config.keep_rule) for p in parts if len(labels)]
+    )
+    best = _best(np.concatenate([np.empty((0, CANDIDATES.width), np.uint64), *rows]))
+    commit.rows_out = len(best)
+    shuffle.write(store, "candidates", [best], CANDIDATES, commit=commit)
+    return commit
+
+
+def _members(part: PartRef, labels: U64, group: int, rule: str) -> U64:
+    column = _COLUMNS.get(rule, rule.removeprefix("best:"))
+    table = _kept_documents(part, ["content_hash", *{column} - {"doc_id"}])
+    place, member = _places(table["doc_id"].to_numpy().astype(np.uint64), labels)
+    table = table.filter(pa.array(member)).combine_chunks()
+    ids = table["doc_id"].to_numpy().astype(np.uint64)
+    rank = ids + np.uint64(1) if rule == "first" else _descending(table[column])
+    one, where = np.ones(len(ids), np.uint64), np.full(len(ids), group, np.uint64)
+    return np.column_stack([mix(labels[place[member], 1]), where, one, rank, _hashes(table), ids])
+
+
+def _earlier(labels: U64, group: int) -> U64:
+    zero = np.zeros(len(labels), np.uint64)
+    where = np.full(len(labels), group, np.uint64)
+    return np.column_stack([mix(labels[:, 1]), where, zero, zero, zero, zero, labels[:, 0]])
+
+
+def _kept_documents(part: PartRef, columns: Sequence[str]) -> pa.Table:
+    table = read_columns(part.uri, ["doc_id", *columns, "rejected_by"])
+    return table.filter(pc.is_null(table["rejected_by"])).combine_chunks()
+
+
+def _places(ids: U64, labels: U64) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Row of each id among the labels, and whether it has one."""
+    if not len(labels):
+        return np.zeros(len(ids), np.int64), np.zeros(len(ids), np.bool_)
+    place = np.minimum(np.searchsorted(labels[:, 0], ids), len(labels) - 1)
+    return place, labels[place, 0] == ids
+
+
+def _hashes(table: pa.Table) -> U64:
+    chunks = [fixed_binary(chunk, 16).copy() for chunk in table["content_hash"].chunks]
+    hashes: U64 = (
+        np.concatenate([np.empty((0, 16), np.uint8), *chunks]).view(">u8").astype(np.uint64)
+    )
+    return hashes
+
+
+def _descending(column: pa.ChunkedArray) -> U64:
+    """Ranks in (0, 2^64): the greater the value, the smaller its rank; no value and NaN come last."""
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.int64())
+    values = column.cast(pa.float64(), safe=False).to_numpy()
+    bits = values.view(np.uint64)
+    ascending = np.where(values < 0, ~bits, bits | np.uint64(1 << 63))
+    return np.where(np.isnan(values), _WORST, ~ascending)
+
+
+def _best(rows: U64) -> U64:
+    """Of every cluster the candidate with the least (rank, content hash, doc_id), and the sum of
+    the members.
+    """
+    ordered = rows[np.lexsort(rows[:, [6, 5, 4, 3, 0]].T)]
+    starts = group_starts(ordered[:, 0])
+    best: U64 = ordered[starts]
+    if len(starts):
+        best[:, 2] = np.add.reduceat(ordered[:, 2], starts)
+    return best
+
+
+# --- elect ----------------------------------------------------------------------------------------
+
+
+def elect_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Winners of a partition of clusters. `unit.task`: {"shuffle", "partition", "groups": lanes to
+    answer to}.
+    """
+    commit = Commit(unit.name, unit.fingerprint)
+    sizes: Counter[str] = Counter()
+    answers = [np.empty((0, 6), np.uint64)]
+    for rows in whole_groups(
+        merge(unit.task["shuffle"], unit.task["partition"], memory=config.partition_bytes)
+    ):
+        best = _best(rows)
+        answers.append(_answers(rows, best))
+        sizes.update(size_classes(best[:, 2]))
+        commit.rows_in += len(rows)
+        commit.rows_out += len(best)
+    groups = np.concatenate(answers)
+    groups = groups[np.argsort(groups[:, 0], kind="stable")]
+    borders = np.searchsorted(groups[:, 0], np.arange(1, unit.task["groups"], dtype=np.uint64))
+    lanes = np.split(groups[:, 1:], borders)
+    shuffle.write(store, "verdicts", lanes, verdicts_layout(unit.task["groups"]), commit=commit)
+    commit.extra["cluster_sizes"] = dict(sizes)
+    return commit
+
+
+def verdicts_layout(groups: int) -> Layout:
+    """The grid of verdicts (mixed root, size, content hash (2), winner): a lane for each group, the
+    earlier ones' included.
+    """
+    return Layout(width=5, lanes=groups)
+
+
+def _answers(rows: U64, best: U64) -> U64:
+    """(group, mixed root, size, content hash (2), winner) for every group that has a candidate."""
+    of = np.searchsorted(best[:, 0], rows[:, 0])
+    return np.column_stack([rows[:, 1], best[of][:, [0, 2, 4, 5, 6]]])
+
+
+def size_classes(sizes: U64) -> dict[str, int]:
+    """Number of clusters by size, in powers of two: '1', '2', '3-4', '5-8', ... ('1': a copy of an
+    earlier batch's document).
+    """
+    exponents, counts = np.unique(
+        np.ceil(np.log2(np.maximum(sizes, 1).astype(np.float64))).astype(int), return_counts=True
+    )
+    names = [
+        "1" if e == 0 else "2" if e == 1 else f"{2 ** (e - 1) + 1}-{2**e}"
+        for e in exponents.tolist()
+    ]
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+# --- keep -----------------------------------------------------------------------------------------
+
+
+def keep_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """The keep table of a group's parts. `unit.task`: {"group", "parts", "labels", "verdicts":
+    shuffle URIs or None, "seed"}.
+    """
+    commit = Commit(unit.name, unit.fingerprint)
+    task = unit.task
+    labels = (
+        merge_all(task["labels"], task["group"], width=2)
+        if task["labels"]
+        else np.empty((0, 2), np.uint64)
+    )
+    verdicts = (
+        merge_all(task["verdicts"], task["group"], width=5)
+        if task["verdicts"]
+        else np.empty((0, 5), np.uint64)
+    )
+    counts: Counter[str] = Counter()
+    losses, largest = [np.empty((0, 4), np.uint64)], _largest(verdicts)
+    for part in (PartRef(*p) for p in task["parts"]):
+        found = _kept_documents(part, ["content_hash", "host", "language", "warc_file"])
+        table = _keep_table(found, labels, verdicts)
+        if config.verify_share:
+            place = table.schema.get_field_index("similarity")
+            table = table.set_column(
+                place, KEEP.field(place), _similarities(table, part, config, task["seed"])
+            )
+        with store.create("keep", f"{part.unit}.parquet", outputs=commit.outputs) as path:
+            pq.write_table(table, path, compression="zstd")
+        counts.update(rule or "kept" for rule in table["rule"].to_pylist())
+        losses.append(_losses(found, table["keep"]))
+        _add_members(largest, table)
+        commit.rows_in += table.num_rows
+        commit.totals["measured"] = (
+            commit.totals.get("measured", 0) + table.num_rows - table["similarity"].null_count
+        )
+    shuffle.write(store, "losses", [_sum_losses(np.concatenate(losses))], LOSSES, commit=commit)
+    commit.rows_out, commit.counts = counts["kept"], dict(sorted(counts.items()))
+    commit.extra["largest"] = [{"cluster_id": root, **cluster} for root, cluster in largest.items()]
+    return commit
+
+
+def _largest(verdicts: U64, count: int = 10) -> dict[int, dict[str, Any]]:
+    """The largest clusters that have members in a group, by cluster_id, for the report.
+
+    What is largest in all is here too.
+    """
+    order = np.lexsort((verdicts[:, 0], -verdicts[:, 1].astype(np.int64)))[:count]
+    roots = shuffle.unmix(verdicts[order, 0]).tolist()
+    return {
+        root: {"size": size, "members": []}
+        for root, size in zip(roots, verdicts[order, 1].tolist(), strict=True)
+    }
+
+
+def _add_members(largest: dict[int, dict[str, Any]], table: pa.Table, count: int = 3) -> None:
+    rows = table.filter(
+        pc.is_in(table["cluster_id"], value_set=pa.array(list(largest), pa.uint64()))
+    )
+    for doc_id, root in zip(
+        rows["doc_id"].to_pylist(), rows["cluster_id"].to_pylist(), strict=True
+    ):
+        if len(largest[root]["members"]) < count:
+            largest[root]["members"].append(doc_id)
+
+
+def _keep_table(found: pa.Table, labels: U64, verdicts: U64) -> pa.Table:
+    ids = found["doc_id"].to_numpy().astype(np.uint64)
+    place, member = _places(ids, labels)
+    cluster, size, kept = ids.copy(), np.ones(len(ids), np.int64), ids.copy()
+    near = np.zeros(len(ids), bool)
+    if member.any():
+        roots = labels[place[member], 1]
+        verdict = verdicts[np.searchsorted(verdicts[:, 0], mix(roots))]
+        cluster[member], size[member], kept[member] = roots, verdict[:, 1], verdict[:, 4]
+        near[member] = (_hashes(found)[member] != verdict[:, 2:4]).any(axis=1)
+    earlier = kept >= np.uint64(EARLIER)
+    rule = np.where(earlier, "dedup.earlier", np.where(near, "dedup.near", "dedup.exact"))
+    number, doc_id = earlier_documents(kept)
+    keep = kept == ids
+    columns = [
+        *(ids, cluster, size, keep),
+        np.where(earlier, doc_id, kept),
+        pa.array(number.astype(np.uint8), pa.uint8(), mask=~earlier),
+        pa.array(rule, pa.string(), mask=keep),
+        pa.nulls(len(ids), pa.float64()),
+    ]
+    return pa.table(columns, schema=KEEP)
+
+
+# --- verification ---------------------------------------------------------------------------------
+
+
+def _similarities(table: pa.Table, part: PartRef, config: DedupConfig, seed: int) -> pa.Array:
+    """True similarity of the sampled dropped documents with their kept copies of this batch, null
+    for all others.
+    """
+    rows = zip(
+        *(table[name].to_pylist() for name in ("doc_id", "kept_id", "kept_in", "keep")), strict=True
+    )
+    pairs = [
+        (row, doc_id, kept_id)
+        for row, (doc_id, kept_id, kept_in, keep) in enumerate(rows)
+        if not keep and kept_in is None and sampled(doc_id, share=config.verify_share, seed=seed)
+    ]
+    similarity = np.full(table.num_rows, np.nan)
+    for first in range(0, len(pairs), _PAIRS_AT_ONCE):
+        some = pairs[first : first + _PAIRS_AT_ONCE]
+        sets = _shingle_sets(
+            {i for _, doc_id, kept in some for i in (doc_id, kept)}, part, config.ngram
+        )
+        for row, doc_id, kept in some:
+            similarity[row] = _jaccard(sets[doc_id], sets[kept])
+    return pa.array(similarity, mask=np.isnan(similarity))
+
+
+def _shingle_sets(ids: set[int], part: PartRef, ngram: int) -> dict[int, U64]:
+    """Shingles of some documents, by whatever part holds them; a text without shingles counts as
+    one shingle of itself.
+    """
+    by_part: dict[str, list[int]] = {}
+    for doc_id in sorted(ids):
+        by_part.setdefault(part_of(doc_id, beside=part.uri), []).append(doc_id)
+    sets = {}
+    for uri, wanted in by_part.items():
+        for doc_id, row in documents(uri, wanted, ["text"]).items():
+            if row["text"] is None:
+                raise ValueError(
+                    f"{uri}: texts were not kept; verify_share needs extract.keep_text = true"
+                )
+            normalized = minhash.normalize(row["text"])
+            shingles = minhash.shingle_hashes(normalized, ngram=ngram)
+            whole = np.array(
+                [xxhash.xxh64_intdigest(normalized.encode("utf-8", "surrogatepass"))], np.uint64
+            )
+            sets[doc_id] = shingles if len(shingles) else whole
+    return sets
+
+
+def _jaccard(a: U64, b: U64) -> float:
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / (len(a) + len(b) - common)
+
+
+# --- alarm ----------------------------------------------------------------------------------------
+
+
+def _losses(found: pa.Table, keep: pa.ChunkedArray) -> U64:
+    """Rows of LOSSES for every host, language and input file of a part."""
+    rows = [np.empty((0, 4), np.uint64)]
+    dropped = pc.invert(keep).cast(pa.uint64())
+    for kind, column in enumerate(("host", "language", "warc_file")):
+        table = pa.table({"name": found[column], "dropped": dropped, "doc_id": found["doc_id"]})
+        # no host: a document without a URL
+        named = table.filter(pc.not_equal(table["name"], "")).group_by("name")
+        sums = named.aggregate([("dropped", "sum"), ("dropped", "count"), ("doc_id", "min")])
+        names = [
+            xxhash.xxh64_intdigest(name.encode()) & ~3 | kind for name in sums["name"].to_pylist()
+        ]
+        numbers = (
+            sums[c].to_numpy().astype(np.uint64)
+            for c in ("dropped_count", "dropped_sum", "doc_id_min")
+        )
+        rows.append(np.column_stack([np.array(names, np.uint64), *numbers]))
+    return np.concatenate(rows)
+
+
+def _sum_losses(rows: U64) -> U64:
+    ordered = rows[np.lexsort((rows[:, 3], rows[:, 0]))]
+    starts = group_starts(ordered[:, 0])
+    sums: U64 = ordered[starts]
+    if len(starts):
+        sums[:, 1:3] = np.add.reduceat(ordered[:, 1:3], starts, axis=0)
+    return sums
+
+
+def alarm_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Who lost too much, of a partition of losses. `unit.task`: {"shuffle", "partition"}."""
+    commit = Commit(unit.name, unit.fingerprint)
+    wiped = [np.empty((0, 4), np.uint64)]
+    for rows in whole_groups(
+        merge(unit.task["shuffle"], unit.task["partition"], memory=config.partition_bytes)
+    ):
+        sums = _sum_losses(rows)
+        commit.rows_in += len(sums)
+        wiped.append(sums[_too_much(sums, config)])
+    found = np.concatenate(wiped)
+    commit.rows_out = len(found)
+    found = found[
+        np.lexsort((found[:, 0] & np.uint64(3), found[:, 3], -found[:, 2].astype(np.int64)))[:1000]
+    ]
+    commit.extra["wiped"] = list(_named(found))
+    return commit
+
+
+def _too_much(sums: U64, config: DedupConfig) -> npt.NDArray[np.bool_]:
+    documents, dropped = sums[:, 1].astype(np.float64), sums[:, 2].astype(np.float64)
+    return (documents >= config.alarm_documents) & (dropped > config.alarm_share * documents)
+
+
+def _named(rows: U64) -> Iterator[dict[str, Any]]:
+    for key, number, dropped, example in rows.tolist():
+        yield {"kind": KINDS[key & 3], "documents": number, "dropped": dropped, "example": example}

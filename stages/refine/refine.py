@@ -1,0 +1,252 @@
+"""Stage refine: kept documents to clean corpus text: model scores and their bounds, then PII
+scrubbing.
+
+Models are loaded once per worker. A document is measured by every filter in order, judged, and only
+if kept scrubbed. The corpus part holds the kept documents, the rejected part the others; both have
+the same columns.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from filters import STRICT, Rejection, apply, first_failure
+from filters.pii.scrub import Pii
+from filters.text.view import TextView
+from stages.dedup.lines import cut_text
+from stages.formats.document import (
+    NamedFilter,
+    Tallies,
+    corpus_schema,
+    measured_columns,
+    measured_fields,
+    sampled,
+)
+from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.parts import read_columns, score_names
+
+VERSION = 3
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, config=STRICT)
+class RefineConfig:
+    """Settings of the refine stage: `filters` in the order in which they are checked, then whether
+    to scrub PII.
+
+    `keep_rejected_text`: share of the documents rejected here whose text is kept, in [0, 1].
+    `parallelism` caps the workers that hold the models at once; 0 leaves it to the cluster's size.
+    """
+
+    filters: tuple[str, ...] = ()
+    scrub_pii: bool = True
+    keep_rejected_text: float = Field(default=0.01, ge=0, le=1)
+    num_cpus: float = Field(default=1.0, gt=0)
+    memory: int = Field(default=1_500_000_000, gt=0)
+    parallelism: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=512, gt=0)
+
+
+@dataclass(frozen=True)
+class RefinePlan:
+    """Everything a worker needs for a unit of this stage; paths are absolute."""
+
+    config: RefineConfig
+    filters: tuple[NamedFilter, ...]
+    pii: Pii
+    seed: int
+    lines: Literal["off", "line", "paragraph"] = "off"
+
+    @property
+    def entities(self) -> tuple[str, ...]:
+        """PII entities that are scrubbed, () when scrubbing is off."""
+        return self.pii.entities if self.config.scrub_pii else ()
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """What a worker needs to measure a sample: the shares, in [0, 1], of the documents that dedup
+    kept, and of all that extract saw, which are drawn by `seed`.
+    """
+
+    refine: RefinePlan
+    share: float
+    extracted_share: float
+    seed: int
+
+
+def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
+    """Do one documents part. `unit.task`: {"documents": URI, "keep": URI, "cuts": URI or None}."""
+    commit = Commit(unit.name, unit.fingerprint)
+    documents = _kept_copies(unit.task["documents"], unit.task["keep"])
+    cuts = _cuts(unit.task["cuts"])
+    schema = corpus_schema(documents.schema, plan.filters, plan.entities)
+    counts: Counter[str] = Counter()
+    pii: Counter[str] = Counter()
+    tallies = Tallies(plan.filters)
+    with (
+        store.create("corpus", f"{unit.name}.parquet", outputs=commit.outputs) as corpus_path,
+        store.create("rejected", f"{unit.name}.parquet", outputs=commit.outputs) as rejected_path,
+        pq.ParquetWriter(corpus_path, schema, compression="zstd") as corpus,
+        pq.ParquetWriter(rejected_path, schema, compression="zstd") as rejected,
+    ):
+        for batch in _batches(documents, cuts, plan):
+            rows = [_refine(row, plan) for row in batch]
+            for row in rows:
+                counts[row["rejected_by"] or "kept"] += 1
+                pii.update(span["entity"] for span in row["pii_spans"] or ())
+                tallies.add(row)
+            kept = [row for row in rows if row["rejected_by"] is None]
+            corpus.write_table(pa.Table.from_pylist(kept, schema=schema))
+            rejected.write_table(
+                pa.Table.from_pylist([r for r in rows if r["rejected_by"]], schema=schema)
+            )
+            commit.totals["chars_out"] = commit.totals.get("chars_out", 0) + sum(
+                row["num_chars"] for row in kept
+            )
+    commit.rows_in, commit.rows_out = documents.num_rows, counts["kept"]
+    commit.counts = dict(sorted(counts.items()))
+    commit.extra["pii"] = dict(sorted(pii.items()))
+    commit.extra["tallies"] = tallies.counts
+    return commit
+
+
+def sample_unit(unit: Unit, plan: SamplePlan, store: Store) -> Commit:
+    """Measure a sample of one documents part with every filter, whatever the verdicts; the task is
+    as for `refine_unit`.
+
+    "sample" holds the scores of documents that dedup kept, "extracted" those that extract stored,
+    of rejected ones too.
+    """
+    commit = Commit(unit.name, unit.fingerprint)
+    documents = _kept_copies(unit.task["documents"], unit.task["keep"])
+    drawn = _drawn(documents, plan.share, plan.seed)
+    identity = [pa.field("doc_id", pa.uint64()), pa.field("language", pa.string())]
+    schema = pa.schema(identity + measured_fields(plan.refine.filters))
+    rows = [
+        _measured(row, plan.refine)[0]
+        for batch in _batches(drawn, _cuts(unit.task["cuts"]), plan.refine)
+        for row in batch
+    ]
+    with store.create("sample", f"{unit.name}.parquet", outputs=commit.outputs) as path:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+    identified = ["doc_id", "num_chars", "language", "language_score", "language_line_share"]
+    extracted = read_columns(
+        unit.task["documents"], [*identified, *score_names(unit.task["documents"])]
+    )
+    extracted = extracted.filter(pa.compute.is_valid(extracted["num_chars"]))
+    with store.create("extracted", f"{unit.name}.parquet", outputs=commit.outputs) as path:
+        pq.write_table(_drawn(extracted, plan.extracted_share, plan.seed), path, compression="zstd")
+    commit.rows_in, commit.rows_out = documents.num_rows, len(rows)
+    return commit
+
+
+def _drawn(rows: pa.Table, share: float, seed: int) -> pa.Table:
+    wanted = [sampled(doc_id, share=share, seed=seed) for doc_id in rows["doc_id"].to_pylist()]
+    return rows.filter(pa.array(wanted, pa.bool_()))
+
+
+def _kept_copies(documents_uri: str, keep_uri: str) -> pa.Table:
+    """The documents of a part that dedup kept, with their cluster's id and size, in order of
+    doc_id.
+    """
+    documents = read_columns(documents_uri, None)
+    documents = documents.filter(pa.compute.is_null(documents["rejected_by"]))
+    if documents["text"].null_count:
+        raise ValueError(f"{documents_uri}: texts were not kept; set extract.keep_text = true")
+    keep = read_columns(keep_uri, ["doc_id", "cluster_id", "cluster_size", "keep"])
+    if not documents["doc_id"].equals(keep["doc_id"]):
+        raise ValueError(
+            f"{keep_uri} does not list the documents of {documents_uri}; rerun stage 'dedup'"
+        )
+    for name in ("cluster_id", "cluster_size"):
+        documents = documents.append_column(name, keep[name])
+    return documents.filter(keep["keep"])
+
+
+def _cuts(uri: str | None) -> dict[int, list[int]]:
+    """Numbers of the lines, or paragraphs, that each document loses because an earlier one has
+    them.
+    """
+    if uri is None:
+        return {}
+    table = read_columns(uri, ["doc_id", "cut"])
+    return dict(zip(table["doc_id"].to_pylist(), table["cut"].to_pylist(), strict=True))
+
+
+def _batches(
+    documents: pa.Table, cuts: dict[int, list[int]], plan: RefinePlan
+) -> Iterator[list[Row]]:
+    for batch in documents.to_batches(max_chunksize=plan.config.batch_size):
+        yield [_without_repeats(row, cuts, plan) for row in batch.to_pylist()]
+
+
+def _without_repeats(row: Row, cuts: dict[int, list[int]], plan: RefinePlan) -> Row:
+    cut = cuts.get(row["doc_id"])
+    if cut is None or plan.lines == "off":
+        return row
+    text = cut_text(row["text"], cut, plan.lines)
+    return row | {"text": text, "num_chars": len(text)}
+
+
+def _refine(row: Row, plan: RefinePlan) -> Row:
+    row |= {"rejected_by": None, "pii_spans": None}
+    if plan.lines != "off" and not row["text"].strip():
+        return row | {
+            "rejected_by": "dedup.lines",
+            "rejected_value": 0.0,
+            "rejected_low": 1.0,
+            "rejected_high": math.inf,
+        }
+    row, failure = _measured(row, plan)
+    if failure is None and not row["text"].strip():
+        failure = Rejection(
+            "refine.empty_text", 0.0, (1.0, math.inf)
+        )  # filters that edit left nothing
+    if failure is None and plan.config.scrub_pii:
+        row |= _scrub(row["text"], plan)
+        failure = first_failure("pii", plan.pii, {"count": row["pii.count"]})
+    if failure is None:
+        return row
+    low, high = failure.bound
+    row |= {
+        "rejected_by": failure.rule,
+        "rejected_value": failure.value,
+        "rejected_low": low,
+        "rejected_high": high,
+    }
+    return (
+        row
+        if sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed)
+        else row | {"text": None}
+    )
+
+
+def _measured(row: Row, plan: RefinePlan) -> tuple[Row, Rejection | None]:
+    """The row with every filter's scores and notes, its text as the filters hand it on, and the
+    first rule that it breaks.
+    """
+    view, failed = TextView(row["text"], row["language"]), None
+    for named in plan.filters:
+        filter = named.of(view.language)
+        view, measured = apply(filter, view)
+        row |= measured_columns(named.name, measured)
+        failed = failed or first_failure(named.name, filter, measured)
+    return row | {"text": view.text, "num_chars": len(view.text)}, failed
+
+
+def _scrub(text: str, plan: RefinePlan) -> Row:
+    scrubbed = plan.pii.scrub(text)
+    spans = [
+        {"entity": entity, "start": start, "end": end} for entity, start, end in scrubbed.spans
+    ]
+    counts = Counter(span["entity"] for span in spans)
+    per_entity = {f"pii.{entity.lower()}": counts[entity] for entity in plan.entities}
+    columns = {"text": scrubbed.text, "num_chars": len(scrubbed.text), "pii_spans": spans}
+    return columns | per_entity | {"pii.count": float(len(spans))}

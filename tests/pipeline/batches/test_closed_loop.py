@@ -1,0 +1,135 @@
+"""The loop closed: batches are published while a trainer eats them, tells how fast, and so sizes
+the next.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.train
+pytest.importorskip("torch")
+
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.batches.batch import decisions
+from pipeline.controller import decide
+from pipeline.report import series
+from pipeline.run import publish
+from tests.pipeline.batches.test_batch import (
+    config,
+    go,
+    write_listing,
+)
+from tests.trainer.test_launch import lines
+from trainer.telemetry.feedback import (
+    consumed,
+    read_lines,
+)
+
+ROOT = Path(__file__).parents[3]
+TRAINING = """
+directory = "{folder}/training"
+model = {{dim = 8, layers = 1, heads = 2, kv_heads = 1, hidden_dim = 8}}
+parallel.precision = "fp32"
+data = {{global_batch_rows = 1, micro_batch_rows = 1, when_empty = "wait", sources = [{{run = "{folder}/series"}}]}}
+telemetry = {{sinks = ["jsonl"], every_seconds = 0.2}}
+"""
+
+
+def until(condition, process):
+    """Wait for it, as long as the trainer lives."""
+    while not (found := condition()):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def looped(tmp_path_factory):
+    """Five batches, published as the trainer asks for them; the folder, and the decisions."""
+    folder = tmp_path_factory.mktemp("loop")
+    (folder / "train.toml").write_text(TRAINING.format(folder=folder))
+    settings = config(
+        folder,
+        write_listing(folder / "crawl"),
+        "schedule.max_inputs=2",
+        "schedule.horizon_hours=0.001",
+        "schedule.starved_hours=0.0002",
+    )
+    command = [sys.executable, "-m", "pipeline", "train", str(folder / "train.toml"), "--no-ray"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        published = 0
+        while published < 5:
+            published += until(lambda: go(settings).batch is not None, process)
+            until(lambda: steps(folder), process)  # from the second on it is heard
+        rows = sum(entry["rows"] for entry in publish.read_catalog(settings.run.directory))
+        until(lambda: len(steps(folder)) == rows, process)
+        (folder / "training" / "stop").touch()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    return folder
+
+
+def steps(folder):
+    """What a training has told of its steps, but for a line that is written at this moment."""
+    return lines(folder / "training")
+
+
+def test_the_trainer_reads_every_row_once_across_generations_without_a_restart(looped):
+    taken = Counter()
+    for step in steps(looped):
+        [[[name, epoch, start, stop]]] = step["data"].values()
+        taken.update((name, epoch, place) for place in range(start, stop))
+    entries = publish.read_catalog(f"{looped}/series")
+    assert len(entries) == 5
+    assert taken == {
+        (entry["name"], 0, place): 1 for entry in entries for place in range(entry["rows"])
+    }
+    lines = read_lines(f"{looped}/series/feedback", "training").summaries
+    assert {line.incarnation for line in lines} == {lines[0].incarnation} and lines[
+        -1
+    ].report.restarts == 0
+    assert {line.report.state for line in lines} >= {"running", "waiting", "stopped"}
+    assert consumed(lines)[-1] == sum(entry["tokens"] for entry in entries)
+
+
+def test_what_the_trainer_told_decided_and_decides_again(looped):
+    records = [decide.from_json(decide.Record, line) for line in decisions(f"{looped}/series")]
+    assert records[0].decision.state == "BLIND" and {
+        record.decision.state for record in records[1:]
+    } - {"BLIND"}
+    assert any(record.decision.demand_tokens_per_second > 0 for record in records)
+    assert decide.replay(decisions(f"{looped}/series")) == []
+
+
+def test_the_report_of_the_series_shows_supply_and_demand(looped):
+    data = series.gather(f"{looped}/series")
+    tokens = sum(entry["tokens"] for entry in publish.read_catalog(f"{looped}/series"))
+    assert data.curves["published"][-1][1] == data.curves["consumed by training"][-1][1] == tokens
+    assert all(row.taken in (1, 2) and row.planned >= row.taken for row in data.rows)
+    assert [row.generation for row in data.rows] == [f"gen-000{n}" for n in range(1, 6)]
+    page = Path(series.write_report(f"{looped}/series")).read_text()
+    assert "consumed by training" in page and page.count("<polyline") >= 2
+
+
+def test_the_series_is_told_by_the_commands(looped):
+    told = {
+        command: CliRunner().invoke(app, [command, f"{looped}/series"])
+        for command in ("status", "decisions", "replay")
+    }
+    assert {command: result.exit_code for command, result in told.items()} == dict.fromkeys(told, 0)
+    assert (
+        "gen-0005" in told["status"].output
+        and "tokens consumed by training" in told["status"].output
+    )
+    assert "BLIND" in told["decisions"].output and ", 0 decided otherwise" in told["replay"].output
+    state = json.loads(CliRunner().invoke(app, ["status", f"{looped}/series", "--json"]).output)
+    assert [row["generation"] for row in state["batches"]] == [f"gen-000{n}" for n in range(1, 6)]

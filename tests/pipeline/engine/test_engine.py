@@ -1,0 +1,368 @@
+"""How units are handed out, begun again when late, and set aside when they kill: the engine, with
+real Ray and real processes.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.engine import attempts, ray_plan, stragglers
+from pipeline.engine import units as units_module
+from pipeline.engine.ray_plan import dealt, on_ray
+from pipeline.engine.stragglers import late
+from pipeline.engine.units import Resources, Task, in_process, run_one
+from pipeline.inspect import status as explain
+from pipeline.run import results
+from pipeline.run.execute import RunFailed, execute, forget_failures
+from stages.extract import extract
+from stages.storage.ledger import Commit, Store, Unit
+from tests.support.inline import Silent, make_config
+
+SMALL = Resources(1.0, 100_000_000)
+NO_FILTERS = (
+    "input.format=jsonl",
+    "extract.filters=[]",
+    "refine.filters=[]",
+    "pack.seq_len=64",
+    "dedup.enabled=false",
+)
+
+
+def unit(name, size=0, **task):
+    return Unit(name, "f", {"bytes": size, **task})
+
+
+def note(unit, store):
+    """Append to the list of starts, and count those of this unit."""
+    with open(f"{store.root}/starts", "a") as file:
+        file.write(f"{unit.name}\n")
+    return starts(store).count(unit.name)
+
+
+def starts(store):
+    with open(f"{store.root}/starts") as file:
+        return file.read().split()
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 40))
+def test_dealt_blocks_hold_every_unit_once_and_each_round_of_them_is_larger_than_the_next(
+    sizes, blocks
+):
+    units, blocks = [unit(str(n), size) for n, size in enumerate(sizes)], min(blocks, len(sizes))
+    rows, cut = dealt(units, blocks), []
+    for n in range(blocks):  # the cut of ray.data.from_items
+        cut.append([rows.pop(0) for _ in range(len(units) // blocks + (n < len(units) % blocks))])
+    rounds = [[block[n] for block in cut if n < len(block)] for n in range(len(cut[0]))]
+    in_turn = [u for one in rounds for u in one]
+    assert in_turn == sorted(units, key=lambda u: (-u.task["bytes"], int(u.name)))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("blocks, order", [(10_000, "edcba"), (2, "ecadb")])
+def test_ray_begins_the_largest_units_first(ray_session, tmp_path, monkeypatch, blocks, order):
+    monkeypatch.setattr(ray_plan, "MAX_BLOCKS", blocks)
+    task = Task(_noted, None, Store(str(tmp_path)), 3, "i")
+    units = [unit(name, 10 * n) for n, name in enumerate("abcde")]
+    ends = list(on_ray()("ordered", task, units, SMALL._replace(parallelism=1)))
+    assert "".join(starts(task.store)) == order and len(ends) == 5
+
+
+def _noted(unit, plan, store):
+    return Commit(unit.name, unit.fingerprint, rows_in=note(unit, store))
+
+
+def test_inputs_tell_their_size(tmp_path):
+    seen = {}
+
+    def run_units(name, task, units, resources):
+        seen[name] = {u.name: u.task.get("bytes") for u in units}
+        return in_process(name, task, units, resources)
+
+    for name, count in (("a", 3), ("b", 7)):
+        rows = [
+            {"text": f"{name} {n} the old mill by the river has been grinding wheat"}
+            for n in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    execute(make_config(tmp_path, files, *NO_FILTERS), Silent(), run_units)
+    assert seen["extract"] == {"000000": files[0].stat().st_size, "000001": files[1].stat().st_size}
+    for phase, kind in (("refine", "extract"), ("pack", "refine")):
+        commits = results.all_commits(f"{tmp_path}/run", _state(tmp_path))[kind]
+        outputs = [
+            o for c in commits for o in c.outputs if o["path"].startswith(("documents/", "corpus/"))
+        ]
+        assert sum(seen[phase].values()) == sum(o["bytes"] for o in outputs) > 0
+
+
+def _state(folder):
+    return json.loads((folder / "run" / "run.json").read_text())
+
+
+# --- second copies --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rates, waited, expected",
+    [
+        ([], 1e9, []),  # nothing to compare with
+        ([1.0, 2.0, 9.0], 59.0, []),  # patience
+        ([1.0, 2.0, 9.0], 61.0, ["small"]),
+        ([1.0, 2.0, 9.0], 601.0, ["large", "small"]),
+    ],
+)
+def test_a_unit_is_late_by_the_rates_of_the_others_and_its_own_size(rates, waited, expected):
+    found = late(
+        [unit("large", 100), unit("small", 10), unit("huge", 10_000)],
+        rates,
+        waited=waited,
+        patience=60.0,
+    )
+    assert [u.name for u in found] == expected
+
+
+@pytest.mark.ray
+@pytest.mark.kill
+def test_a_unit_that_hangs_is_begun_again_and_the_first_commit_stands(ray_session, tmp_path):
+    task = Task(
+        _slow_once, None, Store(str(tmp_path)), 1, "i", patience=1.0
+    )  # one attempt: second copies are none
+    units = [unit(name) for name in ("hangs", "a", "b", "c")]
+    ends = {done.unit: done for done in on_ray()("hangs once", task, units, SMALL)}
+    assert {name: done.error for name, done in ends.items()} == dict.fromkeys(
+        ["hangs", "a", "b", "c"]
+    )
+    assert ends["hangs"].commit.rows_in == 2 and starts(task.store).count("hangs") == 2
+    assert (
+        tmp_path / "kind" / "hangs"
+    ).read_text() == "the same bytes" and task.store.failures() == {}
+    assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}")
+
+
+def _slow_once(unit, plan, store):
+    commit = Commit(unit.name, unit.fingerprint, rows_in=note(unit, store))
+    if unit.name == "hangs" and commit.rows_in == 1:
+        with open(store.uri("pid"), "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(200)
+    with store.create("kind", unit.name, outputs=commit.outputs) as path:
+        path.write_text("the same bytes")
+    return commit
+
+
+@pytest.mark.ray
+@pytest.mark.kill
+def test_a_late_unit_that_ends_after_all_ends_its_second_copy(ray_session, tmp_path):
+    task = Task(_slow_twice, None, Store(str(tmp_path)), 1, "i", patience=1.0)
+    ends = {done.unit: done for done in on_ray()("slow", task, [unit("slow"), unit("a")], SMALL)}
+    assert ends["slow"].commit.rows_in == 1 and starts(task.store).count("slow") == 2
+    assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}")
+
+
+def _slow_twice(unit, plan, store):
+    """The first copy ends when the second has begun, which hangs."""
+    commit = Commit(unit.name, unit.fingerprint, rows_in=note(unit, store))
+    if unit.name == "slow" and commit.rows_in == 2:
+        with open(store.uri("pid.new"), "w") as file:
+            file.write(str(os.getpid()))
+        os.replace(store.uri("pid.new"), store.uri("pid"))
+        time.sleep(200)
+    while unit.name == "slow" and not os.path.exists(store.uri("pid")):
+        time.sleep(0.05)
+    return commit
+
+
+def test_a_copy_that_comes_second_leaves_the_outputs_of_the_first(tmp_path):
+    store = Store(str(tmp_path))
+    done = run_one(unit("u"), Task(_overtaken_before_it_writes, None, store, 1, "i"))
+    assert done.error is None and done.commit.rows_in == 7 and store.failures() == {}
+    assert (tmp_path / "kind" / "u").read_text() == "first" and len(
+        list((tmp_path / "kind").iterdir())
+    ) == 1
+
+
+def _overtaken_before_it_writes(unit, plan, store):
+    first, mine = (
+        Commit(unit.name, unit.fingerprint, rows_in=7),
+        Commit(unit.name, unit.fingerprint),
+    )
+    with Store(store.root).create("kind", unit.name, outputs=first.outputs) as path:
+        path.write_text("first")
+    Store(store.root).commit(first)
+    with store.create("kind", unit.name, outputs=mine.outputs) as path:
+        path.write_text("second")
+    return mine
+
+
+def test_no_commit_vouches_for_bytes_that_another_copy_replaced(tmp_path):
+    store = Store(str(tmp_path))
+    done = run_one(unit("u"), Task(_overtaken_before_it_commits, None, store, 1, "i"))
+    assert "other bytes" in done.error and store.commit_of("u") is None and "u" in store.failures()
+
+
+def _overtaken_before_it_commits(unit, plan, store):
+    mine = Commit(unit.name, unit.fingerprint)
+    with store.create("kind", unit.name, outputs=mine.outputs) as path:
+        path.write_text("second")
+    other = [{"path": f"kind/{unit.name}", "bytes": 5, "sha256": "0"}]
+    Store(store.root).commit(Commit(unit.name, unit.fingerprint, outputs=other))
+    return mine
+
+
+def test_the_failure_of_a_second_copy_is_not_the_units(tmp_path):
+    store = Store(str(tmp_path))
+    stragglers._second(unit("u"), Task(_wrong, None, store, 1, "i"))
+    assert store.failures() == {} and starts(store) == ["u"]
+    store.commit(Commit("u", "other input"))
+    stragglers._second(unit("u"), Task(_noted, None, store, 1, "i"))  # the first copy's to withdraw
+    assert store.commit_of("u").fingerprint == "other input" and starts(store) == ["u"]
+
+
+def _wrong(unit, plan, store):
+    note(unit, store)
+    raise ValueError("wrong input")
+
+
+# --- set aside ------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.kill
+def test_a_unit_that_only_fails_beside_one_that_kills_keeps_its_own_reason(
+    ray_session, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ray_plan, "MAX_BLOCKS", 1)
+    task = Task(_wrong_or_kill, None, Store(str(tmp_path)), 2, "i")
+    ends = {
+        done.unit: done
+        for done in on_ray()("block", task, [unit("wrong", 2), unit("kills", 1)], SMALL)
+    }
+    assert (
+        ends["wrong"].error == "ValueError: wrong input" and starts(task.store).count("wrong") == 3
+    )
+    assert (
+        "its worker died 2 times" in ends["kills"].error and starts(task.store).count("kills") == 2
+    )
+
+
+def _wrong_or_kill(unit, plan, store):
+    if unit.name == "kills":
+        note(unit, store)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _wrong(unit, plan, store)
+
+
+@pytest.fixture
+def poisoned(tmp_path, monkeypatch):
+    """A config of two inputs of which the first kills the worker that extracts it."""
+    for name in ("bad", "good"):
+        rows = [
+            {"text": f"{name} {n}: the old mill by the river has been grinding wheat since {n}"}
+            for n in range(9)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.setattr(extract, "extract_unit", _extract_or_die)
+
+    def configured(*overrides):
+        return make_config(
+            tmp_path, [tmp_path / "bad.jsonl", tmp_path / "good.jsonl"], *NO_FILTERS, *overrides
+        )
+
+    return configured
+
+
+_EXTRACT = extract.extract_unit
+
+
+def _extract_or_die(unit, plan, store):
+    if "bad" in unit.task["path"]:
+        print("last words of", unit.name, file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _EXTRACT(unit, plan, store)
+
+
+@pytest.mark.ray
+@pytest.mark.kill
+def test_a_poisoned_unit_is_set_aside_with_its_evidence_until_retry(
+    ray_session, tmp_path, poisoned, monkeypatch
+):
+    with pytest.raises(
+        RunFailed, match=r"1 of 2 units of 'extract' failed \(run.max_failed_units allows 0\)"
+    ):
+        execute(poisoned("run.max_failed_share=0.5", "run.max_failed_units=0"), Silent(), on_ray())
+    tolerant = ("run.max_failed_share=0.5", "run.max_failed_units=1")
+    outcome = execute(
+        poisoned(*tolerant), Silent(), in_process
+    )  # in this process: it is not even tried
+    assert "000000: SetAside: its worker died 3 times" in outcome.failed["extract"][0]
+    assert outcome.published.manifest["documents"] == 9
+    status = explain.status(str(tmp_path / "run"))["phases"]["extract"]
+    assert "`gristmill retry`" in status["errors"]["000000"] and status["failed"] == 1
+    [record] = results.store_of(f"{tmp_path}/run", _state(tmp_path), "extract").failures().values()
+    assert (
+        record["task"]["path"].endswith("bad.jsonl")
+        and len({a["pid"] for a in record["attempts"]}) == 3
+    )
+    assert all(
+        "last words of 000000" in a["log_tail"] and a["available_bytes"] > 0
+        for a in record["attempts"]
+    )
+
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.engine.ray_plan.on_ray", lambda address: in_process)
+    command = ["retry", str(tmp_path / "config.toml")]
+    wrong = CliRunner().invoke(app, [*command, "000007"])
+    assert wrong.exit_code == 1 and "unit '000007' has not failed; failed: 000000" in wrong.stderr
+    again = CliRunner().invoke(app, [*command, "000000", *NO_FILTERS, *tolerant, "--json"])
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["generation"]["documents"] == 18
+
+
+def test_a_changed_input_is_no_longer_set_aside(tmp_path, poisoned):
+    config = poisoned("run.max_failed_share=0.5")
+
+    def run_units(name, task, units, resources):
+        ran.append([u.name for u in units])
+        killers = [u for u in units if u.name == "000000"]
+        for u in killers:
+            task.store.fail(u.name, {"unit": u.name, "error": "died", "set_aside": u.fingerprint})
+        return iter([units_module.Done(u.name, None, "died") for u in killers])
+
+    ran = []
+    for change in (False, True, False):
+        if change:
+            (tmp_path / "bad.jsonl").write_text('{"text": "longer than it was"}')
+        outcome = execute(config, Silent(), run_units, only="extract")
+        assert outcome.failed == {"extract": ["000000: died"]}
+    assert ran == [["000000", "000001"], ["000000", "000001"], ["000001"]]
+
+
+def test_to_forget_the_failures_of_what_is_no_run_makes_no_run_of_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a run directory"):
+        forget_failures(str(tmp_path / "r"), [])
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_is_known_of_a_dead_worker(tmp_path):
+    log = tmp_path / "worker.err"
+    log.write_text("".join(f"line {n}\n" for n in range(100)))
+    dead = attempts.attempt() | {"log": str(log), "kernel_kills": -2}
+    found = attempts.post_mortem(dead)
+    assert found["log_tail"].startswith("line 60\n") and found["log_tail"].endswith("line 99\n")
+    assert found["kernel_kills_since"] >= 2
+    assert attempts.post_mortem(found | {"log": "gone"}) == found | {"log": "gone"}  # told once
+    elsewhere = dead | {"host": "elsewhere"}
+    assert attempts.post_mortem(elsewhere) == elsewhere
+    assert attempts.post_mortem(dead | {"log": "/dev/tty"})["log_tail"] == ""
+    assert "the kernel killed for memory 1 times" in str(units_module.SetAside([found, elsewhere]))

@@ -1,0 +1,576 @@
+"""What Prometheus is told of a run or series, the dashboard that shows it, and the log for
+collectors.
+"""
+
+import json
+import re
+import shutil
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.engine.units import in_process
+from pipeline.inspect import metrics
+from pipeline.inspect.metrics import Metrics, serve
+from pipeline.run import publish, results
+from pipeline.run.state import read_state
+from stages.storage.ledger import Commit, Store, Unit
+from tests.pipeline.batches.test_batch import config, go, write_listing
+from tests.support.inline import make_config, run_inline
+from trainer.telemetry.feedback import Report, Source, Writer
+
+ROOT = Path(__file__).parents[3]
+PLAIN = (
+    "input.format=jsonl",
+    "input.url_column=url",
+    "language.allowed=[]",
+    "extract.filters=[]",
+    "refine.filters=[]",
+)
+
+
+def parsed(text, parse=text_string_to_metric_families):
+    """Values by (name without prefix, labels but `run`); that no number is told twice is asserted
+    on the way.
+    """
+    found = {}
+    for sample in (s for family in parse(text) for s in family.samples):
+        labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k != "run"))
+        key = (sample.name.removeprefix("gristmill_"), *labels)
+        assert key not in found
+        found[key] = sample.value
+    return found
+
+
+def scraped(root):
+    """What one scrape gives, and what it could not read."""
+    told = []
+    return parsed(generate_latest(Metrics(str(root), told.append)).decode()), told
+
+
+def tell(root, *, rows, speed, state="running"):
+    sources = {str(root): Source("gen-0001", {"gen-0001": rows}, 1, 1.0)}
+    report = Report(
+        state, 5, 700, 900, speed and speed / 2, speed, 0.25, 0.4, None, 9.0, 3, sources, None, None
+    )
+    Writer(f"{root}/feedback", trainer="tiny", every_seconds=30.0).close(report)
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """Two batches of a listing, and a trainer who has read one row."""
+    folder = tmp_path_factory.mktemp("metrics")
+    settings = config(folder, write_listing(folder / "crawl"))
+    go(settings)
+    tell(folder / "series", rows=1, speed=50.0)
+    go(settings, inputs=3)
+    return folder / "series"
+
+
+@pytest.fixture
+def copy(series, tmp_path):
+    """The series, to be broken."""
+    return Path(shutil.copytree(series, tmp_path / "series"))
+
+
+def test_the_numbers_are_those_of_the_files(series):
+    found, told = scraped(series)
+    assert (told, found["up",]) == ([], 1)
+    for batch, inputs in (("0001", 4), ("0002", 3)):
+        root = f"{series}/batches/{batch}"
+        commits = results.all_commits(root, read_state(root))
+        for phase, stage in (
+            ("extract", "extract"),
+            ("dedup keep", "dedup"),
+            ("refine", "refine"),
+            ("pack", "pack"),
+        ):
+            counts = sum((Counter(c.counts) for c in commits[phase]), Counter())
+            assert {
+                k[2][1]: v
+                for k, v in found.items()
+                if k[0] == "documents_total" and k[1:][0][1] == batch and k[3][1] == stage
+            } == counts
+            assert sum(counts.values()) == sum(c.rows_in for c in commits[phase]) > 0
+        labels = (("batch", batch), ("phase", "extract"))
+        assert (
+            found["units", *labels, ("state", "done")] == inputs
+            and found["units", *labels, ("state", "left")] == 0
+        )
+        assert found["written_bytes_total", *labels] == sum(
+            o["bytes"] for c in commits["extract"] for o in c.outputs
+        )
+        assert (
+            found["read_bytes_total", *labels]
+            == sum(c.totals["bytes_in"] for c in commits["extract"])
+            > 0
+        )
+        assert found["cpu_seconds_total", *labels] == pytest.approx(
+            sum(c.cpu_seconds for c in commits["extract"])
+        )
+        assert found["last_commit_timestamp_seconds", *labels] == max(
+            c.extra["finished"] for c in commits["extract"]
+        )
+        assert found["rows_per_second", *labels] > 0
+    tokens = [e["tokens"] for e in publish.read_catalog(str(series))]
+    assert (found["published_generations_total",], found["published_tokens_total",]) == (
+        2,
+        sum(tokens),
+    )
+    assert found["published_timestamp_seconds",] == pytest.approx(
+        (series / "catalog.jsonl").stat().st_mtime
+    )
+
+
+def test_supply_and_demand_are_those_of_the_moment_and_the_state_that_of_the_last_decision(series):
+    found, _ = scraped(series)
+    [first, second] = publish.read_catalog(str(series))
+    unread = first["tokens"] * (first["rows"] - 1) // first["rows"] + second["tokens"]
+    # the last decision was made before the second generation was there
+    assert found["supply_tokens",] == unread and found["supply_seconds",] == pytest.approx(
+        unread / 50.0
+    )
+    assert found["demand_tokens_per_second",] == 50.0
+    states = {key[1][1]: value for key, value in found.items() if key[0] == "decision_state"}
+    assert sum(states.values()) == 1 and states["STARVED"] == 1 and len(states) == 5
+    assert found["inputs_left",] == 10 - 4 - 3
+    tiny = ("trainer", "tiny")
+    assert {
+        n: found[f"trainer_{n}", tiny]
+        for n in ("consumed_tokens", "restarts_total", "mfu_ratio", "data_wait_ratio")
+    } == {
+        "consumed_tokens": 700,
+        "restarts_total": 3,
+        "mfu_ratio": 0.4,
+        "data_wait_ratio": 0.25,
+    }
+    assert (
+        found["trainer_processed_tokens_total", tiny] == 900
+        and found["trainer_tokens_per_second", tiny] == 25.0
+    )
+    assert (
+        found["trainer_state", ("state", "running"), tiny] == 1
+        and found["trainer_state", ("state", "failed"), tiny] == 0
+    )
+
+
+def test_a_trainer_that_has_just_restarted_is_as_fast_as_at_the_last_decision(copy):
+    tell(copy, rows=1, speed=None)
+    found, told = scraped(copy)
+    assert told == [] and found["demand_tokens_per_second",] == 50.0
+
+
+BROKEN = {
+    "batches/0001/extract/*/commits/000000.json": "documents_total",
+    "batches/0002/extract/*/units.json": "units",
+    "batches/0001/run.json": "documents_total",
+    "batches/0002/run.json": "documents_total",
+    "batches/0002/batch.json": "units",
+    "batches/0002/done.json": "units",
+    "decisions.jsonl": "decision_state",
+    "catalog.jsonl": "published_tokens_total",
+    "feedback/tiny.json*": "trainer_state",
+}
+
+
+@pytest.mark.parametrize("garbage", [b"{", b"null", b'["a"]', b"\xff\x00"])
+@pytest.mark.parametrize("pattern", BROKEN)
+def test_a_broken_file_is_told_and_the_rest_is_served(series, copy, pattern, garbage):
+    """Broken as a disk or a careless hand may leave it; whole again, all is told again."""
+    whole, _ = scraped(series)
+    files = list(copy.glob(pattern))
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(garbage)
+    told = []
+    tend = Metrics(str(copy), told.append)
+    found = parsed(generate_latest(tend).decode())
+    assert (
+        files and found["up",] == 0 and any(str(file) in line for file in files for line in told)
+    ), told
+    # of what the other files speak of, nothing is missing
+    lost = {key[0] for key in whole.keys() - found.keys()}
+    others = {name for other, name in BROKEN.items() if other != pattern}
+    assert [name for name in others if not any(key[0] == name for key in found)] == []
+    assert "published_generations_total" not in lost and any(key[0] == "up" for key in found)
+    for file, data in zip(files, before, strict=True):
+        file.write_bytes(data)
+    assert parsed(generate_latest(tend).decode()).keys() == whole.keys()
+
+
+def test_a_fault_is_told_once_for_as_long_as_it_stands(copy):
+    told = []
+    tend = Metrics(str(copy), told.append)
+    (copy / "catalog.jsonl").write_text("{")
+    for _ in range(3):
+        tend.collect()
+    assert (
+        len(told) == 1 and "catalog.jsonl: JSONDecodeError" in told[0] and tend.faults == set(told)
+    )
+    shutil.copy(copy / "inputs.jsonl", copy / "catalog.jsonl")
+    tend.collect()
+    assert len(told) == 2 and "KeyError" in told[1]
+
+
+def test_what_is_no_run_is_down_and_exits_1(tmp_path):
+    result = CliRunner().invoke(app, ["metrics", str(tmp_path)])
+    assert result.exit_code == 1 and parsed(result.stdout)["up",] == 0
+    assert "neither a run nor a series" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_series_that_waits_for_its_first_batch_is_up(tmp_path):
+    settings = config(tmp_path, write_listing(tmp_path / "crawl"))
+    assert go(settings, inputs=0).batch is None
+    found, told = scraped(tmp_path / "series")
+    assert told == [] and found["up",] == 1 and found["inputs_left",] == 10
+    go(settings, inputs=2)
+    go(settings, inputs=0)  # the listing was as short already when this was decided
+    assert scraped(tmp_path / "series")[0]["inputs_left",] == 8
+    # begun, and cut off before its run began
+    batch = tmp_path / "series" / "batches" / "0002"
+    batch.mkdir(parents=True)
+    (batch / "batch.json").write_text(
+        json.dumps({"inputs": [{"ordinal": 0, "path": "0"}], "started": 1.0})
+    )
+    found, told = scraped(tmp_path / "series")
+    assert told == [] and found["up",] == 1 and found["inputs_left",] == 7
+
+
+def test_only_the_newest_batches_tell_of_their_units(series, monkeypatch):
+    monkeypatch.setattr(metrics, "BATCHES", 1)
+    found, _ = scraped(series)
+    assert {dict(key[1:])["batch"] for key in found if key[0] == "units"} == {"0002"}
+    assert found["published_generations_total",] == 2
+
+
+def test_a_run_by_itself_has_no_batch_and_its_trainer_a_supply(tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"{n} mills grind", "url": f"https://a.example/{n}"}) + "\n"
+            for n in range(9)
+        )
+    )
+    (tmp_path / "torn.jsonl.gz").write_bytes(b"\x1f\x8b torn")
+    config = make_config(
+        tmp_path,
+        [tmp_path / "in.jsonl", tmp_path / "torn.jsonl.gz"],
+        *PLAIN,
+        "pack.seq_len=8",
+        "run.max_failed_share=0.5",
+    )
+    run_inline(config)
+    root = config.run.directory
+    tell(root, rows=0, speed=2.0)
+    found, told = scraped(root)
+    assert told == [] and not any(key[0].startswith("decision") for key in found)
+    extract = (("batch", ""), ("phase", "extract"))
+    assert {
+        s: found["units", *extract, ("state", s)] for s in ("done", "failed", "set_aside", "left")
+    } == {
+        "done": 1,
+        "failed": 1,
+        "set_aside": 0,
+        "left": 0,
+    }
+    assert found["supply_seconds",] == found["published_tokens_total",] / 2.0 > 0
+
+
+def test_what_has_been_read_is_not_read_again_until_it_changes(copy, monkeypatch):
+    """A batch that is done is not even listed again; of one at work, new and replaced commits alone
+    are read.
+    """
+    (copy / "batches" / "0002" / "done.json").unlink()
+    read, parse = [], metrics._unit
+    monkeypatch.setattr(metrics, "_unit", lambda data: read.append(data) or parse(data))
+    tend = Metrics(str(copy), lambda fault: None)
+    before = parsed(generate_latest(tend).decode())
+    many = len(read)
+    generate_latest(tend)
+    assert len(read) == many > 20
+    [commit, *_] = sorted(copy.glob("batches/0002/extract/*/commits/*.json"))
+    commit.write_text(json.dumps(json.loads(commit.read_text()) | {"cpu_seconds": 1000.0}))
+    shutil.rmtree(copy / "batches" / "0001" / "refine")
+    found = parsed(generate_latest(tend).decode())
+    assert len(read) == many + 1
+    labels = (("batch", "0002"), ("phase", "extract"))
+    assert found["cpu_seconds_total", *labels] == pytest.approx(
+        before["cpu_seconds_total", *labels] + 1000, abs=1
+    )
+    assert found.keys() == before.keys()
+
+
+def empty_store():
+    """In memory, which looks through all that it holds for each listing."""
+    fsspec.filesystem("memory").store.clear()
+    return "memory://metrics/run"
+
+
+@st.composite
+def stores(draw):
+    """Units as listed, done (perhaps of another input), failed (perhaps set aside, of this input or
+    another).
+    """
+    names = [f"{n:06d}" for n in range(draw(st.integers(1, 8)))]
+    of_these, inputs = st.sets(st.sampled_from(names)), st.sampled_from("ab")
+    listed = {name: draw(inputs) for name in draw(of_these)}
+    done = [
+        Commit(
+            name, draw(inputs), draw(st.integers(0, 9)), extra={"finished": draw(st.floats(1, 9))}
+        )
+        for name in draw(of_these)
+    ]
+    failed = {name: draw(st.sampled_from([None, "a", "b"])) for name in draw(of_these)}
+    return listed, done, failed
+
+
+@given(stores())
+def test_every_unit_is_in_one_state(drawn):
+    listed, done, failed = drawn
+    store = Store(empty_store())
+    store.list_units([Unit(name, fingerprint, {}) for name, fingerprint in listed.items()])
+    for commit in done:
+        store.commit(commit)
+    for name, aside in failed.items():
+        store.fail(name, {"unit": name, "error": "no", "set_aside": aside})
+    reader = metrics._Reader({})
+    found = {
+        s.labels[2]: s.value
+        for s in metrics._of_phase(reader, store, "extract", listed, 0.0, "")
+        if s.name == "units"
+    }
+    expected = Counter()
+    for name, fingerprint in listed.items():
+        if any(c.unit == name and c.fingerprint == fingerprint for c in done):
+            expected["done"] += 1
+        elif name in failed:
+            expected["set_aside" if failed[name] == fingerprint else "failed"] += 1
+        else:
+            expected["left"] += 1
+    assert (
+        found == {state: expected[state] for state in ("done", "failed", "set_aside", "left")}
+        and reader.faults == []
+    )
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["extract", "kept", "bytes_in"]), inner, max_size=2)
+    ),
+    max_leaves=3,
+)
+COMMIT = Commit(
+    "000000",
+    "f",
+    3,
+    2,
+    {"kept": 2, "c4.lorem": 1},
+    {"bytes_in": 9.0},
+    {"finished": 7.0},
+    [{"bytes": 4}],
+    1.0,
+    0.5,
+)
+FILES = {
+    "run.json": {
+        "keys": dict.fromkeys(("extract", "graph", "dedup", "refine", "names", "pack"), "k"),
+        "config": {},
+        "history": [{"started": 1.0}],
+    },
+    "extract/k/units.json": {"000000": "f", "000001": "f"},
+    "extract/k/commits/000000.json": COMMIT.__dict__,
+    "extract/k/failures/000001.json": {"unit": "000001", "error": "no", "set_aside": "f"},
+    "catalog.jsonl": {"name": "gen-0001", "rows": 3, "tokens": 60},
+}
+
+
+@given(st.sampled_from([(file, key) for file, held in FILES.items() for key in held]), JSON)
+def test_whatever_stands_in_a_file_something_is_served(place, value):
+    """One value of a good file is any other; what the files without it tell is told as before."""
+    root = empty_store()
+    for file, held in FILES.items():
+        changed = held | {place[1]: value} if file == place[0] else held
+        fsspec.filesystem("memory").pipe_file(f"{root}/{file}", json.dumps(changed).encode())
+    found, told = scraped(root)
+    assert found["up",] == (not told)
+    if place[0] == "catalog.jsonl":
+        assert (
+            found["documents_total", ("batch", ""), ("reason", "c4.lorem"), ("stage", "extract")]
+            == 1
+        )
+    elif place[0] != "run.json":
+        assert found["published_tokens_total",] == 60
+
+
+def test_it_is_served_afresh_in_both_formats(copy):
+    address, _ = serve(Metrics(str(copy), lambda fault: None), host="127.0.0.1", port=0)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def get(**headers):
+        with opener.open(urllib.request.Request(address, headers=headers)) as answer:
+            return answer.headers["Content-Type"], answer.read().decode()
+
+    kind, text = get()
+    assert kind.startswith("text/plain") and parsed(text) == scraped(copy)[0]
+    tell(copy, rows=2, speed=10.0, state="stopped")
+    kind, text = get(Accept="application/openmetrics-text")
+    found = parsed(text, parse_openmetrics)
+    assert (
+        kind.startswith("application/openmetrics-text")
+        and found["trainer_state", ("state", "stopped"), ("trainer", "tiny")] == 1
+    )
+    assert "supply_seconds" not in {key[0] for key in found}  # nobody reads any more
+
+
+def test_a_run_on_an_object_store_tells_the_same(series, s3_bucket):
+    fs = fsspec.filesystem("s3")
+    files = [path for path in series.rglob("*.json*") if "generations" not in path.parts]
+    fs.pipe({f"{s3_bucket}/series/{path.relative_to(series)}": path.read_bytes() for path in files})
+    there, told = scraped(f"{s3_bucket}/series")
+    here, _ = scraped(series)
+    clocks = {("published_timestamp_seconds",), ("trainer_timestamp_seconds", ("trainer", "tiny"))}
+    assert told == [] and there.keys() == here.keys()
+    assert {k: v for k, v in there.items() if k not in clocks} == {
+        k: v for k, v in here.items() if k not in clocks
+    }
+
+
+# --- the dashboard --------------------------------------------------------------------------------
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(series):
+    """Ours are printed for a real series; Ray's are those of the dashboards that Ray brings."""
+    board = json.loads((ROOT / "configs" / "grafana.json").read_text())
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    asked += [
+        variable["definition"]
+        for variable in board["templating"]["list"]
+        if variable["type"] == "query"
+    ]
+    ray = (
+        Path(__import__("ray").__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    )
+    rays = set(
+        re.findall(r"\bray_\w+", "".join(path.read_text() for path in ray.glob("*_panels.py")))
+    )
+    text = generate_latest(Metrics(str(series), lambda fault: None)).decode()
+    ours = {
+        sample.name: set(sample.labels)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    shown = set()
+    for expr in asked:
+        names = re.findall(r"\b(?:gristmill|ray)_\w+", expr)
+        assert names and set(names) <= ours.keys() | rays, expr
+        shown |= set(names)
+        for name, matchers in re.findall(r"(gristmill_\w+)\{([^}]*)\}", expr):
+            assert set(re.findall(r"(\w+)=~?\"", matchers)) <= ours[name], expr
+        assert expr.count("(") == expr.count(")") and expr.count("{") == expr.count("}")
+    assert ours.keys() <= shown
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}
+
+
+# --- the log --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    monkeypatch.setattr("pipeline.engine.ray_plan.on_ray", lambda address=None: in_process)
+
+
+def logged(*arguments):
+    """What a command came to, and its lines: all of standard error but what it ends on for people."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result, [json.loads(line) for line in result.stderr.partition("error ")[0].splitlines()]
+
+
+def test_a_log_has_a_line_for_each_unit(tmp_path, without_ray):
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"text": "The old mill by the river grinds wheat."})
+    )
+    (tmp_path / "torn.jsonl.gz").write_bytes(b"\x1f\x8b torn")
+    make_config(tmp_path, [tmp_path / "in.jsonl", tmp_path / "torn.jsonl.gz"])
+    line = [
+        "run",
+        tmp_path / "config.toml",
+        *PLAIN,
+        "input.url_column=",
+        "pack.seq_len=8",
+        "--log",
+        "json",
+    ]
+    result, lines = logged(*line, "run.max_failed_share=0.5")
+    assert result.exit_code == 3 and {entry["run"] for entry in lines} == {f"{tmp_path}/run"}
+    assert all(
+        {"time", "level", "stage", "unit", "event", "seconds", "error"} <= entry.keys()
+        for entry in lines
+    )
+    units = [entry for entry in lines if entry["unit"]]
+    [failed] = [entry for entry in units if entry["level"] == "error"]
+    assert (failed["stage"], failed["unit"], failed["event"]) == (
+        "extract",
+        "000001",
+        "failed",
+    ) and "EOFError: " in failed["error"]
+    done = {
+        (entry["phase"], entry["unit"])
+        for entry in units
+        if entry["event"] == "done" and entry["seconds"] is not None
+    }
+    commits = results.all_commits(f"{tmp_path}/run", read_state(f"{tmp_path}/run"))
+    assert done == {(phase, c.unit) for phase, found in commits.items() for c in found}
+    assert [e["event"] for e in lines if e["phase"] == "refine"] == ["begin", "done", "end"]
+
+    result, lines = logged(*line)
+    assert (
+        result.exit_code == 1
+        and lines[-1]["event"] == "stopped"
+        and "1 of 2 units of 'extract' failed" in lines[-1]["error"]
+    )
+    assert lines[0] | {"time": None} == {
+        "time": None,
+        "level": "info",
+        "run": f"{tmp_path}/run",
+        "stage": "extract",
+        "phase": "extract",
+        "event": "begin",
+        "unit": None,
+        "seconds": None,
+        "error": None,
+        "units": 2,
+        "done": 1,
+    }
+
+
+def test_a_batch_logs_where_the_environment_says_so(tmp_path, without_ray, monkeypatch):
+    write_listing(tmp_path / "crawl")
+    monkeypatch.setenv("GRISTMILL_LOG", "json")
+    plain = [
+        *PLAIN,
+        f"run.directory={tmp_path}/series",
+        f"input.paths=['{tmp_path}/crawl/*.jsonl']",
+        "pack.seq_len=64",
+    ]
+    (tmp_path / "empty.toml").write_text("")
+    result, lines = logged("batch", tmp_path / "empty.toml", *plain, "--inputs", "2")
+    assert result.exit_code == 0
+    assert [e["unit"] for e in lines if e["phase"] == "extract" and e["unit"]] == [
+        "000000",
+        "000001",
+    ]
+    assert {entry["run"] for entry in lines} == {f"{tmp_path}/series/batches/0001"}

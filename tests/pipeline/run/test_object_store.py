@@ -1,0 +1,564 @@
+"""Run state on an object store: the same bytes as on a disk, through kills and faults, and one
+publisher at a time.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.client import HTTPConnection, HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.batches import batch
+from pipeline.config.load import load
+from pipeline.engine import lease
+from pipeline.engine.units import in_process
+from pipeline.inspect.verify import verify_path
+from pipeline.run import publish as catalog
+from pipeline.run import results as explain
+from pipeline.run.execute import execute
+from pipeline.run.state import read_state
+from stages.storage.files import (
+    create_only,
+    names_in,
+    open_fs,
+    read_bytes,
+    read_version,
+    replace_if,
+    write_atomically,
+)
+from stages.storage.ledger import Store
+from tests.pipeline.batches.test_batch import text
+from tests.pipeline.run.test_run import Quiet, settings
+from tests.pipeline.run.test_run import bytes_of as bytes_on_disk
+
+ROOT = Path(__file__).parents[3]
+
+
+def bytes_of(generation):
+    """Every file of a generation by name."""
+    if "://" not in generation:
+        return bytes_on_disk(generation)
+    fs, root = open_fs(generation)
+    return {name.removeprefix(f"{root}/"): fs.cat_file(name) for name in fs.find(root)}
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Two files of six documents each."""
+    folder = tmp_path_factory.mktemp("pages")
+    for file in range(2):
+        lines = [
+            json.dumps({"text": text(n), "url": f"https://mill.example/{n}"})
+            for n in range(6 * file, 6 * file + 6)
+        ]
+        (folder / f"{file}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def small(directory, pages, *overrides):
+    """A run that takes a second, without dedup, whose requests would be most of them."""
+    fixed = [
+        "input.format=jsonl",
+        "input.url_column=url",
+        "language.allowed=[]",
+        "extract.filters=[]",
+        "refine.filters=[]",
+    ]
+    fixed += [
+        "pack.seq_len=64",
+        "dedup.enabled=false",
+        f"run.directory={directory}",
+        f"input.paths=['{pages}/*.jsonl']",
+    ]
+    return load(None, [*fixed, *overrides])
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, pages):
+    """What `small` comes to on a disk: the run directory."""
+    folder = tmp_path_factory.mktemp("run") / "r"
+    execute(small(folder, pages), Quiet(), in_process)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local):
+    """The files of its generation."""
+    return bytes_of(f"{local}/generations/gen-0001")
+
+
+def publish(run, local, pages, sources=None):
+    """Publish what was packed on the disk into another catalog, as a run does."""
+    store = explain.store_of(local, read_state(local), "pack")
+    sources = (
+        sources or json.loads(read_bytes(f"{local}/generations/gen-0001/manifest.json"))["sources"]
+    )
+    with lease.lease(run):
+        return catalog.publish(
+            run, store, store.listed_commits(), small(local, pages).pack, sources=sources
+        )
+
+
+# --- conditional writes ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["s3", "memory", "local"])
+def folder(request, tmp_path):
+    if request.param == "s3":
+        return request.getfixturevalue("s3_bucket")
+    return f"memory://{tmp_path}" if request.param == "memory" else str(tmp_path)
+
+
+def test_an_object_is_created_once_and_replaced_only_from_the_version_that_was_read(folder):
+    uri = f"{folder}/a/x.json"
+    assert read_version(uri) == (b"", None)
+    assert create_only(uri, b"1") and not create_only(uri, b"2")
+    data, first = read_version(uri)
+    assert data == b"1" and replace_if(uri, b"2", first) and not replace_if(uri, b"3", first)
+    assert read_bytes(uri) == b"2"
+    open_fs(uri)[0].rm(open_fs(uri)[1])
+    assert not replace_if(uri, b"3", first)
+    assert read_version(uri) == (b"", None)
+
+
+def test_of_many_that_create_one_succeeds(s3_bucket):
+    won = []
+    threads = [
+        threading.Thread(
+            target=lambda n=n: won.append(n) if create_only(f"{s3_bucket}/x", b"%d" % n) else None
+        )
+        for n in range(8)
+    ]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert [b"%d" % n for n in won] == [read_bytes(f"{s3_bucket}/x")]
+
+
+def test_a_bucket_that_is_not_there_is_an_error_and_no_refusal(s3_bucket):
+    with pytest.raises(FileNotFoundError, match="bucket does not exist"):
+        create_only(f"{s3_bucket}-mistyped/x", b"1")
+
+
+# --- a server that fails --------------------------------------------------------------------------
+
+
+class Faults(ThreadingHTTPServer):
+    """A proxy before the S3 server. `fault` says what to do to the n-th request: None, a status, or
+    a way to cut it off.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, server, fault):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.patience = 4.0  # of a "timeout", in seconds: more than its client has
+        self.behind, self.fault, self.lock = server.removeprefix("http://"), fault, threading.Lock()
+        self.number, self.done = 0, Counter()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def next_fault(self, method, path):
+        with self.lock:
+            self.number += 1
+            what = self.fault(self.number, method, path)
+            self.done[what] += 1
+            return what
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def handle_request(self):
+        self.close_connection = True
+        what = self.server.next_fault(self.command, self.path)
+        if what == "timeout":
+            time.sleep(self.server.patience)
+            what = "no answer"
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length // 2 if what == "half request" else length)
+        if isinstance(what, int):
+            code = {500: "InternalError", 503: "SlowDown", 409: "ConditionalRequestConflict"}[what]
+            self._answer(
+                what, [], f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+            )
+        elif what is None or what in ("no answer", "half answer"):
+            status, headers, data = self._forward(body)
+            if what is None:
+                self._answer(status, headers, data)
+            elif what == "half answer" and data:
+                self._answer(status, headers, data, sent=len(data) // 2)
+        elif (
+            what == "half request"
+        ):  # the server behind gets a header that promises more than comes
+            self._forward(body, answered=False)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_request
+
+    def _forward(self, body, answered=True):
+        connection = HTTPConnection(self.server.behind, timeout=10)
+        try:
+            connection.putrequest(
+                self.command, self.path, skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in self.headers.items():
+                if name.lower() not in ("connection", "expect"):
+                    connection.putheader(name, value)
+            connection.putheader("Connection", "close")
+            connection.endheaders(body)
+            if not answered:
+                return None
+            answer = connection.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        except (OSError, HTTPException):
+            return 503, [], b"<Error><Code>SlowDown</Code></Error>"
+        finally:
+            connection.close()
+
+    def _answer(self, status, headers, data, sent=None):
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                self.send_header(name, value)
+        length = (
+            dict((n.lower(), v) for n, v in headers).get("content-length", len(data))
+            if self.command == "HEAD"
+            else len(data)
+        )
+        self.send_header("Content-Length", str(length))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data if sent is None else data[:sent])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def faults(s3_server, monkeypatch):
+    """Start a proxy with faults; from then on this process's clients go through it."""
+    started = []
+
+    def start(fault):
+        proxy = Faults(s3_server, fault)
+        started.append(proxy)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        _forget_clients()
+        return proxy
+
+    yield start
+    for proxy in started:
+        proxy.shutdown()
+        proxy.server_close()
+    monkeypatch.undo()
+    _forget_clients()
+
+
+def _forget_clients():
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+KINDS = [500, 503, "no answer", "half answer", "half request"]
+
+
+def test_a_run_through_faults_of_every_kind_writes_the_same_bytes(
+    s3_bucket, pages, undisturbed, faults
+):
+    draw = random.Random("faults")
+    kinds = iter(KINDS * 100)
+    proxy = faults(lambda number, method, path: next(kinds) if draw.random() < 0.08 else None)
+    published = execute(small(f"{s3_bucket}/r", pages), Quiet(), in_process).published
+    assert bytes_of(published.uri) == undisturbed
+    assert all(proxy.done[kind] for kind in KINDS), proxy.done
+    assert catalog.read_catalog(f"{s3_bucket}/r")[0]["name"] == "gen-0001"
+
+
+def test_a_conditional_write_whose_answer_was_lost_is_known_as_our_own(s3_bucket, faults):
+    uri = f"{s3_bucket}/x"
+    puts = []
+
+    def lose_each_first(number, method, path):
+        puts.append(method) if method == "PUT" else None
+        return "no answer" if method == "PUT" and len(puts) % 2 else None
+
+    proxy = faults(lose_each_first)
+    assert create_only(uri, b"1")
+    assert replace_if(uri, b"2", read_version(uri)[1])
+    assert read_bytes(uri) == b"2" and proxy.done["no answer"] == 2
+
+
+def test_a_conflict_is_asked_again(s3_bucket, faults):
+    kinds = iter([409, 409])
+    proxy = faults(lambda number, method, path: next(kinds, None) if method == "PUT" else None)
+    assert create_only(f"{s3_bucket}/x", b"1") and proxy.done[409] == 2
+    assert not create_only(f"{s3_bucket}/x", b"2")
+
+
+def test_a_store_that_stays_away_is_an_error_after_as_many_attempts_as_the_user_allows(
+    s3_bucket, faults, monkeypatch
+):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    proxy = faults(lambda number, method, path: 500)
+    with pytest.raises(OSError, match="injected"):
+        create_only(f"{s3_bucket}/x", b"1")
+    assert proxy.done[500] == 2
+
+
+def test_an_upload_that_was_cut_leaves_nothing_to_be_seen(s3_bucket, tmp_path, faults, monkeypatch):
+    """The last part of an object of several never arrives."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    faults(lambda number, method, path: "half request" if "partNumber=2" in path else None)
+    fs, _ = open_fs(s3_bucket)
+    big = tmp_path / "big"
+    big.write_bytes(random.Random(0).randbytes(12 << 20))
+    with pytest.raises(Exception, match=r"disconnected|Connection|closed|endpoint"):
+        fs.put_file(str(big), f"{s3_bucket}/r/x", chunksize=5 << 20)
+    assert not fs.exists(f"{s3_bucket}/r/x") and names_in(f"{s3_bucket}/r") == []
+
+
+# --- one publisher --------------------------------------------------------------------------------
+
+
+def test_leftovers_of_another_content_do_not_stay_in_a_generation(
+    s3_bucket, local, pages, undisturbed
+):
+    for name in ("index.json", "part-00000/shard.00000.mds", "part-00009/shard.00000.mds"):
+        write_atomically(f"{s3_bucket}/generations/gen-0001/{name}", b"of a run that died here")
+    with pytest.raises(FileNotFoundError, match="neither a generation"):
+        verify_path(s3_bucket)
+    assert bytes_of(publish(s3_bucket, local, pages).uri) == undisturbed
+    assert [result.faults for result in verify_path(s3_bucket)] == [[]]
+
+
+@pytest.mark.parametrize("file", ["part-00000/shard.00000.mds", "manifest.json", "catalog.jsonl"])
+def test_a_copy_that_dies_is_completed_by_the_next_run(
+    s3_bucket, local, pages, undisturbed, monkeypatch, file
+):
+    def dies_at_file(uri, *rest):
+        if uri.endswith(file):
+            raise KeyboardInterrupt
+        return (replace_if if rest[1:] else create_only)(uri, *rest)
+
+    for name in ("create_only", "replace_if"):
+        monkeypatch.setattr(catalog, name, dies_at_file)
+    with pytest.raises(KeyboardInterrupt):
+        publish(s3_bucket, local, pages)
+    monkeypatch.undo()
+    assert catalog.read_catalog(s3_bucket) == []
+    there = names_in(f"{s3_bucket}/generations/gen-0001")
+    assert ("provenance.parquet" in there, "manifest.json" in there) == (
+        True,
+        file == "catalog.jsonl",
+    )
+    assert bytes_of(publish(s3_bucket, local, pages).uri) == undisturbed
+    assert not publish(s3_bucket, local, pages).new
+
+
+def test_the_lease_has_a_token_that_only_rises(s3_bucket):
+    tokens = []
+    for _ in range(3):
+        with lease.lease(s3_bucket):
+            tokens.append(json.loads(read_bytes(f"{s3_bucket}/lease.json"))["token"])
+            assert lease.is_held(s3_bucket)
+            with (
+                pytest.raises(lease.Held, match=f"is in use by process {os.getpid()} on "),
+                lease.lease(s3_bucket),
+            ):
+                pass
+        assert not lease.is_held(s3_bucket)
+    assert tokens == [1, 2, 3]
+
+
+def test_a_lease_that_went_to_another_is_neither_renewed_nor_freed_by_the_first(s3_bucket):
+    uri = f"{s3_bucket}/lease.json"
+    with lease.lease(s3_bucket):
+        [held] = lease._held
+        theirs = json.dumps(
+            {"token": 2, "nonce": "b", "host": "h", "pid": 7, "renewed": time.time()}
+        ).encode()
+        write_atomically(uri, theirs)
+        assert not lease._renew(held, at=time.time())
+        with pytest.raises(lease.Fenced, match=r"lost it to process 7 on h \(token 2, ours 1\)"):
+            lease.fence()
+    assert read_bytes(uri) == theirs
+    lease.fence()  # holds nothing any more
+
+
+# a run that is suspended, as by SIGSTOP or a machine that sleeps, at a moment of its publication
+STALLS = """
+import os, signal, sys
+from pathlib import Path
+from pipeline import catalog, lease
+from tests.pipeline.test_object_store import publish
+
+lease.RENEW_SECONDS = 1000  # what renews it would find out too, but perhaps too late
+run, local, pages, moment = sys.argv[1:]
+original = getattr(catalog, moment)
+def stalls(*given, **named):
+    setattr(catalog, moment, original)
+    print("stalls", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return original(*given, **named)
+setattr(catalog, moment, stalls)
+publish(run, local, Path(pages), sources={"of A": 1})
+"""
+
+
+@pytest.mark.parametrize("moment", ["read_version", "_move", "create_only", "replace_if"])
+def test_a_run_that_was_suspended_past_its_lease_publishes_nothing(
+    s3_bucket, local, pages, undisturbed, monkeypatch, moment
+):
+    """A stalls, B takes over and publishes, A wakes up and is refused."""
+    command = [sys.executable, "-c", STALLS, s3_bucket, local, str(pages), moment]
+    a = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert a.stdout.readline() == "stalls\n", a.stderr.read()
+        with pytest.raises(lease.Held, match=f"is in use by process {a.pid} on "):
+            publish(s3_bucket, local, pages)
+        monkeypatch.setattr(lease, "STALE_SECONDS", 0)
+        published = publish(s3_bucket, local, pages)
+        lines = read_bytes(f"{s3_bucket}/catalog.jsonl")
+        a.send_signal(signal.SIGCONT)
+        _, said = a.communicate(timeout=60)
+    finally:
+        a.kill()
+        a.wait()
+    assert a.returncode == 1 and "pipeline.lease.Fenced: " in said, said
+    assert (
+        published.new
+        and len(lines.splitlines()) == 1
+        and read_bytes(f"{s3_bucket}/catalog.jsonl") == lines
+    )
+    assert bytes_of(published.uri) == undisturbed and names_in(f"{s3_bucket}/generations") == [
+        "gen-0001"
+    ]
+    assert (
+        json.loads(read_bytes(f"{s3_bucket}/lease.json"))["token"] == 2
+    )  # A neither renewed nor freed it
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def series_of(series, pages):
+    return small(series, pages, "dedup.enabled=true", "schedule.static_inputs=1")
+
+
+def test_batches_on_s3_publish_what_they_publish_on_a_disk(s3_bucket, tmp_path, pages):
+    for series in (str(tmp_path), f"{s3_bucket}/series"):
+        done = [batch.run_batch(series_of(series, pages), Quiet(), in_process) for _ in range(3)]
+        assert [d.batch and d.batch.done["generation"] for d in done] == [
+            "gen-0001",
+            "gen-0002",
+            None,
+        ]
+    for name in ("gen-0001", "gen-0002"):
+        assert bytes_of(f"{s3_bucket}/series/generations/{name}") == bytes_of(
+            f"{tmp_path}/generations/{name}"
+        )
+    assert len(_gristmill("decisions", f"{s3_bucket}/series", "--json").splitlines()) == 3
+    assert [result.faults for result in verify_path(f"{s3_bucket}/series")] == [[], []]
+
+
+def test_a_batch_that_another_scheduler_began_is_not_begun_anew(s3_bucket, pages, monkeypatch):
+    series = f"{s3_bucket}/series"
+    theirs = b'{"inputs": [], "started": 1.0}'
+
+    def late(uri, data):
+        write_atomically(uri, theirs)
+        return create_only(uri, data)
+
+    monkeypatch.setattr(batch, "create_only", late)
+    with pytest.raises(lease.Fenced, match="another scheduler began this batch"):
+        batch.run_batch(series_of(series, pages), Quiet(), in_process)
+    assert read_bytes(f"{series}/batches/0001/batch.json") == theirs
+
+
+# --- the whole job --------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pipeline import run
+from pipeline.engine import in_process
+from tests.pipeline.test_run import Quiet, settings
+
+def dying(name, task, units, resources):
+    for number, done in enumerate(in_process(name, task, units, resources)):
+        yield done
+        if name == sys.argv[2] and number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+run.execute(settings(sys.argv[1]), Quiet(), dying)
+"""
+
+
+@pytest.mark.ray
+def test_the_quickstart_on_s3_is_the_quickstart_on_disk(
+    s3_bucket, tmp_path, ray_session, monkeypatch
+):
+    """Killed in extract and in dedup, gone on with by the command line on Ray, then asked about in
+    each way.
+    """
+    local = execute(settings(tmp_path / "r"), Quiet(), in_process).published
+    run = f"{s3_bucket}/r"
+    for phase in ("extract", "dedup keep"):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, run, phase], cwd=ROOT, capture_output=True, text=True
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        _expire(run)
+    done = Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits()
+    given = [f"{key}={json.dumps(value)}" for key, value in _overrides(settings(run)).items()]
+    said = _gristmill("run", str(ROOT / "configs" / "quickstart.toml"), *given, "--json")
+    assert bytes_of(json.loads(said)["generation"]["uri"]) == bytes_of(local.uri)
+    assert (
+        Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits() == done
+    )  # what was committed was not done again
+    monkeypatch.setattr(
+        "pipeline.engine.cluster.start", lambda *_: pytest.fail("Ray is not needed to ask")
+    )
+    status = json.loads(_gristmill("status", run, "--json"))
+    assert status["generation"] == "gen-0001" and status["phases"]["pack"]["left"] == 0
+    [verified] = json.loads(_gristmill("verify", run, "--json"))
+    assert verified["faults"] == [] and verified["rows"] == local.manifest["rows"]
+    assert _gristmill("report", run).strip() == f"{run}/report.html" and b"<html" in read_bytes(
+        f"{run}/report.html"
+    )
+    url = pq.read_table(f"{local.uri}/provenance.parquet")["url"][0].as_py()
+    assert '"fate": "published"' in _gristmill("why", run, url, "--json")
+
+
+def _overrides(config):
+    return {
+        "run.directory": config.run.directory,
+        "input.paths": list(config.input.paths),
+        "extract.engine": config.extract.engine,
+        "pack.seq_len": config.pack.seq_len,
+        "perplexity.model": f"{ROOT}/models/wiki-en.5gram.bin",
+        "quality.model": f"{ROOT}/models/quality-en.ftz",
+    }
+
+
+def _expire(run):
+    """As if a minute had passed since the holder died."""
+    record = json.loads(read_bytes(f"{run}/lease.json"))
+    write_atomically(f"{run}/lease.json", json.dumps(record | {"renewed": 0.0}).encode())
+
+
+def _gristmill(*command):
+    result = CliRunner().invoke(app, [*command])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout

@@ -1,0 +1,602 @@
+"""MDS shards: our bytes against mosaicml-streaming's, our reader against both, and every fault that
+verify must see.
+"""
+
+import copy
+import hashlib
+import math
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.formats.mds import (
+    HASHES,
+    Fault,
+    MDSWriter,
+    merge_indexes,
+    read_index,
+    read_shard,
+    verify,
+    write_index,
+)
+
+COLUMNS = {"tokens": "ndarray:uint32:2048", "spans": "ndarray:uint32", "row": "int", "text": "str"}
+NASTY_TEXT = ["", "\x00", "ß" * 300, "日本語", "\U0001f33e", '{"a": 1}']
+SCALARS = {f"{kind}{bits}": bits for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+COMPRESSIONS = [None, "zstd", "zstd:3", "zstd:19"]
+HASH_LISTS = [
+    [],
+    ["sha1", "xxh64"],
+    ["sha256"],
+    ["blake2b", "md5", "sha3_256", "xxh128", "xxh3_64"],
+]
+
+
+@pytest.fixture(scope="module")
+def streaming() -> Any:
+    pytest.importorskip("torch")
+    from trainer.data.rows import import_streaming
+
+    return import_streaming()
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Packed rows as pack writes them: 2048 tokens, a few spans, an ordinal and some text."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "tokens": rng.integers(0, 1 << 32, 2048, dtype=np.uint32),
+            "spans": rng.integers(0, 2048, (int(rng.integers(1, 300)), 2), dtype=np.uint32),
+            "row": int(rng.integers(-(1 << 63), 1 << 63)),
+            "text": str(rng.choice(NASTY_TEXT)) * int(rng.integers(0, 20)),
+        }
+        for _ in range(count)
+    ]
+
+
+def write(
+    out: Path, samples: list[dict[str, Any]], columns: Mapping[str, str] = COLUMNS, **options: Any
+) -> Path:
+    with MDSWriter(out, columns=columns, **options) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return out
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def assert_same_bytes(
+    streaming: Any, samples: list[dict[str, Any]], columns: dict[str, str], **options: Any
+) -> None:
+    with TemporaryDirectory() as scratch:
+        with streaming.MDSWriter(out=f"{scratch}/theirs", columns=columns, **options) as writer:
+            for sample in samples:
+                writer.write(sample)
+        write(Path(scratch, "ours"), samples, columns, **options)
+        ours, theirs = files(Path(scratch, "ours")), files(Path(scratch, "theirs"))
+        assert list(ours) == list(theirs)
+        for name in theirs:
+            assert ours[name] == theirs[name], name
+
+
+def equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    return left.keys() == right.keys() and all(
+        np.array_equal(left[key], right[key])
+        and np.asarray(left[key]).dtype == np.asarray(right[key]).dtype
+        for key in left
+    )
+
+
+# The same bytes as streaming
+
+
+@pytest.mark.train
+@settings(max_examples=50, deadline=None)
+@given(
+    count=st.integers(0, 40),
+    seed=st.integers(0, 1 << 16),
+    compression=st.sampled_from(COMPRESSIONS),
+    hashes=st.sampled_from(HASH_LISTS),
+    size_limit=st.none()
+    | st.integers(1, 100_000)
+    | st.sampled_from([1, 8192, 1 << 26, (1 << 32) - 1]),
+)
+def test_packed_rows_give_the_bytes_of_streaming(
+    streaming, count, seed, compression, hashes, size_limit
+):
+    options = {"compression": compression, "hashes": hashes, "size_limit": size_limit}
+    assert_same_bytes(streaming, rows(count, seed), COLUMNS, **options)
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("offset", range(-2, 3))
+def test_the_shard_boundary_is_that_of_streaming(streaming, offset, tmp_path):
+    samples = rows(6)
+    whole = read_index(write(tmp_path / "ours", samples[:3], size_limit=None))["shards"][0][
+        "raw_data"
+    ]["bytes"]
+    # `size_limit` is itself in the header: null is four bytes, a limit of this size five
+    assert_same_bytes(streaming, samples, COLUMNS, size_limit=whole + 1 + offset)
+
+
+VALUES = {
+    **{
+        name: st.integers(-(1 << bits - 1), (1 << bits - 1) - 1)
+        for name, bits in SCALARS.items()
+        if name[0] == "i"
+    },
+    **{name: st.integers(0, (1 << bits) - 1) for name, bits in SCALARS.items() if name[0] == "u"},
+    **{f"float{bits}": st.floats(width=bits) for bits in (16, 32, 64)},
+    "int": st.integers(-(1 << 63), (1 << 63) - 1) | st.booleans(),
+    "bytes": st.binary(max_size=300),
+    "str": st.text(max_size=300) | st.sampled_from(NASTY_TEXT),
+    "json": st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    ),
+}
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> tuple[str, list[np.ndarray]]:
+    """An array encoding and a few arrays for it; dimensions on both sides of one byte."""
+    dtype = draw(st.sampled_from([*SCALARS, "float16", "float32", "float64"]))
+    dims = st.lists(st.integers(1, 4) | st.sampled_from([255, 256]), min_size=1, max_size=2).map(
+        tuple
+    )
+    encoding = draw(st.sampled_from(["ndarray", f"ndarray:{dtype}", "fixed"]))
+    count = draw(st.integers(1, 4))
+    shapes = [draw(dims)] * count if encoding == "fixed" else [draw(dims) for _ in range(count)]
+    if encoding == "fixed":
+        encoding = f"ndarray:{dtype}:{','.join(map(str, shapes[0]))}"
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    size = np.dtype(dtype).itemsize
+    return encoding, [
+        np.frombuffer(rng.bytes(math.prod(s) * size), dtype).reshape(s) for s in shapes
+    ]
+
+
+@pytest.mark.train
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_every_encoding_gives_the_bytes_of_streaming(streaming, data):
+    names = data.draw(
+        st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=5, unique=True)
+    )
+    columns = {name: data.draw(st.sampled_from(sorted(VALUES))) for name in names}
+    samples = [
+        {name: data.draw(VALUES[columns[name]]) for name in names}
+        for _ in range(data.draw(st.integers(0, 5)))
+    ]
+    size_limit = data.draw(st.sampled_from([1, 500, 1 << 26]))
+    assert_same_bytes(streaming, samples, columns, size_limit=size_limit, hashes=["xxh64"])
+
+
+@pytest.mark.train
+@settings(max_examples=80, deadline=None)
+@given(arrays())
+def test_every_array_encoding_gives_the_bytes_of_streaming(streaming, case):
+    encoding, values = case
+    samples = [{"a": value, "tail": i} for i, value in enumerate(values)]
+    assert_same_bytes(streaming, samples, {"tail": "uint8", "a": encoding})
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("compression", ["zstd:1", "zstd:3"])
+def test_large_shards_compress_to_the_bytes_of_streaming(streaming, compression):
+    # from a few MB on, zstd's single- and multi-threaded paths cut the data differently
+    draws = np.random.default_rng(0).integers(0, 50_000, 6_000_000).astype(np.uint32)
+    samples = [{"tokens": draws[i : i + 2048]} for i in range(0, len(draws) - 2048, 2048)]
+    columns = {"tokens": "ndarray:uint32:2048"}
+    assert_same_bytes(streaming, samples, columns, compression=compression, hashes=["sha256"])
+
+
+@pytest.mark.train
+def test_we_have_the_hashes_of_streaming(streaming):
+    from streaming.base.hashing import get_hashes
+
+    assert set(HASHES) == get_hashes()
+
+
+# Reading
+
+
+@given(arrays())
+@settings(deadline=None)
+def test_arrays_read_back(case):
+    encoding, values = case
+    with TemporaryDirectory() as scratch:
+        out = write(Path(scratch), [{"a": value} for value in values], {"a": encoding})
+        found = [sample["a"] for sample in read_shard(out / "shard.00000.mds")]
+    assert [(a.dtype, a.shape, a.tobytes()) for a in found] == [
+        (a.dtype, a.shape, a.tobytes()) for a in values
+    ]
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_values_read_back(data):
+    encoding = data.draw(st.sampled_from(sorted(VALUES)))
+    values = data.draw(st.lists(VALUES[encoding], min_size=1, max_size=5))
+    with TemporaryDirectory() as scratch:
+        out = write(Path(scratch), [{"a": value} for value in values], {"a": encoding})
+        found = [sample["a"] for sample in read_shard(out / "shard.00000.mds")]
+    # by repr, so that NaN equals itself and -0.0 is not 0.0
+    assert repr(list(map(_plain, found))) == repr(list(map(_plain, values)))
+
+
+def _plain(value: Any) -> Any:
+    return (
+        value.item()
+        if isinstance(value, np.generic)
+        else int(value)
+        if isinstance(value, bool)
+        else value
+    )
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+def test_rows_read_back_in_order_over_all_shards(tmp_path, compression):
+    samples = rows(50)
+    out = write(tmp_path / "out", samples, compression=compression, size_limit=60_000)
+    names = [
+        shard["zip_data" if compression else "raw_data"]["basename"]
+        for shard in read_index(out)["shards"]
+    ]
+    found = [sample for name in names for sample in read_shard(out / name)]
+    assert len(names) > 3 and len(found) == 50
+    assert all(map(equal, found, samples))
+
+
+@pytest.mark.train
+@pytest.mark.filterwarnings(
+    "ignore:divide by zero:RuntimeWarning"
+)  # streaming, at the empty shard 0 of size_limit 1
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+@pytest.mark.parametrize("size_limit", [1, 30_000])
+def test_streaming_reads_a_merged_dataset_in_our_order(
+    streaming, tmp_path, compression, size_limit
+):
+    root = (
+        tmp_path / uuid.uuid4().hex
+    )  # streaming names its locks after the folder: a used name may hang
+    samples = rows(24)
+    options: dict[str, Any] = {
+        "compression": compression,
+        "size_limit": size_limit,
+        "hashes": ["sha1"],
+    }
+    write(root / "part-00000", samples[:15], **options)
+    write(root / "part-00001", [], **options)
+    write(root / "part-00002", samples[15:], **options)
+    parts = ["part-00000", "part-00001", "part-00002"]
+    write_index(root, merge_indexes(parts, [read_index(root / part) for part in parts]))
+    assert verify(root, expected={"rows": 24}) == []
+    # its shared memory is freed when this process ends; with DataLoader workers it would outlive a
+    # kill
+    found = list(streaming.StreamingDataset(local=str(root), shuffle=False, batch_size=1))
+    assert len(found) == 24
+    assert all(map(equal, found, samples))
+
+
+# Writing that fails
+
+
+def test_an_exception_leaves_no_index(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="task died"),
+        MDSWriter(tmp_path, columns=COLUMNS, size_limit=1) as writer,
+    ):
+        for sample in rows(3):
+            writer.write(sample)
+        raise RuntimeError("task died")
+    assert files(tmp_path) and "index.json" not in files(tmp_path)
+    assert verify(tmp_path, expected=None) == [Fault("index.json", "file", "present", "missing")]
+
+
+def test_a_failing_last_shard_leaves_no_index(tmp_path):
+    writer = MDSWriter(tmp_path, columns=COLUMNS)
+    (tmp_path / "shard.00000.mds").mkdir()
+    with pytest.raises(IsADirectoryError), writer:
+        writer.write(rows(1)[0])
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_a_folder_that_holds_anything_is_refused_and_kept(tmp_path):
+    before = files(write(tmp_path / "out", rows(2)))
+    with pytest.raises(FileExistsError, match="out is not empty"):
+        MDSWriter(tmp_path / "out", columns=COLUMNS)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "encoding, value, message",
+    [
+        ("int", "7", "wants int, got str"),
+        ("int", 1 << 63, "too large|too big"),
+        ("uint8", 256, "out of bounds"),
+        ("uint8", np.int64(256), "does not fit uint8"),
+        ("uint32", 1.5, "does not fit uint32"),
+        ("str", b"bytes", "wants str, got bytes"),
+        ("str", "\ud800", "surrogates not allowed"),
+        ("bytes", "text", "wants bytes, got str"),
+        ("json", {1, 2}, "not JSON serializable"),
+        ("ndarray:uint32:4", np.zeros(3, np.uint32), r"shape \(4,\), got \(3,\)"),
+        ("ndarray:uint32:4", np.zeros(4, np.int64), "wants an array of uint32, got dtype"),
+        ("ndarray:uint32", np.zeros(4, ">u4"), "wants an array of uint32, got dtype"),
+        ("ndarray:uint32", [1, 2], "wants ndarray, got list"),
+        ("ndarray:uint32", np.zeros(0, np.uint32), r"none empty, got \(0,\)"),
+        ("ndarray", np.array(3), r"of 1 to 63 axes, none empty, got \(\)"),
+        ("ndarray", np.array(["a"]), "wants an array of uint8, .*, got dtype"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_and_left_out(tmp_path, encoding, value, message):
+    columns = {"bad": encoding, "row": "int"}
+    with (
+        MDSWriter(tmp_path, columns=columns) as writer,
+        pytest.raises(ValueError, match=f"column 'bad': .*({message})"),
+    ):
+        writer.write({"bad": value, "row": 1})
+    assert read_index(tmp_path)["shards"] == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"columns": {}}, "at least one column"),
+        ({"columns": {"a": "pkl"}}, "unknown encoding 'pkl'"),
+        ({"columns": {"a": "ndarray:complex64"}}, "unknown encoding 'ndarray:complex64'"),
+        ({"columns": {"a": "ndarray:uint8:3:3"}}, "unknown encoding 'ndarray:uint8:3:3'"),
+        ({"columns": {"a": "ndarray:uint8:3,0"}}, "at least 1, got '3,0'"),
+        ({"columns": {"a": "ndarray:uint8:x"}}, "invalid literal"),
+        ({"compression": "gz"}, "got 'gz'"),
+        ({"compression": "zstd:23"}, "got 'zstd:23'"),
+        ({"compression": ""}, "got ''"),
+        ({"hashes": ["xxh64", "sha1"]}, "sorted"),
+        ({"hashes": ["sha1", "sha1"]}, "unique"),
+        ({"hashes": ["crc"]}, "got .'crc'"),
+        ({"size_limit": 0}, "got 0"),
+        ({"size_limit": 1 << 32}, "got 4294967296"),
+    ],
+)
+def test_options_are_checked_before_anything_is_made(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        MDSWriter(tmp_path / "out", **{"columns": COLUMNS, **options})
+    assert not (tmp_path / "out").exists()
+
+
+# Merging
+
+
+def test_parts_that_cannot_be_one_dataset_are_refused(tmp_path):
+    ours = read_index(write(tmp_path / "a", [{"a": 1}], {"a": "int"}))
+    theirs = read_index(write(tmp_path / "b", [{"a": 1}], {"a": "uint8"}))
+    with pytest.raises(ValueError, match=r"b/shard.00000.mds has columns \{'a': 'uint8'\}"):
+        merge_indexes(["a", "b"], [ours, theirs])
+    with pytest.raises(ValueError, match="unique part names"):
+        merge_indexes(["a", "a"], [ours, ours])
+    with pytest.raises(ValueError, match="2 indexes"):
+        merge_indexes(["a"], [ours, theirs])
+
+
+def test_merging_leaves_the_parts_alone(tmp_path):
+    index = read_index(write(tmp_path, rows(3), compression="zstd", size_limit=20_000))
+    before = copy.deepcopy(index)
+    merge_indexes(["a", "b"], [index, index])
+    assert index == before
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", '{"shards": [{}]}', '{"shards": 3}', '{"shards": [[]]}']
+)
+def test_an_unreadable_index_is_an_error_and_a_fault(tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        read_index(tmp_path)
+    assert [(fault.shard, fault.what) for fault in verify(tmp_path, expected=None)] == [
+        ("index.json", "content")
+    ]
+
+
+# Verifying
+
+
+@pytest.fixture(params=[None, "zstd:3"])
+def part(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write(
+        tmp_path / "part",
+        rows(30),
+        compression=request.param,
+        size_limit=80_000,
+        hashes=["sha1", "xxh64"],
+    )
+
+
+def shard_paths(part: Path) -> list[Path]:
+    return sorted(part.glob("shard.*"))
+
+
+def manifest(part: Path) -> dict[str, Any]:
+    counts = [shard["samples"] for shard in read_index(part)["shards"]]
+    shards = [
+        {
+            "basename": p.name,
+            "bytes": p.stat().st_size,
+            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+            "rows": n,
+        }
+        for p, n in zip(shard_paths(part), counts, strict=True)
+    ]
+    return {
+        "rows": 30,
+        "tokens": 30 * 2048,
+        "seq_len": 2048,
+        "shards": shards,
+        "sources": ["not compared"],
+    }
+
+
+def test_a_whole_dataset_has_no_faults(part):
+    assert verify(part, expected=None) == []
+    assert verify(part, expected={}) == []
+    assert verify(part, expected=manifest(part)) == []
+
+
+@pytest.mark.parametrize("position", [0, 4, 9, 200, -1])
+def test_a_flipped_byte_names_the_shard(part, position):
+    path = shard_paths(part)[1]
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+    faults = verify(part, expected=None)
+    assert {fault.shard for fault in faults} == {path.name}
+    assert {"sha1", "xxh64"} <= {fault.what for fault in faults}
+
+
+def test_a_truncated_shard_is_named_with_its_sizes(part):
+    path = shard_paths(part)[2]
+    data = path.read_bytes()
+    path.write_bytes(data[:-100])
+    faults = verify(part, expected=None)
+    assert Fault(path.name, "bytes", len(data), len(data) - 100) in faults
+    assert {fault.shard for fault in faults} == {path.name}
+    with pytest.raises(ValueError, match=path.name):
+        next(read_shard(path))
+
+
+def test_a_missing_shard_is_named(part):
+    path = shard_paths(part)[0]
+    path.unlink()
+    assert verify(part, expected=None) == [Fault(path.name, "file", "present", "missing")]
+
+
+def test_a_wrong_count_in_the_index_is_seen(part):
+    index = read_index(part)
+    right = index["shards"][1]["samples"]
+    index["shards"][1]["samples"] = right + 1
+    write_index(part, index)
+    assert verify(part, expected=None) == [
+        Fault(shard_paths(part)[1].name, "samples in header", right + 1, right)
+    ]
+
+
+def test_a_shard_listed_twice_is_seen(part):
+    index = read_index(part)
+    write_index(part, {**index, "shards": [*index["shards"], index["shards"][0]]})
+    assert verify(part, expected=None) == [Fault(shard_paths(part)[0].name, "times in index", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    "key, value, found",
+    [
+        ("rows", 31, 30),
+        ("rows", 0, 30),
+        ("seq_len", 2049, 2048),
+        ("tokens", 30 * 2048 + 1, "room for 61440"),
+    ],
+)
+def test_totals_that_differ_from_the_manifest_are_seen(part, key, value, found):
+    assert verify(part, expected={**manifest(part), key: value}) == [
+        Fault("manifest", key, value, found)
+    ]
+
+
+def test_a_manifest_may_count_fewer_tokens_than_there_is_room_for(part):
+    assert verify(part, expected={**manifest(part), "tokens": 30 * 2048 - 999}) == []
+
+
+def test_shards_that_differ_from_the_manifest_are_seen(part):
+    expected = manifest(part)
+    first, second, third = expected["shards"][:3]
+    third_name = third["basename"]
+    right = {**first}
+    first["rows"] += 1
+    first["bytes"] += 1
+    second["sha256"], found = "0" * 64, second["sha256"]
+    third["basename"] = "shard.99999.mds"
+    assert set(verify(part, expected=expected)) == {
+        Fault(first["basename"], "rows by manifest", right["rows"] + 1, right["rows"]),
+        Fault(first["basename"], "bytes by manifest", right["bytes"] + 1, right["bytes"]),
+        Fault(second["basename"], "sha256 by manifest", "0" * 64, found),
+        Fault(third_name, "in manifest", "present", "missing"),
+        Fault("shard.99999.mds", "in index", "present", "missing"),
+    }
+
+
+def test_a_wrong_hash_of_the_decompressed_shard_is_seen(tmp_path):
+    index = read_index(write(tmp_path, rows(2), compression="zstd", hashes=["sha1"]))
+    hashes = index["shards"][0]["raw_data"]["hashes"]
+    right, hashes["sha1"] = hashes["sha1"], "0" * 40
+    write_index(tmp_path, index)
+    assert verify(tmp_path, expected=None) == [
+        Fault("shard.00000.mds.zstd", "sha1", "0" * 40, right)
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage, found",
+    [(lambda data: data[:-1], "a frame cut short"), (lambda data: data + b"x", "after")],
+)
+def test_more_or_less_than_one_frame_is_refused(tmp_path, damage, found):
+    path = write(tmp_path, rows(2), compression="zstd") / "shard.00000.mds.zstd"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"zstd: expected one whole frame, found .*{found}"):
+        next(read_shard(path))
+
+
+@pytest.mark.parametrize(
+    "position, value, what",
+    [
+        (0, 1 << 30, "bytes, to hold 1,073,741,824 offsets"),
+        (0, 2, "last offset, the end of the file"),
+        (4, 0, "header"),
+        (8, 1 << 31, "offset 2"),
+        (12, 0, "offset 2"),
+        (16, 10_000, "last offset, the end of the file"),
+        (20, 0, "header"),
+        (
+            -10,
+            1,
+            "bytes of sample 2 by its columns",
+        ),  # its size: the last sample is uint32 2, then b"xx", then int32
+    ],
+)
+def test_each_part_of_the_layout_is_checked(tmp_path, position, value, what):
+    out = write(tmp_path, [{"a": b"xx", "b": 7}] * 3, {"a": "bytes", "b": "int32"})
+    path = out / "shard.00000.mds"
+    data = bytearray(path.read_bytes())
+    at = position % len(data)
+    data[at : at + 4] = value.to_bytes(4, "little")
+    path.write_bytes(data)
+    assert [(fault.shard, fault.what) for fault in verify(out, expected=None)] == [
+        (path.name, what)
+    ]
+
+
+@given(
+    position=st.integers(0, 1 << 20),
+    value=st.binary(min_size=1, max_size=8),
+    cut=st.integers(0, 20),
+)
+@settings(deadline=None, max_examples=300)
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_even_without_hashes_what_verify_passes_can_be_read(compression, position, value, cut):
+    samples = [{"a": b"a" * n, "b": bytes(range(n)) * n} for n in range(5)]
+    with TemporaryDirectory() as scratch:
+        out = write(Path(scratch), samples, {"a": "bytes", "b": "bytes"}, compression=compression)
+        (path,) = shard_paths(out)
+        data = bytearray(path.read_bytes())
+        at = position % len(data)
+        data[at : at + len(value)] = value
+        path.write_bytes(data[: len(data) - cut])
+        if not verify(out, expected=None):
+            assert len(list(read_shard(path))) == 5

@@ -1,0 +1,523 @@
+"""Reading WARC files: what is delivered, what is skipped and why, and what a damaged place costs."""
+
+import gzip
+import io
+import os
+import zlib
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import brotli
+import pytest
+import zstandard
+from fastwarc.warc import ArchiveIterator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.read.warc import SKIP_REASONS, ReadStats, Record, decode_body, read_records
+
+LIMIT = 1 << 20
+PAGE = b"<!doctype html><html><body>" + b"<p>Good morning.</p>" * 40 + b"</body></html>"
+
+
+def warc(
+    block: bytes,
+    kind: str = "response",
+    url: str = "http://example.org/",
+    eol: str = "\r\n",
+    **headers: str,
+) -> bytes:
+    """One uncompressed record; `headers` names have _ for -; content_length may lie."""
+    fields = {
+        "WARC-Type": kind,
+        "WARC-Target-URI": url,
+        "WARC-Date": "2024-05-01T10:00:00Z",
+        "Content-Type": "application/http; msgtype=response" if kind == "response" else "text/html",
+        "Content-Length": str(len(block)),
+    }
+    fields |= {
+        name.replace("_", "-").title().replace("Warc-", "WARC-"): value
+        for name, value in headers.items()
+    }
+    lines = ["WARC/1.0", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    return eol.join(lines).encode("latin-1") + block + (eol * 2).encode()
+
+
+def http(body: bytes = PAGE, status: str = "HTTP/1.1 200 OK", **headers: str) -> bytes:
+    fields = {"Content-Type": "text/html"} | {
+        name.replace("_", "-").title(): v for name, v in headers.items()
+    }
+    lines = [status, *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+def read(path: Path, data: bytes, limit: int = LIMIT) -> tuple[list[Record], ReadStats]:
+    path = path / "file.warc.gz"
+    path.write_bytes(data)
+    stats = ReadStats()
+    records = list(read_records(path, max_payload_bytes=limit, stats=stats))
+    assert stats.records == len(records)
+    assert stats.bytes_total == len(data)
+    assert stats.skipped == Counter(
+        record.skipped for record in records if record.skipped is not None
+    )
+    assert set(stats.skipped) <= set(SKIP_REASONS)
+    assert [record.index for record in records] == list(range(len(records)))
+    return records, stats
+
+
+# -- which records count
+# -----------------------------------------------------------------------------------------------
+
+RECORDS = {
+    "html": (warc(http()), None),
+    "resource": (warc(PAGE, "resource"), None),
+    "xhtml": (warc(http(content_type="application/xhtml+xml; charset=utf-8")), None),
+    "identified html": (
+        warc(http(content_type="text/plain"), warc_identified_payload_type="text/html"),
+        None,
+    ),
+    "identified pdf": (warc(http(), warc_identified_payload_type="application/pdf"), "not_html"),
+    "sniffed": (warc(http(content_type="application/octet-stream")), None),
+    "sniffed, no type": (warc(b"HTTP/1.1 200 OK\r\n\r\n" + PAGE), None),
+    "sniffed, none found": (warc(http(b"{}", content_type="")), "not_html"),
+    "png sent as html": (warc(http(b"\x89PNG\r\n\x1a\n" + PAGE)), "not_html"),
+    "json": (warc(http(b"{}", content_type="application/json")), "not_html"),
+    "request": (warc(b"GET / HTTP/1.1\r\n\r\n", "request"), "not_response"),
+    "warcinfo": (warc(b"a: b", "warcinfo"), "not_response"),
+    "wat": (warc(b"{}", "metadata", content_type="application/json"), "not_response"),
+    "of no known type": (warc(PAGE, "poem"), "not_response"),
+    "revisit": (warc(http(b""), "revisit"), "revisit"),
+    "dns": (
+        warc(
+            b"20240501\nexample.org. 1 IN A 1.2.3.4", url="dns:example.org", content_type="text/dns"
+        ),
+        "not_http",
+    ),
+    "http without its type": (warc(http(), content_type="text/html"), None),
+    "body only": (warc(PAGE, content_type="text/html"), "bad_http_header"),
+    "long header": (warc(http(x="y" * 40_000)), "bad_http_header"),
+    "no status": (warc(http(status="HTTP/1.1 OK")), "bad_http_header"),
+    "status without text": (warc(http(status="HTTP/1.1 200")), None),
+    "not found": (warc(http(status="HTTP/1.1 404 Not Found")), "http_status"),
+    "redirect": (warc(http(status="HTTP/1.1 301 Moved")), "http_status"),
+    "empty": (warc(http(b"")), "empty_payload"),
+    "blank": (warc(http(b" \r\n")), "empty_payload"),
+    "no block": (warc(b""), "bad_http_header"),
+    "large": (warc(http(PAGE + b" " * LIMIT)), "too_large"),
+    "large once decoded": (
+        warc(http(gzip.compress(PAGE + b" " * LIMIT), content_encoding="gzip")),
+        "too_large",
+    ),
+    "noise as gzip": (warc(http(bytes(range(256)), content_encoding="gzip")), "bad_encoding"),
+    "noise as sdch": (warc(http(bytes(range(256)), content_encoding="sdch")), "bad_encoding"),
+    "conversion": (warc(b"Good morning.", "conversion", content_type="text/plain"), None),
+    "conversion to pdf": (warc(b"%PDF", "conversion", content_type="application/pdf"), "not_text"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_each_record_is_delivered_or_skipped_for_its_reason(tmp_path, name, pack):
+    data, reason = RECORDS[name]
+    records, stats = read(tmp_path, pack(data))
+    assert [record.skipped for record in records] == [reason]
+    assert bool(records[0].payload) == (reason is None)
+    assert (stats.lost_bytes, stats.lost_members) == (0, 0)
+
+
+def test_record_carries_the_headers_of_warc_and_http(tmp_path):
+    block = http(status="HTTP/1.1 203 Hm", content_type="text/html; charset=x", x_odd="\xe9")
+    [record], _ = read(tmp_path, warc(block, warc_truncated="length"))
+    assert record.kind == "html"
+    assert record.status == 203
+    assert record.url == "http://example.org/"
+    assert record.date == datetime(2024, 5, 1, 10, tzinfo=UTC)
+    assert record.headers == {"content-type": "text/html; charset=x", "x-odd": "é"}
+    assert record.payload == PAGE
+    assert record.truncated
+
+
+def test_wet_text_is_delivered_as_it_is(tmp_path):
+    [record], _ = read(
+        tmp_path, warc("Grüß Gott\n".encode(), "conversion", content_type="text/plain")
+    )
+    assert (record.kind, record.payload, record.status) == ("text", "Grüß Gott\n".encode(), None)
+
+
+@pytest.mark.parametrize(
+    "written, url",
+    [
+        ("<http://a/>", "http://a/"),
+        ("http://a/b c", "http://a/b%20c"),
+        ("http://[", "http://["),
+        ("\xe9", "�"),
+    ],
+)
+def test_odd_urls_are_kept(tmp_path, written, url):
+    [record], _ = read(tmp_path, warc(http(), url=written))
+    assert record.url == url
+    assert record.skipped is None
+
+
+def test_dates_are_in_utc(tmp_path):
+    [record], _ = read(tmp_path, warc(http(), warc_date="2024-05-01T01:30:00+02:00"))
+    assert record.date is not None
+    assert record.date.isoformat() == "2024-04-30T23:30:00+00:00"
+
+
+@pytest.mark.parametrize(
+    "date", ["", "2009-03-65T08:43:19-0800", "yesterday", "0001-01-01T00:00:00+12:00"]
+)
+def test_an_impossible_date_is_none(tmp_path, date):
+    [record], _ = read(tmp_path, warc(http(), warc_date=date))
+    assert record.date is None
+    assert record.skipped is None
+
+
+# -- HTTP's encodings
+# --------------------------------------------------------------------------------------------------
+
+
+def chunked(body: bytes, size: int = 100) -> bytes:
+    pieces = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x;ext=1\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def deflate_bare(body: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(body) + packer.flush()
+
+
+ENCODERS = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "Deflate": deflate_bare,
+    "br": brotli.compress,
+    "zstd": zstandard.compress,
+    "br, gzip": lambda body: gzip.compress(brotli.compress(body)),
+    "identity": bytes,
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODERS)
+def test_encodings_are_undone(encoding):
+    headers = {"content-encoding": encoding, "transfer-encoding": "chunked"}
+    assert decode_body(chunked(ENCODERS[encoding](PAGE)), headers, limit=LIMIT) == (PAGE, None)
+
+
+@pytest.mark.parametrize("encoding", [*ENCODERS, "compress"])
+def test_headers_that_lie_leave_the_body_alone(encoding):
+    headers = {"content-encoding": encoding, "transfer-encoding": "chunked"}
+    assert decode_body(PAGE, headers, limit=LIMIT) == (PAGE, None)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "Deflate", "br", "zstd"])
+def test_a_bomb_is_cut_at_the_limit(encoding):
+    bomb = ENCODERS[encoding](b"\0" * (20 << 20))
+    body = decode_body(bomb, {"content-encoding": encoding}, limit=1000)
+    assert len(body.data) == 1001
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
+def test_a_stream_that_was_cut_gives_what_it_held(encoding):
+    text = os.urandom(9000).hex().encode()
+    body = decode_body(
+        ENCODERS[encoding](text)[:-2000], {"content-encoding": encoding}, limit=LIMIT
+    )
+    assert text.startswith(body.data)
+    assert len(body.data) > 1000
+
+
+@pytest.mark.parametrize(
+    "body, decoded",
+    [
+        (b"5\r\nhello", b"hello"),
+        (b"5\r\nhel", b"hel"),
+        (b"3\r\nhello\r\n0\r\n\r\n", b"hello\r\n0\r\n\r\n"),
+        (b"3\nhel\n2\nlo\n0\n\n", b"hello"),
+        (b"0\r\n\r\n", b""),
+        (b"fffffffff\r\nx", b"fffffffff\r\nx"),
+        (b"", b""),
+    ],
+)
+def test_wrong_chunks_are_tolerated(body, decoded):
+    assert decode_body(body, {"transfer-encoding": "chunked"}, limit=LIMIT) == (decoded, None)
+
+
+@given(
+    st.binary(max_size=300),
+    st.sampled_from(["gzip", "deflate", "br", "zstd", "gzip, br", "?"]),
+    st.booleans(),
+)
+def test_decode_body_is_total(body, encoding, chunk):
+    headers = {"content-encoding": encoding} | ({"transfer-encoding": "chunked"} if chunk else {})
+    data, problem = decode_body(body, headers, limit=1000)
+    assert len(data) <= 1001
+    assert problem in (None, "bad_encoding")
+
+
+# -- shapes of files
+# ---------------------------------------------------------------------------------------------------
+
+PAGES = [PAGE + str(i).encode() * (50 * i) for i in range(6)]
+PLAIN = [warc(http(page), url=f"http://example.org/{i}") for i, page in enumerate(PAGES)]
+MEMBERS = [gzip.compress(record, mtime=0) for record in PLAIN]
+
+
+def payloads(records: list[Record]) -> list[bytes]:
+    return [record.payload for record in records]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"".join(MEMBERS),
+        b"".join(PLAIN),
+        gzip.compress(b"".join(PLAIN)),
+        gzip.compress(b"".join(PLAIN[:3])) + b"".join(MEMBERS[3:]),
+        b"".join(MEMBERS[:3]) + gzip.compress(b"") + b"".join(MEMBERS[3:]),
+        b"".join(MEMBERS[:3]) + b"\0" * 600 + b"".join(MEMBERS[3:]) + b"\0" * 512,
+        b"\r\n\r\n".join(PLAIN),
+        b"".join(PLAIN).rstrip(),
+        b"".join(warc(http(page), eol="\n") for page in PAGES),
+        gzip.compress(b"".join(warc(http(page), eol="\n") for page in PAGES)),
+    ],
+    ids=[
+        "members",
+        "plain",
+        "one",
+        "mixed",
+        "empty member",
+        "zeros",
+        "blank lines",
+        "bare end",
+        "lf",
+        "lf gzip",
+    ],
+)
+def test_every_shape_of_a_whole_file_gives_every_page_and_no_loss(tmp_path, data):
+    records, stats = read(tmp_path, data)
+    assert payloads(records) == PAGES
+    assert (stats.lost_bytes, stats.lost_members) == (0, 0)
+
+
+def test_offset_is_where_the_member_or_record_starts(tmp_path):
+    records, _ = read(tmp_path, b"".join(MEMBERS))
+    assert [r.offset for r in records] == [sum(map(len, MEMBERS[:i])) for i in range(6)]
+    records, _ = read(tmp_path, b"".join(PLAIN))
+    assert [r.offset for r in records] == [sum(map(len, PLAIN[:i])) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "head", [b"filedesc://x.arc 0.0.0.0 2008 text/plain 1\n", b"\x28\xb5\x2f\xfd...", b"BZh9..."]
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_unsupported_files_say_so(tmp_path, head, pack):
+    records, stats = read(tmp_path, pack(head))
+    assert [record.skipped for record in records] == ["unsupported"]
+    assert stats.lost_members == 0
+
+
+def test_an_empty_file_holds_nothing(tmp_path):
+    assert read(tmp_path, b"") == ([], ReadStats())
+
+
+# -- damage
+# ------------------------------------------------------------------------------------------------------------
+
+GAP = b"?" * 30
+DAMAGED = {  # what is left of six records, and which of them come out; losses are in bytes
+    "noise between members": ([*MEMBERS[:3], GAP, *MEMBERS[3:]], [0, 1, 2, 3, 4, 5], 30),
+    "noise before": ([GAP, *MEMBERS], [0, 1, 2, 3, 4, 5], 30),
+    "noise behind": ([*MEMBERS, GAP], [0, 1, 2, 3, 4, 5], 30),
+    "half a member": ([*MEMBERS[:2], MEMBERS[2][:90], *MEMBERS[3:]], [0, 1, 3, 4, 5], 90),
+    "no trailer": (
+        [*MEMBERS[:2], MEMBERS[2][:-3], *MEMBERS[3:]],
+        [0, 1, 3, 4, 5],
+        len(MEMBERS[2]) - 3,
+    ),
+    "no magic": (
+        [*MEMBERS[:2], b"?" + MEMBERS[2][1:], *MEMBERS[3:]],
+        [0, 1, 3, 4, 5],
+        len(MEMBERS[2]),
+    ),
+    "a strange member": (
+        [*MEMBERS[:2], gzip.compress(GAP), *MEMBERS[2:]],
+        [0, 1, 2, 3, 4, 5],
+        len(gzip.compress(GAP)),
+    ),
+    "noise between plain": ([*PLAIN[:3], GAP, *PLAIN[3:]], [0, 1, 2, 3, 4, 5], 30),
+    "noise before plain": ([GAP, *PLAIN], [0, 1, 2, 3, 4, 5], 30),
+    "plain block too long": ([*PLAIN[:3], PLAIN[3] + GAP, *PLAIN[4:]], [0, 1, 2, 3, 4, 5], 30),
+    "one byte too many": ([*MEMBERS, b"\x1f"], [0, 1, 2, 3, 4, 5], 1),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_reading_goes_on_behind_a_damaged_place(tmp_path, name):
+    parts, left, lost = DAMAGED[name]
+    records, stats = read(tmp_path, b"".join(parts))
+    assert payloads(records) == [PAGES[i] for i in left]
+    assert stats.lost_members == 1
+    # plain records end in two line feeds, which belong to the gap
+    assert lost <= stats.lost_bytes <= lost + 4
+
+
+def lying(length: int) -> bytes:
+    return warc(http(PAGES[2]), content_length=str(length))
+
+
+@pytest.mark.parametrize("length", [len(http(PAGES[2])) + 2000, 10**7])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_length_that_lies_swallows_no_other_record(tmp_path, length, pack):
+    parts = [*PLAIN[:2], lying(length), *PLAIN[3:]]
+    records, stats = read(tmp_path, b"".join(map(pack, parts)))
+    if length == 10**7 or pack is gzip.compress:
+        assert payloads(records) == [PAGES[i] for i in (0, 1, 3, 4, 5)]
+    # two thousand bytes further on lies the middle of a record: this one is gone, and no reader
+    # could tell
+    else:
+        assert payloads(records)[-1] == PAGES[5]
+    assert stats.lost_members == 1
+
+
+@pytest.mark.parametrize("length", ["", "x", "-1"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_record_without_a_length_is_lost(tmp_path, length, pack):
+    parts = [*PLAIN[:2], warc(http(PAGES[2]), content_length=length), *PLAIN[3:]]
+    records, stats = read(tmp_path, b"".join(map(pack, parts)))
+    assert payloads(records) == [PAGES[i] for i in (0, 1, 3, 4, 5)]
+    assert stats.lost_members == 1
+
+
+@pytest.mark.parametrize("data", [b"".join(MEMBERS), b"".join(PLAIN)], ids=["gzip", "plain"])
+@pytest.mark.parametrize("cut", [1, 8, 20, 150, 200])
+def test_a_file_that_was_cut_off_gives_its_last_page_as_far_as_it_goes(tmp_path, data, cut):
+    records, stats = read(tmp_path, data[:-cut])
+    assert payloads(records)[:5] == PAGES[:5]
+    for record in records[5:]:
+        assert PAGES[5].startswith(record.payload)
+        assert record.truncated == (record.payload != PAGES[5])
+    blank_end_only = data == b"".join(PLAIN) and cut == 1
+    assert stats.lost_members == (0 if blank_end_only else 1)
+
+
+def test_a_changed_byte_in_a_stored_block_is_caught_by_the_checksum(tmp_path):
+    parts = [gzip.compress(record, compresslevel=0) for record in PLAIN]
+    parts[3] = parts[3].replace(b"Good", b"Food", 1)
+    records, stats = read(tmp_path, b"".join(parts))
+    assert payloads(records) == [PAGES[i] for i in (0, 1, 2, 4, 5)]
+    assert (stats.lost_members, stats.lost_bytes) == (1, len(parts[3]))
+
+
+def test_a_damaged_member_of_many_records_costs_only_its_rest(tmp_path):
+    noise = [
+        warc(http(PAGE + os.urandom(1 << 18).hex().encode()), url=f"http://{i}/") for i in range(8)
+    ]
+    member = bytearray(gzip.compress(b"".join(noise)))
+    member[len(member) // 2 : len(member) // 2 + 2000] = b"\xff" * 2000
+    records, stats = read(tmp_path, bytes(member) + MEMBERS[0])
+    assert [record.url for record in records[:3]] == ["http://0/", "http://1/", "http://2/"]
+    assert records[-1].payload == PAGES[0]
+    assert len(member) // 3 < stats.lost_bytes < len(member) * 3 // 4
+
+
+def unpacks(member: bytes) -> bytes | None:
+    """The slow oracle: what Python's gzip makes of a member; None if it is damaged."""
+    try:
+        return gzip.decompress(member)
+    except (OSError, EOFError, zlib.error):
+        return None
+
+
+@given(index=st.integers(0, 5), place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+@settings(max_examples=300, deadline=None)
+def test_a_changed_byte_costs_one_member_at_most(tmp_path_factory, index, place, flip):
+    parts = list(MEMBERS)
+    damaged = bytearray(parts[index])
+    damaged[int(place * len(damaged))] ^= flip
+    parts[index] = bytes(damaged)
+    records, stats = read(tmp_path_factory.getbasetemp(), b"".join(parts))
+    expected = [page for i, page in enumerate(PAGES) if i != index]
+    if unpacks(parts[index]) == PLAIN[index]:
+        assert [page for page in payloads(records) if page != PAGES[index]] == expected
+    else:
+        # in the last member a changed byte can look like a file that was cut off
+        assert (payloads(records)[:5] if index == 5 else payloads(records)) == expected
+        assert (stats.lost_members, stats.lost_bytes) == (1, len(damaged))
+
+
+@given(data=st.data())
+@settings(max_examples=300)
+def test_what_was_not_cut_out_is_recovered(tmp_path_factory, data):
+    whole = b"".join(MEMBERS)
+    a, b = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole)))))
+    records, stats = read(tmp_path_factory.getbasetemp(), whole[:a] + whole[b:])
+    starts = [sum(map(len, MEMBERS[:i])) for i in range(7)]
+    # members begin with the same bytes: cutting [1, 227) leaves the same file as cutting the whole
+    # first member, [0, 226)
+    for start in starts:
+        if whole[:start] + whole[start + b - a :] == whole[:a] + whole[b:]:
+            a, b = start, start + b - a
+            break
+    untouched = [i for i in range(6) if starts[i + 1] <= a or starts[i] >= b or a == b]
+    expected = [PAGES[i] for i in untouched]
+    assert [page for page in payloads(records) if page in expected] == expected
+    first = max((s for s in starts if s <= a), default=0)
+    last = min((s for s in starts if s >= b), default=len(whole))
+    rest = whole[first:a] + whole[b:last]
+    left_over = len(rest) if rest.strip(b"\0\r\n\t ") else 0  # a file may be padded
+    assert stats.lost_bytes == left_over
+    assert (stats.lost_members > 0) == (left_over > 0)
+
+
+@given(
+    data=st.binary(max_size=200)
+    | st.binary(max_size=100).map(lambda tail: MEMBERS[0] + tail + PLAIN[1])
+)
+@settings(deadline=None)
+def test_no_bytes_crash_the_reader(tmp_path_factory, data):
+    _, stats = read(tmp_path_factory.getbasetemp(), data)
+    assert stats.lost_bytes <= len(data)
+
+
+# -- the real thing
+# ----------------------------------------------------------------------------------------------------
+
+
+def warc_files(corpus: Path) -> list[Path]:
+    folders = [corpus / "warc" / name for name in ("real", "edge", "web")]
+    return sorted(path for folder in folders for path in folder.iterdir() if path.suffix != ".tsv")
+
+
+@pytest.mark.corpus
+def test_the_whole_corpus_is_read_without_a_crash(corpus):
+    delivered, damaged = 0, set()
+    for path in warc_files(corpus):
+        stats = ReadStats()
+        for record in read_records(path, max_payload_bytes=8 << 20, stats=stats):
+            assert (record.skipped is None) == (record.payload != b"")
+        delivered += stats.records - stats.skipped.total()
+        damaged |= {path.name.partition("__")[2]} if stats.lost_members else set()
+    assert delivered > 2400
+    assert damaged == {"clipped.warc.gz", "sample.warc", "missing-status-text.warc"}
+
+
+@pytest.mark.corpus
+def test_whole_files_give_the_records_that_fastwarc_gives(corpus):
+    for path in (corpus / "warc" / "real").glob("*.gz"):
+        bare = sum(1 for _ in ArchiveIterator(io.BytesIO(path.read_bytes()), parse_http=False))
+        stats = ReadStats()
+        assert sum(1 for _ in read_records(path, max_payload_bytes=8 << 20, stats=stats)) == bare
+
+
+def test_a_repeated_robots_header_keeps_every_refusal(tmp_path):
+    block = http().replace(
+        b"\r\n\r\n", b"\r\nX-Robots-Tag: noai\r\nX-Robots-Tag: noindex\r\n\r\n", 1
+    )
+    (tmp_path / "a.warc").write_bytes(warc(block))
+    [record] = read_records(tmp_path / "a.warc", max_payload_bytes=LIMIT, stats=ReadStats())
+    assert record.headers["x-robots-tag"] == "noai, noindex"

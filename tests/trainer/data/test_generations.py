@@ -1,0 +1,252 @@
+"""Verification of generations: every kind of damage is named, with its file and what to do; nothing
+here needs torch.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.run import publish as publishing
+from stages.formats.mds import MDSWriter
+from stages.pack.pack import PROVENANCE, PackConfig, columns
+from stages.storage.files import scratch_folder
+from stages.storage.ledger import Commit, Store
+from tests.support.shards import SEQ_LEN, publish, write_manifest
+from trainer.data import generations
+from trainer.data.generations import (
+    Document,
+    GenerationFault,
+    documents_of,
+    folder_of,
+    read_catalog,
+    verify_generation,
+)
+
+SHARD = "part-00001/shard.00000.mds"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    publish(tmp_path, 20)
+    return tmp_path
+
+
+def folder(run: Path) -> Path:
+    return run / "generations" / "gen-0001"
+
+
+def missing_shard(run: Path) -> None:
+    (folder(run) / SHARD).unlink()
+
+
+def short_shard(run: Path) -> None:
+    os.truncate(folder(run) / SHARD, 100)
+
+
+def flipped_byte(run: Path) -> None:
+    path = folder(run) / SHARD
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+def truncated_index(run: Path) -> None:
+    path = folder(run) / "index.json"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def missing_index(run: Path) -> None:
+    (folder(run) / "index.json").unlink()
+
+
+def edit_index(run: Path, change) -> None:
+    index = json.loads((folder(run) / "index.json").read_text())
+    change(index["shards"])
+    (folder(run) / "index.json").write_text(json.dumps(index))
+
+
+def grown_index(run: Path) -> None:
+    edit_index(run, lambda shards: shards.append(shards[0]))
+
+
+def swapped_shards(run: Path) -> None:
+    edit_index(run, lambda shards: shards.insert(0, shards.pop(1)))
+
+
+def other_seq_len(run: Path) -> None:
+    edit_index(
+        run,
+        lambda shards: [
+            shard.update(column_encodings=["ndarray:uint32", "ndarray:uint32:8"])
+            for shard in shards
+        ],
+    )
+
+
+def changed_manifest(run: Path) -> None:
+    path = folder(run) / "manifest.json"
+    path.write_text(path.read_text().replace('"rows": 20', '"rows": 21'))
+
+
+def missing_manifest(run: Path) -> None:
+    (folder(run) / "manifest.json").unlink()
+
+
+def catalog_of_other_rows(run: Path) -> None:
+    path = run / "catalog.jsonl"
+    path.write_text(path.read_text().replace('"rows": 20', '"rows": 24'))
+
+
+QUICK = {
+    missing_shard: rf"{SHARD}: expected a file, found none",
+    short_shard: rf"{SHARD}: expected \d+ bytes, found 100 bytes",
+    truncated_index: "index.json: expected an index of MDS shards, found .*cannot be read",
+    missing_index: "index.json: expected a readable file, found No such file",
+    grown_index: "index.json: expected 20 rows, found 28 rows",
+    swapped_shards: r"index.json: expected \(shard, rows\) \('part-00000/shard.00000.mds', 8\), found \('part-00001",
+    other_seq_len: "columns of part-00000/shard.00000.mds: expected .*uint32:16.*found .*uint32:8",
+    changed_manifest: r"manifest.json: expected sha256 \w{64}, found \w{64}",
+    missing_manifest: "manifest.json: expected a readable file, found No such file",
+    catalog_of_other_rows: "rows in catalog.jsonl: expected 20, found 24",
+}
+FULL = {**QUICK, flipped_byte: rf"{SHARD}: expected sha256 \w{{64}}, found \w{{64}}"}
+
+
+def verified(run: Path, mode: str) -> generations.Manifest:
+    return verify_generation(str(run), read_catalog(str(run))[0], mode=mode)
+
+
+@pytest.mark.parametrize(
+    "mode, damage, message",
+    [("quick", *f) for f in QUICK.items()] + [("full", *f) for f in FULL.items()],
+)
+def test_damage_is_named_with_its_file_and_what_to_do(run, mode, damage, message):
+    damage(run)
+    with pytest.raises(
+        GenerationFault, match=f"^generation gen-0001: .*{message}.*; restore the generation"
+    ):
+        verified(run, mode)
+
+
+@pytest.mark.parametrize("mode", ["quick", "full"])
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
+def test_a_whole_generation_passes(tmp_path, mode, options):
+    publish(tmp_path, 20, **options)
+    manifest = verified(tmp_path, mode)
+    assert (manifest.name, manifest.rows, manifest.seq_len, manifest.shard_rows) == (
+        "gen-0001",
+        20,
+        SEQ_LEN,
+        (8, 8, 4),
+    )
+
+
+def test_quick_does_not_see_a_flipped_byte_and_full_hashes_only_once(run):
+    verified(run, "full")
+    flipped_byte(run)
+    verified(run, "quick")
+    verified(run, "full")  # remembered: this process has hashed it
+    generations._hashed.clear()
+    with pytest.raises(GenerationFault, match="sha256"):
+        verified(run, "full")
+
+
+def test_a_generation_published_again_under_its_name_is_hashed_again(run):
+    verified(run, "full")
+    flipped_byte(run)
+    write_manifest(run, "gen-0001")  # other bytes, another manifest
+    (folder(run) / SHARD).write_bytes((folder(run) / SHARD).read_bytes()[::-1])
+    with pytest.raises(GenerationFault, match=rf"{SHARD}: expected sha256"):
+        verified(run, "full")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"name": "gen-0002"}', "null"])
+def test_a_broken_catalog_names_its_line(run, line):
+    with open(run / "catalog.jsonl", "a") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(GenerationFault, match=r"catalog.jsonl: line 2 is no entry"):
+        read_catalog(str(run))
+
+
+def test_no_catalog_is_no_generation(tmp_path):
+    assert read_catalog(str(tmp_path)) == []
+
+
+def test_a_run_on_a_disk_is_read_where_it_lies_and_one_elsewhere_has_a_place_of_its_own_in_the_cache(
+    tmp_path,
+):
+    assert folder_of("file:///a/run", "gen-0001", "/cache") == Path("/a/run/generations/gen-0001")
+    copies = {
+        folder_of(run, name, "/cache")
+        for run in ("s3://a/b", "s3://a/c")
+        for name in ("gen-0001", "gen-0001/held_out")
+    }
+    assert len(copies) == 4 and {copy.parent.parent for copy in copies} == {Path("/cache")}
+    assert folder_of("s3://a/b/", "gen-0001", "/cache") in copies
+
+
+def test_documents_come_in_the_order_of_rows_and_spans(run):
+    spans = [
+        (0, 7, 0, 9, 0, "a"),
+        (1, 5, 8, 4, 0, "b"),
+        (1, 7, 0, 8, 9, "a"),
+        (2, 3, 0, 16, 0, "c"),
+        (9, 1, 0, 2, 0, "d"),
+    ]
+    table = pa.table([list(column) for column in zip(*spans, strict=True)], schema=PROVENANCE)
+    pq.write_table(table, folder(run) / "provenance.parquet")
+    expected = [
+        Document(1, 7, 0, 8, 9, "a"),
+        Document(1, 5, 8, 4, 0, "b"),
+        Document(2, 3, 0, 16, 0, "c"),
+    ]
+    assert documents_of(str(run), "gen-0001", [2, 1, 1]) == expected
+    assert documents_of(str(run), "gen-0001", []) == []
+
+
+def pack_by_hand(store: Store, unit: str, rows: int) -> Commit:
+    """What stage pack leaves for a unit of `rows` rows, each of one document of nine tokens."""
+    commit = Commit(
+        unit,
+        "fingerprint",
+        rows_in=rows,
+        rows_out=rows,
+        counts={"kept": rows},
+        totals={"tokens": 9.0 * rows},
+    )
+    with scratch_folder("pack") as folder:
+        with MDSWriter(folder / "part", columns=columns(SEQ_LEN), hashes=["sha1"]) as writer:
+            for row in range(rows):
+                writer.write(
+                    {"tokens": np.full(SEQ_LEN, row, np.uint32), "spans": np.array([9], np.uint32)}
+                )
+        for file in (folder / "part").iterdir():
+            with store.create("parts", unit, file.name, outputs=commit.outputs) as path:
+                path.write_bytes(file.read_bytes())
+    spans = [(row, 100 * int(unit) + row, 0, 9, 3, "https://a.example/") for row in range(rows)]
+    with store.create("provenance", f"{unit}.parquet", outputs=commit.outputs) as path:
+        pq.write_table(
+            pa.table([list(column) for column in zip(*spans, strict=True)], schema=PROVENANCE), path
+        )
+    return commit
+
+
+def test_what_the_pipeline_publishes_is_read_and_verified(tmp_path):
+    store = Store(str(tmp_path / "pack" / "key"))
+    commits = [pack_by_hand(store, unit, rows) for unit, rows in (("00000", 3), ("00001", 4))]
+    published = publishing.publish(
+        str(tmp_path), store, commits, PackConfig(seq_len=SEQ_LEN), sources={}
+    )
+    manifest = verified(tmp_path, "full")
+    assert (manifest.name, manifest.rows, manifest.tokens) == (published.name, 7, 63)
+    assert (manifest.shard_rows, manifest.tokenizer) == ((3, 4), "cl100k_base")
+    url = "https://a.example/"
+    assert documents_of(str(tmp_path), published.name, [1, 4]) == [
+        Document(1, 1, 0, 9, 3, url),
+        Document(4, 101, 0, 9, 3, url),
+    ]

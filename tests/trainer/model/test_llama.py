@@ -1,0 +1,411 @@
+"""The model against transformers' Llama, against itself without packing, and its loss against plain
+autograd.
+"""
+
+import importlib
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from trainer.config import PRESETS, ModelConfig
+from trainer.model import llama as model_module
+from trainer.model.hugging_face import from_hugging_face, save_hugging_face, to_hugging_face
+from trainer.model.llama import (
+    IGNORE,
+    Transformer,
+    flops_per_token,
+    loss_and_gradient,
+    next_tokens,
+    num_parameters,
+    num_targets,
+    unless_whole,
+)
+
+pytestmark = pytest.mark.train
+
+VOCAB = 61
+SMALL = ModelConfig(vocab_size=VOCAB, dim=32, layers=2, heads=4, kv_heads=2, hidden_dim=48)
+CONFIGS = [
+    SMALL,
+    replace(SMALL, tied=False),
+    replace(SMALL, kv_heads=4),
+    replace(SMALL, kv_heads=1),
+]
+# lengths of the documents of a row, then fill
+SPANS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def build(config, seed=0):
+    model = Transformer(config)
+    model.init_weights(seed)
+    return model
+
+
+def excited(config):
+    """Weights so large that attention is sharp, logits far apart, and norms not 1: mistakes show."""
+    model = build(config)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.mul_(
+                8
+                if parameter.ndim == 2
+                else torch.linspace(0.5, 1.5, len(parameter)) + 0.01 * number
+            )
+    return model
+
+
+def packed(spans, fill=3):
+    """tokens and documents (rows, the longest row + fill)."""
+    length = max(map(sum, spans)) + fill
+    documents = [[n for n, span in enumerate(row) for _ in range(span)] for row in spans]
+    documents = torch.tensor([row + [-1] * (length - len(row)) for row in documents])
+    tokens = torch.randint(
+        0, VOCAB, documents.shape, generator=torch.Generator().manual_seed(length)
+    )
+    return tokens, documents
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    """The package, also beside a torchvision that does not match torch: Llama needs none, but
+    imports one that it finds.
+    """
+    package = pytest.importorskip("transformers")
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError):
+        monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False)
+    return package
+
+
+def llama(transformers, folder):
+    return transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_logits_are_those_of_transformers_with_the_exported_weights(config, transformers, tmp_path):
+    model = excited(config)
+    save_hugging_face(tmp_path, model.state_dict(), config, end_of_text=3)
+    theirs = llama(transformers, tmp_path)
+    tokens = torch.randint(0, VOCAB, (2, 40))
+    with torch.no_grad():
+        expected, found = theirs(tokens).logits, model(tokens, None)
+    assert expected.std() > 1  # logits that say something
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert theirs.config.eos_token_id == 3
+    assert theirs.config.tie_word_embeddings == config.tied
+    assert sum(p.numel() for p in theirs.parameters()) == num_parameters(config)
+
+
+def test_gradients_are_those_of_transformers(transformers, tmp_path):
+    model = excited(SMALL)
+    save_hugging_face(tmp_path, model.state_dict(), SMALL)
+    theirs = llama(transformers, tmp_path)
+    tokens = torch.randint(0, VOCAB, (2, 20))
+    model.loss(tokens, None).sum.backward()
+    logits = theirs(tokens).logits[:, :-1]
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    ).backward()
+    expected, _ = to_hugging_face({name: p.grad for name, p in model.named_parameters()}, SMALL)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(
+            expected[name], parameter.grad, rtol=1e-3, atol=1e-4 * parameter.grad.abs().max().item()
+        )
+
+
+@settings(max_examples=30)
+@given(
+    spans=SPANS, kv_heads=st.sampled_from([1, 2, 4]), attention=st.sampled_from(["sdpa", "flex"])
+)
+def test_a_packed_document_gives_the_logits_it_gives_alone(spans, kv_heads, attention):
+    model = excited(replace(SMALL, kv_heads=kv_heads, attention=attention))
+    tokens, documents = packed(spans)
+    with torch.no_grad():
+        found = model(tokens, documents)
+        assert found.isfinite().all()  # also in fill
+        for row, lengths in enumerate(spans):
+            parts = [*lengths, tokens.shape[1] - sum(lengths)]
+            for alone, logits in zip(
+                tokens[row].split(parts), found[row].split(parts), strict=True
+            ):
+                torch.testing.assert_close(
+                    logits, model(alone[None], None)[0], rtol=1e-4, atol=1e-4
+                )
+
+
+def test_a_token_changes_no_logit_before_it_or_in_another_document():
+    model = excited(SMALL)
+    tokens, documents = packed([[5, 6]], fill=2)
+    other = tokens.clone()
+    other[0, 7] = (tokens[0, 7] + 1) % VOCAB
+    with torch.no_grad():
+        changed = (model(tokens, documents) != model(other, documents)).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [7, 8, 9, 10]
+
+
+def test_flex_attention_compiled_is_sdpa():
+    """The forward pass, which is all that CPUs have of it; on accelerators it trains."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch compiles for CPUs by a C++ compiler, and there is none")
+    _, documents = packed([[40, 30, 50], [100]], fill=8)
+    q, k, v = (torch.randn(2, heads, documents.shape[1], 16) for heads in (4, 2, 2))
+    expected = model_module._attend(q, k, v, model_module._mask(documents, "sdpa"))
+    mask = model_module._mask(documents, "flex")
+    found = model_module._compiled(model_module.flex_attention)(
+        q, k, v, block_mask=mask, enable_gqa=True
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30)
+@given(
+    spans=SPANS,
+    tied=st.booleans(),
+    chunk=st.sampled_from([1, 3, 8, 4096]),
+    scale=st.sampled_from([1.0, 0.25]),
+)
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
+    spans, tied, chunk, scale
+):
+    tokens, documents = packed(spans)
+    model, oracle = excited(replace(SMALL, tied=tied)), excited(replace(SMALL, tied=tied))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model_module.LOGITS_BYTES, "cpu", chunk * 4 * VOCAB)
+        found = model.loss(tokens, documents)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model.loss(tokens, documents), found
+            )  # evaluation takes another way
+    logits = oracle(tokens, documents).log_softmax(-1)
+    targets = slow_targets(documents)
+    expected = -sum([logits[row, at, tokens[row, at + 1]] for row, at in targets], torch.zeros(()))
+    torch.testing.assert_close(found.sum, expected, rtol=1e-5, atol=1e-4)
+    assert found.targets == len(targets) == num_targets(documents)
+    by_row = [
+        -sum(
+            [logits[row, at, tokens[row, at + 1]] for row, at in targets if row == r],
+            torch.zeros(()),
+        )
+        for r in range(len(tokens))
+    ]
+    torch.testing.assert_close(found.rows, torch.stack(by_row), rtol=1e-5, atol=1e-4)
+    assert not found.rows.requires_grad
+    if targets:
+        (found.sum * scale).backward()
+        (expected * scale).backward()
+        for mine, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+def slow_targets(documents):
+    """(row, position) of each token whose next is of the same document."""
+    rows, length = documents.shape
+    return [
+        (r, t)
+        for r in range(rows)
+        for t in range(length - 1)
+        if documents[r, t] == documents[r, t + 1] >= 0
+    ]
+
+
+def test_a_batch_of_fill_has_no_targets_and_no_gradient():
+    model = build(SMALL)
+    loss = model.loss(torch.zeros(2, 5, dtype=torch.int64), torch.full((2, 5), -1))
+    loss.sum.backward()
+    assert (loss.sum, loss.targets) == (0, 0)
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+@given(spans=SPANS)
+def test_targets_are_the_next_tokens_of_the_document(spans):
+    tokens, documents = packed(spans)
+    expected = torch.full_like(tokens, IGNORE)
+    for row, at in slow_targets(documents):
+        expected[row, at] = tokens[row, at + 1]
+    assert next_tokens(tokens, documents).equal(expected)
+
+
+@given(spans=SPANS)
+def test_positions_restart_with_each_document(spans):
+    _, documents = packed(spans, fill=2)
+    expected = [
+        [at for span in [*row, documents.shape[1] - sum(row)] for at in range(span)]
+        for row in spans
+    ]
+    assert model_module._positions(documents).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("documents", "whole"),
+    [([[0, 0], [0, 0]], True), ([[0, 0], [0, -1]], False), ([[0, 1]], False)],
+)
+def test_only_rows_of_one_document_without_fill_take_the_plain_causal_kernel(documents, whole):
+    assert (unless_whole(torch.tensor(documents)) is None) == whole
+
+
+def test_bfloat16_logits_give_a_float32_loss_and_a_bfloat16_gradient():
+    logits = torch.randn(20, VOCAB, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (20,))
+    targets[3] = IGNORE
+    found, gradient = loss_and_gradient(logits.detach(), targets)
+    found = found.sum()
+    expected = torch.nn.functional.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORE, reduction="sum"
+    )
+    expected.backward()
+    assert (found.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, logits.grad)
+
+
+def test_rotary_tables_stay_exact_far_into_a_document():
+    cos, _ = model_module._rotations(torch.zeros(1, 4000, dtype=torch.int64), None, SMALL)
+    assert cos.dtype == torch.float32
+    assert (
+        abs(cos[0, 3999, 0, 0].item() - torch.tensor(3999.0, dtype=torch.float64).cos().item())
+        < 1e-5
+    )
+
+
+def test_weights_depend_on_seed_and_name_alone():
+    with torch.device("meta"):
+        late = Transformer(SMALL)
+    late.to_empty(device="cpu").init_weights(7)
+    torch.manual_seed(5)
+    early = build(SMALL, seed=7)
+    deeper = build(replace(SMALL, layers=3), seed=7)
+    assert all(p.equal(q) for p, q in zip(late.parameters(), early.parameters(), strict=True))
+    assert deeper.blocks[1].attention.query.weight.equal(early.blocks[1].attention.query.weight)
+    assert not build(SMALL, seed=8).embedding.weight.equal(early.embedding.weight)
+    assert not early.blocks[0].mlp.up.weight.equal(early.blocks[0].mlp.gate.weight)
+
+
+def test_initial_scales():
+    config = replace(SMALL, dim=256, hidden_dim=512, layers=8)
+    model = build(config)
+    stds = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
+    for name, std in stds.items():
+        to_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        assert std == pytest.approx(0.02 / 4 if to_stream else 0.02, rel=0.05), name
+    assert all((p == 1).all() for p in model.parameters() if p.ndim == 1)
+
+
+def test_weights_of_the_meta_device_are_refused():
+    with torch.device("meta"):
+        model = Transformer(SMALL)
+    with pytest.raises(ValueError, match="call to_empty"):
+        model.init_weights(0)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *PRESETS.values()])
+def test_num_parameters_counts_the_weights(config):
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("125M", 0.16), ("350M", 0.41), ("1B", 1.18), ("3B", 3.13), ("8B", 7.80)]
+)
+def test_presets_have_about_their_names_sizes(name, billions):
+    assert num_parameters(PRESETS[name]) / 1e9 == pytest.approx(billions, rel=0.05)
+
+
+def test_flops_are_those_of_every_matmul_forward_and_backward():
+    """Counted by torch's own counter, which knows matmuls and attention's two products; the norms'
+    weights are in N too.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = replace(SMALL, tied=False)
+    model, tokens = build(config), torch.zeros(1, 24, dtype=torch.int64)
+    documents = torch.zeros_like(tokens)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        model(tokens, documents).sum().backward()
+    norms = 6 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert flops_per_token(config, 24) - norms == counter.get_total_flops() / 24
+    assert flops_per_token(replace(config, tied=True), 24) == flops_per_token(config, 24)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_hugging_face_and_back_is_the_same(config):
+    state = build(config).state_dict()
+    found, found_config = from_hugging_face(*to_hugging_face(state, config))
+    assert found_config == config
+    assert found.keys() == state.keys()
+    assert all(found[name].equal(state[name]) for name in state)
+
+
+def test_a_model_of_transformers_own_making_loads(transformers):
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    state, config = from_hugging_face(
+        theirs.state_dict(), json.loads(theirs.config.to_json_string())
+    )
+    ours = Transformer(config)
+    ours.load_state_dict(state)
+    tokens = torch.randint(0, VOCAB, (1, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens, None), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}, "rope_scaling": None},
+            "rope_scaling",
+        ),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"head_dim": 16}, "head_dim"),
+        ({"model_type": "qwen2"}, "model_type"),
+    ],
+)
+def test_a_llama_that_this_model_cannot_express_is_refused(change, reason):
+    tensors, described = to_hugging_face(build(SMALL).state_dict(), SMALL)
+    with pytest.raises(ValueError, match=reason):
+        from_hugging_face(tensors, described | change)
+
+
+def test_weights_missing_or_unknown_are_named():
+    state = build(SMALL).state_dict()
+    state["blocks.2.mlp.up.weight"] = state.pop("blocks.1.mlp.up.weight")
+    with pytest.raises(
+        ValueError,
+        match=r"missing \['blocks.1.mlp.up.weight'\], unknown \['blocks.2.mlp.up.weight'\]",
+    ):
+        to_hugging_face(state, SMALL)
+
+
+@pytest.mark.parametrize(
+    "change", [{"heads": 5}, {"kv_heads": 3}, {"dim": 36, "heads": 12, "kv_heads": 12}]
+)
+def test_sizes_that_do_not_divide_are_refused(change):
+    with pytest.raises(ValueError, match="dim must be a multiple of 2 heads"):
+        Transformer(replace(SMALL, **change))

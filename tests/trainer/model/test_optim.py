@@ -1,0 +1,319 @@
+"""Adafactor against transformers' and torch's, sharded against whole; schedules at their corners;
+groups of weight decay.
+"""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from trainer.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from trainer.model.llama import Transformer
+from trainer.model.optim import (
+    Adafactor,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from trainer.model.parallel import (
+    clip_grad_norm,
+    make_mesh,
+    parallelize,
+)
+
+pytestmark = pytest.mark.train
+
+# 61 words, 10 hidden: uneven shards; 1 row of the key projection's 2 x 6 on some ranks
+SMALL = ModelConfig(vocab_size=61, dim=24, layers=1, heads=4, kv_heads=2, hidden_dim=10, tied=False)
+FP32 = ParallelConfig(precision="fp32")
+CONFIGS = {
+    "adafactor": OptimizerConfig(name="adafactor", lr=1e-2),
+    "adamw": OptimizerConfig(name="adamw", lr=1e-3),
+    "sgd": OptimizerConfig(name="sgd", lr=1e-2, momentum=0.9),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def parameters(shapes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def steps(optimizer, params, gradients):
+    """Steps of a fresh optimiser over these gradients, scaled as wildly as early training does; the
+    weights afterwards.
+    """
+    for number, per_parameter in enumerate(gradients):
+        for parameter, gradient in zip(params, per_parameter, strict=True):
+            parameter.grad = gradient * 10.0 ** (number % 3 - 1)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 7), st.integers(1, 7)) | st.tuples(st.integers(1, 9)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=40)
+@given(shapes=SHAPES, count=st.integers(1, 5), seed=st.integers(0, 9))
+def test_adafactor_is_transformers(shapes, count, seed):
+    theirs = pytest.importorskip("transformers.optimization").Adafactor
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(count)]
+    found, expected = parameters(shapes, seed), parameters(shapes, seed)
+    mine = Adafactor(found, lr=1e-2)
+    slow = theirs(expected, lr=1e-2, relative_step=False, scale_parameter=True, warmup_init=False)
+    for ours, oracle in zip(
+        steps(mine, found, gradients), steps(slow, expected, gradients), strict=True
+    ):
+        torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_with_weight_decay_is_torchs():
+    shapes, gradients = [(5, 7), (6,)], [[torch.randn(5, 7), torch.randn(6)] for _ in range(4)]
+    found, expected = parameters(shapes, 0), parameters(shapes, 0)
+    mine = Adafactor(found, lr=1e-2, weight_decay=0.3)
+    slow = torch.optim.Adafactor(expected, lr=1e-2, weight_decay=0.3, eps=(1e-30, 1e-3))
+    for ours, oracle in zip(
+        steps(mine, found, gradients), steps(slow, expected, gradients), strict=True
+    ):
+        torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_stands_still_without_gradients_and_at_rate_0():
+    """As torch.distributed.checkpoint steps it, to make its state before loading one."""
+    (parameter,) = parameters([(3, 4)], 0)
+    before = parameter.detach().clone()
+    optimizer = Adafactor([parameter], lr=1e-2, weight_decay=0.5)
+    optimizer.step()
+    assert not optimizer.state[parameter]
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert parameter.equal(before * (1 - 1e-2 * 0.5))
+    parameter.grad = torch.randn_like(parameter)
+    before = parameter.detach().clone()
+    set_learning_rate(optimizer, 0.0)
+    optimizer.step()
+    assert parameter.equal(before)
+
+
+def test_adafactor_keeps_rows_and_columns_not_the_matrix():
+    (parameter,) = parameters([(30, 40)], 0)
+    parameter.grad = torch.randn(30, 40)
+    optimizer = Adafactor([parameter], lr=1e-2)
+    optimizer.step()
+    assert sum(value.numel() for value in optimizer.state[parameter].values()) == 30 + 40 + 1
+
+
+def test_adafactor_refuses_columns_apart(group_of_one):
+    mesh = make_mesh(FP32, device="cpu")
+    parameter = torch.nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [Shard(1)]))
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="shard its dimension 0"):
+        Adafactor([parameter], lr=1e-2).step()
+
+
+def test_adafactor_takes_replicated_parameters(group_of_one):
+    (plain,) = parameters([(4, 6)], 0)
+    copy = torch.nn.Parameter(
+        distribute_tensor(plain.detach(), make_mesh(FP32, device="cpu"), [Replicate()])
+    )
+    for parameter in (plain, copy):
+        parameter.grad = torch.ones_like(parameter)
+        Adafactor([parameter], lr=1e-2).step()
+    assert copy.full_tensor().equal(plain)
+
+
+def batch(number):
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, SMALL.vocab_size, (4, 12), generator=generator)
+
+
+def train(model, optimizer, numbers, *, rank=0, ranks=1):
+    """Steps over the batches of these numbers, this rank's rows of each."""
+    for number in numbers:
+        optimizer.zero_grad()
+        loss = model.loss(batch(number)[rank::ranks], None)
+        (loss.sum * ranks / (4 * 11)).backward()
+        clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def sharded(config, parallel=FP32):
+    with torch.device("meta"):
+        model = Transformer(SMALL)
+    parallelize(model, parallel, make_mesh(parallel, device="cpu"))
+    model.to_empty(device="cpu").init_weights(3)
+    return model, make_optimizer(model, config)
+
+
+def save_or_load(act, model, optimizer, folder):
+    weights, state = get_state_dict(model, optimizer)
+    act({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+
+
+def worker(rank, ranks, folder, parallel, configs):
+    """In a process of its own: three steps, a checkpoint, two more; rank 0 leaves the weights."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks
+    )
+    weights = {}
+    for name, config in configs.items():
+        model, optimizer = sharded(config, parallel)
+        train(model, optimizer, range(3), rank=rank, ranks=ranks)
+        save_or_load(dcp.save, model, optimizer, f"{folder}/{name}")
+        train(model, optimizer, range(3, 5), rank=rank, ranks=ranks)
+        weights[name] = {key: p.full_tensor() for key, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(weights, f"{folder}/weights.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(worker, args=(2, folder, FP32, CONFIGS), nprocs=2)
+    return folder
+
+
+def plain_weights(config):
+    model = Transformer(SMALL)
+    model.init_weights(3)
+    train(model, make_optimizer(model, config), range(5))
+    return dict(model.named_parameters())
+
+
+def assert_same_weights(found, expected):
+    for name, parameter in expected.items():
+        torch.testing.assert_close(
+            found[name],
+            parameter.detach(),
+            rtol=2e-4,
+            atol=2e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_ranks_end_at_the_weights_of_one_plain_process(two_ranks, name):
+    assert_same_weights(torch.load(two_ranks / "weights.pt")[name], plain_weights(CONFIGS[name]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_state_of_two_ranks_goes_on_with_one(two_ranks, name, group_of_one):
+    model, optimizer = sharded(CONFIGS[name])
+    save_or_load(dcp.load, model, optimizer, str(two_ranks / name))
+    train(model, optimizer, range(3, 5))
+    assert_same_weights(
+        {key: p.full_tensor() for key, p in model.named_parameters()},
+        torch.load(two_ranks / "weights.pt")[name],
+    )
+
+
+def test_adafactor_on_two_groups_of_two_ranks_ends_at_the_weights_of_one_plain_process(tmp_path):
+    config = CONFIGS["adafactor"]
+    torch.multiprocessing.spawn(
+        worker, args=(4, tmp_path, replace(FP32, shard_size=2), {"adafactor": config}), nprocs=4
+    )
+    assert_same_weights(torch.load(tmp_path / "weights.pt")["adafactor"], plain_weights(config))
+
+
+def test_adafactors_row_statistics_lie_as_the_rows_do(group_of_one):
+    model, optimizer = sharded(CONFIGS["adafactor"])
+    train(model, optimizer, range(1))
+    state = optimizer.state[model.head.weight]
+    assert isinstance(state["row_square"], DTensor)
+    assert state["row_square"].placements == model.head.weight.placements
+    assert state["row_square"].shape == (SMALL.vocab_size,)
+    assert not isinstance(state["column_square"], DTensor)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_alone_decay_and_embeddings_do_not(name, tied):
+    model = Transformer(replace(SMALL, tied=tied))
+    model.init_weights(0)
+    optimizer = make_optimizer(model, replace(CONFIGS[name], weight_decay=0.5))
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name for name, p in model.named_parameters() if decays[p] == 0.5}
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if "norm" not in name and "embedding" not in name
+    }
+    assert found == expected
+    assert len(decays) == len(list(model.parameters()))
+    assert {decays[p] for name, p in model.named_parameters() if name not in expected} == {0.0}
+
+
+COSINE = ScheduleConfig(name="cosine", warmup_steps=4, min_ratio=0.1)
+LINEAR = replace(COSINE, name="linear")
+WSD = replace(COSINE, name="wsd", decay_share=0.25)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        (COSINE, 0, 0.25),  # not 0: the first step counts
+        (COSINE, 3, 1.0),
+        (COSINE, 11, 0.55),  # half-way down
+        (COSINE, 19, 0.1),
+        (COSINE, 500, 0.1),
+        (LINEAR, 3, 1.0),
+        (LINEAR, 7, 0.775),
+        (LINEAR, 11, 0.55),
+        (LINEAR, 19, 0.1),
+        (WSD, 3, 1.0),
+        (WSD, 14, 1.0),
+        (WSD, 15, 0.82),  # a fifth down
+        (WSD, 19, 0.1),
+        (replace(WSD, decay_share=0.0), 19, 1.0),
+        (replace(WSD, decay_share=1.0), 3, 1.0),  # never down while it goes up
+        (replace(COSINE, warmup_steps=0), 0, 0.1 + 0.9 * (1 + math.cos(math.pi / 20)) / 2),
+        (replace(COSINE, warmup_steps=40), 19, 0.5),  # ends while it goes up
+        (replace(COSINE, warmup_steps=20), 20, 0.1),
+    ],
+)
+def test_rates_of_20_steps_at_their_corners(schedule, step, expected):
+    assert learning_rate(step, 20, schedule, 2.0) == pytest.approx(2.0 * expected)
+
+
+@pytest.mark.parametrize("schedule", [COSINE, LINEAR, WSD])
+def test_without_a_known_end_the_rate_stays_up(schedule):
+    assert [learning_rate(step, 0, schedule, 1.0) for step in (0, 3, 4, 10**6)] == [0.25, 1, 1, 1]
+
+
+@given(
+    name=st.sampled_from(["cosine", "linear", "wsd"]),
+    warmup=st.integers(0, 30),
+    total=st.integers(1, 60),
+    share=st.floats(0, 1),
+    low=st.floats(0, 1),
+)
+def test_rates_rise_to_the_base_then_fall_and_stay_within_bounds(name, warmup, total, share, low):
+    schedule = ScheduleConfig(name=name, warmup_steps=warmup, decay_share=share, min_ratio=low)
+    rates = [learning_rate(step, total, schedule, 3.0) for step in range(total + 5)]
+    up, down = rates[: min(warmup, total)], rates[min(warmup, total) :]
+    assert up == sorted(up)
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(down)) or warmup > total
+    assert all(0 < rate <= 3 + 1e-12 for rate in up)
+    assert all(3 * low - 1e-9 <= rate <= 3 + 1e-9 for rate in rates[warmup:])

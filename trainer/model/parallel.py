@@ -1,0 +1,187 @@
+"""Apply FSDP2, checkpointing and compilation to a plain model from outside, and the sums over ranks
+that training needs.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from trainer.config import ParallelConfig
+from trainer.model.llama import Loss, Transformer
+
+_T = TypeVar("_T")
+
+
+def join_ranks(device: str) -> None:
+    """Join the process group of torchrun's environment, or start a group of one; leave one that Ray
+    or a test has joined.
+
+    `device` is "cpu" or "cuda". One rank takes the same code as many: FSDP over a group of one
+    costs next to nothing.
+    """
+    if dist.is_initialized():
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = (
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    )  # gloo for checkpoints, which gather on the CPU
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+def make_mesh(config: ParallelConfig, *, device: str) -> DeviceMesh:
+    """One dimension, "shard", or with HSDP two, "replicate" and "shard". Groups of neighbouring
+    ranks share a copy.
+
+    ValueError when `shard_size` does not divide the number of ranks.
+    """
+    ranks = dist.get_world_size()
+    size = config.shard_size or ranks
+    if ranks % size:
+        raise ValueError(
+            f"parallel.shard_size {size} does not divide {ranks} ranks; set it to 0 or to the GPUs of a node"
+        )
+    if size == ranks:
+        return init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(model: Transformer, config: ParallelConfig, mesh: DeviceMesh) -> Transformer:
+    """Checkpoint, compile and shard each block, then shard the rest. In place; `model` may be on
+    the meta device.
+
+    Weights, gradients as accumulated and their reduction are float32; with "bf16" blocks compute in
+    bfloat16, from a copy that each all-gather makes. Order matters: compilation sees the
+    checkpoint, FSDP's hooks stay outside of both. Build the optimiser afterwards: it must hold the
+    sharded parameters. Gradients are averaged over ranks, so scale the loss by their number.
+    """
+    for block in model.blocks:
+        _wrap_forward(block, config)
+    if config.compile:
+        model.loss_and_gradient = torch.compile(model.loss_and_gradient)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    # inputs are not cast: the tables of rotary embedding must stay float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "loss")
+    _shard_again_after_evaluation(model)
+    return model
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """The global gradient norm before clipping, 0-dim, on every rank; gradients are scaled down to
+    `max_norm` (0: never).
+
+    Collective. Does not sync with the GPU. A norm that is not finite leaves gradients that are not:
+    look before stepping.
+    """
+    parameters = list(parameters)
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_norm > 0:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def sum_over_ranks(*values: Tensor | float, device: str | torch.device = "cpu") -> Tensor:
+    """The sums of 0-dim tensors or numbers over all ranks, float64 (len(values),), in one
+    collective. Does not sync.
+    """
+    total = torch.stack(
+        [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values]
+    )
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def from_rank_0(make: Callable[[], _T]) -> _T:
+    """What rank 0 makes, or its error, on every rank: all then take the same rows, and none waits
+    for one that failed.
+    """
+    if not dist.is_initialized():
+        return make()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = make()
+        except Exception as error:  # whatever it is: the other ranks wait
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    made: _T = answer[0]
+    return made
+
+
+# what is dear to compute again; norms, rotations and the product of SwiGLU are not
+_SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _keep_matmuls(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _wrap_forward(block: nn.Module, config: ParallelConfig) -> None:
+    """Replace `block.forward`, not the block: parameters keep their names, and FSDP's hooks run
+    outside.
+    """
+    if config.checkpointing != "none":
+        kept: dict[str, Any] = {}
+        if config.checkpointing == "selective":
+            kept["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+        # nothing in a block draws random numbers
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **kept
+        )
+    if config.compile:
+        block.forward = torch.compile(block.forward)
+
+
+def _shard_again_after_evaluation(model: Transformer) -> None:
+    """Give up the whole weights outside of blocks when no backward pass will.
+
+    FSDP keeps the root's from forward to backward. Without one `parameters()` would go on naming
+    whole copies, and whatever the optimiser or a checkpoint writes would not reach them.
+    """
+
+    def shard(module: nn.Module, args: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            model.reshard()  # type: ignore[operator]
+
+    def loss(tokens: Tensor, documents: Tensor | None) -> Loss:
+        found = whole_loss(tokens, documents)
+        shard(model, (), found.sum)
+        return found
+
+    whole_loss = model.loss
+    model.loss = loss  # type: ignore[method-assign]
+    model.register_forward_hook(shard)

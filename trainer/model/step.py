@@ -1,0 +1,76 @@
+"""The model with its optimiser, and the gradients of a global batch: torch and nothing else, which
+a benchmark can run alone.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainer.config import TrainConfig
+from trainer.model.llama import Transformer, num_targets, row_targets, unless_whole
+from trainer.model.optim import make_optimizer
+from trainer.model.parallel import make_mesh, parallelize, sum_over_ranks
+
+if TYPE_CHECKING:
+    from trainer.data.rows import Batch
+
+
+class Sums(NamedTuple):
+    """What `accumulate` found: tokens without fill, targets and nats of each run over all ranks,
+    float64 (runs, 3).
+
+    `row_nats` are this rank's, by micro-batch, (micro_batch_rows,) each.
+    """
+
+    by_run: Tensor
+    row_nats: list[Tensor]
+
+
+def build(config: TrainConfig, device: str) -> tuple[Transformer, Optimizer]:
+    """The model, sharded and initialised by the seed, and its optimiser."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parallelize(model, config.parallel, make_mesh(config.parallel, device=device))
+    model.to_empty(device=device)
+    model.init_weights(config.seed)
+    return model, make_optimizer(model, config.optimizer)
+
+
+def accumulate(
+    model: Transformer, batches: "Sequence[Batch]", runs: Sequence[str], *, device: str
+) -> Sums:
+    """Gradients of the global batch's mean loss, this rank's part of it given, which is of these
+    `runs`.
+
+    Collective; does not wait for the device. FSDP averages gradients over ranks: each rank's sum is
+    scaled by their number.
+    """
+    targets = sum_over_ranks(sum(num_targets(batch.documents) for batch in batches), device=device)
+    scale = (dist.get_world_size() / targets.clamp(min=1)).float().squeeze()
+    by_run, row_nats = torch.zeros(len(runs), 3, dtype=torch.float64, device=device), []
+    for number, batch in enumerate(batches):
+        model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
+        documents = unless_whole(batch.documents)
+        loss = model.loss(
+            moved(batch.tokens, device), None if documents is None else moved(documents, device)
+        )
+        (loss.sum * scale).backward()  # type: ignore[no-untyped-call]
+        counts = torch.stack([(batch.documents >= 0).sum(1), row_targets(batch.documents)], dim=1)
+        figures = torch.cat([moved(counts, device).double(), loss.rows[:, None]], dim=1)
+        by_run.index_add_(
+            0, moved(torch.tensor([runs.index(run) for run in batch.sources]), device), figures
+        )
+        row_nats.append(loss.rows)
+    dist.all_reduce(by_run)
+    return Sums(by_run, row_nats)
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """To the device without waiting for it: a copy from memory that is not pinned comes after all
+    work that it has been given.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor

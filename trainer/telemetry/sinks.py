@@ -1,0 +1,233 @@
+"""Where the figures of a training go: console, JSON lines, TensorBoard, W&B, MLflow."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainer.telemetry.feedback import append_line, to_json
+from trainer.telemetry.meter import _LOG, Record
+
+METRICS = "metrics.jsonl"
+
+
+SINKS = ("console", "jsonl", "tensorboard", "wandb", "mlflow")
+
+
+class Sink(Protocol):
+    """Takes the record of a step."""
+
+    def step(self, record: Record) -> None: ...
+    def close(self) -> None: ...
+
+
+class Telemetry:
+    """Tells each sink about each step. For rank 0.
+
+    A record holds "step" and numbers by name, or by name within a part or source: {"step": 7,
+    "loss": 3.1, "seconds": {"compute": 0.5}, "sources": {"cc": {"loss": 3.2}}}. `sinks` are names
+    of SINKS; the files go to `folder`, which is local. ValueError for another name or a remote
+    folder, ImportError when one needs a package that is not there. A sink that fails later is
+    dropped, its error kept in `lost`: no dashboard may stop a training.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, run: str, sinks: Sequence[str] = ("console", "jsonl")
+    ) -> None:
+        if unknown := set(sinks) - set(SINKS):
+            raise ValueError(
+                f"no sink of telemetry is named {sorted(unknown)}; there are {list(SINKS)}"
+            )
+        if "://" in str(folder):
+            raise ValueError(
+                f"telemetry appends to files, which {folder} cannot; name a local folder (feedback may be remote)"
+            )
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._sinks = {name: _open(name, Path(folder), run) for name in SINKS if name in sinks}
+        self.lost: dict[str, str] = {}
+
+    def step(self, record: Record) -> None:
+        """Tell all sinks."""
+        self._each(lambda sink: sink.step(record))
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        self._each(lambda sink: sink.close())
+
+    def _each(self, tell: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                tell(sink)
+            except Exception as error:  # each dashboard has errors of its own
+                del self._sinks[name]
+                self.lost[name] = repr(error)
+                _LOG.warning("telemetry to %r is lost: %r", name, error)
+
+
+def flat(record: Record, prefix: str = "") -> dict[str, float]:
+    """The numbers of a record, names of parts and sources joined by "/"; what is no number is left
+    out.
+    """
+    numbers: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            numbers |= flat(value, f"{prefix}{key.lstrip('/')}/")  # a source is named by its path
+        elif isinstance(value, int | float):
+            numbers[f"{prefix}{key}"] = float(value)
+    return numbers
+
+
+def console_line(record: Record) -> str:
+    """A record in one line. What is None is "unknown", what is not in the record is left out."""
+    said = [
+        f"{name} {_shown(record[key], shape)}"
+        for key, (name, shape) in _COLUMNS.items()
+        if key in record
+    ]
+    return "  ".join([*said, "SPIKE"] if record.get("spike") else said)
+
+
+_COLUMNS = {
+    "step": ("step", "{:,}"),
+    "loss": ("loss", "{:.4f}"),
+    "grad_norm": ("|g|", "{:.3g}"),
+    "lr": ("lr", "{:.3g}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "tokens_per_second_without_stalls": ("without stalls", "{:,.0f}"),
+    "data_wait_share": ("data wait", "{:.1%}"),
+    "data_wait_p50": ("p50", "{:.1%}"),
+    "data_wait_p99": ("p99", "{:.1%}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "goodput": ("goodput", "{:.1%}"),
+    "memory_used_bytes": ("GPU bytes", "{:,}"),
+    "utilisation": ("busy", "{:.0%}"),
+    "temperature_celsius": ("°C", "{:.0f}"),
+    "power_watts": ("W", "{:.0f}"),
+}
+
+
+def _shown(value: Any, shape: str) -> str:
+    return "unknown" if value is None else shape.format(value)
+
+
+def _open(name: str, folder: Path, run: str) -> Sink:
+    opened: dict[str, Callable[[], Sink]] = {
+        "console": Console,
+        "jsonl": lambda: _JsonLines(folder / METRICS),
+        "tensorboard": lambda: _TensorBoard(folder / "tensorboard"),
+        "wandb": lambda: _Wandb(folder, run),
+        "mlflow": lambda: _MLflow(run),
+    }
+    try:
+        return opened[name]()
+    except ImportError as error:
+        raise ImportError(
+            f"telemetry to {name!r}: {error}; install it or take {name!r} out of the sinks"
+        ) from error
+
+
+class Console:
+    """A line every ten seconds, and for each spike."""
+
+    def __init__(
+        self, *, every_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        import rich.console
+
+        self._console, self._every, self._clock = (
+            rich.console.Console(highlight=False, soft_wrap=True),
+            every_seconds,
+            clock,
+        )
+        self._next = clock()
+
+    def step(self, record: Record) -> None:
+        if self._clock() >= self._next or record.get("spike"):
+            self._console.print(console_line(record), markup=False)
+            self._next = self._clock() + self._every
+
+    def close(self) -> None:
+        pass
+
+
+def follow(path: Path, sink: Sink, ended: threading.Event) -> None:
+    """Tell a sink each record that another process appends to a metrics file from now on, until it
+    has `ended`.
+    """
+    at = path.stat().st_size if path.exists() else 0
+    last = False
+    while not last:
+        last = ended.wait(0.5)
+        if path.exists():
+            with open(path, "rb") as file:
+                at = file.seek(
+                    at if at <= path.stat().st_size else 0
+                )  # a restart without a checkpoint begins it anew
+                for line in file:
+                    if line.endswith(b"\n"):  # else it is still being written
+                        at += len(line)
+                        with suppress(ValueError):  # the half line that a kill left
+                            sink.step(json.loads(line))
+
+
+class _JsonLines:
+    """A line per step. After a restart steps come again: the last line of a step is the one in the
+    state.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def step(self, record: Record) -> None:
+        append_line(self._path, to_json(record))
+
+    def close(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
+        except ImportError:
+            from tensorboardX import SummaryWriter  # type: ignore[no-redef, unused-ignore]
+        self._writer = SummaryWriter(str(folder))
+
+    def step(self, record: Record) -> None:
+        for name, value in flat(record).items():
+            self._writer.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: Path, run: str) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project="gristmill", id=run, name=run, dir=str(folder), resume="allow"
+        )
+
+    def step(self, record: Record) -> None:
+        self._run.log(flat(record), step=int(record["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, run: str) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.start_run(run_name=run)
+
+    def step(self, record: Record) -> None:
+        self._mlflow.log_metrics(flat(record), step=int(record["step"]))
+
+    def close(self) -> None:
+        self._mlflow.end_run()

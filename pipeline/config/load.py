@@ -37,7 +37,8 @@ from stages.pack.pack import PackConfig
 from stages.read.fetch import FetchOptions
 from stages.read.records import InputConfig
 from stages.refine.refine import RefineConfig
-from stages.storage.files import digest, file_sha256, is_local, read_bytes
+from stages.storage.digests import digest, file_sha256
+from stages.storage.files import is_local, read_bytes
 
 
 class ConfigError(ValueError):

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 
 from pipeline.run import publish
 from stages.formats import mds
-from stages.storage.files import exists, file_sha256, is_local, open_fs, scratch_folder
+from stages.storage.digests import file_sha256
+from stages.storage.files import exists, is_local, open_fs, scratch_folder
 
 
 class Verified(NamedTuple):
@@ -20,7 +21,7 @@ class Verified(NamedTuple):
     shards: int
     rows: int
     tokens: int
-    faults: list[mds.Fault]
+    faults: list[mds.Mismatch]
 
 
 def verify_path(path: str) -> list[Verified]:
@@ -52,7 +53,7 @@ def _verify_folder(folder: Path, uri: str, entry: dict[str, Any] | None) -> Veri
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError) as error:
         return Verified(
-            uri, 0, 0, 0, [mds.Fault("manifest.json", "content", "a JSON manifest", str(error))]
+            uri, 0, 0, 0, [mds.Mismatch("manifest.json", "content", "a JSON manifest", str(error))]
         )
     sides = {"": manifest, "held_out/": manifest.get("held_out")}
     sides = {place: side for place, side in sides.items() if side is not None}
@@ -69,7 +70,7 @@ def _verify_folder(folder: Path, uri: str, entry: dict[str, Any] | None) -> Veri
     )
 
 
-def _catalog_faults(uri: str, entry: dict[str, Any] | None) -> list[mds.Fault]:
+def _catalog_faults(uri: str, entry: dict[str, Any] | None) -> list[mds.Mismatch]:
     if entry is None:
         return []
     found = publish.digest_of(f"{uri}/manifest.json")
@@ -77,27 +78,27 @@ def _catalog_faults(uri: str, entry: dict[str, Any] | None) -> list[mds.Fault]:
     return (
         []
         if found == expected
-        else [mds.Fault("manifest.json", "sha256 in catalog", expected, found)]
+        else [mds.Mismatch("manifest.json", "sha256 in catalog", expected, found)]
     )
 
 
-def _provenance_faults(folder: Path, place: str, side: dict[str, Any]) -> list[mds.Fault]:
+def _provenance_faults(folder: Path, place: str, side: dict[str, Any]) -> list[mds.Mismatch]:
     name = f"{place}provenance.parquet"
     if not (folder / name).exists():
-        return [mds.Fault(name, "file", "present", "missing")]
+        return [mds.Mismatch(name, "file", "present", "missing")]
     found = file_sha256(folder / name)
     expected = side["provenance_sha256"]
-    return [] if found == expected else [mds.Fault(name, "sha256", expected, found)]
+    return [] if found == expected else [mds.Mismatch(name, "sha256", expected, found)]
 
 
-def _token_faults(folder: Path, place: str, side: dict[str, Any]) -> list[mds.Fault]:
+def _token_faults(folder: Path, place: str, side: dict[str, Any]) -> list[mds.Mismatch]:
     """Tokens that spans cover, in the shards and in the provenance table, against the manifest."""
     paths = [folder / place / shard["basename"] for shard in side["shards"]]
     from_shards = sum(int(row["spans"].sum()) for path in paths for row in mds.read_shard(path))
     lengths = pq.read_table(folder / place / "provenance.parquet", columns=["length"])["length"]
     found = {"manifest.json": from_shards, f"{place}provenance.parquet": sum(lengths.to_pylist())}
     return [
-        mds.Fault(n, f"{place}tokens", side["tokens"], tokens)
+        mds.Mismatch(n, f"{place}tokens", side["tokens"], tokens)
         for n, tokens in found.items()
         if tokens != side["tokens"]
     ]

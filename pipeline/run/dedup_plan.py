@@ -22,7 +22,8 @@ from stages.dedup.components import estimated_bytes
 from stages.dedup.dedup import DedupConfig
 from stages.dedup.shuffle import Layout, Shuffle, Source
 from stages.formats.document import POSITION_BITS
-from stages.storage.files import digest, exists, read_bytes, write_atomically
+from stages.storage.digests import digest
+from stages.storage.files import exists, read_bytes, write_atomically
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import PartRef
 

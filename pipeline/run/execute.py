@@ -26,7 +26,8 @@ from stages.extract import extract
 from stages.pack import pack
 from stages.read.fetch import expand_inputs, fingerprint
 from stages.refine import ner, refine
-from stages.storage.files import digest, exists, read_bytes, write_atomically
+from stages.storage.digests import digest
+from stages.storage.files import exists, read_bytes, write_atomically
 from stages.storage.ledger import Commit, Store, Unit
 
 STAGES = ("extract", "dedup", "refine", "pack")

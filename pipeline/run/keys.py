@@ -13,7 +13,7 @@ from stages.dedup import dedup
 from stages.extract import extract
 from stages.pack import pack
 from stages.refine import ner, refine
-from stages.storage.files import digest
+from stages.storage.digests import digest
 
 RESOURCES = {"num_cpus", "memory", "parallelism", "batch_size"}
 

@@ -28,12 +28,11 @@ import pyarrow.parquet as pq
 
 from pipeline.engine.lease import Fenced, fence
 from stages.formats import mds, tokens
-from stages.pack.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Side
+from stages.pack.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Split
+from stages.storage.digests import digest, file_sha256
 from stages.storage.files import (
     create_only,
-    digest,
     exists,
-    file_sha256,
     is_local,
     open_fs,
     read_bytes,
@@ -120,7 +119,7 @@ def publish(
     return Published(name, uri, manifest, new=True)
 
 
-def verify_shards(folder: Path, manifest: dict[str, Any]) -> list[mds.Fault]:
+def verify_shards(folder: Path, manifest: dict[str, Any]) -> list[mds.Mismatch]:
     """All faults of a generation's shards, those held out included."""
     faults = mds.verify(folder, expected=manifest)
     if manifest.get("held_out") is not None:  # no such key before there was pack.held_out
@@ -213,7 +212,7 @@ def _held_out(
     }
 
 
-def _assemble(folder: Path, store: Store, commits: Sequence[Commit], side: Side) -> dict[str, Any]:
+def _assemble(folder: Path, store: Store, commits: Sequence[Commit], side: Split) -> dict[str, Any]:
     """Put one side of the commits into `folder`: shards, one index, provenance; what the manifest
     says of the files.
     """

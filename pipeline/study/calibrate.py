@@ -33,7 +33,8 @@ from pipeline.run.keys import refine_plan
 from pipeline.run.phase import Phase
 from stages.formats.document import score_columns
 from stages.refine import refine
-from stages.storage.files import digest, read_bytes, write_atomically
+from stages.storage.digests import digest
+from stages.storage.files import read_bytes, write_atomically
 from stages.storage.ledger import Store
 from stages.storage.parts import read_columns
 

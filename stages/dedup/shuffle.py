@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from stages.storage.files import digest, exists, open_fs, read_bytes, write_atomically
+from stages.storage.digests import digest
+from stages.storage.files import exists, open_fs, read_bytes, write_atomically
 from stages.storage.ledger import Commit, Store
 
 U64 = npt.NDArray[np.uint64]

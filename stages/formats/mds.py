@@ -32,7 +32,7 @@ HASHES: dict[str, Callable[[bytes], Any]] = {
 }
 
 
-class Fault(NamedTuple):
+class Mismatch(NamedTuple):
     """One way in which a data set is not what its index or manifest says."""
 
     shard: str  # basename of the stored file; "index.json" or "manifest" for faults of the whole
@@ -237,7 +237,7 @@ def read_shard(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     broken shard.
     """
     shard = _open_shard(os.fspath(path), Path(path).read_bytes())
-    if isinstance(shard, Fault):
+    if isinstance(shard, Mismatch):
         raise ValueError(
             f"{path}: {shard.what}: expected {shard.expected}, found {shard.found}; rerun stage 'pack'"
         )
@@ -253,7 +253,9 @@ def read_shard(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         yield sample
 
 
-def verify(directory: str | os.PathLike[str], *, expected: Mapping[str, Any] | None) -> list[Fault]:
+def verify(
+    directory: str | os.PathLike[str], *, expected: Mapping[str, Any] | None
+) -> list[Mismatch]:
     """Re-read every shard that index.json lists; all faults found, none when the data set is whole.
 
     Checked: presence, size, every hash on record, header against index, offsets, column sizes.
@@ -267,73 +269,79 @@ def verify(directory: str | os.PathLike[str], *, expected: Mapping[str, Any] | N
     try:
         index = read_index(directory)
     except FileNotFoundError:
-        return [Fault(INDEX, "file", "present", "missing")]
+        return [Mismatch(INDEX, "file", "present", "missing")]
     except ValueError as error:
-        return [Fault(INDEX, "content", "an index of MDS shards", str(error))]
+        return [Mismatch(INDEX, "content", "an index of MDS shards", str(error))]
     faults = [fault for entry in index["shards"] for fault in _shard_faults(Path(directory), entry)]
     times = Counter(_stored(entry)["basename"] for entry in index["shards"])
     faults += [
-        Fault(name, "times in index", 1, count) for name, count in times.items() if count > 1
+        Mismatch(name, "times in index", 1, count) for name, count in times.items() if count > 1
     ]
     return (
         faults if expected is None else faults + _manifest_faults(Path(directory), index, expected)
     )
 
 
-def _shard_faults(directory: Path, entry: Mapping[str, Any]) -> list[Fault]:
+def _shard_faults(directory: Path, entry: Mapping[str, Any]) -> list[Mismatch]:
     name = _stored(entry)["basename"]
     try:
         data = (directory / name).read_bytes()
     except FileNotFoundError:
-        return [Fault(name, "file", "present", "missing")]
+        return [Mismatch(name, "file", "present", "missing")]
     faults = _file_faults(name, _stored(entry), data)
     shard = _open_shard(name, data)
-    if isinstance(shard, Fault):
+    if isinstance(shard, Mismatch):
         return [*faults, shard]
     if entry["zip_data"] is not None:
         faults += _file_faults(name, entry["raw_data"], shard.data)
     if len(shard.offsets) - 1 != entry["samples"]:
-        faults.append(Fault(name, "samples in header", entry["samples"], len(shard.offsets) - 1))
+        faults.append(Mismatch(name, "samples in header", entry["samples"], len(shard.offsets) - 1))
     differ = [key for key in _CONFIG_KEYS if shard.config.get(key) != entry[key]]
     return faults + [
-        Fault(name, f"{key} in header", str(entry[key]), str(shard.config.get(key)))
+        Mismatch(name, f"{key} in header", str(entry[key]), str(shard.config.get(key)))
         for key in differ
     ]
 
 
-def _file_faults(name: str, info: Mapping[str, Any], data: bytes) -> list[Fault]:
-    faults = [] if info["bytes"] == len(data) else [Fault(name, "bytes", info["bytes"], len(data))]
+def _file_faults(name: str, info: Mapping[str, Any], data: bytes) -> list[Mismatch]:
+    faults = (
+        [] if info["bytes"] == len(data) else [Mismatch(name, "bytes", info["bytes"], len(data))]
+    )
     for algo, digest in info["hashes"].items():
         found = HASHES[algo](data).hexdigest() if algo in HASHES else "a hash we cannot compute"
         if found != digest:
-            faults.append(Fault(name, algo, digest, found))
+            faults.append(Mismatch(name, algo, digest, found))
     return faults
 
 
 def _manifest_faults(
     directory: Path, index: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> list[Fault]:
+) -> list[Mismatch]:
     rows, seq_len = sum(entry["samples"] for entry in index["shards"]), _row_length(index)
     faults = []
     if manifest.get("rows", rows) != rows:
-        faults.append(Fault("manifest", "rows", manifest["rows"], rows))
+        faults.append(Mismatch("manifest", "rows", manifest["rows"], rows))
     if seq_len is not None and manifest.get("seq_len", seq_len) != seq_len:
-        faults.append(Fault("manifest", "seq_len", manifest["seq_len"], seq_len))
+        faults.append(Mismatch("manifest", "seq_len", manifest["seq_len"], seq_len))
     if seq_len is not None and manifest.get("tokens", 0) > rows * seq_len:
-        faults.append(Fault("manifest", "tokens", manifest["tokens"], f"room for {rows * seq_len}"))
+        faults.append(
+            Mismatch("manifest", "tokens", manifest["tokens"], f"room for {rows * seq_len}")
+        )
     if "shards" not in manifest:
         return faults
     listed = {_stored(entry)["basename"]: entry for entry in index["shards"]}
     named = {shard["basename"]: shard for shard in manifest["shards"]}
     faults += [
-        Fault(name, "in manifest", "present", "missing") for name in listed if name not in named
+        Mismatch(name, "in manifest", "present", "missing") for name in listed if name not in named
     ]
     faults += [
-        Fault(name, "in index", "present", "missing") for name in named if name not in listed
+        Mismatch(name, "in index", "present", "missing") for name in named if name not in listed
     ]
     for name, shard in named.items():
         if "rows" in shard and name in listed and shard["rows"] != listed[name]["samples"]:
-            faults.append(Fault(name, "rows by manifest", shard["rows"], listed[name]["samples"]))
+            faults.append(
+                Mismatch(name, "rows by manifest", shard["rows"], listed[name]["samples"])
+            )
         if (directory / name).is_file():
             data = (directory / name).read_bytes()
             found: dict[str, int | str] = {
@@ -341,7 +349,9 @@ def _manifest_faults(
                 "sha256": hashlib.sha256(data).hexdigest(),
             }
             differ = [key for key in found if shard.get(key, found[key]) != found[key]]
-            faults += [Fault(name, f"{key} by manifest", shard[key], found[key]) for key in differ]
+            faults += [
+                Mismatch(name, f"{key} by manifest", shard[key], found[key]) for key in differ
+            ]
     return faults
 
 
@@ -387,7 +397,7 @@ class _Shard(NamedTuple):
     codecs: "dict[str, _Codec]"
 
 
-def _open_shard(name: str, data: bytes) -> _Shard | Fault:
+def _open_shard(name: str, data: bytes) -> _Shard | Mismatch:
     """The parts of a shard, or the first thing that keeps it from being read; each check relies on
     those before it.
     """
@@ -395,27 +405,27 @@ def _open_shard(name: str, data: bytes) -> _Shard | Fault:
         try:
             data = _decompress(data)
         except ValueError as error:
-            return Fault(name, "zstd", "one whole frame", str(error))
+            return Mismatch(name, "zstd", "one whole frame", str(error))
     num_samples = int.from_bytes(data[:4], "little")
     table_end = 4 + 4 * (num_samples + 1)
     if len(data) < table_end:
-        return Fault(
+        return Mismatch(
             name, f"bytes, to hold {num_samples:,} offsets", f"at least {table_end}", len(data)
         )
     offsets = np.frombuffer(data, np.uint32, num_samples + 1, 4).astype(np.int64)
     for at in np.flatnonzero(np.diff(offsets) < 0)[:1].tolist():
-        return Fault(name, f"offset {at + 1}", f"at least {offsets[at]}", int(offsets[at + 1]))
+        return Mismatch(name, f"offset {at + 1}", f"at least {offsets[at]}", int(offsets[at + 1]))
     if offsets[-1] != len(data):
-        return Fault(name, "last offset, the end of the file", len(data), int(offsets[-1]))
+        return Mismatch(name, "last offset, the end of the file", len(data), int(offsets[-1]))
     try:
         config = json.loads(data[table_end : offsets[0]])
         columns = zip(config["column_names"], config["column_encodings"], strict=True)
         codecs = {column: _codec(encoding) for column, encoding in columns}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return Fault(name, "header", "JSON with the columns", repr(error))
+        return Mismatch(name, "header", "JSON with the columns", repr(error))
     lengths = _lengths_by_columns(data, offsets, list(codecs.values()))
     for at in np.flatnonzero(lengths != np.diff(offsets))[:1].tolist():
-        return Fault(
+        return Mismatch(
             name,
             f"bytes of sample {at} by its columns",
             int(offsets[at + 1] - offsets[at]),

@@ -81,7 +81,7 @@ class CorpusPart(NamedTuple):
     digest: str
 
 
-class Side(NamedTuple):
+class Split(NamedTuple):
     """Where pack leaves one side of the documents: kinds of its outputs, and the name of its total
     of tokens.
     """
@@ -91,8 +91,8 @@ class Side(NamedTuple):
     tokens: str
 
 
-TRAINING = Side("parts", "provenance", "tokens")
-HELD_OUT = Side("held_out", "held_out_provenance", "held_out_tokens")
+TRAINING = Split("parts", "provenance", "tokens")
+HELD_OUT = Split("held_out", "held_out_provenance", "held_out_tokens")
 
 
 def derive_seed(seed: int, purpose: str, item: str = "") -> int:
@@ -153,7 +153,7 @@ def pack_unit(unit: Unit, plan: "PackPlan", store: Store) -> Commit:
 
 
 def _write(
-    documents: pa.Table, side: Side, config: PackConfig, commit: Commit, store: Store
+    documents: pa.Table, side: Split, config: PackConfig, commit: Commit, store: Store
 ) -> int:
     """Tokenise, pack and write one side of a unit's documents; the number of rows."""
     encoding = tokens.load_encoding(config.encoding, config.vocabulary_dir)

@@ -25,7 +25,7 @@ import urllib3
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from stages.storage.files import file_sha256
+from stages.storage.digests import file_sha256
 
 USER_AGENT = "gristmill/0.1 (builds text corpora from web archives; python-requests)"
 SUFFIXES = (

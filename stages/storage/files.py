@@ -3,7 +3,6 @@ a part.
 """
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -18,20 +17,9 @@ import fsspec
 import pyarrow.parquet as pq
 
 
-def digest(parts: Any) -> str:
-    """Short stable hash of a JSON-able value, for stage keys and fingerprints: 16 hex digits."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def is_local(uri: str) -> bool:
     """Whether a URI lies on this machine's file system."""
     return "://" not in uri or uri.startswith("file://")
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a local file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_fs(uri: str) -> tuple[Any, str]:

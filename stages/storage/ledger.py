@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from stages.storage.digests import digest, file_sha256
 from stages.storage.files import (
     create_only,
-    digest,
     exists,
-    file_sha256,
     is_local,
     open_fs,
     open_parquet,

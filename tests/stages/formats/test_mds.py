@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from stages.formats.mds import (
     HASHES,
-    Fault,
     MDSWriter,
+    Mismatch,
     merge_indexes,
     read_index,
     read_shard,
@@ -300,7 +300,7 @@ def test_an_exception_leaves_no_index(tmp_path):
             writer.write(sample)
         raise RuntimeError("task died")
     assert files(tmp_path) and "index.json" not in files(tmp_path)
-    assert verify(tmp_path, expected=None) == [Fault("index.json", "file", "present", "missing")]
+    assert verify(tmp_path, expected=None) == [Mismatch("index.json", "file", "present", "missing")]
 
 
 def test_a_failing_last_shard_leaves_no_index(tmp_path):
@@ -467,7 +467,7 @@ def test_a_truncated_shard_is_named_with_its_sizes(part):
     data = path.read_bytes()
     path.write_bytes(data[:-100])
     faults = verify(part, expected=None)
-    assert Fault(path.name, "bytes", len(data), len(data) - 100) in faults
+    assert Mismatch(path.name, "bytes", len(data), len(data) - 100) in faults
     assert {fault.shard for fault in faults} == {path.name}
     with pytest.raises(ValueError, match=path.name):
         next(read_shard(path))
@@ -476,7 +476,7 @@ def test_a_truncated_shard_is_named_with_its_sizes(part):
 def test_a_missing_shard_is_named(part):
     path = shard_paths(part)[0]
     path.unlink()
-    assert verify(part, expected=None) == [Fault(path.name, "file", "present", "missing")]
+    assert verify(part, expected=None) == [Mismatch(path.name, "file", "present", "missing")]
 
 
 def test_a_wrong_count_in_the_index_is_seen(part):
@@ -485,14 +485,16 @@ def test_a_wrong_count_in_the_index_is_seen(part):
     index["shards"][1]["samples"] = right + 1
     write_index(part, index)
     assert verify(part, expected=None) == [
-        Fault(shard_paths(part)[1].name, "samples in header", right + 1, right)
+        Mismatch(shard_paths(part)[1].name, "samples in header", right + 1, right)
     ]
 
 
 def test_a_shard_listed_twice_is_seen(part):
     index = read_index(part)
     write_index(part, {**index, "shards": [*index["shards"], index["shards"][0]]})
-    assert verify(part, expected=None) == [Fault(shard_paths(part)[0].name, "times in index", 1, 2)]
+    assert verify(part, expected=None) == [
+        Mismatch(shard_paths(part)[0].name, "times in index", 1, 2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -506,7 +508,7 @@ def test_a_shard_listed_twice_is_seen(part):
 )
 def test_totals_that_differ_from_the_manifest_are_seen(part, key, value, found):
     assert verify(part, expected={**manifest(part), key: value}) == [
-        Fault("manifest", key, value, found)
+        Mismatch("manifest", key, value, found)
     ]
 
 
@@ -524,11 +526,11 @@ def test_shards_that_differ_from_the_manifest_are_seen(part):
     second["sha256"], found = "0" * 64, second["sha256"]
     third["basename"] = "shard.99999.mds"
     assert set(verify(part, expected=expected)) == {
-        Fault(first["basename"], "rows by manifest", right["rows"] + 1, right["rows"]),
-        Fault(first["basename"], "bytes by manifest", right["bytes"] + 1, right["bytes"]),
-        Fault(second["basename"], "sha256 by manifest", "0" * 64, found),
-        Fault(third_name, "in manifest", "present", "missing"),
-        Fault("shard.99999.mds", "in index", "present", "missing"),
+        Mismatch(first["basename"], "rows by manifest", right["rows"] + 1, right["rows"]),
+        Mismatch(first["basename"], "bytes by manifest", right["bytes"] + 1, right["bytes"]),
+        Mismatch(second["basename"], "sha256 by manifest", "0" * 64, found),
+        Mismatch(third_name, "in manifest", "present", "missing"),
+        Mismatch("shard.99999.mds", "in index", "present", "missing"),
     }
 
 
@@ -538,7 +540,7 @@ def test_a_wrong_hash_of_the_decompressed_shard_is_seen(tmp_path):
     right, hashes["sha1"] = hashes["sha1"], "0" * 40
     write_index(tmp_path, index)
     assert verify(tmp_path, expected=None) == [
-        Fault("shard.00000.mds.zstd", "sha1", "0" * 40, right)
+        Mismatch("shard.00000.mds.zstd", "sha1", "0" * 40, right)
     ]
 
 

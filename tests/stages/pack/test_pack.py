@@ -22,7 +22,7 @@ from stages.pack.pack import (
     pack_unit,
 )
 from stages.read.warc import ReadStats, read_records
-from stages.storage.files import digest
+from stages.storage.digests import digest
 from stages.storage.ledger import Store, Unit
 
 ROOT = Path(__file__).parents[3]

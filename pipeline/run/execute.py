@@ -81,7 +81,7 @@ def _tasks(config: Config) -> Sequence["StageTask"]:
         StageTask(
             "refine names",
             ner.names_unit,
-            ner.NamesPlan(config.names),
+            ner.NamesPlan(config.ner),
             of(config.refine)._replace(actors=True),
         ),
         StageTask(
@@ -479,7 +479,7 @@ def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -
 
 
 def _names_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
-    if not run.config.names.enabled:
+    if not run.config.ner.enabled:
         return Listing([])
     outputs = [
         (c, o)
@@ -497,7 +497,7 @@ def _names_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) ->
 
 
 def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
-    source = before["refine names" if run.config.names.enabled else "refine"]
+    source = before["refine names" if run.config.ner.enabled else "refine"]
     parts = []
     for commit in source.ordered():
         output = next(o for o in commit.outputs if o["path"].startswith("corpus/"))

@@ -324,7 +324,7 @@ def run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.RunU
     task = run.tasks[phase.name]
     plan = task.plan
     if phase.name == "extract":
-        plan = dataclasses.replace(plan, donors=_donors(run))
+        plan = dataclasses.replace(plan, reusable_stores=_reusable_stores(run))
     pending = phase.pending
     if not phase.units:
         return []
@@ -395,7 +395,7 @@ def _withdraw_unlisted(phase: Phase) -> None:
             phase.store.withdraw(name)
 
 
-def _donors(run: Run) -> tuple[str, ...]:
+def _reusable_stores(run: Run) -> tuple[str, ...]:
     """Stores of the same content under another policy, newest first."""
     mine = run.keys["extract"]
     state = read_state(run.root)

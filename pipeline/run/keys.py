@@ -82,7 +82,7 @@ def _section(section: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(section).items() if k not in RESOURCES}
 
 
-def extract_plan(config: Config, donors: tuple[str, ...] = ()) -> extract.ExtractPlan:
+def extract_plan(config: Config, reusable_stores: tuple[str, ...] = ()) -> extract.ExtractPlan:
     """What the extract stage's workers need of a configuration."""
     return extract.ExtractPlan(
         config=config.extract,
@@ -94,7 +94,7 @@ def extract_plan(config: Config, donors: tuple[str, ...] = ()) -> extract.Extrac
         filters=config.chain(config.extract.filters),
         signature=config.dedup.signature,
         seed=config.run.seed,
-        donors=donors,
+        reusable_stores=reusable_stores,
     )
 
 

@@ -42,7 +42,7 @@ _TEXTS = 64  # a batch of spaCy's
 
 
 @dataclass(frozen=True, config=STRICT)
-class Names:
+class Ner:
     """Scrub names of people, places, and if asked for nationalities (NRP) and organizations.
 
     `model` is an installed spaCy package; spaCy's scores are all .85, an organization's a good

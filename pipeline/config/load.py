@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass as section
 from filters import STRICT, available, derived, files, filter_class, off_is_none, rules
 from filters.language import Language
 from filters.opt_out import OptOut
-from filters.pii.ner import Names
+from filters.pii.ner import Ner
 from filters.pii.scrub import Pii
 from filters.url_policy import UrlPolicy
 from pipeline.config import percentiles
@@ -81,7 +81,7 @@ SECTIONS: dict[str, Any] = {
     "dedup": DedupConfig,
     "refine": RefineConfig,
     "pii": Pii,
-    "ner": Names,
+    "ner": Ner,
     "pack": PackConfig,
 }
 
@@ -106,7 +106,7 @@ class Config:
     dedup: DedupConfig
     refine: RefineConfig
     pii: Pii
-    ner: Names
+    ner: Ner
     pack: PackConfig
     filters: dict[str, Any]
     per_language: dict[str, dict[str, Any]]

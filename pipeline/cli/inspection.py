@@ -1,9 +1,11 @@
 """Commands that only look: at a config, a run, a document's fate."""
 
 import json
+import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -23,6 +25,9 @@ from pipeline.cli import (
     told,
 )
 from pipeline.config.load import ConfigError, absolute_path, load, show
+
+if TYPE_CHECKING:
+    from pipeline.run.status import RunStatus
 
 command = partial(app.command, rich_help_panel="Looking")
 
@@ -56,12 +61,12 @@ def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson
 
 @command()
 def status(run: RunFolder, as_json: AsJson = False) -> None:
-    """How far a run is: units done, failed and left per phase, rate, time left; of a series its
-    batches and the one at work.
+    """Show how far a run is: units done, failed and left per phase, rate, time left.
+
+    Of a series, show its batches and the one in progress.
     """
     from pipeline.batches.batch import is_series
-    from pipeline.inspect.status import status as read_status
-    from pipeline.run.phase import OPTIONAL
+    from pipeline.run.status import run_status
 
     with told():
         root = absolute_path(run)
@@ -70,34 +75,39 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
             if as_json or under_way is None:
                 return
             root = under_way
-        state = read_status(root)
+        state = run_status(root)
         if as_json:
-            print(json.dumps(state, indent=1))
-            return
-        generation = f", generation {state['generation']}" if state["generation"] else ""
-        out.print(f"{state['run']}  stage {state['stage']}{generation}", soft_wrap=True)
-        table = Table(
-            "phase",
-            "done",
-            "failed",
-            "left",
-            "rows in",
-            "rows out",
-            "rows/s",
-            "time left",
-            box=None,
-        )
-        for phase, s in state["phases"].items():
-            if phase in OPTIONAL and not s["done"] + s["failed"] + s["left"]:
-                continue
-            eta = f"{s['eta_seconds']} s" if s["eta_seconds"] is not None else ""
-            rate = f"{s['rows_per_second']:,.0f}" if s["rows_per_second"] else ""
-            numbers = (s["done"], s["failed"], s["left"], s["rows_in"], s["rows_out"])
-            table.add_row(phase, *(f"{n:,}" for n in numbers), rate, eta)
-        out.print(table)
-        for phase, s in state["phases"].items():
-            for unit, error in s["errors"].items():
-                out.print(f"[red]failed[/red] {phase} {unit}: {escaped(error)}", soft_wrap=True)
+            print(json.dumps(_status_json(state), indent=1))
+        else:
+            _print_status(state)
+
+
+def _print_status(state: "RunStatus") -> None:
+    from pipeline.run.phase import OPTIONAL
+
+    generation = f", generation {state.generation}" if state.generation else ""
+    out.print(f"{state.run}  stage {state.stage}{generation}", soft_wrap=True)
+    heads = ("phase", "done", "failed", "left", "rows in", "rows out", "rows/s", "time left")
+    table = Table(*heads, box=None)
+    for name, p in state.phases.items():
+        if p.units or name not in OPTIONAL:
+            left = "" if p.eta_seconds is None else f"{p.eta_seconds:.0f} s"
+            rate = f"{p.rows_per_second:,.0f}" if p.rows_per_second else ""
+            numbers = (p.done, p.failed, p.left, p.rows_in, p.rows_out)
+            table.add_row(name, *(f"{n:,}" for n in numbers), rate, left)
+    out.print(table)
+    for name, p in state.phases.items():
+        for unit, error in p.errors.items():
+            out.print(f"[red]failed[/red] {name} {unit}: {escaped(error)}", soft_wrap=True)
+
+
+def _status_json(state: "RunStatus") -> dict[str, Any]:
+    phases = {
+        name: asdict(p)
+        | {"last_commit_age_seconds": p.last_commit and round(time.time() - p.last_commit)}
+        for name, p in state.phases.items()
+    }
+    return asdict(state) | {"phases": phases}
 
 
 def _series_status(root: str, as_json: bool) -> str | None:
@@ -311,7 +321,9 @@ def verify(
                 soft_wrap=True,
             )
             for fault in result.faults:
-                line = f"  {fault.shard}: {fault.what}: expected {fault.expected}, found {fault.actual}"
+                line = (
+                    f"  {fault.shard}: {fault.what}: expected {fault.expected}, found {fault.found}"
+                )
                 out.print(escaped(line), soft_wrap=True)
         if any(r.faults for r in results):
             raise typer.Exit(1)

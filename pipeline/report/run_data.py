@@ -7,7 +7,7 @@ from the sampled parts.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from pipeline.run import publish
 from pipeline.run.funnel import FunnelRow, funnel
 from pipeline.run.phase import OPTIONAL
 from pipeline.run.results import PHASES
+from pipeline.run.status import PhaseStatus, phase_status
 from stages.formats.document import sampled
 from stages.storage.files import exists, read_bytes
 from stages.storage.parts import read_columns, rows_at
@@ -53,26 +54,6 @@ class FunnelStage:
     start: int
     losses: list[Loss]
     end: int | None
-
-
-class PhaseCost(NamedTuple):
-    """Work and time of a phase. `wall` is the time in which at least one unit was at work; pauses
-    are not in it.
-    """
-
-    name: str
-    units: int
-    done: int
-    failed: int
-    rows_in: int
-    rows_out: int
-    wall: float
-    cpu: float
-    bytes_in: int
-    bytes_out: int
-    lost_bytes: int
-    lost_members: int
-    reapplied: int
 
 
 class Compared(NamedTuple):
@@ -179,11 +160,11 @@ class ReportData:
     keys: dict[str, str]
     generation: str | None
     manifest: dict[str, Any]
-    started: datetime | None
+    started: datetime
     last_commit: datetime | None
     settings: list[tuple[str, str, str]]
     funnel: list[FunnelStage]
-    phases: list[PhaseCost]
+    phases: list[PhaseStatus]
     estimate: list[Compared]
     failures: list[tuple[str, str, str]]
     parts: tuple[int, int]
@@ -206,13 +187,12 @@ def gather(root: str) -> ReportData:
     """Read a run into report data."""
     ledger = read_ledger(root)
     state, sample = ledger.state, read_sample(ledger)
-    commits = [c for phase in ledger.commits.values() for c in phase]
+    since = state["history"][-1]["started"]
+    phases = [phase_status(p, ledger.store(p), ledger.commits[p], since=since) for p in PHASES]
     inputs = _input_files(ledger)
-    ends = [c.extra["finished"] for c in commits if "finished" in c.extra]
-    history = state.get("history", [])
+    ends = [p.last_commit for p in phases if p.last_commit is not None]
     generation = state.get("generation") if state.get("stage") == "done" else None
     rows = funnel(*(ledger.commits[p] for p in ("extract", "dedup keep", "refine", "pack")))
-    costs = [_phase_cost(phase, ledger) for phase in PHASES]
     totals = _totals(ledger, rows)
     return ReportData(
         root=root,
@@ -221,15 +201,13 @@ def gather(root: str) -> ReportData:
         keys=state["keys"],
         generation=generation,
         manifest=_manifest(publish.published_to(root, ledger.state), generation),
-        started=_moment(history[-1]["started"]) if history else None,
+        started=_moment(since),
         last_commit=_moment(max(ends)) if ends else None,
         settings=[(key, e["value"], e["origin"]) for key, e in state.get("config", {}).items()],
         funnel=_funnel_stages(rows, ledger),
-        phases=[cost for cost in costs if cost.units or cost.name not in OPTIONAL],
-        estimate=_estimate(ledger, costs, totals),
-        failures=[
-            (p, unit, e["error"]) for p in PHASES for unit, e in ledger.store(p).failures().items()
-        ],
+        phases=[p for p in phases if p.units or p.name not in OPTIONAL],
+        estimate=_estimate(ledger, phases, totals),
+        failures=[(p.name, unit, error) for p in phases for unit, error in p.errors.items()],
         parts=(len(sample.units), sample.of),
         refined=bool(ledger.commits["refine"]),
         sampled_documents=sample.documents.num_rows,
@@ -283,38 +261,8 @@ def _funnel_stages(rows: Sequence[FunnelRow], ledger: Ledger) -> list[FunnelStag
     return stages
 
 
-def _phase_cost(phase: str, ledger: Ledger) -> PhaseCost:
-    commits = ledger.commits[phase]
-    failed = len(ledger.store(phase).failures())
-    fresh = [c for c in commits if not c.extra.get("reapplied")]
-    spans = [
-        (c.extra["finished"] - c.seconds, c.extra["finished"])
-        for c in commits
-        if "finished" in c.extra
-    ]
-
-    def total(name: str) -> int:
-        return int(sum(c.totals.get(name, 0) for c in commits))
-
-    return PhaseCost(
-        name=phase,
-        units=len(ledger.store(phase).listed_units()),
-        done=len(commits),
-        failed=failed,
-        rows_in=sum(c.rows_in for c in commits),
-        rows_out=sum(c.rows_out for c in commits),
-        wall=covered(spans),
-        cpu=sum(c.cpu_seconds for c in commits),
-        bytes_in=int(sum(c.totals.get("bytes_in", 0) for c in fresh)),
-        bytes_out=sum(o["bytes"] for c in commits for o in c.outputs),
-        lost_bytes=total("lost_bytes"),
-        lost_members=total("lost_members"),
-        reapplied=len(commits) - len(fresh),
-    )
-
-
 def _estimate(
-    ledger: Ledger, costs: Sequence[PhaseCost], totals: dict[str, int | None]
+    ledger: Ledger, phases: Sequence[PhaseStatus], totals: dict[str, int | None]
 ) -> list[Compared]:
     """RUN/estimate.json against the run, once it has ended; nothing if there is none, or one of
     another configuration.
@@ -327,10 +275,10 @@ def _estimate(
         return []
     compared = []
     for stage in found["stages"]:
-        mine = [c for c in costs if c.name.split()[0] == stage["stage"]]
+        mine = [p for p in phases if p.name.split()[0] == stage["stage"]]
         for unit, real in (
-            ("core_seconds", sum(c.cpu for c in mine)),
-            ("bytes", sum(c.bytes_out for c in mine)),
+            ("core_seconds", sum(p.cpu_seconds for p in mine)),
+            ("bytes", sum(p.bytes_written for p in mine)),
         ):
             compared.append(
                 Compared(f"{stage['stage']}: {unit.replace('_', '-')}", stage[unit], real)
@@ -341,15 +289,6 @@ def _estimate(
             "tokens", found["tokens"], (totals["tokens"] or 0) + (totals["held_out_tokens"] or 0)
         ),
     ]
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    length, reached = 0.0, -math.inf
-    for start, end in sorted(spans):
-        length += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return length
 
 
 def _totals(ledger: Ledger, rows: Sequence[FunnelRow]) -> dict[str, int | None]:
@@ -583,10 +522,7 @@ def _entities(ledger: Ledger, sample: Sample) -> list[Entity]:
     for commit in [*ledger.commits["refine"], *ledger.commits["refine names"]]:
         values.update(commit.extra.get("pii", {}))
     entities = []
-    for name in [
-        *ledger.setting("pii.entities", []),
-        *ledger.setting("ner.entities", ledger.setting("names.entities", [])),
-    ]:
+    for name in [*ledger.setting("pii.entities", []), *ledger.setting("names.entities", [])]:
         column = f"pii.{name.lower()}"
         if column in sample.corpus.column_names:
             affected = sample.corpus.filter(pc.greater(sample.corpus[column], 0))

@@ -66,9 +66,9 @@ def configure(
     }
     given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
     asked = load(None, given).dedup
-    if asked.line_level != "off":
+    if asked.lines != "off":
         raise ConfigError(
-            "dedup.line_level changes texts, and gristmill dedup writes none; use gristmill run"
+            "dedup.lines changes texts, and gristmill dedup writes none; use gristmill run"
         )
     verified = ["extract.keep_text=true"] if asked.verify_share else []
     config = load(None, [*_ALONE, *verified, *given])

@@ -39,10 +39,10 @@ from pipeline.engine import units as engine
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats
 from pipeline.report.report import duration
-from pipeline.report.run_data import covered
 from pipeline.run.execute import STAGES, Progress, Run, execute
 from pipeline.run.results import PHASES, all_commits, store_of
 from pipeline.run.state import Input, read_state
+from pipeline.run.status import covered
 from stages.pack.pack import derive_seed
 from stages.read.fetch import local_copy
 from stages.read.records import InputConfig, read_texts

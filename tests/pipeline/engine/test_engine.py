@@ -19,9 +19,9 @@ from pipeline.engine import units as units_module
 from pipeline.engine.ray_plan import dealt, on_ray
 from pipeline.engine.stragglers import late
 from pipeline.engine.units import Resources, Task, in_process, run_one
-from pipeline.inspect import status as explain
 from pipeline.run import results
 from pipeline.run.execute import RunFailed, execute, forget_failures
+from pipeline.run.status import run_status
 from stages.extract import extract
 from stages.storage.ledger import Commit, Store, Unit
 from tests.support.inline import Silent, make_config
@@ -307,8 +307,9 @@ def test_a_poisoned_unit_is_set_aside_with_its_evidence_until_retry(
     )  # in this process: it is not even tried
     assert "000000: SetAside: its worker died 3 times" in outcome.failed["extract"][0]
     assert outcome.published.manifest["documents"] == 9
-    status = explain.status(str(tmp_path / "run"))["phases"]["extract"]
-    assert "`gristmill retry`" in status["errors"]["000000"] and status["failed"] == 1
+    status = run_status(str(tmp_path / "run")).phases["extract"]
+    assert "`gristmill retry`" in status.errors["000000"]
+    assert (status.failed, status.quarantined) == (1, 1)
     [record] = results.store_of(f"{tmp_path}/run", _state(tmp_path), "extract").failures().values()
     assert (
         record["task"]["path"].endswith("bad.jsonl")

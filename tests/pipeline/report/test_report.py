@@ -25,7 +25,7 @@ from pipeline.report.duplicates import (
     similarities,
 )
 from pipeline.report.report import bound, percent, write_report
-from pipeline.report.run_data import covered, gather
+from pipeline.report.run_data import gather
 from pipeline.report.sample import MAX_PARTS, spread
 from stages.storage.ledger import Commit
 from tests.support.inline import make_config, run_inline
@@ -633,11 +633,6 @@ def test_a_histogram_of_similarities_ends_at_one(values):
     if histogram is not None:
         assert histogram.edges[0] >= 0 and histogram.edges[-1] == 1.0
         assert sum(histogram.series["dropped"]) == len(values)
-
-
-def test_wall_time_counts_overlaps_once_and_pauses_not():
-    assert covered([(0, 10), (5, 12), (100, 101)]) == 13
-    assert covered([]) == 0
 
 
 @pytest.mark.parametrize(

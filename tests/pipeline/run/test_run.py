@@ -19,11 +19,12 @@ import pytest
 from pipeline.config.load import load
 from pipeline.engine.lease import Held, lease
 from pipeline.engine.ray_plan import on_ray
-from pipeline.inspect import export, status, why
+from pipeline.inspect import export, why
 from pipeline.inspect.verify import verify_path
 from pipeline.run import results
 from pipeline.run.execute import RunFailed, execute, plan
 from pipeline.run.state import read_state
+from pipeline.run.status import run_status
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.ray
@@ -275,9 +276,9 @@ def test_export_writes_every_row(done, tmp_path):
 
 def test_status_counts_units_and_rows(done):
     folder, _, _ = done
-    state = status.status(str(folder))
-    assert state["phases"]["extract"]["done"] == 2 and state["phases"]["extract"]["left"] == 0
-    assert state["stage"] == "done" and state["generation"]
+    state = run_status(str(folder))
+    assert (state.phases["extract"].done, state.phases["extract"].left) == (2, 0)
+    assert state.stage == "done" and state.generation
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
@@ -346,7 +347,7 @@ def test_a_unit_that_fails_is_recorded_named_and_tried_again(ray_session, tmp_pa
         match=r"1 of 2 units of 'extract' failed .*\n.*000001: ValueError: .*no column 'text'; it has wrong",
     ):
         go(config)
-    assert status.status(str(tmp_path / "r"))["phases"]["extract"]["failed"] == 1
+    assert run_status(str(tmp_path / "r")).phases["extract"].failed == 1
     tolerant = settings(
         tmp_path / "r",
         "input.format=parquet",

@@ -1,0 +1,121 @@
+"""The state of a run: units, work, rates and time left of each phase, from its ledger.
+
+`gristmill status`, the report and the metrics show these numbers.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeline.run.results import PHASES, store_of
+from pipeline.run.state import read_state
+from stages.storage.ledger import Commit, Store
+
+
+@dataclass(frozen=True)
+class PhaseStatus:
+    """Units and work of a phase. Sums cover the committed units.
+
+    `errors` are the messages of failed units, by unit; `quarantined` of them run again only after
+    `gristmill retry`. `wall_seconds` is the time in which at least one unit was at
+    work; pauses do not count. `bytes_read` leaves out `reapplied` units, which had changed bounds
+    applied to stored scores. Rates and the time left are from the units that the latest invocation
+    finished, over their wall time; from all units where it has finished none. Times are Unix times.
+    """
+
+    name: str
+    units: int
+    done: int
+    failed: int
+    left: int
+    errors: dict[str, str]
+    quarantined: int
+    rows_in: int
+    rows_out: int
+    wall_seconds: float
+    cpu_seconds: float
+    bytes_read: int
+    bytes_written: int
+    lost_bytes: int
+    lost_members: int
+    reapplied: int
+    rows_per_second: float | None
+    bytes_per_second: float | None
+    eta_seconds: float | None
+    last_commit: float | None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run and its phases. `process` is the process id of the latest invocation."""
+
+    run: str
+    stage: str | None
+    process: int | None
+    generation: str | None
+    phases: dict[str, PhaseStatus]
+
+
+def run_status(root: str) -> RunStatus:
+    """Read the status of a run under the keys that it used last."""
+    state = read_state(root)
+    since = state["history"][-1]["started"]
+    phases = {}
+    for phase in PHASES:
+        store = store_of(root, state, phase)
+        phases[phase] = phase_status(phase, store, store.listed_commits(), since=since)
+    return RunStatus(root, state.get("stage"), state.get("pid"), state.get("generation"), phases)
+
+
+def phase_status(
+    name: str, store: Store, commits: Sequence[Commit], *, since: float
+) -> PhaseStatus:
+    """The status of a phase with these commits. `since` is when the latest invocation began."""
+    listed, done = store.listed_units(), {c.unit for c in commits}
+    failures = {
+        unit: record
+        for unit, record in store.failures().items()
+        if unit in listed and unit not in done
+    }
+    recent = [c for c in commits if c.extra["finished"] >= since] or commits
+    busy, left = wall_time(recent), len(listed) - len(done) - len(failures)
+    return PhaseStatus(
+        name=name,
+        units=len(listed),
+        done=len(done),
+        failed=len(failures),
+        left=left,
+        errors={unit: record["error"] for unit, record in failures.items()},
+        quarantined=sum(r.get("set_aside") == listed[unit] for unit, r in failures.items()),
+        rows_in=sum(c.rows_in for c in commits),
+        rows_out=sum(c.rows_out for c in commits),
+        wall_seconds=wall_time(commits),
+        cpu_seconds=sum(c.cpu_seconds for c in commits),
+        bytes_read=_bytes_read(commits),
+        bytes_written=sum(o["bytes"] for c in commits for o in c.outputs),
+        lost_bytes=int(sum(c.totals.get("lost_bytes", 0) for c in commits)),
+        lost_members=int(sum(c.totals.get("lost_members", 0) for c in commits)),
+        reapplied=sum(bool(c.extra.get("reapplied")) for c in commits),
+        rows_per_second=sum(c.rows_in for c in recent) / busy if busy else None,
+        bytes_per_second=_bytes_read(recent) / busy if busy else None,
+        eta_seconds=busy / len(recent) * left if recent and left else None,
+        last_commit=max((c.extra["finished"] for c in commits), default=None),
+    )
+
+
+def _bytes_read(commits: Sequence[Commit]) -> int:
+    return int(sum(c.totals.get("bytes_in", 0) for c in commits if not c.extra.get("reapplied")))
+
+
+def wall_time(commits: Iterable[Commit]) -> float:
+    """Seconds in which at least one of these units was at work."""
+    return covered((c.extra["finished"] - c.seconds, c.extra["finished"]) for c in commits)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    length, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length

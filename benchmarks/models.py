@@ -35,7 +35,7 @@ from benchmarks.texts import documentation, leads, lines, seeded
 from filters import perplexity, quality
 from filters.decontamination import Decontamination
 from filters.perplexity import Perplexity
-from filters.pii.ner import Names
+from filters.pii.ner import Ner
 from filters.pii.scrub import Pii
 from filters.quality import Quality
 from filters.text import ccnet
@@ -396,7 +396,7 @@ def refine(data: Path, folder: Path) -> None:
         figure(f"{name}.share", 100 * cost / sum(costs.values()), "%", 1)
     figure(
         "names.cost",
-        per_document(lambda view: Names(enabled=True).scrub(view.text), views[::10]),
+        per_document(lambda view: Ner(enabled=True).scrub(view.text), views[::10]),
         "ms a document",
         1,
     )

@@ -26,7 +26,7 @@ from typing import Any
 import zstandard
 
 from filters.pii import secrets
-from filters.pii.ner import Names
+from filters.pii.ner import Ner
 from filters.pii.scrub import Pii, Scrubbed, _recognizer, counts
 
 MB = 1_000_000
@@ -59,7 +59,7 @@ def main(corpus: Path) -> None:
     for name, ratio in annotated(corpus).items():
         print(f"{name} {ratio:.3f} ratio")
     report_secrets(corpus)
-    if find_spec(Names().model):
+    if find_spec(Ner().model):
         report_names(corpus, text)
 
 
@@ -266,7 +266,7 @@ def report_names(corpus: Path, text: list[str]) -> None:
     from presidio_analyzer.nlp_engine import NlpEngineProvider
     from presidio_analyzer.predefined_recognizers import SpacyRecognizer
 
-    names = Names()
+    names = Ner()
     names.scrub("Jane Doe met Angela Merkel in Berlin.")
     models = [{"lang_code": "en", "model_name": names.model}]
     engine = NlpEngineProvider(

@@ -236,14 +236,16 @@ def bench(
 ) -> None:
     """The lines of one model, length and way to run."""
     for kind in checkpointing:
-        case = replace(case, parallel=replace(case.parallel, checkpointing=kind))
+        case = replace(case, parallel=replace(case.parallel, activation_checkpointing=kind))
         if speed := fitting(case, our_step, least_rows=least_rows):
             break
     else:
         return say(f"{label}: does not fit")
     say(line(label, speed))
     if "bare" in parts:
-        plain = replace(speed.case, parallel=replace(case.parallel, checkpointing="none"))
+        plain = replace(
+            speed.case, parallel=replace(case.parallel, activation_checkpointing="none")
+        )
         compare(f"{label}, bare", plain, bare_step, speed)
     if "attention" in parts:
         attention(label, speed)
@@ -299,7 +301,7 @@ def line(label: str, speed: Speed, ours: Speed | None = None) -> str:
         if ours
         else ""
     )
-    how = f"{case.rows} rows x {case.micro} micro-batches, {case.parallel.checkpointing}, {seconds:.3f} s a step, {memory}"
+    how = f"{case.rows} rows x {case.micro} micro-batches, {case.parallel.activation_checkpointing}, {seconds:.3f} s a step, {memory}"
     return f"{label}: {speed.tokens_per_second:,.0f} tokens/s/GPU  MFU {shown}  ({how}){ratio}"
 
 

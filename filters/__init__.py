@@ -11,7 +11,6 @@ their path), `notes` (names of text columns that `measure` fills), `edit` (it ch
 """
 
 import dataclasses
-import difflib
 import importlib
 import math
 import pkgutil
@@ -19,6 +18,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict
+
+from filters.suggest import did_you_mean
 
 # defaults are validated too, so that 5 written out and 5 by default are the same bound and give the
 # same stage key
@@ -157,9 +158,7 @@ _SECTIONS = {"url_policy", "opt_out", "language", "pii", "names"}
 def filter_class(name: str) -> Any:
     """The dataclass of filter `name`; ValueError names the nearest filter when there is none."""
     if name not in available():
-        close = difflib.get_close_matches(name, available(), 1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"unknown filter '{name}'{hint} Available: {', '.join(available())}")
+        raise ValueError(f"unknown filter '{name}'{did_you_mean(name, available())}")
     return getattr(importlib.import_module(f"filters.{name}"), _class_name(name))
 
 

@@ -3,7 +3,6 @@
 2016, arXiv:1612.03651, unless another is named).
 """
 
-import difflib
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound, File
+from filters.suggest import did_you_mean
 
 BUNDLED = Path(__file__).parent / "lid.176.ftz"
 # fastText's own guess settles within a few thousand characters; more only costs time
@@ -75,14 +75,9 @@ class Language:
         ]
         for name in languages:
             if name not in labels:
-                close = difflib.get_close_matches(name, labels, 1, cutoff=0.4)
-                hint = (
-                    f"; did you mean '{close[0]}'?"
-                    if close
-                    else f"; it knows {len(labels)}, e.g. {', '.join(labels[:5])}"
-                )
                 raise ValueError(
-                    f"the model {self.model or 'lid.176.ftz'} has no language '{name}'{hint}"
+                    f"the model {self.model or 'lid.176.ftz'} has no language '{name}'"
+                    f"{did_you_mean(name, labels)}"
                 )
 
     def guess(self, text: str) -> Guess:

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
 
-from trainer.config import CheckpointConfig, ModelConfig
+from trainer.config import RENAMED_KEYS, CheckpointConfig, ModelConfig
 from trainer.model.hugging_face import save_hugging_face
 from trainer.model.llama import Transformer
 
@@ -329,7 +329,7 @@ def export_hugging_face(
     meta, fault = _inspect(files, folder, 0, 1)
     if meta is None or fault is not None:
         raise ValueError(f"{folder}: {fault}; export another checkpoint")
-    config = ModelConfig(**meta["model"])
+    config = ModelConfig(**_model_settings(meta))
     with torch.device("meta"):
         model = Transformer(config)
     state = {"model": model.to_empty(device="cpu").state_dict()}
@@ -385,7 +385,7 @@ def _check_fits(folder: str, meta: _Meta, model: Transformer, optimizer: Optimiz
     ours = asdict(model.config)
     other = [
         f"{key}={value} where the config has {ours.get(key)}"
-        for key, value in meta["model"].items()
+        for key, value in _model_settings(meta).items()
         if key not in _FREE and value != ours.get(key)
     ]
     if other:
@@ -496,6 +496,14 @@ def _read_meta(files: Any, folder: str) -> _Meta:
     if version != VERSION:
         raise ValueError(f"{META} of version {version}, this code reads {VERSION}")
     return dict(meta)
+
+
+def _model_settings(meta: _Meta) -> dict[str, Any]:
+    """The settings of a saved model under their current names."""
+    return {
+        RENAMED_KEYS.get(f"model.{key}", key).removeprefix("model."): value
+        for key, value in meta["model"].items()
+    }
 
 
 def _writer(files: Any, folder: str) -> FileSystemWriter:

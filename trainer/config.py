@@ -20,8 +20,10 @@ STOP = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder (Touvron et al. 2023). `heads` is a multiple of `kv_heads`, `dim` of
-    `heads`.
+    """A Llama-style decoder (Touvron et al. 2023).
+
+    `num_heads` is a multiple of `num_kv_heads`, `dim` of `num_heads`. `ffn_dim` is the width of the
+    feed-forward layers; with `tie_embeddings` the output layer shares the embedding's weights.
 
     `vocab_size` may exceed the tokenizer's (100,277 of cl100k_base), as multiples of 128 are
     faster.
@@ -29,24 +31,37 @@ class ModelConfig:
 
     vocab_size: int = 100_352
     dim: int = 768
-    layers: int = 12
-    heads: int = 12
-    kv_heads: int = 12
-    hidden_dim: int = 2048
+    num_layers: int = 12
+    num_heads: int = 12
+    num_kv_heads: int = 12
+    ffn_dim: int = 2048
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
-    tied: bool = True
+    tie_embeddings: bool = True
     attention: Literal["sdpa", "flex"] = "sdpa"
 
 
+# old -> new: checkpoints saved with an old name still load, a config with one is refused
+RENAMED_KEYS = {
+    "model.layers": "model.num_layers",
+    "model.heads": "model.num_heads",
+    "model.kv_heads": "model.num_kv_heads",
+    "model.hidden_dim": "model.ffn_dim",
+    "model.tied": "model.tie_embeddings",
+    "parallel.checkpointing": "parallel.activation_checkpointing",
+    "data.when_empty": "data.at_end",
+}
+
 PRESETS = {
-    "tiny": ModelConfig(dim=64, layers=2, heads=4, kv_heads=2, hidden_dim=192),
+    "tiny": ModelConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=192),
     "125M": ModelConfig(),
-    "350M": ModelConfig(dim=1024, layers=24, heads=16, kv_heads=16, hidden_dim=2816),
+    "350M": ModelConfig(dim=1024, num_layers=24, num_heads=16, num_kv_heads=16, ffn_dim=2816),
     # 1B, 3B and 8B have the shapes of Llama 3.2 and 3.1
-    "1B": ModelConfig(dim=2048, layers=16, heads=32, kv_heads=8, hidden_dim=8192),
-    "3B": ModelConfig(dim=3072, layers=28, heads=24, kv_heads=8, hidden_dim=8192),
-    "8B": ModelConfig(dim=4096, layers=32, heads=32, kv_heads=8, hidden_dim=14_336, tied=False),
+    "1B": ModelConfig(dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, ffn_dim=8192),
+    "3B": ModelConfig(dim=3072, num_layers=28, num_heads=24, num_kv_heads=8, ffn_dim=8192),
+    "8B": ModelConfig(
+        dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_dim=14_336, tie_embeddings=False
+    ),
 }
 
 
@@ -59,7 +74,7 @@ class ParallelConfig:
     """
 
     precision: Literal["bf16", "fp32"] = "bf16"
-    checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     shard_size: int = 0
 
@@ -127,7 +142,7 @@ class DataConfig:
     shuffle_seed: int = 0
     canonical_nodes: int = 64
     batch_timeout_seconds: float = 60.0
-    when_empty: Literal["stop", "wait", "repeat"] = "stop"
+    at_end: Literal["stop", "wait", "repeat"] = "stop"
     max_epochs: int = 1
     wait_seconds: float = 3600.0
     verify: Literal["full", "quick"] = "full"
@@ -368,7 +383,7 @@ def _value(wanted: Any, value: Any, at: str) -> Any:
 _LEAST = {
     **{
         f"model.{key}": 1
-        for key in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden_dim")
+        for key in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
     },
     **{
         f"data.{key}": 1
@@ -386,6 +401,8 @@ _LEAST = {
 
 def _known(name: Any, known: Iterable[str], at: str) -> None:
     if name not in (names := list(known)):
+        if at in RENAMED_KEYS:
+            raise ConfigError(f"'{at}' was renamed: write '{RENAMED_KEYS[at]}'")
         close = difflib.get_close_matches(str(name), names, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(map(str, names))}"
         raise ConfigError(f"unknown '{name}' ({at}); {hint}")

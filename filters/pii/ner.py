@@ -42,7 +42,7 @@ _TEXTS = 64  # a batch of spaCy's
 
 
 @dataclass(frozen=True, config=STRICT)
-class Names:
+class Ner:
     """Scrub names of people, places, and if asked for nationalities (NRP) and organizations.
 
     `model` is an installed spaCy package; spaCy's scores are all .85, an organization's a good
@@ -63,8 +63,8 @@ class Names:
         language = self.language
         if languages and language not in languages:
             raise ValueError(
-                f"names.model '{self.model}' is for language '{language}', language.allowed keeps {', '.join(languages)}: "
-                "name a model of one of these, or set names.enabled = false"
+                f"ner.model '{self.model}' is for language '{language}', language.allowed keeps {', '.join(languages)}: "
+                "name a model of one of these, or set ner.enabled = false"
             )
 
     @property
@@ -235,11 +235,11 @@ def _load(model: str, entities: tuple[str, ...]) -> _Model:
 
     if not spacy.util.is_package(model):
         how = _INSTALL.get(model, "install it, or name one that is")
-        raise ValueError(f"names.model '{model}' is no installed spaCy package: {how}")
+        raise ValueError(f"ner.model '{model}' is no installed spaCy package: {how}")
     nlp: Any = spacy.load(model)
     if "ner" not in nlp.pipe_names:
         raise ValueError(
-            f"names.model '{model}' names no entities, it has only {', '.join(nlp.pipe_names)}"
+            f"ner.model '{model}' names no entities, it has only {', '.join(nlp.pipe_names)}"
         )
     # a part of the model that reads the shared vectors needs the pipe that makes them; most have
     # their own

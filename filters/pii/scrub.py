@@ -8,7 +8,6 @@ one's (127.0.0.1, 1.2.3.4.5, a decimal fraction) stays. Secrets: keys of service
 whole text as private keys have many lines (`filters.secrets`).
 """
 
-import difflib
 import ipaddress
 import re
 from bisect import bisect_right
@@ -24,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from filters import STRICT, Bound, File
 from filters.pii import phones, secrets
 from filters.pii.surrogates import inert, load_key, surrogate
+from filters.suggest import did_you_mean
 
 
 class Span(NamedTuple):
@@ -138,10 +138,7 @@ def _regions(regions: tuple[str, ...]) -> tuple[str, ...]:
 def _all_in(names: tuple[str, ...], what: str, known: Iterable[str]) -> tuple[str, ...]:
     for name in names:
         if name not in set(known):
-            close = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.4)
-            raise ValueError(
-                f"unknown {what} '{name}'" + (f"; did you mean '{close[0]}'?" if close else "")
-            )
+            raise ValueError(f"unknown {what} '{name}'{did_you_mean(name, known)}")
     return names
 
 

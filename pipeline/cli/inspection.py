@@ -321,9 +321,7 @@ def verify(
                 soft_wrap=True,
             )
             for fault in result.faults:
-                line = (
-                    f"  {fault.shard}: {fault.what}: expected {fault.expected}, found {fault.found}"
-                )
+                line = f"  {fault.shard}: {fault.what}: expected {fault.expected}, found {fault.actual}"
                 out.print(escaped(line), soft_wrap=True)
         if any(r.faults for r in results):
             raise typer.Exit(1)

@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass as section
 from filters import STRICT, available, derived, files, filter_class, off_is_none, rules
 from filters.language import Language
 from filters.opt_out import OptOut
-from filters.pii.ner import Names
+from filters.pii.ner import Ner
 from filters.pii.scrub import Pii
 from filters.url_policy import UrlPolicy
 from pipeline.config import percentiles
@@ -81,7 +81,7 @@ SECTIONS: dict[str, Any] = {
     "dedup": DedupConfig,
     "refine": RefineConfig,
     "pii": Pii,
-    "names": Names,
+    "ner": Ner,
     "pack": PackConfig,
 }
 
@@ -106,7 +106,7 @@ class Config:
     dedup: DedupConfig
     refine: RefineConfig
     pii: Pii
-    names: Names
+    ner: Ner
     pack: PackConfig
     filters: dict[str, Any]
     per_language: dict[str, dict[str, Any]]
@@ -443,7 +443,9 @@ def measured_with(config: Config, name: str) -> str:
 def texts_made_with(config: Config) -> str:
     """Digest of what makes the texts that filters measure."""
     engine = config.extract.engine
-    return digest([engine, dataclasses.asdict(getattr(config.extract, engine)), config.dedup.lines])
+    return digest(
+        [engine, dataclasses.asdict(getattr(config.extract, engine)), config.dedup.line_level]
+    )
 
 
 # what changes no document: what a phase may use, and what it keeps or tells beside its work
@@ -497,7 +499,7 @@ def _check_calibration(config: Config, source: _Source) -> None:
             )
     if names and source.table.made_with.get("texts", found := texts_made_with(config)) != found:
         raise ConfigError(
-            f"{source.table_uri} was measured on texts of another extract.engine (or its options) or dedup.lines; "
+            f"{source.table_uri} was measured on texts of another extract.engine (or its options) or dedup.line_level; "
             "run `gristmill calibrate` again"
         )
 
@@ -545,9 +547,15 @@ def _all_fields(cls: Any) -> set[str]:
     return names
 
 
+# old -> new, of sections and keys
+RENAMED_KEYS = {"names": "ner", "dedup.lines": "dedup.line_level"}
+
+
 def _check_known(name: str, known: Mapping[str, Any], kind: str, origins: dict[str, str]) -> None:
     if name in known:
         return
+    if name in RENAMED_KEYS:
+        raise ConfigError(f"{_at(name, origins)}'{name}' was renamed: write '{RENAMED_KEYS[name]}'")
     last = {k.rpartition(".")[2]: k for k in known}
     close = difflib.get_close_matches(name.rpartition(".")[2], last, 1, cutoff=0.5)
     hint = f"; did you mean '{last[close[0]]}'?" if close else f"; known: {', '.join(known)}"
@@ -628,8 +636,8 @@ def _check_filters(config: Config) -> None:
     _ask(config.language, allowed, "language", config.origins)
     if config.refine.scrub_pii:
         _ask(config.pii, allowed, "pii", config.origins)
-    if config.names.enabled:
-        _ask(config.names, allowed, "names", config.origins)
+    if config.ner.enabled:
+        _ask(config.ner, allowed, "ner", config.origins)
 
 
 def _ask(section: Any, languages: tuple[str, ...], where: str, origins: dict[str, str]) -> None:
@@ -647,7 +655,9 @@ def _check_dedup(config: Config) -> None:
             f"{_at('dedup.against', config.origins)}dedup.against names run.directory: a batch is no copy of itself"
         )
     needs_text = [
-        k for k, off in (("verify_share", 0.0), ("lines", "off")) if getattr(config.dedup, k) != off
+        k
+        for k, off in (("verify_share", 0.0), ("line_level", "off"))
+        if getattr(config.dedup, k) != off
     ]
     if needs_text and not config.extract.keep_text:
         key = f"dedup.{needs_text[0]}"

@@ -522,7 +522,10 @@ def _entities(ledger: Ledger, sample: Sample) -> list[Entity]:
     for commit in [*ledger.commits["refine"], *ledger.commits["refine names"]]:
         values.update(commit.extra.get("pii", {}))
     entities = []
-    for name in [*ledger.setting("pii.entities", []), *ledger.setting("names.entities", [])]:
+    for name in [
+        *ledger.setting("pii.entities", []),
+        *ledger.setting("ner.entities", ledger.setting("names.entities", [])),
+    ]:
         column = f"pii.{name.lower()}"
         if column in sample.corpus.column_names:
             affected = sample.corpus.filter(pc.greater(sample.corpus[column], 0))

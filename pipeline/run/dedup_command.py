@@ -66,9 +66,9 @@ def configure(
     }
     given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
     asked = load(None, given).dedup
-    if asked.lines != "off":
+    if asked.line_level != "off":
         raise ConfigError(
-            "dedup.lines changes texts, and gristmill dedup writes none; use gristmill run"
+            "dedup.line_level changes texts, and gristmill dedup writes none; use gristmill run"
         )
     verified = ["extract.keep_text=true"] if asked.verify_share else []
     config = load(None, [*_ALONE, *verified, *given])

@@ -294,13 +294,13 @@ def index_units(plan: Plan) -> Listing:
 
 
 def lines_units(plan: Plan) -> Listing:
-    if plan.config.lines == "off":
+    if plan.config.line_level == "off":
         return Listing([])
     return Listing(
         [
             Unit(
                 f"{g.number:05d}",
-                digest([g.identity, kept.digest, plan.config.lines]),
+                digest([g.identity, kept.digest, plan.config.line_level]),
                 _texts(plan, g) | {"group": g.number},
             )
             for g, kept in zip(groups(plan), plan.before["dedup keep"].ordered(), strict=True)
@@ -317,7 +317,7 @@ def repeats_units(plan: Plan) -> Listing:
 
 
 def cuts_units(plan: Plan) -> Listing:
-    if plan.config.lines == "off":
+    if plan.config.line_level == "off":
         return Listing([])
     sources, commits = _written(plan.before["dedup repeats"], "repeats")
     layout = lines.repeats_layout(len(groups(plan)))

@@ -81,7 +81,7 @@ def _tasks(config: Config) -> Sequence["StageTask"]:
         StageTask(
             "refine names",
             ner.names_unit,
-            ner.NamesPlan(config.names),
+            ner.NamesPlan(config.ner),
             of(config.refine)._replace(actors=True),
         ),
         StageTask(
@@ -324,7 +324,7 @@ def run_phase(run: Run, phase: Phase, progress: Progress, run_units: engine.RunU
     task = run.tasks[phase.name]
     plan = task.plan
     if phase.name == "extract":
-        plan = dataclasses.replace(plan, donors=_donors(run))
+        plan = dataclasses.replace(plan, reusable_stores=_reusable_stores(run))
     pending = phase.pending
     if not phase.units:
         return []
@@ -395,7 +395,7 @@ def _withdraw_unlisted(phase: Phase) -> None:
             phase.store.withdraw(name)
 
 
-def _donors(run: Run) -> tuple[str, ...]:
+def _reusable_stores(run: Run) -> tuple[str, ...]:
     """Stores of the same content under another policy, newest first."""
     mine = run.keys["extract"]
     state = read_state(run.root)
@@ -479,7 +479,7 @@ def _refine_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -
 
 
 def _names_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
-    if not run.config.names.enabled:
+    if not run.config.ner.enabled:
         return Listing([])
     outputs = [
         (c, o)
@@ -497,7 +497,7 @@ def _names_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) ->
 
 
 def _pack_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) -> Listing:
-    source = before["refine names" if run.config.names.enabled else "refine"]
+    source = before["refine names" if run.config.ner.enabled else "refine"]
     parts = []
     for commit in source.ordered():
         output = next(o for o in commit.outputs if o["path"].startswith("corpus/"))

@@ -57,12 +57,12 @@ def stage_keys(
         for named in config.chain(config.refine.filters)
     ]
     scrubbing = [settings(config.pii), rules(config.pii), read_by("pii", *config.refine.filters)]
-    refining = [_section(config.refine), chain, scrubbing, config.dedup.lines, config.run.seed]
+    refining = [_section(config.refine), chain, scrubbing, config.dedup.line_level, config.run.seed]
     keys["refine"] = digest([keys["dedup"], refine.VERSION, *refining])
     keys["names"] = keys["refine"]
-    if config.names.enabled:
+    if config.ner.enabled:
         keys["names"] = digest(
-            [keys["refine"], ner.VERSION, settings(config.names), config.names.version]
+            [keys["refine"], ner.VERSION, settings(config.ner), config.ner.version]
         )
     packing = _section(config.pack) | {"vocabulary_dir": read_by("pack")}
     keys["pack"] = digest([keys["names"], pack.VERSION, packing, config.run.seed])
@@ -82,7 +82,7 @@ def _section(section: Any) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(section).items() if k not in RESOURCES}
 
 
-def extract_plan(config: Config, donors: tuple[str, ...] = ()) -> extract.ExtractPlan:
+def extract_plan(config: Config, reusable_stores: tuple[str, ...] = ()) -> extract.ExtractPlan:
     """What the extract stage's workers need of a configuration."""
     return extract.ExtractPlan(
         config=config.extract,
@@ -94,7 +94,7 @@ def extract_plan(config: Config, donors: tuple[str, ...] = ()) -> extract.Extrac
         filters=config.chain(config.extract.filters),
         signature=config.dedup.signature,
         seed=config.run.seed,
-        donors=donors,
+        reusable_stores=reusable_stores,
     )
 
 
@@ -105,5 +105,5 @@ def refine_plan(config: Config) -> refine.RefinePlan:
         config.chain(config.refine.filters),
         config.pii,
         config.run.seed,
-        config.dedup.lines,
+        config.dedup.line_level,
     )

@@ -191,7 +191,7 @@ def _portable(value: str) -> str:
 
 
 # beside bounds, what changes no document: these sections, and these keys of others
-_FREE_SECTIONS = {"run", "fetch", "pack", "names"}
+_FREE_SECTIONS = {"run", "fetch", "pack", "ner"}
 _FREE_KEYS = {"filters", "allowed", *UNSEEN_KEYS}
 
 

@@ -155,7 +155,7 @@ def _sampled(
     )
     measuring = [[name, measured_with(config, name)] for name in config.refine.filters]
     drawing = [plan.share, plan.extracted_share, plan.seed]
-    key = digest([run.keys["dedup"], refine.VERSION, measuring, config.dedup.lines, drawing])
+    key = digest([run.keys["dedup"], refine.VERSION, measuring, config.dedup.line_level, drawing])
     store = Store(f"{run.root}/calibrate/{key}")
     phase = Phase("calibrate", store, phases["refine"].units, store.commits())
     run.tasks["calibrate"] = StageTask(

@@ -61,7 +61,7 @@ class DedupConfig:
     the kept copy is measured and stored in the keep table. A host, language or input of at least
     `alarm_documents` that loses more than `alarm_share` is pointed out.
 
-    `lines`: remove lines, or paragraphs, that an earlier document of the batch holds already
+    `line_level`: remove lines, or paragraphs, that an earlier document of the batch holds already
     (CCNet, Dolma).
 
     Sizes: `documents_per_unit` are sorted into one file (about 450 bytes of memory each); a unit
@@ -82,7 +82,7 @@ class DedupConfig:
     verify_share: float = Field(default=0.0, ge=0, le=1)
     alarm_share: float = Field(default=0.9, ge=0, le=1)
     alarm_documents: int = Field(default=20, gt=0)
-    lines: Literal["off", "line", "paragraph"] = "off"
+    line_level: Literal["off", "line", "paragraph"] = "off"
     documents_per_unit: int = Field(default=2_000_000, gt=0)
     partition_bytes: int = Field(default=256_000_000, ge=100_000)
     cluster_memory: int = Field(default=8_400_000_000, gt=0)
@@ -102,9 +102,11 @@ class DedupConfig:
 
     @model_validator(mode="after")
     def _index_needs_keys(self) -> "DedupConfig":
-        if not self.enabled and (self.write_index != "off" or self.against or self.lines != "off"):
+        if not self.enabled and (
+            self.write_index != "off" or self.against or self.line_level != "off"
+        ):
             raise ValueError(
-                "enabled = false leaves nothing to do for write_index, against and lines"
+                "enabled = false leaves nothing to do for write_index, against and line_level"
             )
         return self
 

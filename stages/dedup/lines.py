@@ -90,9 +90,9 @@ def lines_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     """Distinct hashes of a group. `unit.task`: {"group", "parts": [PartRef...], "keep": [URIs of
     keep tables, one per part]}.
     """
-    assert config.lines != "off"
+    assert config.line_level != "off"
     commit = Commit(unit.name, unit.fingerprint)
-    hashes, _ = _group_hashes(unit.task, config.lines)
+    hashes, _ = _group_hashes(unit.task, config.line_level)
     commit.rows_in = len(hashes)
     hashes.sort()
     hashes = hashes[~_again(hashes) & (hashes != _EMPTY)]
@@ -140,9 +140,9 @@ def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     `rows_in` are documents, `rows_out` those that lose a line. Totals: lines (the empty ones too),
     lines_cut, chars_cut.
     """
-    assert config.lines != "off"
+    assert config.line_level != "off"
     commit = Commit(unit.name, unit.fingerprint)
-    hashes, ends = _group_hashes(unit.task, config.lines)
+    hashes, ends = _group_hashes(unit.task, config.line_level)
     blocks = merge(unit.task["repeats"], unit.task["group"], memory=config.partition_bytes)
     cut = _copies(
         hashes, np.concatenate([np.empty(0, np.uint64), *(rows[:, 0].copy() for rows in blocks)])
@@ -153,7 +153,7 @@ def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
         for doc_id, text in _kept_texts(uri, keep):
             gone = np.flatnonzero(cut[ends[commit.rows_in] : ends[commit.rows_in + 1]]).tolist()
             if gone:
-                chars_cut = len(text) - len(cut_text(text, gone, config.lines))
+                chars_cut = len(text) - len(cut_text(text, gone, config.line_level))
                 commit.totals["chars_cut"] += chars_cut
                 rows.append({"doc_id": doc_id, "cut": gone, "chars_cut": chars_cut})
             commit.rows_in += 1

@@ -94,7 +94,9 @@ class ExtractPlan:
     filters: tuple[NamedFilter, ...]
     signature: minhash.Signature
     seed: int
-    donors: tuple[str, ...] = ()  # stores of the same extraction under other bounds, best first
+    reusable_stores: tuple[
+        str, ...
+    ] = ()  # stores of the same extraction under other bounds, best first
 
 
 def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
@@ -399,7 +401,7 @@ def _from_donor(unit: Unit, plan: ExtractPlan) -> tuple[list[Row], Commit] | Non
     """Rows of this unit from an earlier run with other bounds, judged anew; None when a text that
     is needed was not kept.
     """
-    for root in plan.donors:
+    for root in plan.reusable_stores:
         donor = Store(root)
         before = donor.commit_of(unit.name)
         if before is None or before.fingerprint != unit.fingerprint:

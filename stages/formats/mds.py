@@ -38,7 +38,7 @@ class Mismatch(NamedTuple):
     shard: str  # basename of the stored file; "index.json" or "manifest" for faults of the whole
     what: str
     expected: int | str
-    found: int | str
+    actual: int | str
 
 
 class MDSWriter:
@@ -239,7 +239,7 @@ def read_shard(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     shard = _open_shard(os.fspath(path), Path(path).read_bytes())
     if isinstance(shard, Mismatch):
         raise ValueError(
-            f"{path}: {shard.what}: expected {shard.expected}, found {shard.found}; rerun stage 'pack'"
+            f"{path}: {shard.what}: expected {shard.expected}, found {shard.actual}; rerun stage 'pack'"
         )
     num_variable = sum(codec.size is None for codec in shard.codecs.values())
     for start in shard.offsets[:-1].tolist():

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.pii.ner import Names
+from filters.pii.ner import Ner
 from filters.pii.scrub import Scrubbed, Span
 from stages.storage.files import open_parquet
 from stages.storage.ledger import Commit, Store, Unit
@@ -26,7 +26,7 @@ BATCH = 64  # documents that the model is given at once
 class NamesPlan:
     """Everything a worker needs for a unit of this phase."""
 
-    names: Names
+    names: Ner
 
 
 def names_unit(unit: Unit, plan: NamesPlan, store: Store) -> Commit:
@@ -57,7 +57,7 @@ def names_unit(unit: Unit, plan: NamesPlan, store: Store) -> Commit:
     return commit
 
 
-def _schema(corpus: pa.Schema, names: Names) -> pa.Schema:
+def _schema(corpus: pa.Schema, names: Ner) -> pa.Schema:
     for entity in names.entities:
         corpus = corpus.append(pa.field(_column(entity), pa.int32()))
     return corpus
@@ -67,7 +67,7 @@ def _column(entity: str) -> str:
     return f"pii.{entity.lower()}"
 
 
-def _scrubbed(rows: list[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
+def _scrubbed(rows: list[dict[str, Any]], names: Ner) -> list[dict[str, Any]]:
     """Rows of the model's language, or of none, without names; others as they are."""
     before = [
         Scrubbed(row["text"], [Span(**span) for span in row["pii_spans"] or ()]) for row in rows

@@ -38,14 +38,16 @@ def config(tmp_path):
     return TrainConfig(
         directory=str(tmp_path / "train"),
         max_steps=12,
-        model=ModelConfig(vocab_size=64, dim=16, layers=1, heads=2, kv_heads=1, hidden_dim=32),
+        model=ModelConfig(
+            vocab_size=64, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=32
+        ),
         optimizer=OptimizerConfig(lr=1e-2),
         schedule=ScheduleConfig(warmup_steps=2),
         data=DataConfig(
             sources=(SourceConfig(str(tmp_path / "run")),),
             global_batch_rows=8,
             micro_batch_rows=4,
-            when_empty="repeat",
+            at_end="repeat",
             max_epochs=20,
         ),
         checkpoint=CheckpointConfig(every_steps=4),

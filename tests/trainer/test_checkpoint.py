@@ -25,7 +25,13 @@ from torch.distributed.tensor import DTensor
 from tests.trainer.model.test_llama import transformers  # noqa: F401
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointError, Checkpoints, export_hugging_face
-from trainer.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from trainer.config import (
+    RENAMED_KEYS,
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from trainer.model.llama import Transformer
 from trainer.model.optim import make_optimizer
 from trainer.model.parallel import (
@@ -37,7 +43,7 @@ from trainer.model.parallel import (
 pytestmark = pytest.mark.train
 
 # 61 words and 10 hidden do not divide by 2 ranks: shards are uneven
-SMALL = ModelConfig(vocab_size=61, dim=24, layers=2, heads=4, kv_heads=2, hidden_dim=10)
+SMALL = ModelConfig(vocab_size=61, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=10)
 OPTIMIZERS = {
     "adamw": OptimizerConfig(lr=1e-2),
     "adafactor": OptimizerConfig(name="adafactor", lr=1e-2),
@@ -642,7 +648,9 @@ def test_an_extra_that_is_no_json_is_refused_before_anything_is_written(extra, t
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("change", [{"layers": 3}, {"rope_theta": 1e4}, {"tied": False}])
+@pytest.mark.parametrize(
+    "change", [{"num_layers": 3}, {"rope_theta": 1e4}, {"tie_embeddings": False}]
+)
 def test_another_model_is_refused_and_left_as_it_is(change, tmp_path):
     checkpoints = Checkpoints(tmp_path, NOW)
     checkpoints.save(2, *trained(), {})
@@ -654,6 +662,23 @@ def test_another_model_is_refused_and_left_as_it_is(change, tmp_path):
     ):
         checkpoints.load(checkpoints.latest(), *state)
     assert_same(whole(*state), before)
+
+
+def test_a_checkpoint_with_the_old_names_of_settings_loads(tmp_path):
+    state, checkpoints = trained(), Checkpoints(tmp_path, NOW)
+    checkpoints.save(2, *state, {})
+    file = tmp_path / "step-00000002" / "meta.json"
+    meta = json.loads(file.read_text())
+    old_names = {new: old for old, new in RENAMED_KEYS.items()}
+    meta["model"] = {
+        old_names.get(f"model.{key}", key).removeprefix("model."): value
+        for key, value in meta["model"].items()
+    }
+    assert {"hidden_dim", "layers", "heads", "kv_heads", "tied"} <= meta["model"].keys()
+    file.write_text(json.dumps(meta))
+    again = build(config=SMALL, seed=5)
+    checkpoints.load(checkpoints.latest(), *again)
+    assert_same(whole(*again), whole(*state))
 
 
 def test_another_attention_kernel_is_the_same_model(tmp_path):
@@ -676,7 +701,7 @@ def test_another_optimiser_is_refused(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_export_has_the_logits_of_the_model_in_transformers(tied, transformers, tmp_path):
-    model, optimizer = trained(config=replace(SMALL, tied=tied))
+    model, optimizer = trained(config=replace(SMALL, tie_embeddings=tied))
     checkpoints = Checkpoints(tmp_path / "checkpoints", NOW)
     checkpoints.save(2, model, optimizer, {})
     export_hugging_face(
@@ -700,7 +725,9 @@ def test_one_process_exports_what_two_ranks_saved(two_ranks, tmp_path):
     assert torch.equal(
         found["model.embed_tokens.weight"], seen[0]["saved", "adamw"]["embedding.weight", ""]
     )
-    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == SMALL.layers
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == SMALL.num_layers
+    )
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):

@@ -28,11 +28,11 @@ def test_a_preset_is_a_base_for_other_keys(tmp_path):
         tmp_path,
         GOOD,
         "model.preset=125M",
-        "model.layers=2",
+        "model.num_layers=2",
         "optimizer.lr=1",
         "optimizer.name=sgd",
     )
-    assert (config.model.dim, config.model.layers) == (PRESETS["125M"].dim, 2)
+    assert (config.model.dim, config.model.num_layers) == (PRESETS["125M"].dim, 2)
     assert (config.optimizer.lr, config.optimizer.name) == (1.0, "sgd") and isinstance(
         config.optimizer.lr, float
     )
@@ -47,7 +47,9 @@ def test_a_preset_is_a_base_for_other_keys(tmp_path):
         (GOOD, "model.preset=124M", r"unknown '124M' \(model.preset\); did you mean '125M'"),
         (GOOD, "optimizer.name=adam", r"unknown 'adam' \(optimizer.name\); did you mean 'adamw'"),
         (GOOD, "optimizer.lr=fast", r"optimizer.lr = 'fast': float is wanted, found str"),
-        (GOOD, "model.layers=true", r"model.layers = True: int is wanted, found bool"),
+        (GOOD, "model.num_layers=true", r"model.num_layers = True: int is wanted, found bool"),
+        (GOOD, "model.hidden_dim=3", r"'model.hidden_dim' was renamed: write 'model.ffn_dim'"),
+        (GOOD, "data.when_empty=wait", r"'data.when_empty' was renamed: write 'data.at_end'"),
         (GOOD, "model=3", r"model is a section, found 3"),
         (GOOD, "data.sources=[{}]", r"data.sources\[0\].run is missing"),
         (

@@ -60,7 +60,7 @@ def file(tmp_path) -> Path:
     publish(tmp_path / "run", 40)
     text = f"""
         directory = "{tmp_path}/train"
-        model = {{vocab_size = 64, dim = 16, layers = 1, heads = 2, kv_heads = 1, hidden_dim = 32}}
+        model = {{vocab_size = 64, dim = 16, num_layers = 1, num_heads = 2, num_kv_heads = 1, ffn_dim = 32}}
         parallel.precision = "fp32"
         schedule.warmup_steps = 2
         checkpoint = {{every_steps = 10}}
@@ -69,7 +69,7 @@ def file(tmp_path) -> Path:
         [data]
         global_batch_rows = 8
         micro_batch_rows = 4
-        when_empty = "repeat"
+        at_end = "repeat"
         max_epochs = 20
         [[data.sources]]
         run = "{tmp_path}/run"

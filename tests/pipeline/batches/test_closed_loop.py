@@ -35,9 +35,9 @@ from trainer.telemetry.feedback import (
 ROOT = Path(__file__).parents[3]
 TRAINING = """
 directory = "{folder}/training"
-model = {{dim = 8, layers = 1, heads = 2, kv_heads = 1, hidden_dim = 8}}
+model = {{dim = 8, num_layers = 1, num_heads = 2, num_kv_heads = 1, ffn_dim = 8}}
 parallel.precision = "fp32"
-data = {{global_batch_rows = 1, micro_batch_rows = 1, when_empty = "wait", sources = [{{run = "{folder}/series"}}]}}
+data = {{global_batch_rows = 1, micro_batch_rows = 1, at_end = "wait", sources = [{{run = "{folder}/series"}}]}}
 telemetry = {{sinks = ["jsonl"], every_seconds = 0.2}}
 """
 

@@ -46,6 +46,11 @@ def config(tmp_path):
             "[dedup]\nnum_band = 26\n",
             r"c\.toml:6: unknown config key 'dedup.num_band'; did you mean 'dedup.num_bands'",
         ),
+        ("[names]\nenabled = true\n", r"c\.toml:5: 'names' was renamed: write 'ner'"),
+        (
+            "[dedup]\nlines = 'line'\n",
+            r"c\.toml:6: 'dedup.lines' was renamed: write 'dedup.line_level'",
+        ),
         (
             "[gopher_quality]\nword_cuont = [1, 2]\n",
             r"c\.toml:6: .*did you mean 'gopher_quality.word_count'",
@@ -193,7 +198,7 @@ def test_what_show_prints_is_a_config_that_loads_to_the_same(config, tmp_path):
         ("pack.parallelism=2", []),
         ("run.attempts=9", []),
         ("pack.seq_len=512", ["pack"]),
-        ("names.enabled=true", ["names", "pack"]),
+        ("ner.enabled=true", ["names", "pack"]),
         ("refine.scrub_pii=false", ["refine", "names", "pack"]),
         ("dedup.keep_rule=newest", ["dedup", "refine", "names", "pack"]),
         ("dedup.alarm_share=0.5", []),
@@ -409,11 +414,11 @@ def test_a_table_of_other_texts_is_refused(config, tmp_path):
     ).sentence_count == (50, 600)
     for override in (
         "extract.engine=resiliparse",
-        "dedup.lines=line",
+        "dedup.line_level=line",
         "extract.trafilatura.favor_precision=true",
     ):
         with pytest.raises(
-            ConfigError, match=r"measured on texts of another extract.engine .* or dedup.lines"
+            ConfigError, match=r"measured on texts of another extract.engine .* or dedup.line_level"
         ):
             config("", *bounds, override)
 

@@ -79,7 +79,7 @@ def make_config(inputs, output, *overrides, **options):
     # the command writes no texts and does not offer lines; here they are units to be killed like
     # the others
     return (
-        replace(config, dedup=replace(config.dedup, lines="line"))
+        replace(config, dedup=replace(config.dedup, line_level="line"))
         if config.extract.keep_text
         else config
     )
@@ -266,7 +266,7 @@ def test_a_run_cuts_lines_that_an_earlier_document_has(tmp_path, size):
     more = (
         "extract.filters=[]",
         "refine.scrub_pii=false",
-        "dedup.lines=line",
+        "dedup.line_level=line",
         f"dedup.documents_per_unit={size}",
     )
     run_inline(load_config(tmp_path, [tmp_path / "in.jsonl"], *settings, *more))
@@ -384,7 +384,7 @@ def test_what_the_command_wrote_is_no_input_of_it(tmp_path):
             {},
             "dedup.keep_rule = 'newest': jsonl inputs have no crawl date; use longest or first",
         ),
-        (["dedup.lines=line"], {}, "gristmill dedup writes none; use gristmill run"),
+        (["dedup.line_level=line"], {}, "gristmill dedup writes none; use gristmill run"),
         (
             ["dedup.verify_share=1.0", "extract.keep_text=false"],
             {},

@@ -180,7 +180,7 @@ def test_verify_counts_the_tokens_held_out(done, tmp_path):
     held_out = manifest["held_out"] | {"tokens": manifest["held_out"]["tokens"] - 1}
     (tmp_path / "g" / "manifest.json").write_text(json.dumps(manifest | {"held_out": held_out}))
     [result] = verify_path(str(tmp_path / "g"))
-    found = [(f.shard, f.what, f.found) for f in result.faults]
+    found = [(f.shard, f.what, f.actual) for f in result.faults]
     assert found == [
         (n, "held_out/tokens", held_out["tokens"] + 1)
         for n in ("manifest.json", "held_out/provenance.parquet")

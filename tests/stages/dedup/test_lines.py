@@ -208,7 +208,7 @@ def test_what_is_cut_is_what_a_dictionary_has_seen(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shuffle, "MIN_READ", read)  # so that equal hashes come in several blocks
         patch.setattr(lines, "_TEXTS_AT_ONCE", 2)
-        config = DedupConfig(lines=unit, partition_bytes=100_000)
+        config = DedupConfig(line_level=unit, partition_bytes=100_000)
         folder = tmp_path_factory.mktemp("lines")
         rows, commits = run_lines(folder, parts, config, group_size=group_size, per_lane=per_lane)
     expected = slow_cuts(parts, unit)
@@ -233,7 +233,7 @@ def test_equal_hashes_are_told_from_empty_ones_over_any_number_of_blocks(tmp_pat
     monkeypatch.setattr(shuffle, "MIN_READ", 16)
     parts = [[Doc("same\n\n--\nown" + "abcdefghijkl"[n], True)] for n in range(12)]
     rows, commits = run_lines(
-        tmp_path, parts, DedupConfig(lines="line", partition_bytes=100_000), group_size=1
+        tmp_path, parts, DedupConfig(line_level="line", partition_bytes=100_000), group_size=1
     )
     assert [(row["doc_id"] >> 32, row["cut"]) for row in rows] == [(n, [0]) for n in range(1, 12)]
     assert sum(c.rows_out for c in commits["repeats"]) == 11
@@ -241,15 +241,17 @@ def test_equal_hashes_are_told_from_empty_ones_over_any_number_of_blocks(tmp_pat
 
 def test_units_are_deterministic(tmp_path):
     parts = [[Doc(f"Home\nstory {'abc'[n]}\nAbout us\nHome", True)] for n in range(3)]
-    _, first = run_lines(tmp_path / "a", parts, DedupConfig(lines="line"))
-    _, again = run_lines(tmp_path / "b", parts, DedupConfig(lines="line"))
+    _, first = run_lines(tmp_path / "a", parts, DedupConfig(line_level="line"))
+    _, again = run_lines(tmp_path / "b", parts, DedupConfig(line_level="line"))
     for phase in ("lines", "repeats", "cuts"):
         assert [c.digest for c in first[phase]] == [c.digest for c in again[phase]]
 
 
 def test_a_document_without_text_loses_nothing(tmp_path):
     rows, _ = run_lines(
-        tmp_path, [[Doc(None, True), Doc("a\na", True), Doc("", True)]], DedupConfig(lines="line")
+        tmp_path,
+        [[Doc(None, True), Doc("a\na", True), Doc("", True)]],
+        DedupConfig(line_level="line"),
     )
     assert [(row["doc_id"], row["cut"]) for row in rows] == [(3, [1])]
 
@@ -258,7 +260,7 @@ def test_a_keep_table_of_other_documents_is_refused(tmp_path):
     refs, tables = write_parts(tmp_path, [[Doc("a", True)], [Doc("b", True)]])
     task = {"group": 0, "parts": refs, "keep": tables[::-1]}
     with pytest.raises(ValueError, match=r"does not list the documents of .*; rerun stage 'dedup'"):
-        lines_unit(Unit("00000", "", task), DedupConfig(lines="line"), Store(str(tmp_path)))
+        lines_unit(Unit("00000", "", task), DedupConfig(line_level="line"), Store(str(tmp_path)))
 
 
 @given(texts | st.text(), UNITS)

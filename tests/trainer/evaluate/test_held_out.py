@@ -67,7 +67,9 @@ from trainer.model.llama import Transformer
 
 pytestmark = pytest.mark.train
 
-SMALL = ModelConfig(vocab_size=100_352, dim=8, layers=1, heads=2, kv_heads=1, hidden_dim=16)
+SMALL = ModelConfig(
+    vocab_size=100_352, dim=8, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16
+)
 QUESTIONS = [
     {"query": "Question: Which is wet?", "choices": ["fire", "sea water", "a stone"], "gold": 1},
     {"query": "Ice is", "choices": ["cold", "uncommonly hot to the touch"], "gold": 0},

@@ -31,12 +31,12 @@ from trainer.model.llama import (
 pytestmark = pytest.mark.train
 
 VOCAB = 61
-SMALL = ModelConfig(vocab_size=VOCAB, dim=32, layers=2, heads=4, kv_heads=2, hidden_dim=48)
+SMALL = ModelConfig(vocab_size=VOCAB, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48)
 CONFIGS = [
     SMALL,
-    replace(SMALL, tied=False),
-    replace(SMALL, kv_heads=4),
-    replace(SMALL, kv_heads=1),
+    replace(SMALL, tie_embeddings=False),
+    replace(SMALL, num_kv_heads=4),
+    replace(SMALL, num_kv_heads=1),
 ]
 # lengths of the documents of a row, then fill
 SPANS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
@@ -105,7 +105,7 @@ def test_logits_are_those_of_transformers_with_the_exported_weights(config, tran
     assert expected.std() > 1  # logits that say something
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     assert theirs.config.eos_token_id == 3
-    assert theirs.config.tie_word_embeddings == config.tied
+    assert theirs.config.tie_word_embeddings == config.tie_embeddings
     assert sum(p.numel() for p in theirs.parameters()) == num_parameters(config)
 
 
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_transformers(transformers, tmp_path):
     spans=SPANS, kv_heads=st.sampled_from([1, 2, 4]), attention=st.sampled_from(["sdpa", "flex"])
 )
 def test_a_packed_document_gives_the_logits_it_gives_alone(spans, kv_heads, attention):
-    model = excited(replace(SMALL, kv_heads=kv_heads, attention=attention))
+    model = excited(replace(SMALL, num_kv_heads=kv_heads, attention=attention))
     tokens, documents = packed(spans)
     with torch.no_grad():
         found = model(tokens, documents)
@@ -181,7 +181,10 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
     spans, tied, chunk, scale
 ):
     tokens, documents = packed(spans)
-    model, oracle = excited(replace(SMALL, tied=tied)), excited(replace(SMALL, tied=tied))
+    model, oracle = (
+        excited(replace(SMALL, tie_embeddings=tied)),
+        excited(replace(SMALL, tie_embeddings=tied)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model_module.LOGITS_BYTES, "cpu", chunk * 4 * VOCAB)
         found = model.loss(tokens, documents)
@@ -286,7 +289,7 @@ def test_weights_depend_on_seed_and_name_alone():
     late.to_empty(device="cpu").init_weights(7)
     torch.manual_seed(5)
     early = build(SMALL, seed=7)
-    deeper = build(replace(SMALL, layers=3), seed=7)
+    deeper = build(replace(SMALL, num_layers=3), seed=7)
     assert all(p.equal(q) for p, q in zip(late.parameters(), early.parameters(), strict=True))
     assert deeper.blocks[1].attention.query.weight.equal(early.blocks[1].attention.query.weight)
     assert not build(SMALL, seed=8).embedding.weight.equal(early.embedding.weight)
@@ -294,7 +297,7 @@ def test_weights_depend_on_seed_and_name_alone():
 
 
 def test_initial_scales():
-    config = replace(SMALL, dim=256, hidden_dim=512, layers=8)
+    config = replace(SMALL, dim=256, ffn_dim=512, num_layers=8)
     model = build(config)
     stds = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
     for name, std in stds.items():
@@ -330,7 +333,7 @@ def test_flops_are_those_of_every_matmul_forward_and_backward():
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = replace(SMALL, tied=False)
+    config = replace(SMALL, tie_embeddings=False)
     model, tokens = build(config), torch.zeros(1, 24, dtype=torch.int64)
     documents = torch.zeros_like(tokens)
     with (
@@ -340,7 +343,7 @@ def test_flops_are_those_of_every_matmul_forward_and_backward():
         model(tokens, documents).sum().backward()
     norms = 6 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
     assert flops_per_token(config, 24) - norms == counter.get_total_flops() / 24
-    assert flops_per_token(replace(config, tied=True), 24) == flops_per_token(config, 24)
+    assert flops_per_token(replace(config, tie_embeddings=True), 24) == flops_per_token(config, 24)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -404,8 +407,9 @@ def test_weights_missing_or_unknown_are_named():
 
 
 @pytest.mark.parametrize(
-    "change", [{"heads": 5}, {"kv_heads": 3}, {"dim": 36, "heads": 12, "kv_heads": 12}]
+    "change",
+    [{"num_heads": 5}, {"num_kv_heads": 3}, {"dim": 36, "num_heads": 12, "num_kv_heads": 12}],
 )
 def test_sizes_that_do_not_divide_are_refused(change):
-    with pytest.raises(ValueError, match="dim must be a multiple of 2 heads"):
+    with pytest.raises(ValueError, match="dim must be a multiple of 2 num_heads"):
         Transformer(replace(SMALL, **change))

@@ -34,7 +34,15 @@ from trainer.model.parallel import (
 pytestmark = pytest.mark.train
 
 # 61 words, 10 hidden: uneven shards; 1 row of the key projection's 2 x 6 on some ranks
-SMALL = ModelConfig(vocab_size=61, dim=24, layers=1, heads=4, kv_heads=2, hidden_dim=10, tied=False)
+SMALL = ModelConfig(
+    vocab_size=61,
+    dim=24,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_dim=10,
+    tie_embeddings=False,
+)
 FP32 = ParallelConfig(precision="fp32")
 CONFIGS = {
     "adafactor": OptimizerConfig(name="adafactor", lr=1e-2),
@@ -250,7 +258,7 @@ def test_adafactors_row_statistics_lie_as_the_rows_do(group_of_one):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_alone_decay_and_embeddings_do_not(name, tied):
-    model = Transformer(replace(SMALL, tied=tied))
+    model = Transformer(replace(SMALL, tie_embeddings=tied))
     model.init_weights(0)
     optimizer = make_optimizer(model, replace(CONFIGS[name], weight_decay=0.5))
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

@@ -35,14 +35,14 @@ from trainer.model.parallel import (
 pytestmark = pytest.mark.train
 
 # 61 words and 10 hidden divide by neither 2 nor 4 ranks: shards are uneven
-SMALL = ModelConfig(vocab_size=61, dim=24, layers=2, heads=4, kv_heads=2, hidden_dim=10)
+SMALL = ModelConfig(vocab_size=61, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=10)
 FP32 = ParallelConfig(precision="fp32")
 BF16 = ParallelConfig(precision="bf16")
 PLANS = {
     "fp32": FP32,
     "bf16": BF16,
-    "selective": replace(FP32, checkpointing="selective"),
-    "full": replace(FP32, checkpointing="full"),
+    "selective": replace(FP32, activation_checkpointing="selective"),
+    "full": replace(FP32, activation_checkpointing="full"),
     "sync at the end": FP32,
     "untied": FP32,
 }
@@ -77,7 +77,7 @@ def batch():
 
 
 def model_config(name):
-    return replace(SMALL, tied=name != "untied")
+    return replace(SMALL, tie_embeddings=name != "untied")
 
 
 def build(name, config):
@@ -274,13 +274,16 @@ def ops_of_a_step(config):
 
 def test_full_checkpointing_runs_blocks_twice_and_selective_only_what_is_cheap():
     matmuls, silus = ops_of_a_step(FP32)
-    assert silus == SMALL.layers
-    assert ops_of_a_step(replace(FP32, checkpointing="selective")) == (matmuls, 2 * silus)
-    again, twice = ops_of_a_step(replace(FP32, checkpointing="full"))
+    assert silus == SMALL.num_layers
+    assert ops_of_a_step(replace(FP32, activation_checkpointing="selective")) == (
+        matmuls,
+        2 * silus,
+    )
+    again, twice = ops_of_a_step(replace(FP32, activation_checkpointing="full"))
     assert twice == 2 * silus
     # torch stops recomputing once it has what backward needs: the last matmul of a block is not run
     # again
-    assert again == matmuls + SMALL.layers * 6
+    assert again == matmuls + SMALL.num_layers * 6
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -295,7 +298,7 @@ def test_compiled_blocks_take_the_same_step_and_share_one_graph(
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    config = replace(FP32, compile=True, checkpointing=checkpointing)
+    config = replace(FP32, compile=True, activation_checkpointing=checkpointing)
     assert_same(step(build("compiled", config), micro_batches=1), plain_step("compiled"), 1e-4)
     assert counters["stats"]["unique_graphs"] == 2  # the block and the loss
     assert not counters["graph_break"]

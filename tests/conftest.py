@@ -1,25 +1,21 @@
 """Shared fixtures: where the real corpus lies, the one Ray session, and an S3 server."""
 
 import os
-import re
-import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.support.paths import CORPUS
+from tests.support.s3 import FaultyProxy, forget_clients, s3_process
 
 # machines differ, and no test asserts a time
 settings.register_profile("house", deadline=None)
 # a clean checkout passes or fails the same way each time; searching anew is for the desk
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "house")
-
-CORPUS = Path(os.environ.get("GRISTMILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")
@@ -40,26 +36,6 @@ def ray_session(s3_server):
     import ray
 
     ray.shutdown()
-
-
-@contextmanager
-def s3_process(folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """An S3 server of its own, empty, its log in `folder`: the process and its endpoint.
-
-    It forgets all when it ends.
-    """
-    log = folder / "s3.log"  # a pipe that nobody reads would fill
-    with log.open("w") as stream:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
-    try:
-        while not (found := re.search(r"Running on (http://[\d.:]+)\s", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.05)
-        yield server, found[1]
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +69,23 @@ def s3_bucket(s3_server) -> str:
     name = f"test-{uuid.uuid4().hex}"
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def faults(s3_server, monkeypatch):
+    """Start a proxy with faults; from then on this process's clients go through it."""
+    started = []
+
+    def start(fault):
+        proxy = FaultyProxy(s3_server, fault)
+        started.append(proxy)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        forget_clients()
+        return proxy
+
+    yield start
+    for proxy in started:
+        proxy.shutdown()
+        proxy.server_close()
+    monkeypatch.undo()
+    forget_clients()

@@ -18,14 +18,14 @@ import pytest
 from pipeline.config.load import load
 from pipeline.engine.units import in_process
 from pipeline.run.execute import execute
-from tests.pipeline.run.test_run import bytes_of
 from tests.support.inline import Silent
+from tests.support.paths import ROOT
+from tests.support.quickstart import bytes_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.kill]
 pytest.importorskip("ray")
 import psutil
 
-ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
 # A head that works on nothing, two workers of one processor each; ends with its input. The usual
 # ports may be those of another Ray; folders of their own, as each machine has one, are where nodes

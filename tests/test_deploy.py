@@ -23,7 +23,8 @@ import typer
 import yaml
 from pathspec import PathSpec
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAUNCHER = ROOT / "cluster.yaml"
 KUBERAY, SLURM = (

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 OURS = {"filters", "stages", "pipeline", "trainer"}
 
 # Packages from the bottom up: each may import itself and those before it in its own row.

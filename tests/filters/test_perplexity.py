@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from filters.perplexity import BUNDLED, Perplexity, score
 from filters.text import ccnet
-from tests.filters.text.test_ccnet import NASTY, slow_line
+from tests.support.ccnet_reference import NASTY, slow_line
 
 PROSE = "The city is the capital of the province.\nIt was founded in 1850, and has been growing ever since."
 SPAM = "cheap pills buy viagra casino bonus xxx replica watches click free loans poker"

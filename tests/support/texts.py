@@ -62,3 +62,24 @@ REPETITIVE = st.lists(
     _LINE | st.sampled_from(["the wheel turns round.", "a b c d e f g h i j k l"]), max_size=20
 ).map("\n".join)
 TEXTS = st.text() | st.sampled_from(NASTY) | REPETITIVE
+
+
+# Darwin, On the Origin of Species (1859; public domain)
+DARWIN = """\
+When on board H.M.S. Beagle, as naturalist, I was much struck with certain facts in the distribution of the inhabitants.
+
+These facts seemed to me to throw some light on the origin of species, that mystery of mysteries.
+
+On my return home, it occurred to me that something might perhaps be made out on this question.
+
+After five years' work I allowed myself to speculate on the subject, and drew up some short notes.
+
+I hope that I may be excused for entering on these personal details, as I give them to show that I have not been hasty.
+
+My work is now nearly finished, but as it will take me two or three more years to complete it, and as my
+health is far from strong, I have been urged to publish.
+
+This Abstract, which I now publish, must necessarily be imperfect.
+
+I cannot here give references and authorities for my several statements.
+"""

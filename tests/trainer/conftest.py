@@ -2,6 +2,8 @@
 it.
 """
 
+import importlib
+
 import pytest
 
 from tests.support.shards import publish
@@ -15,6 +17,28 @@ from trainer.config import (
     TelemetryConfig,
     TrainConfig,
 )
+
+
+@pytest.fixture
+def one_thread():
+    """torch computes on one thread, so that results do not depend on the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    """The package, also beside a torchvision that does not match torch.
+
+    Llama needs no torchvision, but imports one that is installed.
+    """
+    package = pytest.importorskip("transformers")
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError):
+        monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False)
+    return package
 
 
 @pytest.fixture

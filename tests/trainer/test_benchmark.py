@@ -4,12 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 pytestmark = pytest.mark.train
-ROOT = Path(__file__).parents[2]
 
 # torch with what torch itself requires, and NumPy: all that a GPU image is sure to carry
 BARE = """

@@ -15,23 +15,22 @@ s3fs = pytest.importorskip("s3fs")
 import fsspec
 import torch.distributed as dist
 
-from tests.conftest import s3_process
-from tests.trainer.test_checkpoint import (
+from tests.support.checkpoints import (
     EXTRA,
     LATER,
     NOW,
     PATIENCE,
     assert_same,
-    one_thread,  # noqa: F401
     restored,
     train,
     trained,
     warnings_of,
     whole,
 )
+from tests.support.s3 import s3_process
 from trainer.checkpoint import CheckpointError, Checkpoints, export_hugging_face
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 
 
 def files():

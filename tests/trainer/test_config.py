@@ -1,13 +1,12 @@
 """The trainer's configuration: what is wrong is said with its place and the nearest right thing."""
 
 import os
-from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from trainer.config import PRESETS, ConfigError, SourceConfig, load
 
-ROOT = Path(__file__).parents[2]
 GOOD = 'directory = "r"\n[[data.sources]]\nrun = "runs/x"\n'
 
 

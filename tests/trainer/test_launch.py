@@ -10,11 +10,11 @@ import signal
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.support.live_training import metric_records
 from trainer.config import ConfigError, DataConfig, RayConfig, TrainConfig
 from trainer.launch import worker_counts
 
@@ -78,17 +78,6 @@ def file(tmp_path) -> Path:
     return tmp_path / "train.toml"
 
 
-def lines(folder: Path) -> list[dict]:
-    """All records of a training, those of replayed steps as well; not the line that is written at
-    this moment.
-    """
-    path, found = folder / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
 @train
 def test_a_training_is_launched_drawn_exported_and_asked_about(file, tmp_path):
     from trainer.launch import TrainingError, export, launch
@@ -131,7 +120,7 @@ def test_a_folder_has_one_training_at_a_time_and_nothing_of_another_one(file, tm
             launch(file, ["max_steps=6"], on_ray=False)
     shutil.rmtree(tmp_path / "train" / "checkpoints")
     launch(file, ["max_steps=2", "data.shuffle_seed=3"], on_ray=False)
-    assert [record["step"] for record in lines(tmp_path / "train")] == [1, 2]
+    assert [record["step"] for record in metric_records(tmp_path / "train")] == [1, 2]
     assert (tmp_path / "train" / "metrics.jsonl.old").exists()
 
 
@@ -177,7 +166,7 @@ def when(folder: Path, step: int, action) -> threading.Thread:
     """Do something once the training has told of this step."""
 
     def watch() -> None:
-        while not any(record["step"] >= step for record in lines(folder)):
+        while not any(record["step"] >= step for record in metric_records(folder)):
             time.sleep(0.05)
         action()
 
@@ -199,8 +188,8 @@ def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session
     killer.join()
     assert (ended.steps, ended.why, ended.loss) == (100, "the data ended", undisturbed.loss)
     told, expected = (
-        lines(tmp_path / "train"),
-        {record["step"]: record for record in lines(tmp_path / "undisturbed")},
+        metric_records(tmp_path / "train"),
+        {record["step"]: record for record in metric_records(tmp_path / "undisturbed")},
     )
     assert len(told) > 100  # steps since the last checkpoint came again
     exact = ("loss", "grad_norm", "lr", "tokens", "sources", "data")

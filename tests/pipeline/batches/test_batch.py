@@ -3,7 +3,6 @@ crash.
 """
 
 import json
-import random
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,41 +11,15 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.batches import batch as batching
-from pipeline.batches.batch import batches, decisions, run_batch
-from pipeline.config.load import load
+from pipeline.batches.batch import batches, decisions
 from pipeline.controller import decide
 from pipeline.engine.lease import Held, lease
-from pipeline.engine.units import in_process
 from pipeline.inspect.verify import verify_path
 from pipeline.run import publish
 from pipeline.run.execute import RunFailed
-from tests.pipeline.run.test_run import ROOT, Quiet, bytes_of
-
-WORDS = [
-    "mill",
-    "wheat",
-    "village",
-    "water",
-    "hill",
-    "wheel",
-    "sack",
-    "flour",
-    "baker",
-    "stone",
-    "furrow",
-    "miller",
-    "grain",
-    "bread",
-    "river",
-    "sluice",
-    "ledger",
-    "harvest",
-]
-
-
-def text(number: int) -> str:
-    """A document of its own order of words: near-duplicates would be taken out."""
-    return " ".join(random.Random(number).choices(WORDS, k=150)) + "."
+from tests.support.paths import ROOT
+from tests.support.quickstart import bytes_of
+from tests.support.series import published_urls, run_one_batch, series_config, write_listing
 
 
 @pytest.fixture
@@ -54,53 +27,9 @@ def listing(tmp_path):
     return write_listing(tmp_path / "crawl")
 
 
-def write_listing(folder):
-    """Ten files of four documents; each holds a copy of a document of the file before."""
-    folder.mkdir()
-    for file in range(10):
-        numbers = [*range(4 * file, 4 * file + 4), *([4 * file - 1] if file else [])]
-        lines = [
-            json.dumps({"text": text(n), "url": f"https://mill.example/{file}/{n}"})
-            for n in numbers
-        ]
-        (folder / f"{file}.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def config(tmp_path, listing, *overrides, series="series"):
-    return load(
-        None,
-        [
-            f"run.directory={tmp_path}/{series}",
-            f"input.paths=['{listing}/*.jsonl']",
-            "input.format=jsonl",
-            "input.url_column=url",
-            "language.allowed=[]",
-            "extract.filters=[]",
-            "refine.filters=[]",
-            "pack.seq_len=64",
-            "schedule.static_inputs=4",
-            *overrides,
-        ],
-    )
-
-
-def go(settings, **options):
-    return run_batch(settings, Quiet(), in_process, **options)
-
-
-def urls(tmp_path, series="series"):
-    """URLs of each generation."""
-    found = []
-    for entry in publish.read_catalog(f"{tmp_path}/{series}"):
-        table = pq.read_table(f"{tmp_path}/{series}/generations/{entry['name']}/provenance.parquet")
-        found.append(sorted(set(table["url"].to_pylist())))
-    return found
-
-
 def test_a_listing_is_eaten_batch_by_batch_and_every_document_is_published_once(tmp_path, listing):
-    settings = config(tmp_path, listing)
-    done = [go(settings) for _ in range(4)]
+    settings = series_config(tmp_path, listing)
+    done = [run_one_batch(settings) for _ in range(4)]
     assert [d.batch and [Path(p).name for _, p in d.batch.inputs] for d in done] == [
         ["0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl"],
         ["4.jsonl", "5.jsonl", "6.jsonl", "7.jsonl"],
@@ -108,7 +37,7 @@ def test_a_listing_is_eaten_batch_by_batch_and_every_document_is_published_once(
         None,
     ]
     assert [d.batch.done["generation"] for d in done[:3]] == ["gen-0001", "gen-0002", "gen-0003"]
-    published = urls(tmp_path)
+    published = published_urls(tmp_path)
     # 40 documents; the copies in files 4 and 8 are found by the index of the batch before
     assert [len(found) for found in published] == [16, 16, 8]
     assert len({url.rsplit("/", 1)[1] for found in published for url in found}) == 40
@@ -121,9 +50,9 @@ def test_a_listing_is_eaten_batch_by_batch_and_every_document_is_published_once(
 
 
 def test_ids_never_meet_those_of_another_batch(tmp_path, listing):
-    settings = config(tmp_path, listing)
+    settings = series_config(tmp_path, listing)
     for _ in range(3):
-        go(settings)
+        run_one_batch(settings)
     ids = [
         set(pq.read_table(p)["doc_id"].to_pylist())
         for p in sorted((tmp_path / "series" / "generations").glob("*/provenance.parquet"))
@@ -137,7 +66,7 @@ def test_a_batch_that_was_cut_off_anywhere_is_finished_before_another_is_begun(
 ):
     """The corpus is byte for byte that of batches that nothing disturbed."""
     for _ in range(3):
-        go(config(tmp_path, listing, series="undisturbed"))
+        run_one_batch(series_config(tmp_path, listing, series="undisturbed"))
 
     class Killed(BaseException):
         pass
@@ -152,45 +81,47 @@ def test_a_batch_that_was_cut_off_anywhere_is_finished_before_another_is_begun(
 
         monkeypatch.setattr(module, name, maybe)
 
-    settings = config(tmp_path, listing)
-    go(settings)
+    settings = series_config(tmp_path, listing)
+    run_one_batch(settings)
     if before == "publish":
         dying(publish, "publish", file=None)
     else:
         writes = {"catalog.jsonl": (publish, "replace_if"), "batch.json": (batching, "create_only")}
         dying(*writes.get(before, (batching, "write_atomically")), file=before)
     with pytest.raises(Killed):
-        go(settings)
-    again = go(settings)
+        run_one_batch(settings)
+    again = run_one_batch(settings)
     assert (again.batch.number, again.decision is None) == (2, before != "batch.json")
-    go(settings)
-    assert go(settings).batch is None
+    run_one_batch(settings)
+    assert run_one_batch(settings).batch is None
     for name in ("gen-0001", "gen-0002", "gen-0003"):
         here, there = (
             bytes_of(tmp_path / series / "generations" / name)
             for series in ("series", "undisturbed")
         )
         assert {**here, "manifest.json": b""} == {**there, "manifest.json": b""}
-    assert urls(tmp_path) == urls(tmp_path, "undisturbed")
+    assert published_urls(tmp_path) == published_urls(tmp_path, "undisturbed")
 
 
 def test_two_schedulers_do_not_work_on_one_series(tmp_path, listing):
-    settings = config(tmp_path, listing)
+    settings = series_config(tmp_path, listing)
     with lease(settings.run.directory), pytest.raises(Held, match="is in use by process"):
-        go(settings)
+        run_one_batch(settings)
     assert batches(settings.run.directory) == []
 
 
 def test_a_batch_of_which_nothing_is_kept_is_done_and_publishes_nothing(tmp_path, listing):
-    settings = config(tmp_path, listing, "language.allowed=['de']", "language.score=[0.9, 1.0]")
-    done = go(settings)
+    settings = series_config(
+        tmp_path, listing, "language.allowed=['de']", "language.score=[0.9, 1.0]"
+    )
+    done = run_one_batch(settings)
     assert done.batch.done["generation"] is None and done.batch.done["tokens"] == 0
-    assert go(settings).batch.number == 2
+    assert run_one_batch(settings).batch.number == 2
 
 
 def test_a_size_given_by_hand_overrules_the_decision_which_is_logged(tmp_path, listing):
-    settings = config(tmp_path, listing)
-    assert len(go(settings, inputs=1).batch.inputs) == 1
+    settings = series_config(tmp_path, listing)
+    assert len(run_one_batch(settings, inputs=1).batch.inputs) == 1
     [line] = decisions(settings.run.directory)
     record = decide.from_json(decide.Record, line)
     assert (record.decision.state, record.decision.inputs, record.inputs.inputs_left) == (
@@ -203,14 +134,14 @@ def test_a_size_given_by_hand_overrules_the_decision_which_is_logged(tmp_path, l
 def test_decisions_follow_the_trainer_and_replay_identically(tmp_path, listing):
     from trainer.telemetry.feedback import Report, Source, Writer
 
-    settings = config(
+    settings = series_config(
         tmp_path,
         listing,
         "schedule.horizon_hours=0.01",
         "schedule.starved_hours=0.0001",
         "schedule.slew=10.0",
     )
-    first = go(settings, inputs=2)
+    first = run_one_batch(settings, inputs=2)
     tokens, rows = (
         first.outcome.published.manifest["tokens"],
         first.outcome.published.manifest["rows"],
@@ -227,9 +158,9 @@ def test_decisions_follow_the_trainer_and_replay_identically(tmp_path, listing):
         )
 
     tell("running", 0)
-    glut = go(settings)
+    glut = run_one_batch(settings)
     tell("waiting", rows)
-    starved = go(settings)
+    starved = run_one_batch(settings)
     assert (glut.decision.state, glut.batch) == ("GLUT", None)
     assert starved.decision.state == "STARVED" and 1 <= len(starved.batch.inputs) <= 3
     lines = decisions(settings.run.directory)

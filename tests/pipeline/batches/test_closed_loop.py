@@ -21,25 +21,13 @@ from pipeline.batches.batch import decisions
 from pipeline.controller import decide
 from pipeline.report import series
 from pipeline.run import publish
-from tests.pipeline.batches.test_batch import (
-    config,
-    go,
-    write_listing,
-)
-from tests.trainer.test_launch import lines
+from tests.support.live_training import LIVE_TRAINING, step_records
+from tests.support.paths import ROOT
+from tests.support.series import run_one_batch, series_config, write_listing
 from trainer.telemetry.feedback import (
     consumed,
     read_lines,
 )
-
-ROOT = Path(__file__).parents[3]
-TRAINING = """
-directory = "{folder}/training"
-model = {{dim = 8, num_layers = 1, num_heads = 2, num_kv_heads = 1, ffn_dim = 8}}
-parallel.precision = "fp32"
-data = {{global_batch_rows = 1, micro_batch_rows = 1, at_end = "wait", sources = [{{run = "{folder}/series"}}]}}
-telemetry = {{sinks = ["jsonl"], every_seconds = 0.2}}
-"""
 
 
 def until(condition, process):
@@ -54,8 +42,8 @@ def until(condition, process):
 def looped(tmp_path_factory):
     """Five batches, published as the trainer asks for them; the folder, and the decisions."""
     folder = tmp_path_factory.mktemp("loop")
-    (folder / "train.toml").write_text(TRAINING.format(folder=folder))
-    settings = config(
+    (folder / "train.toml").write_text(LIVE_TRAINING.format(folder=folder))
+    settings = series_config(
         folder,
         write_listing(folder / "crawl"),
         "schedule.max_inputs=2",
@@ -67,10 +55,10 @@ def looped(tmp_path_factory):
     try:
         published = 0
         while published < 5:
-            published += until(lambda: go(settings).batch is not None, process)
-            until(lambda: steps(folder), process)  # from the second on it is heard
+            published += until(lambda: run_one_batch(settings).batch is not None, process)
+            until(lambda: step_records(folder), process)  # from the second on it is heard
         rows = sum(entry["rows"] for entry in publish.read_catalog(settings.run.directory))
-        until(lambda: len(steps(folder)) == rows, process)
+        until(lambda: len(step_records(folder)) == rows, process)
         (folder / "training" / "stop").touch()
         assert process.wait(60) == 0
     finally:
@@ -78,14 +66,9 @@ def looped(tmp_path_factory):
     return folder
 
 
-def steps(folder):
-    """What a training has told of its steps, but for a line that is written at this moment."""
-    return lines(folder / "training")
-
-
 def test_the_trainer_reads_every_row_once_across_generations_without_a_restart(looped):
     taken = Counter()
-    for step in steps(looped):
+    for step in step_records(looped):
         [[[name, epoch, start, stop]]] = step["data"].values()
         taken.update((name, epoch, place) for place in range(start, stop))
     entries = publish.read_catalog(f"{looped}/series")
@@ -93,12 +76,12 @@ def test_the_trainer_reads_every_row_once_across_generations_without_a_restart(l
     assert taken == {
         (entry["name"], 0, place): 1 for entry in entries for place in range(entry["rows"])
     }
-    lines = read_lines(f"{looped}/series/feedback", "training").summaries
-    assert {line.incarnation for line in lines} == {lines[0].incarnation} and lines[
+    summaries = read_lines(f"{looped}/series/feedback", "training").summaries
+    assert {line.incarnation for line in summaries} == {summaries[0].incarnation} and summaries[
         -1
     ].report.restarts == 0
-    assert {line.report.state for line in lines} >= {"running", "waiting", "stopped"}
-    assert consumed(lines)[-1] == sum(entry["tokens"] for entry in entries)
+    assert {line.report.state for line in summaries} >= {"running", "waiting", "stopped"}
+    assert consumed(summaries)[-1] == sum(entry["tokens"] for entry in entries)
 
 
 def test_what_the_trainer_told_decided_and_decides_again(looped):

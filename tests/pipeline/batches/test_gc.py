@@ -13,8 +13,8 @@ from pipeline.engine.units import in_process
 from pipeline.inspect.verify import verify_path
 from pipeline.inspect.why import why
 from pipeline.run.execute import execute
-from tests.pipeline.batches.test_batch import config, go, write_listing
-from tests.pipeline.run.test_run import Quiet, bytes_of
+from tests.support.quickstart import RecordedProgress, bytes_of
+from tests.support.series import run_one_batch, series_config, write_listing
 
 
 @pytest.fixture
@@ -23,14 +23,14 @@ def crawl(tmp_path):
 
 
 def run(settings):
-    progress = Quiet()
+    progress = RecordedProgress()
     execute(settings, progress, in_process)
     return progress.stages()
 
 
 def test_a_finished_run_loses_nothing_but_what_another_configuration_has_left(tmp_path, crawl):
-    run(config(tmp_path, crawl, "dedup.keep_rule=first"))
-    settings = config(tmp_path, crawl)
+    run(series_config(tmp_path, crawl, "dedup.keep_rule=first"))
+    settings = series_config(tmp_path, crawl)
     run(settings)
     root = Path(settings.run.directory)
     (root / "generations" / ".building-gen-0009").mkdir()
@@ -62,7 +62,7 @@ def test_a_series_goes_on_after_its_intermediate_data_are_gone(tmp_path, crawl):
                     and {item.reason for item in gone} == {"intermediate"}
                     and len(gone) == 4
                 )
-            go(config(tmp_path, crawl, series=series))
+            run_one_batch(series_config(tmp_path, crawl, series=series))
     here, there = (
         bytes_of(tmp_path / series / "generations" / "gen-0003")
         for series in ("series", "untouched")
@@ -71,10 +71,10 @@ def test_a_series_goes_on_after_its_intermediate_data_are_gone(tmp_path, crawl):
 
 
 def test_an_index_that_later_batches_read_outlives_a_change_of_the_configuration(tmp_path, crawl):
-    settings = config(tmp_path, crawl, "dedup.write_index=kept")
+    settings = series_config(tmp_path, crawl, "dedup.write_index=kept")
     run(settings)
-    changed = config(tmp_path, crawl, "dedup.write_index=kept", "extract.filters=['c4']")
-    execute(changed, Quiet(), in_process, only="extract")
+    changed = series_config(tmp_path, crawl, "dedup.write_index=kept", "extract.filters=['c4']")
+    execute(changed, RecordedProgress(), in_process, only="extract")
     found = [
         item.uri.removeprefix(f"{settings.run.directory}/")
         for item in gc.find(settings.run.directory)
@@ -92,7 +92,9 @@ def test_an_index_that_later_batches_read_outlives_a_change_of_the_configuration
         "refine",
     ]  # of dedup what led to the index
     gc.collect(settings.run.directory)
-    later = config(tmp_path, crawl, f"dedup.against=['{settings.run.directory}']", series="later")
+    later = series_config(
+        tmp_path, crawl, f"dedup.against=['{settings.run.directory}']", series="later"
+    )
     run(later)
     assert verify_path(settings.run.directory)[0].faults == []
 
@@ -102,7 +104,7 @@ def test_a_batch_that_was_begun_keeps_what_it_has(tmp_path, crawl, monkeypatch):
         "pipeline.batches.batch._finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        run_batch(config(tmp_path, crawl), Quiet(), in_process)
+        run_batch(series_config(tmp_path, crawl), RecordedProgress(), in_process)
     assert gc.find(f"{tmp_path}/series", intermediate=True) == []
     (
         tmp_path / "series" / "batches" / "0001" / "run.json"
@@ -114,7 +116,7 @@ def test_a_batch_that_was_begun_keeps_what_it_has(tmp_path, crawl, monkeypatch):
 
 
 def test_what_is_newer_than_asked_for_stays_and_a_run_at_work_is_not_disturbed(tmp_path, crawl):
-    settings = config(tmp_path, crawl)
+    settings = series_config(tmp_path, crawl)
     run(settings)
     root = Path(settings.run.directory)
     (root / "estimate-old").mkdir()
@@ -131,7 +133,7 @@ def test_what_is_newer_than_asked_for_stays_and_a_run_at_work_is_not_disturbed(t
 
 
 def test_an_estimate_at_work_stays_and_what_killed_writers_left_goes(tmp_path, crawl):
-    settings = config(tmp_path, crawl)
+    settings = series_config(tmp_path, crawl)
     run(settings)
     root = Path(settings.run.directory)
     [documents] = root.glob("extract/*/documents")

@@ -4,7 +4,6 @@ runs.
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,8 +24,8 @@ from pipeline.models.benchmark_index import build_index
 from pipeline.run.execute import Run
 from pipeline.run.keys import stage_keys
 from pipeline.study import ablate
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 GOOD = '[run]\ndirectory = "r"\n[input]\npaths = ["x.warc.gz"]\n'
 
 

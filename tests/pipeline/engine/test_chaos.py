@@ -19,13 +19,17 @@ import pytest
 from pipeline.batches.batch import batches, decisions, run_batch
 from pipeline.config.load import load
 from pipeline.controller import decide
+from pipeline.engine import lease
 from pipeline.engine.units import in_process
 from pipeline.inspect.verify import verify_path
 from pipeline.run.publish import read_catalog
 from stages.storage.files import open_fs
-from tests.pipeline.batches.test_batch import ROOT, urls, write_listing
-from tests.pipeline.run.test_object_store import KINDS, Faults
 from tests.support.inline import Silent
+from tests.support.live_training import LIVE_TRAINING, step_records
+from tests.support.paths import ROOT
+from tests.support.processes import call_command
+from tests.support.s3 import FAULT_KINDS, FaultyProxy
+from tests.support.series import published_urls, write_listing
 from trainer.telemetry.feedback import consumed, read_lines
 
 pytestmark = pytest.mark.kill
@@ -53,7 +57,9 @@ def crawl(tmp_path_factory):
     while run_batch(settings, Silent(), in_process, inputs=2).batch:
         pass
     documents = [
-        int(url.rsplit("/", 1)[1]) for found in urls(folder, "undisturbed") for url in found
+        int(url.rsplit("/", 1)[1])
+        for found in published_urls(folder, "undisturbed")
+        for url in found
     ]
     assert sorted(documents) == list(range(24))  # each once
     return folder
@@ -91,15 +97,12 @@ def assert_undisturbed(series, undisturbed):
     assert len(decisions(series)) >= 3 and decide.replay(decisions(series)) == []
 
 
-DRIVER = """
-import pathlib, sys
-from pipeline import batch, config, engine, lease
-from tests.inline import Silent
-lease.STALE_SECONDS = 0  # as if a minute had passed since the driver before was killed
-settings = config.load(pathlib.Path(sys.argv[1]), [f"run.directory={sys.argv[2]}"])
-while batch.run_batch(settings, Silent(), engine.in_process, inputs=2).batch:
-    pass
-"""
+def run_batches(file, series):
+    """All batches of the listing, two inputs each, by a driver that takes a dead one's lease at once."""
+    lease.STALE_SECONDS = 0  # as if a minute had passed since the driver before was killed
+    settings = load(Path(file), [f"run.directory={series}"])
+    while run_batch(settings, Silent(), in_process, inputs=2).batch:
+        pass
 
 
 class Fate:
@@ -108,7 +111,11 @@ class Fate:
     """
 
     def __init__(self, draw, moments):
-        self.draw, self.moments, self.kinds = draw, moments, itertools.cycle([*KINDS, "timeout"])
+        self.draw, self.moments, self.kinds = (
+            draw,
+            moments,
+            itertools.cycle([*FAULT_KINDS, "timeout"]),
+        )
         self.driver, self.requests, self.killed, self.faults = None, 0, 0, Counter()
 
     def __call__(self, number, method, path):
@@ -134,10 +141,10 @@ def test_a_sequence_on_s3_whose_driver_is_killed_at_any_request_and_whose_store_
     moments = [draw.randrange(1, 350) for _ in range(8)]
     moments[4:4] = ["/batch.json", "/manifest.json", "/catalog.jsonl", "/done.json"]
     fate, series = Fate(draw, moments), f"{s3_bucket}/series"
-    proxy = Faults(s3_server, fate)
+    proxy = FaultyProxy(s3_server, fate)
     environment = os.environ | {"FSSPEC_S3": '{"config_kwargs": {"read_timeout": 3}}'}
     environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_port}"
-    command = [sys.executable, "-c", DRIVER, str(crawl / "batch.toml"), series]
+    command = call_command(run_batches, crawl / "batch.toml", series)
     ends = []
     while 0 not in ends:
         driver = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
@@ -150,7 +157,7 @@ def test_a_sequence_on_s3_whose_driver_is_killed_at_any_request_and_whose_store_
     assert (
         ends == [-signal.SIGKILL] * 12 + [0]
         and fate.killed == 12
-        and all(fate.faults[kind] for kind in [*KINDS, "timeout"])
+        and all(fate.faults[kind] for kind in [*FAULT_KINDS, "timeout"])
     )
     assert_undisturbed(series, f"{crawl}/undisturbed")
 
@@ -200,9 +207,7 @@ def test_a_sequence_on_a_disk_whose_driver_workers_and_live_trainer_are_killed(c
     """Driver and workers die as commits appear, the trainer as steps do; each is begun again with
     the same command.
     """
-    from tests.pipeline.batches.test_closed_loop import TRAINING, steps
-
-    (tmp_path / "train.toml").write_text(TRAINING.format(folder=tmp_path))
+    (tmp_path / "train.toml").write_text(LIVE_TRAINING.format(folder=tmp_path))
     batch = ("batch", crawl / "batch.toml", f"run.directory={tmp_path}/series", "--inputs", "2")
     train = ("train", tmp_path / "train.toml", "--no-ray", "checkpoint.every_steps=8")
     draw = random.Random("a sequence on a disk")
@@ -222,7 +227,7 @@ def test_a_sequence_on_a_disk_whose_driver_workers_and_live_trainer_are_killed(c
     begun = time.monotonic()  # whoever waits for ever is told from whoever is slow
     killed, drivers, trainer = Counter(), [begin(tmp_path, *batch)], begin(tmp_path, *train)
     try:
-        while not (last.exists() and (told := steps(tmp_path)) and told[-1]["step"] == rows):
+        while not (last.exists() and (told := step_records(tmp_path)) and told[-1]["step"] == rows):
             commits = len(glob(f"{tmp_path}/series/batches/*/**/commits/*.json", recursive=True))
             if (
                 by_commits
@@ -231,7 +236,7 @@ def test_a_sequence_on_a_disk_whose_driver_workers_and_live_trainer_are_killed(c
                 and by_commits[0][1](drivers[-1])
             ):
                 killed[by_commits.pop(0)[1].__name__] += 1
-            if by_steps and len(steps(tmp_path)) >= by_steps[0] and kill(trainer):
+            if by_steps and len(step_records(tmp_path)) >= by_steps[0] and kill(trainer):
                 killed["trainer"] += bool(by_steps.pop(0))
             for process, log in ((drivers[-1], "batch"), (trainer, "train")):
                 assert process.poll() in (None, 0, -signal.SIGKILL), (

@@ -25,11 +25,11 @@ from pipeline.inspect.metrics import Metrics, serve
 from pipeline.run import publish, results
 from pipeline.run.state import read_state
 from stages.storage.ledger import Commit
-from tests.pipeline.batches.test_batch import config, go, write_listing
 from tests.support.inline import make_config, run_inline
+from tests.support.paths import ROOT
+from tests.support.series import run_one_batch, series_config, write_listing
 from trainer.telemetry.feedback import Report, Source, Writer
 
-ROOT = Path(__file__).parents[3]
 PLAIN = (
     "input.format=jsonl",
     "input.url_column=url",
@@ -70,10 +70,10 @@ def tell(root, *, rows, speed, state="running"):
 def series(tmp_path_factory):
     """Two batches of a listing, and a trainer who has read one row."""
     folder = tmp_path_factory.mktemp("metrics")
-    settings = config(folder, write_listing(folder / "crawl"))
-    go(settings)
+    settings = series_config(folder, write_listing(folder / "crawl"))
+    run_one_batch(settings)
     tell(folder / "series", rows=1, speed=50.0)
-    go(settings, inputs=3)
+    run_one_batch(settings, inputs=3)
     return folder / "series"
 
 
@@ -229,12 +229,12 @@ def test_what_is_no_run_is_down_and_exits_1(tmp_path):
 
 
 def test_a_series_that_waits_for_its_first_batch_is_up(tmp_path):
-    settings = config(tmp_path, write_listing(tmp_path / "crawl"))
-    assert go(settings, inputs=0).batch is None
+    settings = series_config(tmp_path, write_listing(tmp_path / "crawl"))
+    assert run_one_batch(settings, inputs=0).batch is None
     found, told = scraped(tmp_path / "series")
     assert told == [] and found["up",] == 1 and found["inputs_left",] == 10
-    go(settings, inputs=2)
-    go(settings, inputs=0)  # the listing was as short already when this was decided
+    run_one_batch(settings, inputs=2)
+    run_one_batch(settings, inputs=0)  # the listing was as short already when this was decided
     assert scraped(tmp_path / "series")[0]["inputs_left",] == 8
     # begun, and cut off before its run began
     batch = tmp_path / "series" / "batches" / "0002"

@@ -15,7 +15,7 @@ from filters import quality
 from pipeline.models import train_classifier as module
 from pipeline.models.labelled_texts import distinct, write_texts
 from pipeline.models.train_classifier import auc, curve, threshold, train_classifier
-from tests.pipeline.models.test_train_lm import PROSE
+from tests.support.texts import DARWIN
 
 # lines as they stand at the edges of pages
 LISTING = """\
@@ -38,7 +38,7 @@ Login Register Forgot password Help
 CODE = "\n\n".join(
     f"def function_{name}(self, value): return self.{name} + value" for name in "abcdefgh"
 )
-FILES = {"prose.txt": PROSE, "listing.txt": LISTING, "code.txt": CODE}
+FILES = {"prose.txt": DARWIN, "listing.txt": LISTING, "code.txt": CODE}
 LONG = "the quick brown fox jumps over the lazy dog while seventeen other animals watch from the hill beyond the river and cheer"
 
 
@@ -78,8 +78,8 @@ def test_classifiers_card_describes_it(texts: Path) -> None:
         "CC0-1.0",
     )
     assert card["labels"] == ["hq", "lq"]
-    sha256 = hashlib.sha256(PROSE.encode()).hexdigest()
-    entry = {"path": "prose.txt", "sha256": sha256, "documents": 8, "words": len(PROSE.split())}
+    sha256 = hashlib.sha256(DARWIN.encode()).hexdigest()
+    entry = {"path": "prose.txt", "sha256": sha256, "documents": 8, "words": len(DARWIN.split())}
     assert card["sources"]["hq"] == [entry]
     assert card["train"]["hq"] + card["held_out"]["hq"]["documents"] == 8
     assert card["held_out"].keys() == {"hq"}  # of two labels the other one mirrors it
@@ -120,13 +120,13 @@ def test_failed_training_leaves_the_old_model_and_card(
 
 
 def test_thresholds_keep_what_they_say_of_the_sample(texts: Path) -> None:
-    Path("sample.txt").write_text(PROSE + "\n" + LISTING)
+    Path("sample.txt").write_text(DARWIN + "\n" + LISTING)
     card = train(sample="sample.txt", keep_best=(25.0, 50.0))
     assert card["calibration"]["sample"]["documents"] == 16
     filter = quality.Quality(model=str(texts / "q.ftz"))
     scores = [
         filter.measure(SimpleNamespace(text=t))["score"]
-        for t in (PROSE + "\n" + LISTING).split("\n\n")
+        for t in (DARWIN + "\n" + LISTING).split("\n\n")
         if t.strip()
     ]
     for row in card["calibration"]["thresholds"]["hq"]:

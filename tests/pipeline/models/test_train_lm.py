@@ -24,29 +24,11 @@ from pipeline.__main__ import app
 from pipeline.models.model_card import is_held_out, replacing
 from pipeline.models.train_lm import find_kenlm, sample, train_lm
 from pipeline.models.training_texts import documents
+from tests.support.paths import ROOT
+from tests.support.texts import DARWIN
 
-ROOT = Path(__file__).parents[3]
 KENLM = ROOT / ".kenlm" / "bin"
 
-# Darwin, On the Origin of Species (1859; public domain)
-PROSE = """\
-When on board H.M.S. Beagle, as naturalist, I was much struck with certain facts in the distribution of the inhabitants.
-
-These facts seemed to me to throw some light on the origin of species, that mystery of mysteries.
-
-On my return home, it occurred to me that something might perhaps be made out on this question.
-
-After five years' work I allowed myself to speculate on the subject, and drew up some short notes.
-
-I hope that I may be excused for entering on these personal details, as I give them to show that I have not been hasty.
-
-My work is now nearly finished, but as it will take me two or three more years to complete it, and as my
-health is far from strong, I have been urged to publish.
-
-This Abstract, which I now publish, must necessarily be imperfect.
-
-I cannot here give references and authorities for my several statements.
-"""
 
 has_lmplz = pytest.mark.skipif(
     not (shutil.which("lmplz", path=str(KENLM)) or shutil.which("lmplz")),
@@ -58,7 +40,7 @@ has_lmplz = pytest.mark.skipif(
 def prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     path = Path("prose.txt")
-    path.write_text(PROSE)
+    path.write_text(DARWIN)
     return path
 
 
@@ -72,7 +54,7 @@ def train(path: Path, output: str = "m.bin", **options: object) -> dict:
     return train_lm([path], output=Path(output), **(given | options))
 
 
-def score_of(model: str, text: str = PROSE) -> float:
+def score_of(model: str, text: str = DARWIN) -> float:
     # as the config does: by its absolute path a model is loaded once per process
     return Perplexity(model=str(Path(model).absolute())).measure(SimpleNamespace(text=text))[
         "perplexity"
@@ -98,7 +80,7 @@ def test_language_model_is_the_same_bytes_twice_and_scores(
     assert json.loads(Path("m.bin.json").read_text()) == card
     assert card["normalizer"] == normalizer
     assert card["sha256"] == hashlib.sha256(Path("m.bin").read_bytes()).hexdigest()
-    assert card["sources"][0]["sha256"] == hashlib.sha256(PROSE.encode()).hexdigest()
+    assert card["sources"][0]["sha256"] == hashlib.sha256(DARWIN.encode()).hexdigest()
     assert card["train"]["documents"] + card["held_out"]["documents"] == 8
     assert card["held_out"]["perplexity"] > 1 and card["held_out"]["percentiles"]["50"] > 1
     Perplexity(model="m.bin").check(())

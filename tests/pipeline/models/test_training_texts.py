@@ -16,6 +16,7 @@ import zstandard
 from pipeline.models.training_texts import Source, documents, fingerprint, parsed
 from stages.read import records
 from tests.support.inline import make_config, run_inline
+from tests.support.paths import ROOT
 
 TEXTS = [
     "The river rises in the mountains and flows west.",
@@ -233,7 +234,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
         "language.allowed=[]",
         'language.score="off"',
         'refine.filters=["quality"]',
-        f'quality.model="{Path(__file__).parents[3] / "models" / "quality-en.ftz"}"',
+        f'quality.model="{ROOT / "models" / "quality-en.ftz"}"',
     )
     run_inline(config, until="refine")
     return config.run.directory

@@ -29,8 +29,8 @@ from pipeline.report.run_data import gather
 from pipeline.report.sample import MAX_PARTS, spread
 from stages.storage.ledger import Commit
 from tests.support.inline import make_config, run_inline
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 CHROMIUM = shutil.which("chromium", path="/usr/bin")
 SECTIONS = (
     "funnel",

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -26,8 +25,9 @@ from pipeline.run import dedup_plan, results
 from pipeline.run.dedup_command import configure, dedup_files
 from tests.support.inline import Silent, run_inline
 from tests.support.inline import make_config as load_config
+from tests.support.paths import ROOT
+from tests.support.processes import call_command
 
-ROOT = Path(__file__).parents[3]
 # many small units, so that every phase has some to lose
 SMALL = [
     "dedup.documents_per_unit=150",
@@ -501,6 +501,23 @@ def test_other_formats_are_refused(tmp_path, names, message):
 PHASES = ["extract", *dedup_plan.LISTINGS]
 
 
+class KillsDriver(Silent):
+    """Kills this process some seconds into a phase."""
+
+    def __init__(self, phase, seconds):
+        self.phase, self.seconds = phase, seconds
+
+    def begin(self, phase, *, run, units, done):
+        if phase == self.phase:
+            kill = (os.getpid(), signal.SIGKILL)
+            threading.Timer(self.seconds, os.kill, kill).start()
+
+
+def dedup_until_killed(inputs, output, phase, seconds, *overrides):
+    config = make_config(inputs, output, *overrides)
+    dedup_files(config, KillsDriver(phase, float(seconds)), in_process)
+
+
 @pytest.mark.kill
 @pytest.mark.parametrize(
     "phases, way", [(PHASES, []), (["dedup star", "dedup star", "dedup cluster"], IN_ROUNDS)]
@@ -512,20 +529,9 @@ def test_killed_in_every_phase_the_table_is_the_same_bytes(inputs, table, tmp_pa
     draw = random.Random("driver kills")
     killed = 0
     for phase in phases:
-        code = f"""
-import os, signal, threading
-from tests.pipeline.test_dedup_command import Silent, dedup_files, in_process, make_config
-
-class Kill(Silent):
-    def begin(self, phase, *, run, units, done):
-        if phase == {phase!r}:
-            threading.Timer({draw.uniform(0.0, 0.04)}, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-dedup_files(make_config({str(inputs)!r}, {str(tmp_path / "out")!r}, *{[*SMALL, *way]!r}), Kill(), in_process)
-"""
-        process = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-        )
+        arguments = (phase, draw.uniform(0.0, 0.04), *SMALL, *way)
+        command = call_command(dedup_until_killed, inputs, tmp_path / "out", *arguments)
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert process.returncode in (0, -signal.SIGKILL), process.stderr
         killed += process.returncode != 0
     assert killed >= len(phases) // 2

@@ -7,12 +7,8 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections import Counter
-from http.client import HTTPConnection, HTTPException
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -39,11 +35,12 @@ from stages.storage.files import (
     write_atomically,
 )
 from stages.storage.ledger import Store
-from tests.pipeline.batches.test_batch import text
-from tests.pipeline.run.test_run import Quiet, settings
-from tests.pipeline.run.test_run import bytes_of as bytes_on_disk
-
-ROOT = Path(__file__).parents[3]
+from tests.support.paths import ROOT
+from tests.support.processes import call_command
+from tests.support.quickstart import RecordedProgress, quickstart_config
+from tests.support.quickstart import bytes_of as bytes_on_disk
+from tests.support.s3 import FAULT_KINDS
+from tests.support.series import document_text
 
 
 def bytes_of(generation):
@@ -60,7 +57,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     for file in range(2):
         lines = [
-            json.dumps({"text": text(n), "url": f"https://mill.example/{n}"})
+            json.dumps({"text": document_text(n), "url": f"https://mill.example/{n}"})
             for n in range(6 * file, 6 * file + 6)
         ]
         (folder / f"{file}.jsonl").write_text("\n".join(lines))
@@ -89,7 +86,7 @@ def small(directory, pages, *overrides):
 def local(tmp_path_factory, pages):
     """What `small` comes to on a disk: the run directory."""
     folder = tmp_path_factory.mktemp("run") / "r"
-    execute(small(folder, pages), Quiet(), in_process)
+    execute(small(folder, pages), RecordedProgress(), in_process)
     return str(folder)
 
 
@@ -154,134 +151,15 @@ def test_a_bucket_that_is_not_there_is_an_error_and_no_refusal(s3_bucket):
 # --- a server that fails --------------------------------------------------------------------------
 
 
-class Faults(ThreadingHTTPServer):
-    """A proxy before the S3 server. `fault` says what to do to the n-th request: None, a status, or
-    a way to cut it off.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, server, fault):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.patience = 4.0  # of a "timeout", in seconds: more than its client has
-        self.behind, self.fault, self.lock = server.removeprefix("http://"), fault, threading.Lock()
-        self.number, self.done = 0, Counter()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def next_fault(self, method, path):
-        with self.lock:
-            self.number += 1
-            what = self.fault(self.number, method, path)
-            self.done[what] += 1
-            return what
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def handle_request(self):
-        self.close_connection = True
-        what = self.server.next_fault(self.command, self.path)
-        if what == "timeout":
-            time.sleep(self.server.patience)
-            what = "no answer"
-        length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(length // 2 if what == "half request" else length)
-        if isinstance(what, int):
-            code = {500: "InternalError", 503: "SlowDown", 409: "ConditionalRequestConflict"}[what]
-            self._answer(
-                what, [], f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
-            )
-        elif what is None or what in ("no answer", "half answer"):
-            status, headers, data = self._forward(body)
-            if what is None:
-                self._answer(status, headers, data)
-            elif what == "half answer" and data:
-                self._answer(status, headers, data, sent=len(data) // 2)
-        elif (
-            what == "half request"
-        ):  # the server behind gets a header that promises more than comes
-            self._forward(body, answered=False)
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_request
-
-    def _forward(self, body, answered=True):
-        connection = HTTPConnection(self.server.behind, timeout=10)
-        try:
-            connection.putrequest(
-                self.command, self.path, skip_host=True, skip_accept_encoding=True
-            )
-            for name, value in self.headers.items():
-                if name.lower() not in ("connection", "expect"):
-                    connection.putheader(name, value)
-            connection.putheader("Connection", "close")
-            connection.endheaders(body)
-            if not answered:
-                return None
-            answer = connection.getresponse()
-            return answer.status, answer.getheaders(), answer.read()
-        except (OSError, HTTPException):
-            return 503, [], b"<Error><Code>SlowDown</Code></Error>"
-        finally:
-            connection.close()
-
-    def _answer(self, status, headers, data, sent=None):
-        self.send_response_only(status)
-        for name, value in headers:
-            if name.lower() not in ("connection", "transfer-encoding", "content-length"):
-                self.send_header(name, value)
-        length = (
-            dict((n.lower(), v) for n, v in headers).get("content-length", len(data))
-            if self.command == "HEAD"
-            else len(data)
-        )
-        self.send_header("Content-Length", str(length))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(data if sent is None else data[:sent])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def faults(s3_server, monkeypatch):
-    """Start a proxy with faults; from then on this process's clients go through it."""
-    started = []
-
-    def start(fault):
-        proxy = Faults(s3_server, fault)
-        started.append(proxy)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-        _forget_clients()
-        return proxy
-
-    yield start
-    for proxy in started:
-        proxy.shutdown()
-        proxy.server_close()
-    monkeypatch.undo()
-    _forget_clients()
-
-
-def _forget_clients():
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-KINDS = [500, 503, "no answer", "half answer", "half request"]
-
-
 def test_a_run_through_faults_of_every_kind_writes_the_same_bytes(
     s3_bucket, pages, undisturbed, faults
 ):
     draw = random.Random("faults")
-    kinds = iter(KINDS * 100)
+    kinds = iter(FAULT_KINDS * 100)
     proxy = faults(lambda number, method, path: next(kinds) if draw.random() < 0.08 else None)
-    published = execute(small(f"{s3_bucket}/r", pages), Quiet(), in_process).published
+    published = execute(small(f"{s3_bucket}/r", pages), RecordedProgress(), in_process).published
     assert bytes_of(published.uri) == undisturbed
-    assert all(proxy.done[kind] for kind in KINDS), proxy.done
+    assert all(proxy.done[kind] for kind in FAULT_KINDS), proxy.done
     assert catalog.read_catalog(f"{s3_bucket}/r")[0]["name"] == "gen-0001"
 
 
@@ -396,24 +274,19 @@ def test_a_lease_that_went_to_another_is_neither_renewed_nor_freed_by_the_first(
     lease.fence()  # holds nothing any more
 
 
-# a run that is suspended, as by SIGSTOP or a machine that sleeps, at a moment of its publication
-STALLS = """
-import os, signal, sys
-from pathlib import Path
-from pipeline import catalog, lease
-from tests.pipeline.test_object_store import publish
+def publish_and_stall(run, local, pages, moment):
+    """A publication that is suspended, as by SIGSTOP or a machine that sleeps, at one moment of it."""
+    lease.RENEW_SECONDS = 1000  # a renewal would notice too, but perhaps too late
+    original, first = getattr(catalog, moment), threading.Lock()
 
-lease.RENEW_SECONDS = 1000  # what renews it would find out too, but perhaps too late
-run, local, pages, moment = sys.argv[1:]
-original = getattr(catalog, moment)
-def stalls(*given, **named):
-    setattr(catalog, moment, original)
-    print("stalls", flush=True)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    return original(*given, **named)
-setattr(catalog, moment, stalls)
-publish(run, local, Path(pages), sources={"of A": 1})
-"""
+    def stall(*args, **options):
+        # several threads write at once: only the first stops the process, and only once
+        if first.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return original(*args, **options)
+
+    setattr(catalog, moment, stall)
+    publish(run, local, Path(pages), sources={"of A": 1})
 
 
 @pytest.mark.parametrize("moment", ["read_version", "_move", "create_only", "replace_if"])
@@ -421,12 +294,13 @@ def test_a_run_that_was_suspended_past_its_lease_publishes_nothing(
     s3_bucket, local, pages, undisturbed, monkeypatch, moment
 ):
     """A stalls, B takes over and publishes, A wakes up and is refused."""
-    command = [sys.executable, "-c", STALLS, s3_bucket, local, str(pages), moment]
+    command = call_command(publish_and_stall, s3_bucket, local, pages, moment)
     a = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        assert a.stdout.readline() == "stalls\n", a.stderr.read()
+        stopped = os.waitid(os.P_PID, a.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert stopped.si_code == os.CLD_STOPPED, a.stderr.read()
         with pytest.raises(lease.Held, match=f"is in use by process {a.pid} on "):
             publish(s3_bucket, local, pages)
         monkeypatch.setattr(lease, "STALE_SECONDS", 0)
@@ -437,7 +311,7 @@ def test_a_run_that_was_suspended_past_its_lease_publishes_nothing(
     finally:
         a.kill()
         a.wait()
-    assert a.returncode == 1 and "pipeline.lease.Fenced: " in said, said
+    assert a.returncode == 1 and "lease.Fenced: " in said, said
     assert (
         published.new
         and len(lines.splitlines()) == 1
@@ -460,7 +334,10 @@ def series_of(series, pages):
 
 def test_batches_on_s3_publish_what_they_publish_on_a_disk(s3_bucket, tmp_path, pages):
     for series in (str(tmp_path), f"{s3_bucket}/series"):
-        done = [batch.run_batch(series_of(series, pages), Quiet(), in_process) for _ in range(3)]
+        done = [
+            batch.run_batch(series_of(series, pages), RecordedProgress(), in_process)
+            for _ in range(3)
+        ]
         assert [d.batch and d.batch.done["generation"] for d in done] == [
             "gen-0001",
             "gen-0002",
@@ -484,25 +361,23 @@ def test_a_batch_that_another_scheduler_began_is_not_begun_anew(s3_bucket, pages
 
     monkeypatch.setattr(batch, "create_only", late)
     with pytest.raises(lease.Fenced, match="another scheduler began this batch"):
-        batch.run_batch(series_of(series, pages), Quiet(), in_process)
+        batch.run_batch(series_of(series, pages), RecordedProgress(), in_process)
     assert read_bytes(f"{series}/batches/0001/batch.json") == theirs
 
 
 # --- the whole job --------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-from pipeline import run
-from pipeline.engine import in_process
-from tests.pipeline.test_run import Quiet, settings
 
-def dying(name, task, units, resources):
-    for number, done in enumerate(in_process(name, task, units, resources)):
-        yield done
-        if name == sys.argv[2] and number == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-run.execute(settings(sys.argv[1]), Quiet(), dying)
-"""
+def run_until_killed(folder, phase):
+    """The quickstart, killed after the first unit of `phase`."""
+
+    def dying(name, task, units, resources):
+        for number, done in enumerate(in_process(name, task, units, resources)):
+            yield done
+            if name == phase and number == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    execute(quickstart_config(folder), RecordedProgress(), dying)
 
 
 @pytest.mark.ray
@@ -512,16 +387,18 @@ def test_the_quickstart_on_s3_is_the_quickstart_on_disk(
     """Killed in extract and in dedup, gone on with by the command line on Ray, then asked about in
     each way.
     """
-    local = execute(settings(tmp_path / "r"), Quiet(), in_process).published
+    local = execute(quickstart_config(tmp_path / "r"), RecordedProgress(), in_process).published
     run = f"{s3_bucket}/r"
     for phase in ("extract", "dedup keep"):
         killed = subprocess.run(
-            [sys.executable, "-c", KILLED, run, phase], cwd=ROOT, capture_output=True, text=True
+            call_command(run_until_killed, run, phase), cwd=ROOT, capture_output=True, text=True
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         _expire(run)
     done = Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits()
-    given = [f"{key}={json.dumps(value)}" for key, value in _overrides(settings(run)).items()]
+    given = [
+        f"{key}={json.dumps(value)}" for key, value in _overrides(quickstart_config(run)).items()
+    ]
     said = _gristmill("run", str(ROOT / "configs" / "quickstart.toml"), *given, "--json")
     assert bytes_of(json.loads(said)["generation"]["uri"]) == bytes_of(local.uri)
     assert (

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.load import load
 from pipeline.engine.lease import Held, lease
 from pipeline.engine.ray_plan import on_ray
 from pipeline.inspect import export, why
@@ -25,63 +24,23 @@ from pipeline.run import results
 from pipeline.run.execute import RunFailed, execute, plan
 from pipeline.run.state import read_state
 from pipeline.run.status import run_status
+from tests.support.paths import ROOT
+from tests.support.processes import call_command
+from tests.support.quickstart import RecordedProgress, bytes_of, quickstart_config
 
-ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.ray
 
 
-class Quiet:
-    """Progress that remembers which units ran."""
-
-    def __init__(self):
-        self.ran = {}
-
-    def begin(self, phase, *, run, units, done):
-        self.ran[phase] = []
-
-    def advance(self, phase, done):
-        self.ran[phase].append(done.unit)
-
-    def end(self, phase):
-        pass
-
-    def stages(self):
-        return {phase.split()[0] for phase, units in self.ran.items() if units}
-
-
-def settings(folder, *overrides, samples="{debian-handbook,debian-handbook-translations}"):
-    names = [f'"{ROOT}/samples/{n}.warc.gz"' for n in samples.strip("{}").split(",")]
-    fixed = [
-        f"run.directory={folder}",
-        f"input.paths=[{', '.join(names)}]",
-        "extract.engine=resiliparse",
-        "pack.seq_len=512",
-    ]
-    fixed += [
-        f"perplexity.model={ROOT}/models/wiki-en.5gram.bin",
-        f"quality.model={ROOT}/models/quality-en.ftz",
-    ]
-    return load(ROOT / "configs" / "quickstart.toml", [*fixed, *overrides])
-
-
 def go(config, only=None, first=None):
-    progress = Quiet()
+    progress = RecordedProgress()
     return execute(config, progress, on_ray(), only=only, first=first), progress
-
-
-def bytes_of(generation):
-    """Every file of a generation by name; what two runs must agree on."""
-    folder = Path(generation)
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
 def done(ray_session, tmp_path_factory):
     """A finished run over two sample files."""
     folder = tmp_path_factory.mktemp("run") / "r"
-    outcome, progress = go(settings(folder))
+    outcome, progress = go(quickstart_config(folder))
     return folder, outcome, progress
 
 
@@ -110,7 +69,7 @@ def test_golden_funnel(done):
     changelog.
     """
     folder, _, _ = done
-    go(settings(folder))
+    go(quickstart_config(folder))
     rows = [
         [row.stage, row.rule or f"= {row.unit}", row.count]
         for row in results.run_funnel(str(folder))
@@ -170,7 +129,7 @@ def test_provenance_leads_from_a_row_back_to_its_document(done):
 
 def test_running_again_does_nothing_and_publishes_nothing_new(done):
     folder, outcome, _ = done
-    again, progress = go(settings(folder))
+    again, progress = go(quickstart_config(folder))
     assert progress.stages() == set()
     assert not again.published.new and again.published.name == outcome.published.name
 
@@ -185,7 +144,7 @@ def test_running_again_does_nothing_and_publishes_nothing_new(done):
 )
 def test_a_change_reruns_exactly_the_stages_it_touches(done, override, stages):
     folder, _, _ = done
-    _, progress = go(settings(folder, override))
+    _, progress = go(quickstart_config(folder, override))
     assert progress.stages() == stages
 
 
@@ -198,10 +157,10 @@ def test_a_changed_bound_is_reapplied_without_extracting_and_gives_the_same_byte
         "c4.curly_bracket_count=off",
         "dedup.num_bands=26",
     )
-    reapplied, _ = go(settings(folder, *changes))
+    reapplied, _ = go(quickstart_config(folder, *changes))
     state = read_state(str(folder))
     assert all(c.extra["reapplied"] for c in results.all_commits(str(folder), state)["extract"])
-    fresh, _ = go(settings(tmp_path / "fresh", *changes))
+    fresh, _ = go(quickstart_config(tmp_path / "fresh", *changes))
     ours, theirs = bytes_of(reapplied.published.uri), bytes_of(fresh.published.uri)
     assert {k: v for k, v in ours.items() if k != "manifest.json"} == {
         k: v for k, v in theirs.items() if k != "manifest.json"
@@ -210,16 +169,20 @@ def test_a_changed_bound_is_reapplied_without_extracting_and_gives_the_same_byte
 
 def test_loosening_a_bound_whose_texts_were_not_kept_extracts_again(ray_session, tmp_path):
     strict = ("extract.keep_rejected_text=0.0", "gopher_quality.word_count=[300, 100000]")
-    go(settings(tmp_path / "r", *strict, samples="{debian-handbook}"), only="extract")
-    loose = settings(tmp_path / "r", "extract.keep_rejected_text=0.0", samples="{debian-handbook}")
+    go(quickstart_config(tmp_path / "r", *strict, samples="{debian-handbook}"), only="extract")
+    loose = quickstart_config(
+        tmp_path / "r", "extract.keep_rejected_text=0.0", samples="{debian-handbook}"
+    )
     go(loose, only="extract")
     [commit] = results.all_commits(str(tmp_path / "r"), read_state(str(tmp_path / "r")))["extract"]
     assert "reapplied" not in commit.extra
 
 
 def test_new_inputs_are_appended_and_old_ones_not_extracted_again(ray_session, tmp_path):
-    go(settings(tmp_path / "r", samples="{sqlite3-doc}"))
-    outcome, progress = go(settings(tmp_path / "r", samples="{debian-handbook,sqlite3-doc}"))
+    go(quickstart_config(tmp_path / "r", samples="{sqlite3-doc}"))
+    outcome, progress = go(
+        quickstart_config(tmp_path / "r", samples="{debian-handbook,sqlite3-doc}")
+    )
     assert progress.ran["extract"] == ["000001"]
     assert outcome.published.name == "gen-0002"
     assert len(verify_path(str(tmp_path / "r"))) == 2
@@ -237,7 +200,7 @@ def test_new_inputs_are_appended_and_old_ones_not_extracted_again(ray_session, t
 )
 def test_why_explains_a_document(done, pick, expected):
     folder, _, _ = done
-    go(settings(folder))
+    go(quickstart_config(folder))
     keep = {r["doc_id"]: r for t in export.tables(str(folder), "keep") for r in t.to_pylist()}
     rows = [r for t in export.tables(str(folder), "documents") for r in t.to_pylist()]
     row = next(r for r in rows if pick(r, keep.get(r["doc_id"])))
@@ -254,7 +217,7 @@ def test_why_explains_a_document(done, pick, expected):
 
 def test_why_finds_the_rows_of_a_published_document(done):
     folder, outcome, _ = done
-    go(settings(folder))
+    go(quickstart_config(folder))
     corpus = next(t for t in export.tables(str(folder), "corpus") if t.num_rows).to_pylist()[0]
     fate = next(f for f in why.why(str(folder), corpus["url"]) if f["doc_id"] == corpus["doc_id"])
     assert fate["fate"] == "published" and fate["generations"][0]["name"] == "gen-0001"
@@ -301,7 +264,9 @@ def test_text_inputs_go_through_everything_but_extraction(ray_session, tmp_path,
         path = tmp_path / "in.parquet"
         pq.write_table(pa.Table.from_pylist(rows), path)
     columns = ("input.text_column=body", "input.id_column=key", "input.url_column=link")
-    config = settings(tmp_path / "r", f"input.format={format}", f'input.paths=["{path}"]', *columns)
+    config = quickstart_config(
+        tmp_path / "r", f"input.format={format}", f'input.paths=["{path}"]', *columns
+    )
     outcome, _ = go(config)
     documents = {
         r["source_id"]: r
@@ -341,14 +306,16 @@ def test_a_unit_that_fails_is_recorded_named_and_tried_again(ray_session, tmp_pa
     good, bad = tmp_path / "a.parquet", tmp_path / "b.parquet"
     pq.write_table(pa.table({"text": ["one two three"]}), good)
     pq.write_table(pa.table({"wrong": ["x"]}), bad)
-    config = settings(tmp_path / "r", "input.format=parquet", f'input.paths=["{good}", "{bad}"]')
+    config = quickstart_config(
+        tmp_path / "r", "input.format=parquet", f'input.paths=["{good}", "{bad}"]'
+    )
     with pytest.raises(
         RunFailed,
         match=r"1 of 2 units of 'extract' failed .*\n.*000001: ValueError: .*no column 'text'; it has wrong",
     ):
         go(config)
     assert run_status(str(tmp_path / "r")).phases["extract"].failed == 1
-    tolerant = settings(
+    tolerant = quickstart_config(
         tmp_path / "r",
         "input.format=parquet",
         f'input.paths=["{good}", "{bad}"]',
@@ -416,20 +383,24 @@ def _die_or_work(unit, plan, store):
 
 def test_from_refuses_when_what_comes_before_is_not_done(ray_session, tmp_path):
     with pytest.raises(RunFailed, match="stage 'extract' has 2 of 2 units to do under this config"):
-        go(settings(tmp_path / "r"), first="dedup")
+        go(quickstart_config(tmp_path / "r"), first="dedup")
 
 
 def test_dry_run_plans_without_writing(tmp_path):
-    [phase] = plan(settings(tmp_path / "r"), only=None, first=None)
+    [phase] = plan(quickstart_config(tmp_path / "r"), only=None, first=None)
     assert (phase.name, len(phase.pending)) == ("extract", 2)
     assert not (tmp_path / "r").exists()
 
 
+def hold_lease(folder):
+    with lease(folder):
+        print("held", flush=True)
+        time.sleep(60)
+
+
 def test_a_second_run_in_the_same_directory_is_refused_naming_the_first(tmp_path):
-    holder = f"import time; from pipeline.lease import lease\nwith lease({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
-    first = subprocess.Popen(
-        [sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    command = call_command(hold_lease, tmp_path)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
     try:
         with (
@@ -458,7 +429,7 @@ def test_killed_at_every_stage_the_shards_are_the_same_bytes(done, tmp_path):
     differs at the end.
     """
     folder, outcome, _ = done
-    config = settings(tmp_path / "r")
+    config = quickstart_config(tmp_path / "r")
     command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "configs" / "quickstart.toml")]
     command += [f"{key}={value}" for key, value in _overrides(config).items()]
     draw = random.Random("kill moments")

@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,8 +22,8 @@ from pipeline.run.state import read_state
 from pipeline.study.ablate import ablate, without
 from pipeline.study.calibrate import calibrate, changed_since, write_plot
 from tests.support.inline import Silent, run_inline
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 SENTENCES = {
     "en": [
         "The miller opened the sluice before the sun had risen over the hill.",

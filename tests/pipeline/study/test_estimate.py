@@ -22,8 +22,8 @@ from pipeline.report.report import write_report
 from pipeline.report.run_data import gather
 from pipeline.run.execute import Run
 from pipeline.study.estimate import CONFIDENCE, UNITS, draw, estimate, ratio, share_of, systematic
-from tests.pipeline.run.test_run import ROOT
 from tests.support.inline import Silent, run_inline
+from tests.support.paths import ROOT
 
 AMOUNTS = st.lists(st.tuples(st.floats(0, 1e6), st.floats(1e-6, 1e-3)), min_size=1, max_size=30)
 

@@ -24,8 +24,8 @@ from stages.pack.pack import (
 from stages.read.warc import ReadStats, read_records
 from stages.storage.digests import digest
 from stages.storage.ledger import Store, Unit
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 TEXTS = [f"Document {n} of the mill: " + "it grinds wheat, " * (n % 9) for n in range(40)]
 
 

@@ -6,11 +6,9 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,14 +21,10 @@ s3fs = pytest.importorskip("s3fs")
 import fsspec
 
 from stages.pack.pack import PROVENANCE
-from tests.pipeline.run.test_object_store import faults  # noqa: F401
+from tests.support.loading import BOTH, data_config, next_when_published, on_two_ranks
+from tests.support.paths import ROOT
+from tests.support.processes import call_command
 from tests.support.shards import publish
-from tests.trainer.data.test_loader import (
-    BOTH,
-    config,
-    on_two_ranks,
-    waited,
-)
 from trainer import loop
 from trainer.config import ConfigError, EvaluationConfig, SourceConfig, load
 from trainer.data import (
@@ -85,7 +79,7 @@ def batches(data, **options):
     """Rows and tokens of all steps."""
     found = []
     with Supply(data, rank=0, world_size=1, **options) as supplied:
-        while batches := waited(supplied, len(found)):
+        while batches := next_when_published(supplied, len(found)):
             found.append(
                 [
                     (batch.where, batch.tokens.tolist(), batch.documents.tolist())
@@ -140,9 +134,9 @@ def test_batches_are_those_of_a_disk_and_what_is_read_is_removed(
     for number, rows in enumerate((21, 3, 24)):
         publish(run, rows, first=1000 * number, compression=compression)
     upload(run, url)
-    expected = batches(config(run, workers=workers))
+    expected = batches(data_config(run, workers=workers))
     assert len(expected) == 6
-    assert batches(config(url, workers=workers, cache_dir=str(cache))) == expected
+    assert batches(data_config(url, workers=workers, cache_dir=str(cache))) == expected
     left = {
         name: contents(folder_of(url, name, str(cache)))
         for name in ("gen-0001", "gen-0002", "gen-0003")
@@ -155,8 +149,8 @@ def test_repeated_generations_stay(run, url, cache, asked):
     publish(run, 8, first=1000)
     upload(run, url)
     shards, repeated = asked(), {"at_end": "repeat", "max_epochs": 3}
-    assert batches(config(url, cache_dir=str(cache), **repeated)) == batches(
-        config(run, **repeated)
+    assert batches(data_config(url, cache_dir=str(cache), **repeated)) == batches(
+        data_config(run, **repeated)
     )
     assert len(shards) == 3
 
@@ -166,17 +160,20 @@ def test_a_state_of_the_disk_goes_on_from_the_store(run, url, cache, s3_bucket):
     for number in range(3):
         publish(run, 16, first=1000 * number)
     upload(run, url)
-    whole = batches(config(url, cache_dir=str(cache / "whole")))
-    with Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
+    whole = batches(data_config(url, cache_dir=str(cache / "whole")))
+    with Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
         for step in range(3):
-            waited(supplied, step)
+            next_when_published(supplied, step)
         state = supplied.state_dict()
     staged(url, cache / "other")  # by an incarnation that died
     with Supply(
-        config(url, cache_dir=str(cache / "other")), rank=0, world_size=1, state=state
+        data_config(url, cache_dir=str(cache / "other")), rank=0, world_size=1, state=state
     ) as supplied:
         rest = [
-            [(b.where, b.tokens.tolist(), b.documents.tolist()) for b in waited(supplied, step)]
+            [
+                (b.where, b.tokens.tolist(), b.documents.tolist())
+                for b in next_when_published(supplied, step)
+            ]
             for step in (3, 4, 5)
         ]
     assert rest == whole[3:]
@@ -191,11 +188,13 @@ def test_a_generation_appended_later_is_entered_on_every_rank_of_a_node(
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
     publish(run, 12)
     upload(run, url)
-    with Supply(config(url, cache_dir=str(cache), at_end="wait"), rank=0, world_size=1) as supplied:
-        found = waited(supplied, 0)
+    with Supply(
+        data_config(url, cache_dir=str(cache), at_end="wait"), rank=0, world_size=1
+    ) as supplied:
+        found = next_when_published(supplied, 0)
         publish(run, 12, first=1000)
         upload(run, url)
-        found += waited(supplied, 1) + waited(supplied, 2)
+        found += next_when_published(supplied, 1) + next_when_published(supplied, 2)
     assert {place for batch in found for place in batch.where} == {
         (f"gen-000{n}", row) for n in (1, 2) for row in range(12)
     }
@@ -205,14 +204,18 @@ def test_the_next_generation_is_copied_while_the_first_is_read(run, url, cache):
     publish(run, 40)
     publish(run, 20, first=1000)
     upload(run, url)
-    with Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
-        waited(supplied, 0)
-        assert {name for batch in waited(supplied, 1) for name, _ in batch.where} == {"gen-0001"}
+    with Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
+        next_when_published(supplied, 0)
+        assert {name for batch in next_when_published(supplied, 1) for name, _ in batch.where} == {
+            "gen-0001"
+        }
         supplied._sources[0].copying[1].join(60)
         assert contents(folder_of(url, "gen-0002", str(cache))) == contents(
             run / "generations" / "gen-0002"
         )
-        assert {name for batch in waited(supplied, 2) for name, _ in batch.where} == {"gen-0001"}
+        assert {name for batch in next_when_published(supplied, 2) for name, _ in batch.where} == {
+            "gen-0001"
+        }
 
 
 def test_two_processes_share_one_copy(run, url, tmp_path, monkeypatch):
@@ -225,7 +228,7 @@ def test_two_processes_share_one_copy(run, url, tmp_path, monkeypatch):
         for a, b in zip(found[0, url], found[1, url], strict=True)
     ]
     assert together == [
-        [place for where, *_ in step for place in where] for step in batches(config(run))
+        [place for where, *_ in step for place in where] for step in batches(data_config(run))
     ]
     assert len(list(tmp_path.glob("gristmill-*/*/gen-0001/*/*.mds"))) == 3
 
@@ -271,7 +274,7 @@ def test_of_a_cache_that_is_not_whole_only_what_is_wrong_is_copied_again(
     damage(folder)
     generations._hashed.clear()  # as in another process
     shards = asked()
-    assert batches(config(url, cache_dir=str(cache))) == batches(config(run))
+    assert batches(data_config(url, cache_dir=str(cache))) == batches(data_config(run))
     assert sorted(shards) == sorted(
         contents(folder) if damage in (tear_the_index, forget_the_mark) else [SHARD]
     )
@@ -287,17 +290,14 @@ def test_another_generation_under_the_same_url_and_name_is_not_read_from_the_old
     staged(url, cache)
     publish(tmp_path / "new", 20, first=500)  # files of the same sizes
     upload(tmp_path / "new", url)
-    assert batches(config(url, cache_dir=str(cache), verify=mode)) == batches(
-        config(tmp_path / "new")
+    assert batches(data_config(url, cache_dir=str(cache), verify=mode)) == batches(
+        data_config(tmp_path / "new")
     )
 
 
-COPY = """
-import sys
-from trainer.generations import read_catalog, stage, verify_generation
-url, cache = sys.argv[1:]
-stage(verify_generation(url, read_catalog(url)[0], mode="full", cache=cache), mode="full", cache=cache)
-"""
+def copy_generation(url, cache):
+    generation = verify_generation(url, read_catalog(url)[0], mode="full", cache=cache)
+    stage(generation, mode="full", cache=cache)
 
 
 @pytest.mark.kill
@@ -310,9 +310,7 @@ def test_a_copy_killed_in_the_middle_is_gone_on_with(run, url, cache, asked):
             seen.append(shard) if len(seen) < 11 else released.wait(PATIENCE) and "no answer"
         )
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", COPY, url, str(cache)], cwd=Path(__file__).parents[3]
-    )
+    process = subprocess.Popen(call_command(copy_generation, url, cache), cwd=ROOT)
     try:
         while len([name for name in contents(folder) if name.endswith(".mds")]) < 11:
             assert process.poll() is None
@@ -324,7 +322,7 @@ def test_a_copy_killed_in_the_middle_is_gone_on_with(run, url, cache, asked):
     there = {name for name in contents(folder) if name.endswith(".mds")}
     assert len(there) == 11
     shards = asked()
-    assert batches(config(url, cache_dir=str(cache))) == batches(config(run))
+    assert batches(data_config(url, cache_dir=str(cache))) == batches(data_config(run))
     assert sorted([*shards, *there]) == sorted(
         contents(run / "generations" / "gen-0001")
     )  # each by one of the two
@@ -357,9 +355,9 @@ def test_a_flipped_byte_on_the_store_is_asked_for_twice_and_named(run, url, cach
         assert shards.count(SHARD) == 2
     with (
         pytest.raises(GenerationFault, match=rf"gen-0001: {SHARD}: expected sha256"),
-        Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
+        Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
     ):
-        waited(supplied, 0)
+        next_when_published(supplied, 0)
     assert SHARD not in contents(folder_of(url, "gen-0001", str(cache)))
 
 
@@ -373,9 +371,9 @@ def test_a_copy_that_went_wrong_is_not_read_because_it_cannot_be_mended(run, url
     flip_on_the_store(url)
     with (
         pytest.raises(GenerationFault, match=rf"gen-0001: {SHARD}: expected sha256"),
-        Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
+        Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
     ):
-        waited(supplied, 0)
+        next_when_published(supplied, 0)
 
 
 def test_a_byte_that_is_wrong_once_is_right_when_asked_for_again(run, url, cache, asked):
@@ -444,14 +442,14 @@ def test_a_copy_that_failed_in_the_background_is_made_when_it_is_wanted(
     upload(run, url)
     broken = [True]
     proxy = faults(lambda number, method, path: 500 if broken and "gen-0002/part" in path else None)
-    with Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
-        found = [waited(supplied, step) for step in range(2)]
+    with Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
+        found = [next_when_published(supplied, step) for step in range(2)]
         supplied._sources[0].copying[1].join(60)
         assert proxy.done[500] and not contents(folder_of(url, "gen-0002", str(cache)))
         broken.clear()
-        found += [waited(supplied, step) for step in range(2, 7)]
+        found += [next_when_published(supplied, step) for step in range(2, 7)]
     assert [[batch.where for batch in step] for step in found] == [
-        [where for where, *_ in step] for step in batches(config(run))
+        [where for where, *_ in step] for step in batches(data_config(run))
     ]
 
 
@@ -466,10 +464,12 @@ def test_while_a_copy_is_under_way_the_supply_is_empty_but_not_at_its_end(
     upload(run, url)
     answered = threading.Event()
     faults(lambda number, method, path: answered.wait(60) and None if "/part" in path else None)
-    with Supply(config(url, cache_dir=str(cache), at_end="stop"), rank=0, world_size=1) as supplied:
+    with Supply(
+        data_config(url, cache_dir=str(cache), at_end="stop"), rank=0, world_size=1
+    ) as supplied:
         told = supplied.next(0), supplied.may_grow(), supplied.grows(), supplied.may_grow()
         answered.set()
-        assert told == ([], True, False, True) and waited(supplied, 0)
+        assert told == ([], True, False, True) and next_when_published(supplied, 0)
 
 
 def test_a_store_that_stays_away_is_no_verdict_on_the_generation(
@@ -481,13 +481,13 @@ def test_a_store_that_stays_away_is_no_verdict_on_the_generation(
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
     faults(lambda number, method, path: 503 if "/part" in path else None)
     with (
-        Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
+        Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
         pytest.raises(OSError, match=r"^rank 0: "),
     ):
-        waited(supplied, 0)
+        next_when_published(supplied, 0)
     faults(lambda number, method, path: 503)
     with pytest.raises(OSError, match=r"^rank 0: "):
-        Supply(config(url, cache_dir=str(cache)), rank=0, world_size=1)
+        Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1)
 
 
 # --- a training -----------------------------------------------------------------------------------
@@ -502,11 +502,12 @@ def test_a_training_reads_evaluates_and_tells_on_the_store(config, tmp_path, url
     upload(run, url)
     told = []
     for name, where in (("disk", str(run)), ("store", url)):
-        data = replace(config.data, sources=(SourceConfig(where),), cache_dir=str(cache))
+        data = replace(data_config.data, sources=(SourceConfig(where),), cache_dir=str(cache))
         directory = tmp_path / name
         judged = EvaluationConfig(every_steps=6)
         loop.train(
-            replace(config, directory=str(directory), data=data, evaluation=judged), device="cpu"
+            replace(config, directory=str(directory), data=data, evaluation=judged),
+            device="cpu",
         )
         losses = [
             (r["loss"], r.get("held_out/loss")) for r in read_metrics(directory / "metrics.jsonl")

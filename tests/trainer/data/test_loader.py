@@ -6,7 +6,6 @@ import gc
 import json
 import multiprocessing
 import os
-import socket
 import threading
 import time
 from collections import Counter
@@ -21,12 +20,13 @@ from hypothesis import strategies as st
 pytestmark = pytest.mark.train
 torch = pytest.importorskip("torch")
 
+from tests.support import damages
+from tests.support.loading import BOTH, data_config, next_when_published, on_two_ranks
 from tests.support.shards import (
     SEQ_LEN,
     publish,
     write_manifest,
 )
-from tests.trainer.data import test_generations as damages
 from trainer.config import DataConfig, SourceConfig
 from trainer.data import (
     generations,
@@ -47,8 +47,6 @@ from trainer.data.rows import (
     read_batch,
 )
 
-BOTH = pytest.mark.parametrize("workers", [0, 2])
-
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
@@ -64,15 +62,6 @@ def published(tmp_path_factory):
         return str(run)
 
     return run_of
-
-
-def config(*runs: Any, **options: Any) -> DataConfig:
-    sources = tuple(
-        run if isinstance(run, SourceConfig) else SourceConfig(str(run)) for run in runs
-    )
-    return DataConfig(
-        sources, **{"global_batch_rows": 8, "micro_batch_rows": 2, "canonical_nodes": 3, **options}
-    )
 
 
 Row = tuple[str, str, int]
@@ -161,7 +150,7 @@ def test_the_order_is_that_of_a_streaming_dataset(published):
 @BOTH
 def test_a_batch_has_tokens_documents_and_where_they_come_from(published, workers):
     run = published(20)
-    with Supply(config(run, workers=workers), rank=0, world_size=1) as data:
+    with Supply(data_config(run, workers=workers), rank=0, world_size=1) as data:
         batches = data.next(0)
     assert [len(batch.where) for batch in batches] == [2, 2, 2, 2]
     for batch in batches:
@@ -181,7 +170,7 @@ def test_a_batch_has_tokens_documents_and_where_they_come_from(published, worker
 def test_every_row_comes_once_across_generations(tmp_path, workers, compression):
     for number, rows in enumerate((21, 3, 24)):
         publish(tmp_path, rows, first=1000 * number, compression=compression)
-    found, state = steps(config(tmp_path, workers=workers))
+    found, state = steps(data_config(tmp_path, workers=workers))
     expected = {
         (str(tmp_path), f"gen-000{n + 1}", row)
         for n, rows in enumerate((21, 3, 24))
@@ -197,10 +186,10 @@ def test_every_row_comes_once_across_generations(tmp_path, workers, compression)
 
 def test_what_fills_no_batch_is_kept_for_the_next_generation(tmp_path):
     publish(tmp_path, 13)
-    first, state = steps(config(tmp_path))
+    first, state = steps(data_config(tmp_path))
     assert (len(first), state["sources"][0]["rows"]) == (1, 8)
     publish(tmp_path, 11, first=1000)
-    second, _ = steps(config(tmp_path), state=state)
+    second, _ = steps(data_config(tmp_path), state=state)
     assert len(second) == 2
     assert Counter(row[1:] for row in rows_of(first + second)) == Counter(
         [("gen-0001", row) for row in range(13)] + [("gen-0002", row) for row in range(11)]
@@ -209,7 +198,7 @@ def test_what_fills_no_batch_is_kept_for_the_next_generation(tmp_path):
 
 def test_the_next_generation_is_taken_up_when_it_is_published_during_training(tmp_path):
     publish(tmp_path, 40)
-    with Supply(config(tmp_path), rank=0, world_size=1) as data:
+    with Supply(data_config(tmp_path), rank=0, world_size=1) as data:
         data.next(0)
         publish(tmp_path, 8)
         names = {
@@ -221,7 +210,7 @@ def test_the_next_generation_is_taken_up_when_it_is_published_during_training(tm
 @BOTH
 def test_what_is_published_while_the_last_rows_are_read_ahead_is_taken_up_too(tmp_path, workers):
     publish(tmp_path, 12)
-    with Supply(config(tmp_path, workers=workers), rank=0, world_size=1) as data:
+    with Supply(data_config(tmp_path, workers=workers), rank=0, world_size=1) as data:
         first = data.next(0)  # with it the end was met
         publish(tmp_path, 12)
         places = {place for batch in first + data.next(1) + data.next(2) for place in batch.where}
@@ -230,7 +219,7 @@ def test_what_is_published_while_the_last_rows_are_read_ahead_is_taken_up_too(tm
 
 def test_repeating_gives_every_row_once_an_epoch_in_another_order(published):
     run = published(16, 8)
-    found, state = steps(config(run, at_end="repeat", max_epochs=3))
+    found, state = steps(data_config(run, at_end="repeat", max_epochs=3))
     assert len(found) == 9
     epochs = [rows_of(found[i : i + 3]) for i in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 24 for epoch in epochs)
@@ -240,7 +229,7 @@ def test_repeating_gives_every_row_once_an_epoch_in_another_order(published):
 
 def test_named_generations_are_read_in_the_order_named(published):
     found, _ = steps(
-        config(SourceConfig(published(8, 16, 8), generations=("gen-0003", "gen-0001")))
+        data_config(SourceConfig(published(8, 16, 8), generations=("gen-0003", "gen-0001")))
     )
     assert [{name for _, name, _ in step} for step in found] == [{"gen-0003"}, {"gen-0001"}]
 
@@ -248,7 +237,7 @@ def test_named_generations_are_read_in_the_order_named(published):
 def test_weights_hit_their_shares_in_every_batch(published):
     runs = [published(64), published(33, 40), published(50)]
     sources = [SourceConfig(run, weight) for run, weight in zip(runs, (0.5, 0.3, 0.2), strict=True)]
-    found, _ = steps(config(*sources, global_batch_rows=10))
+    found, _ = steps(data_config(*sources, global_batch_rows=10))
     counts = [Counter(run for run, _, _ in step) for step in found]
     assert [[count[run] for run in runs] for count in counts] == [
         [5, 3, 2]
@@ -264,7 +253,9 @@ SIZES = st.lists(st.sampled_from([1, 5, 8, 13, 30]), min_size=1, max_size=3)
 @settings(max_examples=25, deadline=None)
 @given(SIZES, st.sampled_from([4, 8, 12]), st.integers(0, 3))
 def test_global_batches_are_the_same_on_any_number_of_ranks(published, sizes, rows, seed):
-    data = config(published(*sizes), global_batch_rows=rows, micro_batch_rows=1, shuffle_seed=seed)
+    data = data_config(
+        published(*sizes), global_batch_rows=rows, micro_batch_rows=1, shuffle_seed=seed
+    )
     alone = steps(data)
     assert [steps(data, ranks=ranks) for ranks in (2, 4)] == [alone, alone]
 
@@ -278,7 +269,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(published, data
         SourceConfig(published(*others), weight=data.draw(st.sampled_from([0.2, 1.0, 3.0]))),
     ]
     options = data.draw(st.sampled_from([{}, {"at_end": "repeat", "max_epochs": 3}]))
-    setting = config(*sources, global_batch_rows=data.draw(st.sampled_from([4, 8])), **options)
+    setting = data_config(*sources, global_batch_rows=data.draw(st.sampled_from([4, 8])), **options)
     whole, end = steps(setting, limit=12)
     stop = data.draw(st.integers(0, len(whole)))
     before, after = data.draw(st.sampled_from([(1, 1), (1, 2), (2, 1)]))
@@ -289,7 +280,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(published, data
 
 @BOTH
 def test_the_state_is_that_of_the_batch_handed_out_not_of_what_is_read_ahead(published, workers):
-    data = config(published(30), workers=workers)
+    data = data_config(published(30), workers=workers)
     with Supply(data, rank=0, world_size=1) as one:
         assert (one.state_dict()["step"], one.state_dict()["sources"][0]["rows"]) == (0, 0)
         for step in range(3):
@@ -299,7 +290,7 @@ def test_the_state_is_that_of_the_batch_handed_out_not_of_what_is_read_ahead(pub
 
 
 def test_steps_come_in_order_and_a_closed_supply_gives_none(published):
-    one = Supply(config(published(30)), rank=0, world_size=1)
+    one = Supply(data_config(published(30)), rank=0, world_size=1)
     one.next(0)
     with pytest.raises(ValueError, match="asked for step 2, but the supply stands at 1"):
         one.next(2)
@@ -310,8 +301,8 @@ def test_steps_come_in_order_and_a_closed_supply_gives_none(published):
 
 def test_new_weights_hold_from_where_they_were_changed(published):
     runs = published(64), published(33, 40)
-    _, state = steps(config(SourceConfig(runs[0], 3.0), SourceConfig(runs[1], 1.0)), limit=5)
-    found, _ = steps(config(*runs), state=state, limit=2)
+    _, state = steps(data_config(SourceConfig(runs[0], 3.0), SourceConfig(runs[1], 1.0)), limit=5)
+    found, _ = steps(data_config(*runs), state=state, limit=2)
     assert [Counter(run for run, _, _ in step)[runs[0]] for step in found] == [4, 4]
 
 
@@ -329,7 +320,9 @@ def test_new_weights_hold_from_where_they_were_changed(published):
 )
 def test_a_config_that_cannot_work_says_what_would(published, options, ranks, message):
     with pytest.raises(ValueError, match=message):
-        Supply(DataConfig(**{**vars(config(published(8))), **options}), rank=0, world_size=ranks)
+        Supply(
+            DataConfig(**{**vars(data_config(published(8))), **options}), rank=0, world_size=ranks
+        )
 
 
 def test_a_run_without_generations_is_a_fault(tmp_path):
@@ -337,7 +330,7 @@ def test_a_run_without_generations_is_a_fault(tmp_path):
         GenerationFault,
         match=r"expected generations in catalog.jsonl, found none; run the pipeline",
     ):
-        Supply(config(tmp_path), rank=0, world_size=1)
+        Supply(data_config(tmp_path), rank=0, world_size=1)
 
 
 def test_a_generation_that_is_not_published_is_a_fault(published):
@@ -346,7 +339,7 @@ def test_a_generation_that_is_not_published_is_a_fault(published):
         match=r"gen-0007: catalog.jsonl: expected its entry, found gen-0001; correct",
     ):
         Supply(
-            config(SourceConfig(published(8), generations=("gen-0001", "gen-0007"))),
+            data_config(SourceConfig(published(8), generations=("gen-0001", "gen-0007"))),
             rank=0,
             world_size=1,
         )
@@ -354,14 +347,14 @@ def test_a_generation_that_is_not_published_is_a_fault(published):
 
 @pytest.mark.parametrize("key", ["shuffle_seed", "canonical_nodes"])
 def test_a_state_of_another_order_is_refused(published, key):
-    data = config(published(30))
+    data = data_config(published(30))
     _, state = steps(data, limit=1)
     with pytest.raises(ValueError, match=f"the checkpoint's order has {key}="):
         Supply(DataConfig(**{**vars(data), key: 11}), rank=0, world_size=1, state=state)
 
 
 def test_an_order_that_the_installed_versions_draw_differently_is_refused(published):
-    data = config(published(30))
+    data = data_config(published(30))
     _, state = steps(data, limit=1)
     state["sources"][0]["order"] = "0" * 16
     with pytest.raises(
@@ -371,17 +364,17 @@ def test_an_order_that_the_installed_versions_draw_differently_is_refused(publis
 
 
 def test_a_state_of_other_sources_is_refused(published):
-    data = config(published(30))
+    data = data_config(published(30))
     _, state = steps(data, limit=1)
     with pytest.raises(ValueError, match="the checkpoint has 1 sources, the config 2"):
-        Supply(config(published(30), published(8)), rank=0, world_size=1, state=state)
+        Supply(data_config(published(30), published(8)), rank=0, world_size=1, state=state)
 
 
 @pytest.mark.parametrize("changed", ["gen-0001", "gen-0002"])
 def test_a_generation_changed_under_a_checkpoint_refuses(tmp_path, changed):
     publish(tmp_path, 8)
     publish(tmp_path, 24)
-    _, state = steps(config(tmp_path), limit=2)
+    _, state = steps(data_config(tmp_path), limit=2)
     path = tmp_path / "generations" / changed / "part-00000/shard.00000.mds"
     path.write_bytes(path.read_bytes()[:-4] + b"new!")
     write_manifest(tmp_path, changed)
@@ -389,19 +382,19 @@ def test_a_generation_changed_under_a_checkpoint_refuses(tmp_path, changed):
         GenerationFault,
         match=f"{changed}: manifest_sha256 in catalog.jsonl: .*as this run has read it",
     ):
-        Supply(config(tmp_path), rank=0, world_size=1, state=state)
+        Supply(data_config(tmp_path), rank=0, world_size=1, state=state)
 
 
 def test_a_generation_of_another_sequence_length_is_refused(tmp_path):
     publish(tmp_path, 8)
-    _, state = steps(config(tmp_path))
+    _, state = steps(data_config(tmp_path))
     publish(tmp_path, 8, seq_len=32)
     for saved in (None, state):
         with pytest.raises(
             GenerationFault,
             match=r"gen-0002: .*seq_len 16 .*as in this run so far, found seq_len 32",
         ):
-            Supply(config(tmp_path), rank=0, world_size=1, state=saved)
+            Supply(data_config(tmp_path), rank=0, world_size=1, state=saved)
 
 
 @BOTH
@@ -410,7 +403,7 @@ def test_damage_is_found_before_the_first_step(tmp_path, workers, damage, messag
     publish(tmp_path, 20)
     damage(tmp_path)
     with pytest.raises(GenerationFault, match=message):
-        Supply(config(tmp_path, workers=workers), rank=0, world_size=1)
+        Supply(data_config(tmp_path, workers=workers), rank=0, world_size=1)
 
 
 @BOTH
@@ -421,7 +414,7 @@ def test_damage_done_during_training_raises_with_the_row_that_could_not_be_read(
     tmp_path, workers, damage
 ):
     publish(tmp_path, 20)
-    with Supply(config(tmp_path, workers=workers), rank=0, world_size=1) as data:
+    with Supply(data_config(tmp_path, workers=workers), rank=0, world_size=1) as data:
         damage(tmp_path)
         with pytest.raises(
             GenerationFault,
@@ -444,7 +437,7 @@ def test_spans_beyond_the_row_are_a_fault(tmp_path):
 def test_the_watchdog_names_what_it_waited_for(tmp_path, workers):
     publish(tmp_path, 64)
     with Supply(
-        config(tmp_path, workers=workers, batch_timeout_seconds=1.0), rank=0, world_size=1
+        data_config(tmp_path, workers=workers, batch_timeout_seconds=1.0), rank=0, world_size=1
     ) as data:
         for shard in tmp_path.glob("generations/*/*/*.mds"):
             shard.unlink()
@@ -462,7 +455,7 @@ def test_a_dead_worker_is_named_with_what_it_was_asked_for(tmp_path, monkeypatch
         "trainer.data.rows.read_batch", lambda places: os._exit(1)
     )  # the workers are forked: they see it
     with (
-        Supply(config(tmp_path, workers=2), rank=0, world_size=1) as data,
+        Supply(data_config(tmp_path, workers=2), rank=0, world_size=1) as data,
         pytest.raises(
             GenerationFault,
             match=r"rows gen-0001:\d+.*found DataLoader worker .* exited unexpectedly",
@@ -474,30 +467,27 @@ def test_a_dead_worker_is_named_with_what_it_was_asked_for(tmp_path, monkeypatch
 # --- waiting --------------------------------------------------------------------------------------
 
 
-def waited(data, step):
-    """The batches of a step, new generations waited for, as the loop does it."""
-    while not (batches := data.next(step)) and data.may_grow():
-        data.grows()
-    return batches
-
-
 @BOTH
 def test_waiting_sees_a_generation_published_later(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
-    with Supply(config(tmp_path, at_end="wait", workers=workers), rank=0, world_size=1) as data:
+    with Supply(
+        data_config(tmp_path, at_end="wait", workers=workers), rank=0, world_size=1
+    ) as data:
         threading.Timer(0.2, publish, (tmp_path, 12)).start()
-        first = waited(data, 0)
+        first = next_when_published(data, 0)
         threading.Timer(0.2, publish, (tmp_path, 12)).start()
-        rest = waited(data, 1) + waited(data, 2)
+        rest = next_when_published(data, 1) + next_when_published(data, 2)
     assert len({place for batch in first + rest for place in batch.where}) == 24
 
 
 def test_waiting_ends_and_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
     publish(tmp_path, 12)
-    with Supply(config(tmp_path, at_end="wait", wait_seconds=0.05), rank=0, world_size=1) as data:
-        first = waited(data, 0)
-        assert waited(data, 1) == []
+    with Supply(
+        data_config(tmp_path, at_end="wait", wait_seconds=0.05), rank=0, world_size=1
+    ) as data:
+        first = next_when_published(data, 0)
+        assert next_when_published(data, 1) == []
         assert data.state_dict()["sources"][0]["rows"] == 8
         publish(tmp_path, 4)
         assert len({place for batch in first + data.next(1) for place in batch.where}) == 16
@@ -505,7 +495,7 @@ def test_waiting_ends_and_loses_no_row(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at_end", ["stop", "repeat"])
 def test_who_is_not_told_to_wait_does_not(published, at_end):
-    with Supply(config(published(8), at_end=at_end), rank=0, world_size=1) as data:
+    with Supply(data_config(published(8), at_end=at_end), rank=0, world_size=1) as data:
         assert data.next(0) and not data.next(1) and not data.may_grow()
 
 
@@ -514,7 +504,7 @@ def test_who_is_not_told_to_wait_does_not(published, at_end):
 
 def test_what_a_step_took_is_told_so_that_its_rows_can_be_found_again(published):
     runs = published(64), published(9, 40)
-    data = config(*runs)
+    data = data_config(*runs)
     with Supply(data, rank=0, world_size=1) as supplied:
         for step in range(5):
             given = {
@@ -544,7 +534,7 @@ def shared_memory() -> list[str]:
 def test_reading_leaves_no_shared_memory_no_worker_and_no_file_behind(published, workers):
     run = published(30)
     before, files = shared_memory(), sorted(Path(run).rglob("*"))
-    with Supply(config(run, workers=workers), rank=0, world_size=1) as data:
+    with Supply(data_config(run, workers=workers), rank=0, world_size=1) as data:
         batches = data.next(0)
         assert len(multiprocessing.active_children()) == workers
     del batches
@@ -564,48 +554,11 @@ def test_reading_leaves_no_shared_memory_no_worker_and_no_file_behind(published,
 @BOTH
 def test_the_random_state_of_the_run_is_left_alone(published, workers):
     before = torch.get_rng_state()
-    steps(config(published(30), workers=workers))
+    steps(data_config(published(30), workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- several processes ----------------------------------------------------------------------------
-
-
-def _rank(rank: int, port: int, runs: list[str], answers: Any) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
-    for run in runs:
-        try:
-            with Supply(config(run), rank=rank, world_size=2) as data:
-                answers.put(
-                    (rank, run, [[batch.where for batch in data.next(step)] for step in range(3)])
-                )
-        except GenerationFault as error:
-            answers.put((rank, run, str(error)))
-    torch.distributed.destroy_process_group()
-
-
-def on_two_ranks(*runs: str) -> dict[tuple[int, str], Any]:
-    """(rank, run) → what each rank was given or the fault it raised; one pair of processes, as each
-    imports for seconds.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(rank, port, list(runs), answers), daemon=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    found = [answers.get(timeout=240) for _ in ranks for _ in runs]
-    for process in ranks:
-        process.join(60)
-    return {(rank, run): answer for rank, run, answer in found}
 
 
 def test_two_processes_share_the_batches_of_one_and_raise_what_only_rank_0_can_see(
@@ -621,7 +574,7 @@ def test_two_processes_share_the_batches_of_one_and_raise_what_only_rank_0_can_s
         [place for batch in a + b for place in batch]
         for a, b in zip(found[0, whole], found[1, whole], strict=True)
     ]
-    alone, _ = steps(config(whole))
+    alone, _ = steps(data_config(whole))
     assert together == [[row[1:] for row in step] for step in alone]
 
 
@@ -629,7 +582,10 @@ def test_a_fault_that_only_another_rank_sees_is_raised_on_rank_0(published):
     missing = GenerationFault("generation gen-0001: a shard is not on this node's disk")
     with pytest.raises(GenerationFault, match="not on this node's disk"):
         Supply(
-            config(published(24)), rank=0, world_size=2, gather=lambda mine: [mine, (None, missing)]
+            data_config(published(24)),
+            rank=0,
+            world_size=2,
+            gather=lambda mine: [mine, (None, missing)],
         )
 
 
@@ -643,5 +599,5 @@ def test_a_generation_is_hashed_once_in_a_process(published, monkeypatch):
     )
     run = published(24)
     for _ in range(2):
-        Supply(config(run), rank=0, world_size=1).close()
+        Supply(data_config(run), rank=0, world_size=1).close()
     assert len(hashed) == len(set(hashed)) == 3

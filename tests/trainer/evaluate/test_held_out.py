@@ -65,7 +65,7 @@ from trainer.evaluate.held_out import (
 )
 from trainer.model.llama import Transformer
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 
 SMALL = ModelConfig(
     vocab_size=100_352, dim=8, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16
@@ -84,11 +84,6 @@ QUESTIONS = [
         "gold": 0,
     },
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 autograd.
 """
 
-import importlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from trainer.model.llama import (
     unless_whole,
 )
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 
 VOCAB = 61
 SMALL = ModelConfig(vocab_size=VOCAB, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48)
@@ -40,11 +39,6 @@ CONFIGS = [
 ]
 # lengths of the documents of a row, then fill
 SPANS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def build(config, seed=0):
@@ -75,19 +69,6 @@ def packed(spans, fill=3):
         0, VOCAB, documents.shape, generator=torch.Generator().manual_seed(length)
     )
     return tokens, documents
-
-
-@pytest.fixture
-def transformers(monkeypatch):
-    """The package, also beside a torchvision that does not match torch: Llama needs none, but
-    imports one that it finds.
-    """
-    package = pytest.importorskip("transformers")
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, OSError):
-        monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False)
-    return package
 
 
 def llama(transformers, folder):

@@ -31,7 +31,7 @@ from trainer.model.parallel import (
     parallelize,
 )
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 
 # 61 words, 10 hidden: uneven shards; 1 row of the key projection's 2 x 6 on some ranks
 SMALL = ModelConfig(
@@ -49,11 +49,6 @@ CONFIGS = {
     "adamw": OptimizerConfig(name="adamw", lr=1e-3),
     "sgd": OptimizerConfig(name="sgd", lr=1e-2, momentum=0.9),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def parameters(shapes, seed):

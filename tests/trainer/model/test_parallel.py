@@ -32,7 +32,7 @@ from trainer.model.parallel import (
     sum_over_ranks,
 )
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 
 # 61 words and 10 hidden divide by neither 2 nor 4 ranks: shards are uneven
 SMALL = ModelConfig(vocab_size=61, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=10)
@@ -60,11 +60,6 @@ class Step(NamedTuple):
 CLIP = 0.5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def batch():
     """8 rows whose valid targets are very unequal: 27, 20, 14 … and none at all."""
     tokens = torch.randint(0, SMALL.vocab_size, (8, 28), generator=torch.Generator().manual_seed(1))
@@ -83,9 +78,9 @@ def model_config(name):
 def build(name, config):
     with torch.device("meta"):
         model = Transformer(model_config(name))
-    parallelize(llama, config, make_mesh(config, device="cpu"))
-    llama.to_empty(device="cpu").init_weights(3)
-    return llama
+    parallelize(model, config, make_mesh(config, device="cpu"))
+    model.to_empty(device="cpu").init_weights(3)
+    return model
 
 
 def step(model, *, micro_batches=2, sync_at_end=False):
@@ -97,30 +92,30 @@ def step(model, *, micro_batches=2, sync_at_end=False):
     targets = sum_over_ranks(sum(map(num_targets, documents)))
     total = torch.zeros(())
     for number, micro_batch in enumerate(zip(tokens, documents, strict=True)):
-        llama.set_requires_gradient_sync(not sync_at_end or number == micro_batches - 1)
-        loss = llama.loss(*micro_batch)
+        model.set_requires_gradient_sync(not sync_at_end or number == micro_batches - 1)
+        loss = model.loss(*micro_batch)
         (loss.sum * ranks / targets[0].float()).backward()
         total += loss.sum.detach()
-    gradients = whole_gradients(llama)
-    norm = clip_grad_norm(llama.parameters(), CLIP)
+    gradients = whole_gradients(model)
+    norm = clip_grad_norm(model.parameters(), CLIP)
     return Step(
-        (sum_over_ranks(total) / targets).item(), norm.item(), gradients, whole_gradients(llama)
+        (sum_over_ranks(total) / targets).item(), norm.item(), gradients, whole_gradients(model)
     )
 
 
 def whole_gradients(model):
-    return {name: p.grad.full_tensor().clone() for name, p in llama.named_parameters()}
+    return {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
 
 
 def plain_step(name):
     """The slow and obvious way: one process, no FSDP, all rows at once, float32."""
     model = Transformer(model_config(name))
-    llama.init_weights(3)
+    model.init_weights(3)
     tokens, documents = batch()
-    loss = llama.loss(tokens, documents)
+    loss = model.loss(tokens, documents)
     mean = loss.sum / loss.targets
     mean.backward()
-    gradients = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
     return Step(
         mean.item(),
@@ -139,11 +134,11 @@ def worker(rank, ranks, folder, plans):
     seen = {}
     for name, config in plans.items():
         model = build(name, config)
-        weights = {name: p.full_tensor() for name, p in llama.named_parameters()}
+        weights = {name: p.full_tensor() for name, p in model.named_parameters()}
         seen[name] = (
             weights,
-            step(llama, sync_at_end=name == "sync at the end"),
-            list(llama.norm.weight.placements),
+            step(model, sync_at_end=name == "sync at the end"),
+            list(model.norm.weight.placements),
         )
     seen["sums"] = sum_over_ranks(float(rank), torch.tensor(2**40 + rank)).tolist()
     if rank == 0:
@@ -239,10 +234,10 @@ def test_an_evaluation_leaves_the_weights_sharded_and_sees_new_ones(evaluate, gr
     tokens, documents = batch()
     with torch.no_grad():
         getattr(llama, evaluate)(tokens, documents)
-        assert all(isinstance(p, DTensor) for p in llama.parameters())
-        before = llama.loss(tokens, documents).sum
-        llama.init_weights(4)
-        after = llama.loss(tokens, documents).sum
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        before = model.loss(tokens, documents).sum
+        model.init_weights(4)
+        after = model.loss(tokens, documents).sum
     plain = Transformer(SMALL)
     plain.init_weights(4)
     torch.testing.assert_close(after, plain.loss(tokens, documents).sum.detach())
@@ -263,12 +258,12 @@ class Ops(TorchDispatchMode):
 
 def ops_of_a_step(config):
     model = Transformer(SMALL)
-    llama.init_weights(0)
-    for block in llama.blocks:
+    model.init_weights(0)
+    for block in model.blocks:
         parallel._wrap_forward(block, config)
     tokens, documents = batch()
     with Ops() as ops:
-        llama.loss(tokens, documents).sum.backward()
+        model.loss(tokens, documents).sum.backward()
     return ops.ran[torch.ops.aten.mm.default], ops.ran[torch.ops.aten.silu.default]
 
 

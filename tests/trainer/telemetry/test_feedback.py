@@ -5,10 +5,8 @@ behind.
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -18,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.feedback_reports import NOW, report, summary
+from tests.support.paths import ROOT
+from tests.support.processes import call_command
 from trainer.telemetry.feedback import (
-    Health,
     OtherVersion,
-    Report,
     Sighting,
     Source,
     Summary,
@@ -38,39 +37,6 @@ from trainer.telemetry.feedback import (
 )
 
 SECOND, MINUTE, HOUR = 1.0, 60.0, 3600.0
-NOW = 1_800_000_000.0
-
-
-def report(**changed) -> Report:
-    base = Report(
-        state="running",
-        steps=10,
-        tokens_total=1000,
-        tokens_processed=1200,
-        tokens_per_second=40.0,
-        tokens_per_second_without_stalls=50.0,
-        data_wait_share=0.2,
-        mfu=None,
-        goodput=0.8,
-        wall_seconds=30.0,
-        restarts=1,
-        sources={"cc": Source("gen-0002", {"gen-0001": 90, "gen-0002": 10}, 1000, 3.5)},
-        health=Health(1 << 30, 1 << 34, 0.97, 61, 640.5),
-        budget=None,
-    )
-    return base._replace(**changed)
-
-
-def summary(
-    trainer="a",
-    *,
-    sequence=1,
-    modified=NOW,
-    time="2026-01-01T00:00:00+00:00",
-    incarnation="i",
-    **changed,
-) -> Summary:
-    return Summary(trainer, incarnation, sequence, time, 1.0, 30.0, report(**changed), modified)
 
 
 def written(folder, trainer="a", *reports, **options) -> Writer:
@@ -315,13 +281,15 @@ def test_appended_lines_survive_half_lines(tmp_path_factory, lines):
     ]
 
 
+def report_endlessly(folder):
+    writer = Writer(folder, trainer="a", every_seconds=0.001)
+    for step in itertools.count():
+        writer.write(report(steps=step))
+        writer.flush()
+
+
 def test_a_killed_trainer_leaves_whole_summaries_and_goes_stale(tmp_path):
-    code = (
-        "import sys; from trainer.feedback import Writer; from tests.trainer.test_feedback import report\n"
-        "writer = Writer(sys.argv[1], trainer='a', every_seconds=0.001)\n"
-        "for step in range(10**9):\n    writer.write(report(steps=step))\n    writer.flush()\n"
-    )
-    trainer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=os.getcwd())
+    trainer = subprocess.Popen(call_command(report_endlessly, tmp_path), cwd=ROOT)
     try:
         seen, steps = {}, []
         while len(steps) < 200:  # reads race with writes all the time

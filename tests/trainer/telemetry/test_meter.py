@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.trainer.telemetry.test_feedback import NOW, summary
+from tests.support.feedback_reports import NOW, summary
 from trainer.telemetry import devices
 from trainer.telemetry.devices import gpu_health, peak_flops
 from trainer.telemetry.feedback import Health, Totals, Writer, read_lines, read_summaries, resumed

@@ -233,7 +233,7 @@ def test_an_evaluation_leaves_the_weights_sharded_and_sees_new_ones(evaluate, gr
     model = build("fp32", FP32)
     tokens, documents = batch()
     with torch.no_grad():
-        getattr(llama, evaluate)(tokens, documents)
+        getattr(model, evaluate)(tokens, documents)
         assert all(isinstance(p, DTensor) for p in model.parameters())
         before = model.loss(tokens, documents).sum
         model.init_weights(4)

@@ -1,13 +1,23 @@
-"""The stores and commits that a run used last, by phase."""
+"""The stores, commits and rows that a run wrote under the keys that it used last."""
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from pipeline.run import dedup_plan
+import pyarrow as pa
+
+from pipeline.run import dedup_plan, query
 from pipeline.run.funnel import FunnelRow, funnel
 from pipeline.run.keys import store_uri
 from pipeline.run.state import read_state
+from stages.dedup.keep import KEEP
+from stages.formats.document import corpus_schema, document_schema
 from stages.storage.ledger import Commit, Store
+from stages.storage.parts import schema_of
+
+if TYPE_CHECKING:
+    import duckdb
 
 PHASES = ("extract", *dedup_plan.LISTINGS, "refine", "refine names", "pack")
 
@@ -43,3 +53,88 @@ def alarm(root: str) -> str | None:
     counted = ", ".join(f"{count:,} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
     share = float(state["config"]["dedup.alarm_share"]["value"])
     return f"dedup dropped over {share:.0%} of the documents of {counted}; see Duplicates in the report"
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+# of both stages; export writes them without `stage`
+_REJECTED = """
+    SELECT 'extract' AS stage, * EXCLUDE (band_keys, content_hash)
+    FROM documents WHERE rejected_by IS NOT NULL
+    UNION ALL BY NAME SELECT 'refine' AS stage, * FROM rejected_by_refine"""
+_COMMITS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("phase", "unit")),
+        *((name, pa.int64()) for name in ("rows_in", "rows_out", "bytes_out")),
+        ("counts", pa.map_(pa.string(), pa.int64())),
+        ("totals", pa.map_(pa.string(), pa.float64())),
+        *((name, pa.float64()) for name in ("seconds", "cpu_seconds")),
+        ("finished", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+
+@contextmanager
+def open_results(
+    root: str, *, memory: str = "1GB", threads: int = 2
+) -> Iterator["duckdb.DuckDBPyConnection"]:
+    """A DuckDB connection (see pipeline.run.query) over what a run has written so far.
+
+    Views: documents, keep, corpus, rejected (of extract and refine), commits. A stage that has not
+    run is an empty view. FileNotFoundError with advice if there is no run.
+    """
+    state = read_state(root)
+    commits = all_commits(root, state)
+    parts = result_parts(root, state, commits)
+    tables = {"commits": commits_table(commits)}
+    views = {"rejected": _REJECTED}
+    schemas = result_schemas(parts)
+    with query.connect(
+        parts, schemas, tables=tables, views=views, memory=memory, threads=threads
+    ) as connection:
+        yield connection
+
+
+def result_parts(
+    root: str, state: dict[str, Any], commits: Mapping[str, Sequence[Commit]]
+) -> dict[str, list[str]]:
+    """URIs of the parts of each kind of row that the given commits list, in order of units."""
+    phases = {
+        "documents": "extract",
+        "keep": "dedup keep",
+        "corpus": corpus_phase(root, state),
+        "rejected_by_refine": "refine",
+    }
+    parts = {}
+    for name, phase in phases.items():
+        store, kind = store_of(root, state, phase), name.partition("_")[0]
+        paths = (o["path"] for c in commits[phase] for o in c.outputs)
+        parts[name] = [store.uri(path) for path in paths if path.startswith(f"{kind}/")]
+    return parts
+
+
+def result_schemas(parts: Mapping[str, Sequence[str]]) -> dict[str, pa.Schema]:
+    """Schemas of kinds of row that may have no part yet; without scores while nothing has any."""
+    extracted = parts["documents"]
+    documents = schema_of(extracted[0]) if extracted else document_schema([], keys="")
+    corpus = corpus_schema(documents, [], [])
+    return {"documents": documents, "keep": KEEP, "corpus": corpus, "rejected_by_refine": corpus}
+
+
+def commits_table(commits: Mapping[str, Sequence[Commit]]) -> pa.Table:
+    """One row per commit, in order of phases and units."""
+    rows = [
+        {name: getattr(commit, name, None) for name in _COMMITS.names}
+        | {
+            "phase": phase,
+            "bytes_out": sum(o["bytes"] for o in commit.outputs),
+            "finished": _microseconds(commit.extra.get("finished")),
+        }
+        for phase, listed in commits.items()
+        for commit in listed
+    ]
+    return pa.Table.from_pylist(rows, schema=_COMMITS)
+
+
+def _microseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1e6)

@@ -143,3 +143,28 @@ def test_why_shows_percentiles(finished):
     [url] = [u for table in export.tables(finished[1], "corpus") for u in table["url"].to_pylist()]
     shown = call("why", finished[1], url).stdout
     assert " p50" in next(line for line in shown.splitlines() if "pii.email_address" in line)
+
+
+def test_sql_prints_a_table_cut_to_some_rows(finished):
+    result = call("sql", finished[1], "SELECT url, text FROM documents", "--rows", 2)
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and lines[0].split() == ["url", "text"] and len(lines) == 3
+    assert lines[1].startswith("https://a.example/0  The old mill") and "…" in lines[1]
+    assert "the first 2 rows; --rows N prints more" in result.stderr
+    assert not call("sql", finished[1], "SELECT 1 AS one").stderr
+
+
+def test_sql_prints_all_rows_as_json_and_csv(finished):
+    query = "SELECT phase, counts, NULL AS nothing FROM commits WHERE phase = 'extract'"
+    [row] = json.loads(call("sql", finished[1], query, "--json").stdout)
+    assert row["phase"] == "extract" and row["counts"]["kept"] == 4 and row["nothing"] is None
+    header, line = call("sql", finished[1], query, "--csv").stdout.splitlines()
+    assert header == "phase,counts,nothing" and line.startswith('extract,"{""kept"": 4')
+    assert json.loads(call("sql", finished[1], "SELECT 1 WHERE false", "--json").stdout) == []
+
+
+def test_sql_refuses_to_write_and_names_the_columns_that_there_are(finished):
+    result = call("sql", finished[1], f"COPY keep TO '{finished[0]}/x.csv'")
+    assert result.exit_code == 1 and "Expected a single SELECT statement" in result.stderr
+    result = call("sql", finished[1], "SELECT rul FROM keep")
+    assert result.exit_code == 1 and 'Candidate bindings: "rule"' in result.stderr

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.engine.lease import Fenced, fence
-from stages.formats import mds, tokens
+from stages.formats import mds, mds_verify, tokens
 from stages.pack.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Split
 from stages.storage.digests import digest, file_sha256
 from stages.storage.files import (
@@ -121,9 +121,9 @@ def publish(
 
 def verify_shards(folder: Path, manifest: dict[str, Any]) -> list[mds.Mismatch]:
     """All faults of a generation's shards, those held out included."""
-    faults = mds.verify(folder, expected=manifest)
+    faults = mds_verify.verify(folder, expected=manifest)
     if manifest.get("held_out") is not None:  # no such key before there was pack.held_out
-        found = mds.verify(folder / "held_out", expected=manifest["held_out"])
+        found = mds_verify.verify(folder / "held_out", expected=manifest["held_out"])
         faults += [fault._replace(shard=f"held_out/{fault.shard}") for fault in found]
     return faults
 

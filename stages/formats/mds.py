@@ -1,17 +1,18 @@
-"""Write, read and verify MDS shards, the format of mosaicml-streaming, without torch.
+"""Write and read MDS shards, the format of mosaicml-streaming, without torch.
 
 A shard is `uint32 n | uint32 offsets[n + 1] | config as JSON | samples`, offsets counted from the
 start of the file. A sample is `uint32 sizes[variable columns] | values`, columns in name order,
 everything little-endian. index.json lists the shards. For the same samples and options this writes
 the bytes that streaming 0.13.0 writes, index included.
+
+Columns hold arrays of uint32 with one axis, which is all that Gristmill writes:
+`ndarray:uint32:N` is the N values, `ndarray:uint32` any number of values after their shape.
 """
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,27 +31,36 @@ HASHES: dict[str, Callable[[bytes], Any]] = {
     },
     **{name: getattr(xxhash, name) for name in xxhash.algorithms_available},
 }
+# keys of an index entry that the header of its shard repeats
+CONFIG_KEYS = (
+    "compression",
+    "hashes",
+    "size_limit",
+    "column_names",
+    "column_encodings",
+    "column_sizes",
+)
+_ENCODING = re.compile(r"ndarray:uint32(?::([1-9]\d*))?")
+_ENCODINGS = "ndarray:uint32 or ndarray:uint32:N"
 
 
 class Mismatch(NamedTuple):
-    """One way in which a data set is not what its index or manifest says."""
+    """One way in which a data set differs from what its index or manifest says."""
 
-    shard: str  # basename of the stored file; "index.json" or "manifest" for faults of the whole
+    shard: str  # basename of the stored file; "index.json" or "manifest" for the whole data set
     what: str
     expected: int | str
     actual: int | str
 
 
 class MDSWriter:
-    """Write samples to `out/shard.00000.mds` and on, and once the `with` block has ended well,
-    `out/index.json`.
+    """Write samples to `out/shard.00000.mds` and on, and after the `with` block `out/index.json`.
 
     An exception inside the block leaves shards but no index.json: a dead task never looks complete.
     `out` is a local folder, made if absent; one that holds anything is refused, never emptied
     (FileExistsError).
 
-    `columns` is name → encoding: bytes, str, json, int (64 bits), [u]int8…64, float16…64,
-    ndarray[:dtype[:dim,dim]]. `compression` is None, 'zstd' (level 3) or 'zstd:1'…'zstd:22'.
+    `columns` is name → encoding. `compression` is None, 'zstd' (level 3) or 'zstd:1'…'zstd:22'.
     `hashes` are names from HASHES, unique and sorted (streaming's rule). `size_limit` is bytes of a
     raw shard; None puts everything in one. As in streaming, a first sample beyond the limit comes
     after an empty shard 0. ValueError for any other option.
@@ -75,19 +85,18 @@ class MDSWriter:
             raise ValueError(
                 f"size_limit must lie in [1, 2**32) bytes (offsets are uint32), got {size_limit}"
             )
-        self._codecs = {name: _codec(columns[name]) for name in sorted(columns)}
+        self._lengths = {name: array_length(columns[name]) for name in sorted(columns)}
         self._level = None if compression is None else _zstd_level(compression)
         self._size_limit = size_limit
-        self._hashes = list(hashes)
         self._config: dict[str, Any] = {
             "version": 2,
             "format": "mds",
             "compression": compression,
-            "hashes": self._hashes,
+            "hashes": list(hashes),
             "size_limit": size_limit,
-            "column_names": list(self._codecs),
-            "column_encodings": [columns[name] for name in self._codecs],
-            "column_sizes": [codec.size for codec in self._codecs.values()],
+            "column_names": list(self._lengths),
+            "column_encodings": [columns[name] for name in self._lengths],
+            "column_sizes": [n if n is None else 4 * n for n in self._lengths.values()],
         }
         self._config_json = _to_json(self._config)
         self.out = Path(out)
@@ -129,14 +138,13 @@ class MDSWriter:
 
     def _encode(self, sample: Mapping[str, Any]) -> bytes:
         sizes, values = [], []
-        for name, codec in self._codecs.items():
+        for name, length in self._lengths.items():
             try:
-                value = codec.encode(sample[name])
-            except (TypeError, ValueError, OverflowError) as error:
+                values.append(_encode_array(sample[name], length))
+            except ValueError as error:
                 raise ValueError(f"column '{name}': {error}") from error
-            if codec.size is None:
-                sizes.append(len(value))
-            values.append(value)
+            if length is None:
+                sizes.append(len(values[-1]))
         return b"".join([np.array(sizes, np.uint32).tobytes(), *values])
 
     def _start_shard(self) -> None:
@@ -148,7 +156,7 @@ class MDSWriter:
         offsets += 4 + 4 * len(offsets) + len(self._config_json)
         if offsets[-1] >= 1 << 32:
             raise ValueError(
-                f"a shard of {offsets[-1]:,} bytes; offsets are uint32, so set a size_limit below 2**32"
+                f"a shard of {offsets[-1]:,} bytes; offsets are uint32: set size_limit below 2**32"
             )
         head = np.uint32(len(self._samples)).tobytes() + offsets.astype(np.uint32).tobytes()
         stored = raw = b"".join([head, self._config_json, *self._samples])
@@ -162,39 +170,38 @@ class MDSWriter:
         self._start_shard()
 
     def _file_info(self, basename: str, data: bytes) -> dict[str, Any]:
-        hashes = {algo: HASHES[algo](data).hexdigest() for algo in self._hashes}
+        hashes = {name: HASHES[name](data).hexdigest() for name in self._config["hashes"]}
         return {"basename": basename, "bytes": len(data), "hashes": hashes}
 
 
+# --- index.json -----------------------------------------------------------------------------------
+
+
 def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The index.json of `directory`; FileNotFoundError when absent, ValueError when it is no index
-    of MDS shards.
-    """
+    """The index.json of `directory`; FileNotFoundError if absent, ValueError if it is not one."""
     path = Path(directory) / INDEX
     try:
         index: dict[str, Any] = json.loads(path.read_bytes())
-        whole = all(
+        is_valid = all(
             (entry["version"], entry["format"]) == (2, "mds")
-            and entry.keys() >= {"samples", "zip_data", *_CONFIG_KEYS}
-            and entry["raw_data"].keys() == _stored(entry).keys() == {"basename", "bytes", "hashes"}
+            and entry.keys() >= {"samples", "zip_data", *CONFIG_KEYS}
+            and entry["raw_data"].keys()
+            == stored_file(entry).keys()
+            == {"basename", "bytes", "hashes"}
             for entry in index["shards"]
         )
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # broken JSON, or JSON of another shape
+    # broken JSON, or JSON of another shape
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as an index: {error!r}; rerun stage 'pack'"
         ) from error
-    if not whole:
+    if not is_valid:
         raise ValueError(f"{path} is not an index of MDS shards, version 2; rerun stage 'pack'")
     return index
 
 
 def write_index(directory: str | os.PathLike[str], index: Mapping[str, Any]) -> None:
-    """Put `index` at `directory`/index.json in one rename, as the bytes that streaming would write."""
+    """Write `index` to `directory`/index.json by a rename, in the bytes that streaming writes."""
     temporary = Path(directory) / f"{INDEX}.tmp"
     temporary.write_bytes(_to_json(index))
     temporary.replace(Path(directory) / INDEX)
@@ -203,8 +210,7 @@ def write_index(directory: str | os.PathLike[str], index: Mapping[str, Any]) -> 
 def merge_indexes(
     part_names: Sequence[str], indexes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """One index over parts that lie in folders beside it; samples keep the order of the parts, then
-    of their shards.
+    """One index over parts that lie in folders beside it, in the order of the parts.
 
     Basenames become 'part-00000/shard.00000.mds', which StreamingDataset(local=…) follows.
     ValueError when the names are not unique, do not pair up with the indexes, or when parts differ
@@ -214,192 +220,80 @@ def merge_indexes(
         raise ValueError(
             f"{len(indexes)} indexes need as many unique part names, got {list(part_names)}"
         )
-    shards = []
-    for part, index in zip(part_names, indexes, strict=True):
-        shards += [_in_folder(part, entry) for entry in index["shards"]]
+    shards = [
+        _in_folder(part, entry)
+        for part, index in zip(part_names, indexes, strict=True)
+        for entry in index["shards"]
+    ]
     for entry in shards:
-        ours, first = (
-            dict(zip(s["column_names"], s["column_encodings"], strict=True))
-            for s in (entry, shards[0])
-        )
-        if ours != first:
-            name = _stored(entry)["basename"]
+        columns, first = column_encodings(entry), column_encodings(shards[0])
+        if columns != first:
+            name = stored_file(entry)["basename"]
             raise ValueError(
-                f"{name} has columns {ours}, the first shard has {first}; pack all parts alike"
+                f"{name} has columns {columns}, the first shard has {first}; pack all parts alike"
             )
     return {"version": 2, "shards": shards}
+
+
+def _in_folder(part: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    infos = {key: entry[key] for key in ("raw_data", "zip_data") if entry[key] is not None}
+    moved = {key: {**info, "basename": f"{part}/{info['basename']}"} for key, info in infos.items()}
+    return {**entry, **moved}
+
+
+def stored_file(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Basename, size and hashes of the file on disk: the compressed one if there is one."""
+    info: dict[str, Any] = entry["raw_data"] if entry["zip_data"] is None else entry["zip_data"]
+    return info
+
+
+def column_encodings(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Column name → encoding, of an index entry or a shard's own header."""
+    return dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+
+
+# --- reading a shard ------------------------------------------------------------------------------
+
+
+class Shard(NamedTuple):
+    """A shard whose layout has been checked."""
+
+    data: bytes  # decompressed
+    offsets: np.ndarray  # int64 [n + 1]
+    config: dict[str, Any]
+    lengths: dict[str, int | None]  # of each column, see `array_length`
 
 
 def read_shard(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Samples of one shard, in order; a name that ends in .zstd is decompressed.
 
     Needs no index: the shard's own header names the columns. Arrays are read-only. ValueError for a
-    broken shard.
+    broken shard, or one with columns that Gristmill does not write.
     """
-    shard = _open_shard(os.fspath(path), Path(path).read_bytes())
+    shard = open_shard(os.fspath(path), Path(path).read_bytes())
     if isinstance(shard, Mismatch):
         raise ValueError(
-            f"{path}: {shard.what}: expected {shard.expected}, found {shard.actual}; rerun stage 'pack'"
+            f"{path}: {shard.what}: expected {shard.expected}, found {shard.actual}; "
+            "rerun stage 'pack'"
         )
-    num_variable = sum(codec.size is None for codec in shard.codecs.values())
+    num_variable = list(shard.lengths.values()).count(None)
     for start in shard.offsets[:-1].tolist():
         sizes = iter(np.frombuffer(shard.data, np.uint32, num_variable, start).tolist())
         at = start + 4 * num_variable
         sample = {}
-        for name, codec in shard.codecs.items():
-            size = next(sizes) if codec.size is None else codec.size
-            sample[name] = codec.decode(shard.data[at : at + size])
+        for name, length in shard.lengths.items():
+            size = next(sizes) if length is None else 4 * length
+            try:
+                sample[name] = _decode_array(shard.data[at : at + size], length)
+            except ValueError as error:
+                raise ValueError(f"{path}: column '{name}': {error}") from error
             at += size
         yield sample
 
 
-def verify(
-    directory: str | os.PathLike[str], *, expected: Mapping[str, Any] | None
-) -> list[Mismatch]:
-    """Re-read every shard that index.json lists; all faults found, none when the data set is whole.
-
-    Checked: presence, size, every hash on record, header against index, offsets, column sizes.
-    Values are not decoded, so without hashes a flipped bit inside a value is not seen. `expected`
-    is a generation's manifest, of which these are compared where present: rows, seq_len (length of
-    the fixed-shape column `tokens`), tokens (no more than rows × seq_len: how much of a row is
-    fill, only its spans tell), and per shard, by basename of the stored file (.zstd if compressed),
-    bytes, sha256 and rows. Files that the index does not list are ignored. Holds one shard in
-    memory.
-    """
-    try:
-        index = read_index(directory)
-    except FileNotFoundError:
-        return [Mismatch(INDEX, "file", "present", "missing")]
-    except ValueError as error:
-        return [Mismatch(INDEX, "content", "an index of MDS shards", str(error))]
-    faults = [fault for entry in index["shards"] for fault in _shard_faults(Path(directory), entry)]
-    times = Counter(_stored(entry)["basename"] for entry in index["shards"])
-    faults += [
-        Mismatch(name, "times in index", 1, count) for name, count in times.items() if count > 1
-    ]
-    return (
-        faults if expected is None else faults + _manifest_faults(Path(directory), index, expected)
-    )
-
-
-def _shard_faults(directory: Path, entry: Mapping[str, Any]) -> list[Mismatch]:
-    name = _stored(entry)["basename"]
-    try:
-        data = (directory / name).read_bytes()
-    except FileNotFoundError:
-        return [Mismatch(name, "file", "present", "missing")]
-    faults = _file_faults(name, _stored(entry), data)
-    shard = _open_shard(name, data)
-    if isinstance(shard, Mismatch):
-        return [*faults, shard]
-    if entry["zip_data"] is not None:
-        faults += _file_faults(name, entry["raw_data"], shard.data)
-    if len(shard.offsets) - 1 != entry["samples"]:
-        faults.append(Mismatch(name, "samples in header", entry["samples"], len(shard.offsets) - 1))
-    differ = [key for key in _CONFIG_KEYS if shard.config.get(key) != entry[key]]
-    return faults + [
-        Mismatch(name, f"{key} in header", str(entry[key]), str(shard.config.get(key)))
-        for key in differ
-    ]
-
-
-def _file_faults(name: str, info: Mapping[str, Any], data: bytes) -> list[Mismatch]:
-    faults = (
-        [] if info["bytes"] == len(data) else [Mismatch(name, "bytes", info["bytes"], len(data))]
-    )
-    for algo, digest in info["hashes"].items():
-        found = HASHES[algo](data).hexdigest() if algo in HASHES else "a hash we cannot compute"
-        if found != digest:
-            faults.append(Mismatch(name, algo, digest, found))
-    return faults
-
-
-def _manifest_faults(
-    directory: Path, index: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> list[Mismatch]:
-    rows, seq_len = sum(entry["samples"] for entry in index["shards"]), _row_length(index)
-    faults = []
-    if manifest.get("rows", rows) != rows:
-        faults.append(Mismatch("manifest", "rows", manifest["rows"], rows))
-    if seq_len is not None and manifest.get("seq_len", seq_len) != seq_len:
-        faults.append(Mismatch("manifest", "seq_len", manifest["seq_len"], seq_len))
-    if seq_len is not None and manifest.get("tokens", 0) > rows * seq_len:
-        faults.append(
-            Mismatch("manifest", "tokens", manifest["tokens"], f"room for {rows * seq_len}")
-        )
-    if "shards" not in manifest:
-        return faults
-    listed = {_stored(entry)["basename"]: entry for entry in index["shards"]}
-    named = {shard["basename"]: shard for shard in manifest["shards"]}
-    faults += [
-        Mismatch(name, "in manifest", "present", "missing") for name in listed if name not in named
-    ]
-    faults += [
-        Mismatch(name, "in index", "present", "missing") for name in named if name not in listed
-    ]
-    for name, shard in named.items():
-        if "rows" in shard and name in listed and shard["rows"] != listed[name]["samples"]:
-            faults.append(
-                Mismatch(name, "rows by manifest", shard["rows"], listed[name]["samples"])
-            )
-        if (directory / name).is_file():
-            data = (directory / name).read_bytes()
-            found: dict[str, int | str] = {
-                "bytes": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
-            differ = [key for key in found if shard.get(key, found[key]) != found[key]]
-            faults += [
-                Mismatch(name, f"{key} by manifest", shard[key], found[key]) for key in differ
-            ]
-    return faults
-
-
-def _row_length(index: Mapping[str, Any]) -> int | None:
-    """Length of the column `tokens`, where it is one and the same in all shards."""
-    columns = [
-        dict(zip(s["column_names"], s["column_encodings"], strict=True)) for s in index["shards"]
-    ]
-    encodings = {column.get("tokens", "") for column in columns}
-    fixed = re.fullmatch(r"ndarray:\w+:(\d+)", encodings.pop()) if len(encodings) == 1 else None
-    return None if fixed is None else int(fixed[1])
-
-
-def _stored(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """File info of what lies on disk: the compressed form if there is one."""
-    info: dict[str, Any] = entry["raw_data"] if entry["zip_data"] is None else entry["zip_data"]
-    return info
-
-
-def _in_folder(part: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    infos = {key: entry[key] for key in ("raw_data", "zip_data") if entry[key] is not None}
-    return {
-        **entry,
-        **{key: {**info, "basename": f"{part}/{info['basename']}"} for key, info in infos.items()},
-    }
-
-
-# keys of an index entry that the header of its shard repeats
-_CONFIG_KEYS = (
-    "compression",
-    "hashes",
-    "size_limit",
-    "column_names",
-    "column_encodings",
-    "column_sizes",
-)
-
-
-class _Shard(NamedTuple):
-    data: bytes  # decompressed
-    offsets: np.ndarray  # int64 [n + 1]
-    config: dict[str, Any]
-    codecs: "dict[str, _Codec]"
-
-
-def _open_shard(name: str, data: bytes) -> _Shard | Mismatch:
-    """The parts of a shard, or the first thing that keeps it from being read; each check relies on
-    those before it.
+def open_shard(name: str, data: bytes) -> Shard | Mismatch:
+    """Check a shard's layout: its parts, or the first mismatch; each check relies on the ones
+    before it.
     """
     if name.endswith(".zstd"):
         try:
@@ -409,9 +303,8 @@ def _open_shard(name: str, data: bytes) -> _Shard | Mismatch:
     num_samples = int.from_bytes(data[:4], "little")
     table_end = 4 + 4 * (num_samples + 1)
     if len(data) < table_end:
-        return Mismatch(
-            name, f"bytes, to hold {num_samples:,} offsets", f"at least {table_end}", len(data)
-        )
+        what = f"bytes, to hold {num_samples:,} offsets"
+        return Mismatch(name, what, f"at least {table_end}", len(data))
     offsets = np.frombuffer(data, np.uint32, num_samples + 1, 4).astype(np.int64)
     for at in np.flatnonzero(np.diff(offsets) < 0)[:1].tolist():
         return Mismatch(name, f"offset {at + 1}", f"at least {offsets[at]}", int(offsets[at + 1]))
@@ -419,34 +312,34 @@ def _open_shard(name: str, data: bytes) -> _Shard | Mismatch:
         return Mismatch(name, "last offset, the end of the file", len(data), int(offsets[-1]))
     try:
         config = json.loads(data[table_end : offsets[0]])
-        columns = zip(config["column_names"], config["column_encodings"], strict=True)
-        codecs = {column: _codec(encoding) for column, encoding in columns}
+        encodings = column_encodings(config)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return Mismatch(name, "header", "JSON with the columns", repr(error))
-    lengths = _lengths_by_columns(data, offsets, list(codecs.values()))
-    for at in np.flatnonzero(lengths != np.diff(offsets))[:1].tolist():
-        return Mismatch(
-            name,
-            f"bytes of sample {at} by its columns",
-            int(offsets[at + 1] - offsets[at]),
-            int(lengths[at]),
-        )
-    return _Shard(data, offsets, config, codecs)
+    for column, encoding in encodings.items():
+        if not _ENCODING.fullmatch(str(encoding)):
+            return Mismatch(name, f"encoding of column '{column}'", _ENCODINGS, str(encoding))
+    lengths = {column: array_length(encoding) for column, encoding in encodings.items()}
+    shard = Shard(data, offsets, config, lengths)
+    expected, actual = np.diff(offsets), _sizes_by_columns(shard)
+    for at in np.flatnonzero(actual != expected)[:1].tolist():
+        what = f"bytes of sample {at} by its columns"
+        return Mismatch(name, what, int(expected[at]), int(actual[at]))
+    return shard
 
 
-def _lengths_by_columns(data: bytes, offsets: np.ndarray, codecs: "list[_Codec]") -> np.ndarray:
-    """Bytes of each sample by the sizes it begins with, int64 [n]; -1 where it cannot hold even
-    those.
-    """
-    head = 4 * sum(codec.size is None for codec in codecs)
-    fixed = sum(codec.size or 0 for codec in codecs)
-    holds = np.diff(offsets) >= head
-    sizes = np.frombuffer(data, np.uint8)[offsets[:-1][holds, None] + np.arange(head)].view(
-        np.uint32
-    )
-    lengths = np.full(len(holds), -1, np.int64)
-    lengths[holds] = head + fixed + sizes.sum(axis=1, dtype=np.int64)
-    return lengths
+def _sizes_by_columns(shard: Shard) -> np.ndarray:
+    """Bytes of each sample by the sizes it begins with, int64 [n]; -1 if too short for them."""
+    head = 4 * list(shard.lengths.values()).count(None)
+    fixed = 4 * sum(length or 0 for length in shard.lengths.values())
+    fits = np.diff(shard.offsets) >= head
+    heads = shard.offsets[:-1][fits, None] + np.arange(head)
+    sizes = np.frombuffer(shard.data, np.uint8)[heads].view(np.uint32)
+    totals = np.full(len(fits), -1, np.int64)
+    totals[fits] = head + fixed + sizes.sum(axis=1, dtype=np.int64)
+    return totals
+
+
+# --- compression ----------------------------------------------------------------------------------
 
 
 def _to_json(value: Mapping[str, Any]) -> bytes:
@@ -470,12 +363,9 @@ def _compress(data: bytes, level: int) -> bytes:
 
 
 def _decompress(data: bytes) -> bytes:
-    """The content of exactly one zstd frame; ValueError when it is damaged, cut short or followed
-    by anything.
-    """
-    frame = (
-        zstandard.ZstdDecompressor().decompressobj()
-    )  # grows as it goes: a damaged size field allocates nothing
+    """The content of exactly one zstd frame; ValueError if it is damaged, cut or has a tail."""
+    # a decompressobj grows as it reads: a damaged size field allocates nothing
+    frame = zstandard.ZstdDecompressor().decompressobj()
     try:
         raw = frame.decompress(data)
     except zstandard.ZstdError as error:
@@ -485,128 +375,42 @@ def _decompress(data: bytes) -> bytes:
     return raw
 
 
-class _Codec(NamedTuple):
-    size: int | None  # bytes of every value; None when they vary
-    encode: Callable[[Any], bytes]
-    decode: Callable[[bytes], Any]
+# --- arrays ---------------------------------------------------------------------------------------
 
 
-# dtype → the byte that stands for it where the encoding does not name one
-_DTYPES = {
-    "uint8": 8,
-    "int8": 9,
-    "uint16": 16,
-    "int16": 17,
-    "float16": 18,
-    "uint32": 32,
-    "int32": 33,
-    "float32": 34,
-}
-_DTYPES |= {"uint64": 64, "int64": 65, "float64": 66}
+def array_length(encoding: str) -> int | None:
+    """Values in each array of a column; None if that varies.
 
-
-def _codec(encoding: str) -> _Codec:
-    """How a column is turned to bytes and back; ValueError for an encoding that we do not have."""
-    name, *options = encoding.split(":")
-    if name == "ndarray" and len(options) <= 2 and {*options[:1]} <= _DTYPES.keys():
-        return _array_codec(*options)
-    if encoding in _DTYPES:
-        return _scalar_codec(np.dtype(encoding))
-    if encoding in _SIMPLE:
-        return _SIMPLE[encoding]
-    known = ", ".join([*_SIMPLE, *_DTYPES, "ndarray[:dtype[:dim,dim]]"])
-    raise ValueError(f"unknown encoding '{encoding}'; have {known}")
-
-
-def _a(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"wants {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
-_SIMPLE = {
-    "bytes": _Codec(None, lambda value: _a(bytes, value), bytes),
-    "str": _Codec(None, lambda value: _a(str, value).encode(), bytes.decode),
-    "json": _Codec(
-        None,
-        lambda value: json.dumps(
-            value.tolist() if isinstance(value, np.ndarray) else value
-        ).encode(),
-        json.loads,
-    ),
-    "int": _Codec(
-        8,
-        lambda value: np.int64(_a(int, value)).tobytes(),
-        lambda data: int.from_bytes(data, "little", signed=True),
-    ),
-}
-
-
-def _scalar_codec(dtype: np.dtype) -> _Codec:
-    def encode(value: Any) -> bytes:
-        scalar = dtype.type(value)
-        if (
-            dtype.kind != "f" and scalar != value
-        ):  # numpy silently wraps its own integers and cuts floats
-            raise ValueError(f"{value!r} does not fit {dtype}")
-        return bytes(scalar.tobytes())
-
-    return _Codec(dtype.itemsize, encode, lambda data: np.frombuffer(data, dtype)[0])
-
-
-def _array_codec(dtype: str | None = None, dims: str | None = None) -> _Codec:
-    """Arrays as `dtype byte | shape | values`, without the parts that the encoding fixes."""
-    shape = None if dims is None else tuple(map(int, dims.split(",")))
-    if shape is not None and min(shape) < 1:
-        raise ValueError(
-            f"array dimensions must be at least 1, got '{dims}': MDS has no empty arrays"
-        )
-
-    def encode(array: Any) -> bytes:
-        name = _a(np.ndarray, array).dtype.name
-        if name not in _DTYPES or not array.dtype.isnative or (dtype is not None and name != dtype):
-            raise TypeError(f"wants an array of {dtype or ', '.join(_DTYPES)}, got {array.dtype!r}")
-        if (
-            array.size == 0
-            or not 1 <= array.ndim < 64
-            or (shape is not None and array.shape != shape)
-        ):
-            raise ValueError(
-                f"wants an array of shape {shape or 'of 1 to 63 axes, none empty'}, got {array.shape}"
-            )
-        head = b"" if dtype is not None else bytes([_DTYPES[name]])
-        return (
-            head
-            + (b"" if shape is not None else _encode_shape(array.shape))
-            + bytes(array.tobytes())
-        )
-
-    def decode(data: bytes) -> np.ndarray:
-        of, start = (dtype, 0) if dtype is not None else (_DTYPE_OF[data[0]], 1)
-        into, start = (shape, start) if shape is not None else _decode_shape(data, start)
-        return np.frombuffer(data, of, offset=start).reshape(into)
-
-    size = None if dtype is None or shape is None else math.prod(shape) * np.dtype(dtype).itemsize
-    return _Codec(size, encode, decode)
-
-
-_DTYPE_OF = {byte: dtype for dtype, byte in _DTYPES.items()}
-
-
-def _encode_shape(shape: tuple[int, ...]) -> bytes:
-    """`ndim << 2 | log2(w)`, then the dimensions in w bytes each, w the least of 1, 2, 4, 8 that
-    holds them all.
+    ValueError for an encoding that Gristmill does not write.
     """
-    log2 = sum(max(shape) >= 1 << bits for bits in (8, 16, 32))
-    return bytes([len(shape) << 2 | log2]) + b"".join(
-        dim.to_bytes(1 << log2, "little") for dim in shape
-    )
+    match = _ENCODING.fullmatch(encoding)
+    if match is None:
+        raise ValueError(f"unknown encoding '{encoding}'; columns are {_ENCODINGS}")
+    return int(match[1]) if match[1] else None
 
 
-def _decode_shape(data: bytes, at: int) -> tuple[tuple[int, ...], int]:
-    """The shape written at `at`, and where it ends."""
-    width = 1 << (data[at] & 3)
-    end = at + 1 + (data[at] >> 2) * width
-    return tuple(
-        int.from_bytes(data[i : i + width], "little") for i in range(at + 1, end, width)
-    ), end
+def _encode_array(array: Any, length: int | None) -> bytes:
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint32:
+        actual = repr(array.dtype) if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"must be an array of uint32, got {actual}")
+    if length is not None and array.shape != (length,):
+        raise ValueError(f"must have the shape ({length},), got {array.shape}")
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"must have one axis and be not empty, got shape {array.shape}")
+    return (_encode_shape(len(array)) if length is None else b"") + array.tobytes()
+
+
+def _encode_shape(length: int) -> bytes:
+    """`ndim << 2 | log2(w)`, ndim = 1, then the length in w bytes, the least of 1, 2, 4, 8."""
+    log2 = sum(length >= 1 << bits for bits in (8, 16, 32))
+    return bytes([1 << 2 | log2]) + length.to_bytes(1 << log2, "little")
+
+
+def _decode_array(data: bytes, length: int | None) -> np.ndarray:
+    if length is not None:
+        return np.frombuffer(data, np.uint32)
+    num_axes, log2 = divmod(data[0] if data else 0, 4)
+    start = 1 + (1 << log2)
+    if num_axes != 1 or start + 4 * int.from_bytes(data[1:start], "little") != len(data):
+        raise ValueError(f"shape does not fit in {len(data)} bytes")
+    return np.frombuffer(data, np.uint32, offset=start)

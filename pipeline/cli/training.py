@@ -40,7 +40,7 @@ def train(
         except TrainingError as error:
             fail(error, 1)
         out.print(
-            f"{ended.steps:,} steps, loss {ended.loss:.4f} nats a token; {ended.why}",
+            f"{ended.steps:,} steps, loss {ended.loss:.4f} nats a token; {ended.reason}",
             soft_wrap=True,
         )
         if ended.plot:

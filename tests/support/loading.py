@@ -11,7 +11,7 @@ from trainer.config import DataConfig, SourceConfig
 from trainer.data.generations import (
     GenerationFault,
 )
-from trainer.data.loader import Supply
+from trainer.data.loader import BatchLoader
 
 BOTH = pytest.mark.parametrize("workers", [0, 2])
 
@@ -27,8 +27,8 @@ def data_config(*runs: Any, **options: Any) -> DataConfig:
 
 def next_when_published(data, step):
     """The batches of a step, new generations waited for, as the loop does it."""
-    while not (batches := data.next(step)) and data.may_grow():
-        data.grows()
+    while not (batches := data.next(step)) and data.should_wait():
+        data.poll()
     return batches
 
 
@@ -39,9 +39,9 @@ def _rank(rank: int, port: int, runs: list[str], answers: Any) -> None:
     )
     for run in runs:
         try:
-            with Supply(data_config(run), rank=rank, world_size=2) as data:
+            with BatchLoader(data_config(run), rank=rank, world_size=2) as data:
                 answers.put(
-                    (rank, run, [[batch.where for batch in data.next(step)] for step in range(3)])
+                    (rank, run, [[batch.row_ids for batch in data.next(step)] for step in range(3)])
                 )
         except GenerationFault as error:
             answers.put((rank, run, str(error)))

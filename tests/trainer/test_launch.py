@@ -83,7 +83,7 @@ def test_a_training_is_launched_drawn_exported_and_asked_about(file, tmp_path):
     from trainer.launch import TrainingError, export, launch
 
     ended = launch(file, ["max_steps=4", "checkpoint.every_steps=2"], on_ray=False)
-    assert (ended.steps, ended.why) == (
+    assert (ended.steps, ended.reason) == (
         4,
         "step 4 was reached",
     ) and "<svg" in ended.plot.read_text()
@@ -131,7 +131,11 @@ def test_a_training_that_has_reached_its_end_is_left_as_it_is(file, tmp_path):
 
     first = launch(file, ["max_steps=4", "telemetry.sinks=[]"], on_ray=False)
     again = launch(file, ["max_steps=3"], on_ray=False)
-    assert (again.steps, again.loss, again.why) == (4, first.loss, "step 4 had been reached before")
+    assert (again.steps, again.loss, again.reason) == (
+        4,
+        first.loss,
+        "step 4 had been reached before",
+    )
     [summary] = read_summaries(f"{tmp_path}/run/feedback").summaries
     assert (summary.report.budget, summary.report.restarts) == (0, 1)
     assert first.plot.exists()  # metrics.jsonl is written whatever the sinks
@@ -186,7 +190,7 @@ def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session
     killer = when(tmp_path / "train", 25, lambda: os.kill(workers()[-1], signal.SIGKILL))
     ended = launch(file, [], on_ray=True)
     killer.join()
-    assert (ended.steps, ended.why, ended.loss) == (100, "the data ended", undisturbed.loss)
+    assert (ended.steps, ended.reason, ended.loss) == (100, "the data ended", undisturbed.loss)
     told, expected = (
         metric_records(tmp_path / "train"),
         {record["step"]: record for record in metric_records(tmp_path / "undisturbed")},
@@ -268,6 +272,6 @@ def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_
         on_ray=True,
     )
     stopper.join()
-    assert seen == [2] and ended.why == "it was asked to stop" and ended.steps < 100
+    assert seen == [2] and ended.reason == "it was asked to stop" and ended.steps < 100
     assert signal.getsignal(signal.SIGTERM) == handler
     assert (tmp_path / "train" / "checkpoints" / f"step-{ended.steps:08}" / "meta.json").exists()

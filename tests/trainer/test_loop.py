@@ -47,7 +47,7 @@ def metrics(config):
 def test_the_loss_falls_and_the_run_ends_where_it_was_told_to(config):
     result = loop.train(config, device="cpu")
     losses = [row["loss"] for row in metrics(config).values()]
-    assert (result.steps, result.why, len(losses)) == (12, "step 12 was reached", 12)
+    assert (result.steps, result.reason, len(losses)) == (12, "step 12 was reached", 12)
     assert losses[0] == pytest.approx(math.log(64), abs=0.2) and losses[-1] < losses[0] - 0.3
 
 
@@ -57,7 +57,7 @@ def test_a_resumed_run_takes_the_steps_that_would_have_come(config, tmp_path):
     stopped = replace(
         config, max_steps=12, data=replace(config.data, max_epochs=1)
     )  # 5 steps of 8 rows
-    assert loop.train(stopped, device="cpu").why == "the data ended"
+    assert loop.train(stopped, device="cpu").reason == "the data ended"
     loop.train(config, device="cpu")
     expected, found = metrics(whole), metrics(config)
     assert [found[step]["loss"] for step in range(1, 13)] == [
@@ -113,13 +113,13 @@ def test_a_run_that_is_asked_to_stop_saves_first(config, monkeypatch):
     def asked(model, batches, *args, **options):
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(batches[0].where)
+        seen.append(batches[0].row_ids)
         return accumulate(model, batches, *args, **options)
 
     seen = []
     monkeypatch.setattr(loop, "accumulate", asked)
     result = loop.train(config, device="cpu")
-    assert (result.steps, result.why) == (3, "it was asked to stop")
+    assert (result.steps, result.reason) == (3, "it was asked to stop")
     assert signal.getsignal(signal.SIGTERM) == handler
     result = loop.train(config, device="cpu")
     assert (result.steps, len(seen)) == (12, 12)
@@ -197,7 +197,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches(
 def test_a_slow_reader_raises_data_wait_and_nothing_else(config, tmp_path, monkeypatch):
     loop.train(config, device="cpu")
     monkeypatch.setattr(
-        "trainer.data.rows.read_batch",
+        "trainer.data.prefetch.read_batch",
         lambda places, read=read_batch: time.sleep(0.2) or read(places),
     )
     slow = replace(config, directory=str(tmp_path / "slow"))
@@ -253,12 +253,12 @@ def test_a_trainer_that_waits_says_so_and_goes_on_with_the_next_generation(confi
     )
     publish_after = iter([None] * 3)
 
-    def grows(self, grows=loader.Supply.grows):
+    def poll(self, poll=loader.BatchLoader.poll):
         if next(publish_after, True):
             publish(run, 8, first=40)
-        return grows(self)
+        return poll(self)
 
-    monkeypatch.setattr(loader.Supply, "grows", grows)
+    monkeypatch.setattr(loader.BatchLoader, "poll", poll)
     data = replace(config.data, at_end="wait")
     result = loop.train(
         replace(
@@ -266,7 +266,7 @@ def test_a_trainer_that_waits_says_so_and_goes_on_with_the_next_generation(confi
         ),
         device="cpu",
     )
-    assert (result.steps, result.why) == (6, "step 6 was reached")
+    assert (result.steps, result.reason) == (6, "step 6 was reached")
     assert [report.steps for report in said if report.state == "waiting"] == [5, 5, 5]
     assert said[-1].sources[str(run)].rows == {"gen-0001": 40, "gen-0002": 8}
     assert said[-1].budget == 0 and said[0].budget == 6 * 8 * 16
@@ -280,7 +280,7 @@ def test_a_file_asks_a_run_to_stop_and_what_is_left_of_the_budget_is_told(config
 
     monkeypatch.setattr(loop.Training, "_update", asked)
     result = loop.train(config, device="cpu")
-    assert (result.steps, result.why) == (4, "it was asked to stop")
+    assert (result.steps, result.reason) == (4, "it was asked to stop")
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
     assert summary.report.budget == 8 * 8 * 16
 
@@ -288,8 +288,8 @@ def test_a_file_asks_a_run_to_stop_and_what_is_left_of_the_budget_is_told(config
 def test_a_machine_about_to_be_taken_away_is_saved_for_and_training_goes_on(config):
     config = replace(config, checkpoint=CheckpointConfig(every_steps=100, keep_last=5))
     with ExitStack() as opened:
-        result = loop.Training(config, opened, device="cpu", preempted=lambda: True).to_the_end()
-    assert (result.steps, result.why) == (12, "step 12 was reached")
+        result = loop.Training(config, opened, device="cpu", preempted=lambda: True).run()
+    assert (result.steps, result.reason) == (12, "step 12 was reached")
     assert sorted(path.name for path in Path(config.directory, "checkpoints").iterdir()) == [
         "step-00000010",
         "step-00000012",

@@ -34,14 +34,24 @@ from trainer.data.generations import (
     stage,
     verify_generation,
 )
-from trainer.data.order import I64, Position, Stretch, draw, micro_batches, stretches
-from trainer.data.rows import Batch, Place, epoch_order, import_streaming, read_ahead
+from trainer.data.order import (
+    I64,
+    OrderSlice,
+    Position,
+    assign_sources,
+    epoch_order,
+    micro_batches_per_rank,
+    next_slices,
+)
+from trainer.data.prefetch import read_ahead
+from trainer.data.rows import Batch, RowRef
+from trainer.data.streaming import import_streaming
 
 POLL_SECONDS = 2.0  # between looks at the catalog while waiting
 _T = TypeVar("_T")
 
 
-class Drawn(NamedTuple):
+class RowRange(NamedTuple):
     """What a step took of a generation: places [start, stop) of its order in an epoch (see
     `epoch_order`).
     """
@@ -52,10 +62,10 @@ class Drawn(NamedTuple):
     stop: int
 
 
-class Supply:
+class BatchLoader:
     """The global batches of a run, as the micro-batches of one rank.
 
-    All ranks make a Supply with the same config and state and call `next` in step: new generations
+    All ranks make a BatchLoader with the same config and state and call `next` in step: new generations
     are looked up and hashed by rank 0, checked quickly by the others, and each rank learns every
     verdict, so a fault on one is raised on all and none hangs. For that they exchange a few bytes
     (`gather`: this rank's value → those of all ranks; torch.distributed's when it is initialised).
@@ -83,7 +93,9 @@ class Supply:
         state: Mapping[str, Any] | None = None,
         gather: Callable[[Any], list[Any]] | None = None,
     ) -> None:
-        self._micro = micro_batches(config.global_batch_rows, config.micro_batch_rows, world_size)
+        self._micro = micro_batches_per_rank(
+            config.global_batch_rows, config.micro_batch_rows, world_size
+        )
         if not config.sources or min(source.weight for source in config.sources) <= 0:
             raise ValueError("data.sources needs at least one source, each with a weight above 0")
         self._config, self._rank, self._world = config, rank, world_size
@@ -102,7 +114,7 @@ class Supply:
         self._awaited: tuple[_Source, int] | None = (
             None  # the generation that is copied before anything else can be read
         )
-        self.taken: dict[str, list[Drawn]] = {}
+        self.row_ranges: dict[str, list[RowRange]] = {}
         import_streaming()  # seconds, and before there are workers that would each take them
         if state is not None:
             self._load(state)
@@ -115,7 +127,7 @@ class Supply:
             self._agreed(partial(self._check_orders, state))
         self._state = self._state_at(self._step)
 
-    def __enter__(self) -> "Supply":
+    def __enter__(self) -> "BatchLoader":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -150,7 +162,7 @@ class Supply:
         batches = self._collect() or self._collect()
         if batches:
             plan = self._planned.popleft()
-            self._step, self._state, self.taken, self._empty_since = (
+            self._step, self._state, self.row_ranges, self._empty_since = (
                 step + 1,
                 plan.state,
                 plan.taken,
@@ -158,7 +170,7 @@ class Supply:
             )
         return batches
 
-    def may_grow(self) -> bool:
+    def should_wait(self) -> bool:
         """After a `next` that gave nothing: whether to wait for a copy or, by config and the clock
         of rank 0, a generation.
         """
@@ -170,7 +182,7 @@ class Supply:
         waited = time.monotonic() - self._empty_since
         return self._agreed(lambda: waited < self._config.wait_seconds)
 
-    def grows(self) -> bool:
+    def poll(self) -> bool:
         """Look for what is awaited, after a pause of POLL_SECONDS; if it is there, `next` gives
         more.
         """
@@ -194,7 +206,7 @@ class Supply:
 
     # --- plan -------------------------------------------------------------------------------------
 
-    def _plans(self) -> Iterator[list[Place]]:
+    def _plans(self) -> Iterator[list[RowRef]]:
         """The micro-batches of this rank, step after step, until the supply known today ends."""
         while (plan := self._plan()) is not None:
             self._planned.append(plan)
@@ -202,19 +214,21 @@ class Supply:
 
     def _plan(self) -> "_Plan | None":
         rows, sources = self._config.global_batch_rows, self._sources
-        owners = draw([s.config.weight for s in sources], [s.drawn for s in sources], rows)
+        owners = assign_sources(
+            [s.config.weight for s in sources], [s.drawn for s in sources], rows
+        )
         picked, positions = np.empty((rows, 2), np.int64), []
-        taken: dict[str, list[Drawn]] = {source.config.run: [] for source in sources}
+        taken: dict[str, list[RowRange]] = {source.config.run: [] for source in sources}
         for number, source in enumerate(sources):
             found = self._take(source, int((owners == number).sum()))
             if found is None:
                 return None
-            if not all(self._entered(source, stretch.at) for stretch in found[0]):
+            if not all(self._entered(source, stretch.gen_index) for stretch in found[0]):
                 return None
             picked[owners == number], position = self._rows(source, found[0]), found[1]
             positions.append(position)
             taken[source.config.run] += [
-                Drawn(source.known[s.at].name, s.epoch, s.start, s.stop) for s in found[0]
+                RowRange(source.known[s.gen_index].name, s.epoch, s.start, s.stop) for s in found[0]
             ]
         for source, position, count in zip(
             sources, positions, np.bincount(owners, minlength=len(sources)), strict=True
@@ -228,17 +242,17 @@ class Supply:
         micro = [places[i : i + size] for i in range(0, len(places), size)]
         return _Plan(micro, taken, self._state_at(self._step + len(self._planned) + 1))
 
-    def _take(self, source: "_Source", count: int) -> tuple[list[Stretch], Position] | None:
+    def _take(self, source: "_Source", count: int) -> tuple[list[OrderSlice], Position] | None:
         """Where the next rows of a source lie, and its position after them, without moving it."""
         position = source.position
-        found = stretches(source.sizes, position, count, epochs=position.epoch + 1)
+        found = next_slices(source.sizes, position, count, epochs=position.epoch + 1)
         while found is None and self._extend(source):
-            found = stretches(source.sizes, position, count, epochs=position.epoch + 1)
+            found = next_slices(source.sizes, position, count, epochs=position.epoch + 1)
         if found is None and self._config.at_end == "repeat":
-            found = stretches(source.sizes, position, count, epochs=self._config.max_epochs)
+            found = next_slices(source.sizes, position, count, epochs=self._config.max_epochs)
         return found
 
-    def _rows(self, source: "_Source", found: list[Stretch]) -> I64:
+    def _rows(self, source: "_Source", found: list[OrderSlice]) -> I64:
         """(generation's place in the list, row) [rows, 2]."""
         picked = [np.empty((0, 2), np.int64)]
         for epoch, at, start, stop in found:
@@ -271,7 +285,9 @@ class Supply:
         new = entries[len(source.known) :]
         for entry in new:
             # what a resumed run has left behind is not hashed again
-            unread = len(source.known) >= source.position.at or self._config.at_end == "repeat"
+            unread = (
+                len(source.known) >= source.position.gen_index or self._config.at_end == "repeat"
+            )
             mode = self._config.verify if self._leads and unread else "quick"
             verify = partial(
                 verify_generation, source.config.run, entry, mode=mode, cache=self._config.cache_dir
@@ -455,7 +471,7 @@ class Supply:
         """
         for source, saved in zip(self._sources, state["sources"], strict=True):
             if saved["order"] is not None:
-                self._order(source, source.position.at, source.position.epoch)
+                self._order(source, source.position.gen_index, source.position.epoch)
                 if source.order_digest != saved["order"]:
                     do = "resume with the versions of numpy and streaming that the run began with"
                     raise fault(
@@ -496,7 +512,7 @@ class Supply:
             raise late from error
         return batches
 
-    def _late(self, places: list[Place], error: Exception) -> GenerationFault:
+    def _late(self, places: list[RowRef], error: Exception) -> GenerationFault:
         rows = ", ".join(f"{place.generation}:{place.row}" for place in places[:4]) + (
             ", ..." if len(places) > 4 else ""
         )
@@ -534,8 +550,8 @@ def _require_copied(copying: _Copying | None, manifest: Manifest, cache: str) ->
 
 
 class _Plan(NamedTuple):
-    micro: list[list[Place]]  # of this rank
-    taken: dict[str, list[Drawn]]
+    micro: list[list[RowRef]]  # of this rank
+    taken: dict[str, list[RowRange]]
     state: dict[str, Any]  # of the supply after the step
 
 
@@ -570,9 +586,9 @@ class _Source:
             self.saved, [(manifest.name, manifest.sha256) for manifest in self.known], key=len
         )
 
-    def place(self, at: int, row: int, cache: str) -> Place:
+    def place(self, at: int, row: int, cache: str) -> RowRef:
         manifest = self.known[at]
-        return Place(self.config.run, manifest.name, manifest.rows, row, cache)
+        return RowRef(self.config.run, manifest.name, manifest.rows, row, cache)
 
     def state(self) -> dict[str, Any]:
         epoch, at, rows = self.position

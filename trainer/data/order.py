@@ -1,112 +1,144 @@
-"""Which rows make a global batch: arithmetic on counters, the same on every rank and on every
-number of ranks.
+"""Step 1 of a row's way to the loss: which rows make a global batch.
+
+Arithmetic on counters and a seeded order, the same on every rank and for any number of ranks.
+Next: `rows` reads them, `loader` hands out batches, `model.step` computes gradients, `loop` trains.
 """
 
+import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from trainer.data.streaming import import_streaming
+
+if TYPE_CHECKING:
+    from trainer.data.generations import Manifest
 
 I64 = npt.NDArray[np.int64]
 
 
 class Position(NamedTuple):
-    """Where a source stands: `rows` are consumed of the generation `at`, which is its place in the
-    list, in this `epoch`.
-    """
+    """How far a source is read: `rows` rows of the generation at `gen_index` in its list."""
 
     epoch: int = 0
-    at: int = 0
+    gen_index: int = 0
     rows: int = 0
 
 
-class Stretch(NamedTuple):
-    """Places [start, stop) in the order of one generation and epoch."""
+class OrderSlice(NamedTuple):
+    """Indices [start, stop) of the `epoch_order` of the generation at `gen_index`."""
 
     epoch: int
-    at: int
+    gen_index: int
     start: int
     stop: int
 
 
-def fitting_ranks(global_rows: int, micro_rows: int) -> list[int]:
-    """Numbers of ranks among which a global batch divides, rising.
+def valid_rank_counts(global_rows: int, micro_rows: int) -> list[int]:
+    """Numbers of ranks that divide a global batch evenly, ascending.
 
-    ValueError where it does not divide into micro-batches.
+    ValueError if the batch does not divide into micro-batches.
     """
     if min(global_rows, micro_rows) < 1 or global_rows % micro_rows:
         raise ValueError(
-            f"global_batch_rows={global_rows} must be a positive multiple of micro_batch_rows={micro_rows}"
+            f"global_batch_rows={global_rows} must be a positive multiple of "
+            f"micro_batch_rows={micro_rows}"
         )
     total = global_rows // micro_rows
     return [ranks for ranks in range(1, total + 1) if total % ranks == 0]
 
 
-def micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
-    """Micro-batches of a rank in each step.
-
-    ValueError, with the numbers of ranks that do, where the batch does not divide.
-    """
-    fitting = fitting_ranks(global_rows, micro_rows)
-    if world_size not in fitting:
+def micro_batches_per_rank(global_rows: int, micro_rows: int, world_size: int) -> int:
+    """Micro-batches of each rank in a step; ValueError, with valid numbers, if it is not whole."""
+    valid = valid_rank_counts(global_rows, micro_rows)
+    if world_size not in valid:
         raise ValueError(
-            f"a global batch of {global_rows} rows in micro-batches of {micro_rows} does not divide among {world_size} ranks; "
-            f"run with {', '.join(map(str, fitting))} ranks, or change global_batch_rows or micro_batch_rows"
+            f"a global batch of {global_rows} rows in micro-batches of {micro_rows} does not "
+            f"divide among {world_size} ranks; run with {', '.join(map(str, valid))} ranks, or "
+            "change global_batch_rows or micro_batch_rows"
         )
     return global_rows // micro_rows // world_size
 
 
-def draw(weights: Sequence[float], drawn: Sequence[int], rows: int) -> I64:
-    """The source of each of the next `rows` rows, int64 [rows], after `drawn` rows of each source.
+def assign_sources(weights: Sequence[float], counts: Sequence[int], rows: int) -> I64:
+    """The source of each of the next `rows` rows, int64 [rows], after `counts` rows per source.
 
-    Each row goes to the source that is furthest behind its share, the first of equals. No chance in
-    it: the counters are all the state there is, the sources alternate within a batch, and a share
-    is off by rows, never by a percentage.
+    Each row goes to the source that is furthest behind its share, the first one of equals. There is
+    no randomness: the counters are the whole state, sources alternate within a batch, and a share
+    is off by a few rows, never by a percentage.
     """
-    total, counts, owners = sum(weights), list(drawn), np.empty(rows, np.int64)
+    total, counts, owners = sum(weights), list(counts), np.empty(rows, np.int64)
     shares = [weight / total for weight in weights]
-    for number in range(rows):
+    for row in range(rows):
         n = sum(counts) + 1
-        behind = [share * n - count for share, count in zip(shares, counts, strict=True)]
-        owners[number] = owner = behind.index(max(behind))
+        deficits = [share * n - count for share, count in zip(shares, counts, strict=True)]
+        owners[row] = owner = deficits.index(max(deficits))
         counts[owner] += 1
     return owners
 
 
-def stretches(
+def next_slices(
     sizes: Sequence[int], position: Position, count: int, *, epochs: int
-) -> tuple[list[Stretch], Position] | None:
-    """The next `count` rows over generations of these `sizes`, and the position after them; None
-    when there are not as many.
+) -> tuple[list[OrderSlice], Position] | None:
+    """The next `count` rows of generations of these `sizes`, and the position after them.
 
-    What is left of a generation is filled up from the next, so no row is lost or repeated where two
-    meet. After the last one comes the first again in the next epoch, as long as that is below
-    `epochs`.
+    None if there are fewer rows. A batch that a generation cannot fill is completed from the next
+    one, so no row is lost or repeated at the border. After the last generation comes the first one
+    in the next epoch, while that is below `epochs`.
     """
-    epoch, at, rows = position
-    found = []
+    epoch, index, rows = position
+    slices = []
     while count > 0:
-        if at == len(sizes):
+        if index == len(sizes):
             if epoch + 1 >= epochs or not any(sizes):
                 return None
-            epoch, at, rows = epoch + 1, 0, 0
-        stop = min(sizes[at], rows + count)
+            epoch, index, rows = epoch + 1, 0, 0
+        stop = min(sizes[index], rows + count)
         if stop > rows:
-            found.append(Stretch(epoch, at, rows, stop))
+            slices.append(OrderSlice(epoch, index, rows, stop))
             count -= stop - rows
-        if stop == sizes[at] and count > 0:
-            at, rows = at + 1, 0
+        if stop == sizes[index] and count > 0:
+            index, rows = index + 1, 0
         else:
             rows = stop
-    return found, Position(epoch, at, rows)
+    return slices, Position(epoch, index, rows)
 
 
-def interleave(order: I64, lanes: int) -> I64:
-    """Cut an order into `lanes` equal runs (one row more or less) and deal them out in turn: every
-    row once, no padding.
-    """
-    borders = [len(order) * lane // lanes for lane in range(lanes + 1)]
+def interleave(order: I64, parts: int) -> I64:
+    """Cut an order into `parts` runs, equal to one row, and take one row of each in turn."""
+    borders = [len(order) * part // parts for part in range(parts + 1)]
     turns = np.concatenate([np.arange(stop - start) for start, stop in itertools.pairwise(borders)])
     return order[np.argsort(turns, kind="stable")]
+
+
+def epoch_order(manifest: "Manifest", epoch: int, *, seed: int, nodes: int) -> I64:
+    """All rows of a generation in the order of an epoch, int64 [rows], each exactly once.
+
+    It is the order of a StreamingDataset with num_canonical_nodes=`nodes`, shuffle_algo="py1e" and
+    the same shuffle_seed if the rows divide evenly, and without its padding if they do not. py1e
+    moves a row at most about 2^17 rows away from its shard's, within one of `nodes` runs of shards,
+    which are then interleaved: a batch has rows of every run, and reads stay in few shards.
+    """
+    if manifest.rows == 0:
+        return np.empty(0, np.int64)
+    import_streaming()
+    from streaming.base.shuffle import get_shuffle
+
+    nodes = min(nodes, manifest.rows)  # py1e raises for a node without rows
+    # py1e does not mix shards above 3/4 of a block
+    block = max(1 << 18, 4 * max(manifest.shard_rows))
+    shard_rows = np.array(manifest.shard_rows, np.int64)
+    seed = order_seed(manifest, epoch, seed=seed)
+    return interleave(get_shuffle("py1e", shard_rows, nodes, seed, 0, block), nodes)
+
+
+def order_seed(manifest: "Manifest", epoch: int, *, seed: int) -> int:
+    """32 bits from seed, content and epoch.
+
+    Sources of the same shape do not shuffle alike, and a run that was moved shuffles as before.
+    """
+    key = f"{seed}/data.order/{manifest.sha256}/{epoch}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")

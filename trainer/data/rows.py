@@ -10,32 +10,22 @@ and number. What is asked for either comes or raises; no shared memory, locks or
 needed to read it.
 """
 
-import hashlib
-import importlib
-import math
-import queue
-import sys
-import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from stages.formats import mds
-from trainer.data.generations import Manifest, fault, folder_of
-from trainer.data.order import I64, interleave
+from trainer.data.generations import fault, folder_of
+from trainer.data.streaming import import_streaming
 
 
 class Batch(NamedTuple):
-    """A micro-batch, int64 on the CPU. `sources` are runs and `where` (generation, row in it), one
+    """A micro-batch, int64 on the CPU. `sources` are runs and `row_ids` (generation, row in it), one
     per row.
 
     `tokens` [rows, seq_len]; `documents` [rows, seq_len] is the index within its row of each
@@ -45,10 +35,10 @@ class Batch(NamedTuple):
     tokens: torch.Tensor
     documents: torch.Tensor
     sources: list[str]
-    where: list[tuple[str, int]]
+    row_ids: list[tuple[str, int]]
 
 
-class Place(NamedTuple):
+class RowRef(NamedTuple):
     """A row of a generation that has `rows` of them; `cache` is where a run on an object store is
     copied to (`stage`).
     """
@@ -60,69 +50,7 @@ class Place(NamedTuple):
     cache: str = ""
 
 
-def read_ahead(
-    places: Iterator[list[Place]], *, ahead: int, workers: int, timeout: float
-) -> Iterator[Batch]:
-    """The micro-batches of `places`, in order, `ahead` of them being read in a thread or in
-    `workers` processes.
-
-    `places` is drawn from in the caller's thread. A batch that is not there within `timeout`
-    seconds, or whose worker died, raises queue.Empty or RuntimeError: torch's DataLoader has no
-    narrower one. Dropping the iterator ends the reading.
-    """
-    if workers == 0:
-        return _ThreadLoader(places, ahead=ahead, timeout=timeout)
-    loader = DataLoader(
-        _Rows(),
-        sampler=places,  # an iterator, once: each of its items is what a worker is asked for
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=math.ceil(ahead / workers),
-        timeout=timeout,
-        # it draws a seed for the workers; not from the run's random state
-        generator=torch.Generator(),
-    )
-    return iter(loader)
-
-
-def epoch_order(manifest: Manifest, epoch: int, *, seed: int, nodes: int) -> I64:
-    """All rows of a generation in the order of an epoch, int64 [rows]: no row twice, and none left
-    out.
-
-    It is the order in which a StreamingDataset with num_canonical_nodes=`nodes`,
-    shuffle_algo="py1e" and the same shuffle_seed gives out a generation whose rows divide evenly,
-    and without its padding where they do not. py1e moves a row at most about 2^17 rows away from
-    its shard's, within one of `nodes` runs of shards, which are then dealt out in turn: a batch
-    sees every run, and reads keep to few shards at a time.
-    """
-    if manifest.rows == 0:
-        return np.empty(0, np.int64)
-    import_streaming()
-    from streaming.base.shuffle import get_shuffle
-
-    nodes = min(nodes, manifest.rows)  # py1e raises for a node without rows
-    block = max(
-        1 << 18, 4 * max(manifest.shard_rows)
-    )  # py1e does not mix shards above 3/4 of a block
-    drawn = order_seed(manifest, epoch, seed=seed)
-    order: I64 = get_shuffle(
-        "py1e", np.array(manifest.shard_rows, np.int64), nodes, drawn, 0, block
-    )
-    return interleave(order, nodes)
-
-
-def order_seed(manifest: Manifest, epoch: int, *, seed: int) -> int:
-    """32 bits by seed, content and epoch: sources that grow side by side do not shuffle alike, and
-    a moved run does as before.
-    """
-    return int.from_bytes(
-        hashlib.sha256(f"{seed}/data.order/{manifest.sha256}/{epoch}".encode()).digest()[:4],
-        "little",
-    )
-
-
-def read_batch(places: Sequence[Place]) -> Batch:
+def read_batch(places: Sequence[RowRef]) -> Batch:
     """These rows as a micro-batch.
 
     GenerationFault for one that cannot be read or whose spans do not fit in it.
@@ -133,16 +61,16 @@ def read_batch(places: Sequence[Place]) -> Batch:
     for row, sample in zip(documents, samples, strict=True):
         ids = np.repeat(np.arange(len(sample["spans"])), sample["spans"])
         row[: len(ids)] = ids
-    where = [(place.generation, place.row) for place in places]
+    row_ids = [(place.generation, place.row) for place in places]
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(documents),
         [place.run for place in places],
-        where,
+        row_ids,
     )
 
 
-def _read_row(place: Place) -> dict[str, Any]:
+def _read_row(place: RowRef) -> dict[str, Any]:
     file: object = mds.INDEX
     try:
         shards = _shards(place.run, place.generation, place.rows, place.cache)
@@ -214,103 +142,3 @@ class _Shards:
 @lru_cache(maxsize=64)
 def _shards(run: str, generation: str, rows: int, cache: str) -> _Shards:
     return _Shards(folder_of(run, generation, cache), rows)
-
-
-class _Rows(Dataset[Batch]):
-    """What workers run: an index is a list of places."""
-
-    def __getitem__(self, places: list[Place]) -> Batch:
-        return read_batch(places)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-class _ThreadLoader:
-    """Reads micro-batches `ahead` in one daemon thread, which cannot keep the process alive;
-    queue.Empty when one is late.
-    """
-
-    def __init__(self, places: Iterator[list[Place]], *, ahead: int, timeout: float) -> None:
-        self._places, self._ahead, self._timeout = places, ahead, timeout
-        self._todo: queue.SimpleQueue[list[Place] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
-        self._pending = 0
-        threading.Thread(
-            target=_read_all, args=(self._todo, self._done), name="rows", daemon=True
-        ).start()
-
-    def __iter__(self) -> "_ThreadLoader":
-        return self
-
-    def __next__(self) -> Batch:
-        while self._pending < self._ahead and (places := next(self._places, None)) is not None:
-            self._todo.put(places)
-            self._pending += 1
-        if self._pending == 0:
-            raise StopIteration
-        batch = self._done.get(timeout=self._timeout)
-        self._pending -= 1
-        if isinstance(batch, Exception):
-            raise batch
-        return batch
-
-    def __del__(self) -> None:
-        self._todo.put(None)
-
-
-def _read_all(
-    todo: "queue.SimpleQueue[list[Place] | None]", done: "queue.SimpleQueue[Batch | Exception]"
-) -> None:
-    while (places := todo.get()) is not None:
-        try:
-            done.put(read_batch(places))
-        except Exception as error:  # for the training thread to raise
-            done.put(error)
-
-
-def import_streaming() -> Any:
-    """The module `streaming`, also where torchvision is absent or does not match torch. Takes 6-20
-    s the first time.
-
-    `import streaming` loads its vision datasets, and these load torchvision. With CPU torch and a
-    CUDA wheel of torchvision that raises "operator torchvision::nms does not exist". We read no
-    images: where the real torchvision does not import, empty modules stand in for it while
-    streaming is imported, and no longer, so that nothing else in the process takes them for the
-    real ones.
-    """
-    if "streaming" in sys.modules:
-        return sys.modules["streaming"]
-    try:
-        importlib.import_module("torchvision")
-    except (
-        ImportError,
-        RuntimeError,
-        OSError,
-    ):  # absent; another torch's operators; another CUDA's libraries
-        with_stand_ins = _torchvision_stand_ins()
-    else:
-        with_stand_ins = {}
-    sys.modules.update(with_stand_ins)
-    try:
-        return importlib.import_module("streaming")
-    finally:
-        for name in with_stand_ins:
-            del sys.modules[name]
-
-
-def _torchvision_stand_ins() -> dict[str, ModuleType]:
-    """Just the names that streaming 0.13.0's vision/base.py imports."""
-    names = (
-        "torchvision",
-        "torchvision.datasets",
-        "torchvision.transforms",
-        "torchvision.transforms.functional",
-    )
-    modules = {
-        name: module_from_spec(ModuleSpec(name, None)) for name in names
-    }  # transformers asks for a __spec__
-    modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
-    modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
-    return modules

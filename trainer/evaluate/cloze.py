@@ -35,7 +35,7 @@ class Question(NamedTuple):
     answer: int
 
 
-class Cloze(NamedTuple):
+class ClozeScore(NamedTuple):
     """Shares of `questions` answered right: by log-likelihood, by that per byte of the ending, and
     by chance.
 
@@ -48,7 +48,7 @@ class Cloze(NamedTuple):
     chance: float
 
 
-def read_files(files: Sequence[str], count: int) -> dict[str, list[Question]]:
+def read_questions(files: Sequence[str], count: int) -> dict[str, list[Question]]:
     """The first `count` questions of each file, by its name without suffix.
 
     ConfigError says which line is none, and why.
@@ -61,7 +61,7 @@ def read_files(files: Sequence[str], count: int) -> dict[str, list[Question]]:
     return {name: _read(file, count) for name, file in named.items()}
 
 
-def choose(questions: Sequence[Question], likelihoods: Iterable[float]) -> Cloze:
+def score_answers(questions: Sequence[Question], likelihoods: Iterable[float]) -> ClozeScore:
     """How many were answered right, by the log-likelihoods of all their endings, in order; of equal
     ones the first is chosen.
     """
@@ -74,7 +74,7 @@ def choose(questions: Sequence[Question], likelihoods: Iterable[float]) -> Cloze
             == question.answer
         )
     chance = sum(1 / len(question.endings) for question in questions)
-    return Cloze(
+    return ClozeScore(
         right / len(questions), right_norm / len(questions), len(questions), chance / len(questions)
     )
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from trainer.config import ConfigError, DataConfig, EvaluationConfig, SourceConfig
 from trainer.data.generations import read_catalog, verify_generation, verify_held_out
-from trainer.data.rows import Place, read_batch
-from trainer.evaluate.cloze import Cloze, Question, choose, read_files
-from trainer.model.llama import Transformer, next_tokens
+from trainer.data.rows import RowRef, read_batch
+from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers
+from trainer.model.llama import Transformer
+from trainer.model.packing import next_tokens
 from trainer.model.parallel import from_rank_0, sum_over_ranks
 
 _LOG = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Scores(NamedTuple):
 
     loss: float | None
     sources: dict[str, float]
-    cloze: dict[str, Cloze]
+    cloze: dict[str, ClozeScore]
 
     def figures(self) -> dict[str, float]:
         """For telemetry: held_out/loss, held_out/perplexity, held_out/RUN/loss, cloze/NAME/accuracy
@@ -50,7 +51,7 @@ class Scores(NamedTuple):
         }
 
 
-class Rows(NamedTuple):
+class EvalRows(NamedTuple):
     """int64 [rows, seq_len]: two as in a Batch, and the number of the ending whose token comes
     next, -1 for none.
     """
@@ -74,7 +75,7 @@ class Evaluation:
     ) -> None:
         self._config, self._data, self._device = config, data, device
         self._rank, self._world = rank, world_size
-        self._questions = from_rank_0(lambda: read_files(config.cloze, config.cloze_questions))
+        self._questions = from_rank_0(lambda: read_questions(config.cloze, config.cloze_questions))
         self._rows = self._prepared()
 
     def _prepared(self) -> "_Prepared | None":
@@ -107,7 +108,7 @@ class Evaluation:
         sources = dict(zip(self._rows.held_out, (nats / targets).tolist(), strict=True))
         return Scores(float(nats.sum() / targets.sum()), sources, cloze)
 
-    def _nats(self, model: Transformer, rows: Rows) -> Tensor:
+    def _nats(self, model: Transformer, rows: EvalRows) -> Tensor:
         """This rank's nats and targets, float64 (2,)."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for tokens, documents, _ in self._mine(rows, size=self._data.micro_batch_rows):
@@ -115,7 +116,9 @@ class Evaluation:
             sums += torch.stack([loss.sum, loss.targets])
         return sums
 
-    def _cloze(self, model: Transformer, rows: Rows, questions: Sequence[Question]) -> Cloze:
+    def _cloze(
+        self, model: Transformer, rows: EvalRows, questions: Sequence[Question]
+    ) -> ClozeScore:
         likelihoods = torch.zeros(
             sum(len(q.endings) for q in questions), dtype=torch.float64, device=self._device
         )
@@ -126,16 +129,16 @@ class Evaluation:
                 logits_BSV[asked].float(), next_tokens(tokens, documents)[asked], reduction="none"
             )
             likelihoods.index_add_(0, endings[asked], -nats.double())
-        return choose(questions, sum_over_ranks(*likelihoods, device=self._device).tolist())
+        return score_answers(questions, sum_over_ranks(*likelihoods, device=self._device).tolist())
 
-    def _mine(self, rows: Rows, *, size: int) -> Iterator[Rows]:
-        # one shape for each use, and never `unless_whole`: of a compiled block every other kind of
+    def _mine(self, rows: EvalRows, *, size: int) -> Iterator[EvalRows]:
+        # one shape for each use, and never `packed_documents`: of a compiled block every other kind of
         # batch is a graph more
-        for batch in deal(rows, size=size, rank=self._rank, world_size=self._world):
-            yield Rows(*(part.to(self._device) for part in batch))
+        for batch in rank_batches(rows, size=size, rank=self._rank, world_size=self._world):
+            yield EvalRows(*(part.to(self._device) for part in batch))
 
 
-def deal(rows: Rows, *, size: int, rank: int, world_size: int) -> Iterator[Rows]:
+def rank_batches(rows: EvalRows, *, size: int, rank: int, world_size: int) -> Iterator[EvalRows]:
     """A rank's micro-batches, all of `size` rows, and as many for every rank: what is short is
     fill.
     """
@@ -144,12 +147,12 @@ def deal(rows: Rows, *, size: int, rank: int, world_size: int) -> Iterator[Rows]
         F.pad(part, (0, 0, 0, short), value=fill)
         for part, fill in zip(rows, (0, -1, -1), strict=True)
     )
-    return map(Rows, *(torch.split(part, size)[rank::world_size] for part in parts))
+    return map(EvalRows, *(torch.split(part, size)[rank::world_size] for part in parts))
 
 
 class _Prepared(NamedTuple):
-    held_out: dict[str, Rows]  # by run
-    cloze: dict[str, Rows]  # by name
+    held_out: dict[str, EvalRows]  # by run
+    cloze: dict[str, EvalRows]  # by name
 
 
 def _prepare(
@@ -168,9 +171,11 @@ def _prepare(
         if part:
             count = min(config.held_out_rows, part.rows)
             batch = read_batch(
-                [Place(run, part.name, part.rows, row, data.cache_dir) for row in range(count)]
+                [RowRef(run, part.name, part.rows, row, data.cache_dir) for row in range(count)]
             )
-            held_out[run] = Rows(batch.tokens, batch.documents, torch.full_like(batch.tokens, -1))
+            held_out[run] = EvalRows(
+                batch.tokens, batch.documents, torch.full_like(batch.tokens, -1)
+            )
     cloze = {}
     if questions:
         from stages.formats.tokens import (
@@ -192,7 +197,9 @@ def _listed(source: SourceConfig) -> list[dict[str, Any]]:
     return [named[name] for name in source.generations or named if name in named]
 
 
-def pack_endings(name: str, questions: Sequence[Question], encoding: Any, *, seq_len: int) -> Rows:
+def pack_endings(
+    name: str, questions: Sequence[Question], encoding: Any, *, seq_len: int
+) -> EvalRows:
     """Each ending after its context as a document of its own, packed as in training; a long context
     loses its beginning.
 
@@ -219,4 +226,4 @@ def pack_endings(name: str, questions: Sequence[Question], encoding: Any, *, seq
             end = span.start + span.length
             document_of[n, span.start : end] = document
             endings[n, end - lengths[span.document] - 1 : end - 1] = span.document
-    return Rows(*map(torch.from_numpy, (tokens, document_of, endings)))
+    return EvalRows(*map(torch.from_numpy, (tokens, document_of, endings)))

@@ -8,38 +8,27 @@ more document, so that no row of attention is ever empty.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from trainer.config import ModelConfig
+from trainer.model.loss import (
+    IGNORE,
+    Loss,
+    _ChunkedLoss,
+    _chunks,
+    _nats,
+    loss_and_gradient,
+)
+from trainer.model.packing import Mask, _compiled, _mask, _positions, next_tokens
 
-IGNORE = -100  # target of a position that predicts nothing
-# float32 logits that exist at once: 4,096 positions of 100,352 words; on a CPU what its allocator
-# gives again, as it maps anew, page by page, what is above 32 MiB: a third of the time of a small
-# model's step
-LOGITS_BYTES = {"cuda": 4096 * 100_352 * 4, "cpu": 24 << 20}
 INIT_STD = 0.02
-
-Mask = Tensor | BlockMask | None
-
-
-class Loss(NamedTuple):
-    """Cross-entropy in nats, float32, summed over all targets (0-dim) and over those of each row
-    (B,), which has no gradient.
-
-    `targets`: how many there are in all, int64, 0-dim.
-    """
-
-    sum: Tensor
-    rows: Tensor
-    targets: Tensor
 
 
 class Transformer(nn.Module):
@@ -69,7 +58,7 @@ class Transformer(nn.Module):
         `loss`, which never holds them.
 
         `documents` None: each row is one document and has no fill, which takes the fastest kernel
-        (see `unless_whole`).
+        (see `packed_documents`).
         """
         return F.linear(self._hidden(tokens, documents), self._head_weight())
 
@@ -170,53 +159,6 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
-def unless_whole(documents: Tensor) -> Tensor | None:
-    """None when every row is one document without fill, else `documents`. Looks at the values: call
-    it on the CPU's copy.
-    """
-    return None if bool((documents == 0).all()) else documents
-
-
-def next_tokens(tokens: Tensor, documents: Tensor | None) -> Tensor:
-    """Targets (B, S): the next token of the same document, IGNORE at its last token and in fill."""
-    targets = torch.full_like(tokens, IGNORE)
-    targets[:, :-1] = (
-        tokens[:, 1:]
-        if documents is None
-        else tokens[:, 1:].masked_fill(~_has_next(documents), IGNORE)
-    )
-    return targets
-
-
-def row_targets(documents: Tensor) -> Tensor:
-    """How many positions of each row predict a token, int64 (B,)."""
-    return _has_next(documents).sum(1)
-
-
-def num_targets(documents: Tensor) -> int:
-    """How many positions of the batch predict a token; what the step's loss is divided by, summed
-    over ranks.
-    """
-    return int(row_targets(documents).sum())
-
-
-def loss_and_gradient(logits_TV: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (T,), float32, 0 without a target, and its gradient by the logits: softmax -
-    one-hot, in their precision.
-
-    The gradient takes the place of float32 logits.
-    """
-    x_TV = logits_TV.float()
-    valid = targets != IGNORE
-    target = targets.clamp(min=0)[:, None]
-    log_total = x_TV.logsumexp(-1)
-    nats = log_total - x_TV.gather(1, target).squeeze(1)
-    # exp(x - inf) = 0: a position without a target gives no gradient
-    p_TV = x_TV.sub_(log_total.masked_fill(~valid, float("inf"))[:, None]).exp_()
-    p_TV.scatter_add_(1, target, -valid.to(p_TV.dtype)[:, None])
-    return nats.masked_fill(~valid, 0.0), p_TV.to(logits_TV.dtype)
-
-
 def num_parameters(config: ModelConfig) -> int:
     """Weights of the model, a tied head counted once."""
     kv_dim = config.num_kv_heads * config.dim // config.num_heads
@@ -240,78 +182,6 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * (num_parameters(config) - looked_up) + 12 * config.num_layers * config.dim * seq_len
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy of hidden states (T, D) against a head (V, D), in chunks: its sum, and that of
-    each position (T,).
-
-    The gradient of the sum is computed in the forward pass, where the logits are: backward only
-    scales it, and nothing is computed twice (checkpointing each chunk would multiply by the head
-    four times in place of three). Between the passes it holds T D + V D numbers in the precision of
-    the weights. The head's gradient is summed over chunks in float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        targets: Tensor,
-        kernel: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        nats = []
-        by_hidden = torch.empty_like(hidden_TD)
-        by_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-        chunks = _chunks(hidden_TD, targets, vocabulary=len(weight_VD))
-        for (hidden, target), out in zip(chunks, _split(by_hidden, len(weight_VD)), strict=True):
-            found, by_logits = kernel(hidden @ weight_VD.T, target)
-            nats.append(found)
-            out.copy_(by_logits @ weight_VD)
-            if by_logits.dtype == by_weight.dtype:
-                by_weight.addmm_(
-                    by_logits.T, hidden
-                )  # without a second V D, which on a CPU costs a tenth of the step
-            else:
-                by_weight += by_logits.T @ hidden
-        ctx.save_for_backward(by_hidden, by_weight.to(weight_VD.dtype))
-        each = torch.cat(nats)
-        ctx.mark_non_differentiable(each)
-        return each.sum(), each
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        by_hidden, by_weight = ctx.saved_tensors
-        return by_hidden * scale, by_weight * scale, None, None
-
-
-def _split(states: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
-    """Cut along positions, so that the logits of a part fit in LOGITS_BYTES."""
-    room = LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"])
-    return torch.split(states, max(1, room // (4 * vocabulary)))
-
-
-def _chunks(states: Tensor, targets: Tensor, *, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    parts = _split(states, vocabulary)
-    return zip(parts, torch.split(targets, len(parts[0])), strict=True)
-
-
-def _nats(logits_TV: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits_TV.float(), targets, ignore_index=IGNORE, reduction="none")
-
-
-def _has_next(documents: Tensor) -> Tensor:
-    """(B, S - 1): whether a position and the next are of one document."""
-    return (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
-
-
-def _positions(documents: Tensor) -> Tensor:
-    """(B, S): the place of each token in its document."""
-    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    starts = torch.zeros_like(place)
-    starts[:, 1:] = place[:, 1:] * (documents[:, 1:] != documents[:, :-1])
-    return place - starts.cummax(1).values
-
-
 def _rotations(
     tokens: Tensor, documents: Tensor | None, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
@@ -333,24 +203,6 @@ def _rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_BSHE.dtype)
 
 
-def _mask(documents: Tensor | None, attention: str) -> Mask:
-    """Causal within documents, made once for all blocks; None for plain causal attention."""
-    if documents is None:
-        return None
-    if attention == "sdpa":
-        causal = torch.ones(
-            documents.shape[1], documents.shape[1], dtype=torch.bool, device=documents.device
-        ).tril()
-        return (documents[:, None, :, None] == documents[:, None, None, :]) & causal
-
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents[row, query] == documents[row, key])
-
-    rows, length = documents.shape
-    make = create_block_mask if documents.device.type == "cpu" else _compiled(create_block_mask)
-    return make(sees, rows, None, length, length, device=documents.device)
-
-
 def _attend(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask) -> Tensor:
     grouped = q_BHSE.shape[1] != k_BKSE.shape[1]
     if mask is None:
@@ -368,11 +220,6 @@ def _attend(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask) -> Tenso
     plain = torch.compiler.is_compiling() or q_BHSE.device.type == "cpu"
     attend: Any = flex_attention if plain else _compiled(flex_attention)
     return attend(q_BHSE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=grouped)  # type: ignore[no-any-return]
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
 
 
 def _initial(name: str, shape: torch.Size, seed: int, layers: int) -> Tensor:

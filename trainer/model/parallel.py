@@ -21,7 +21,8 @@ from torch.utils.checkpoint import (
 )
 
 from trainer.config import ParallelConfig
-from trainer.model.llama import Loss, Transformer
+from trainer.model.llama import Transformer
+from trainer.model.loss import Loss
 
 _T = TypeVar("_T")
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.config import TrainConfig
-from trainer.model.llama import Transformer, num_targets, row_targets, unless_whole
+from trainer.model.llama import Transformer
 from trainer.model.optim import make_optimizer
+from trainer.model.packing import num_targets, packed_documents, row_targets
 from trainer.model.parallel import make_mesh, parallelize, sum_over_ranks
 
 if TYPE_CHECKING:
     from trainer.data.rows import Batch
 
 
-class Sums(NamedTuple):
+class StepSums(NamedTuple):
     """What `accumulate` found: tokens without fill, targets and nats of each run over all ranks,
     float64 (runs, 3).
 
@@ -42,7 +43,7 @@ def build(config: TrainConfig, device: str) -> tuple[Transformer, Optimizer]:
 
 def accumulate(
     model: Transformer, batches: "Sequence[Batch]", runs: Sequence[str], *, device: str
-) -> Sums:
+) -> StepSums:
     """Gradients of the global batch's mean loss, this rank's part of it given, which is of these
     `runs`.
 
@@ -54,22 +55,23 @@ def accumulate(
     by_run, row_nats = torch.zeros(len(runs), 3, dtype=torch.float64, device=device), []
     for number, batch in enumerate(batches):
         model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore[operator]
-        documents = unless_whole(batch.documents)
+        documents = packed_documents(batch.documents)
         loss = model.loss(
-            moved(batch.tokens, device), None if documents is None else moved(documents, device)
+            to_device(batch.tokens, device),
+            None if documents is None else to_device(documents, device),
         )
         (loss.sum * scale).backward()  # type: ignore[no-untyped-call]
         counts = torch.stack([(batch.documents >= 0).sum(1), row_targets(batch.documents)], dim=1)
-        figures = torch.cat([moved(counts, device).double(), loss.rows[:, None]], dim=1)
+        figures = torch.cat([to_device(counts, device).double(), loss.rows[:, None]], dim=1)
         by_run.index_add_(
-            0, moved(torch.tensor([runs.index(run) for run in batch.sources]), device), figures
+            0, to_device(torch.tensor([runs.index(run) for run in batch.sources]), device), figures
         )
         row_nats.append(loss.rows)
     dist.all_reduce(by_run)
-    return Sums(by_run, row_nats)
+    return StepSums(by_run, row_nats)
 
 
-def moved(tensor: Tensor, device: str) -> Tensor:
+def to_device(tensor: Tensor, device: str) -> Tensor:
     """To the device without waiting for it: a copy from memory that is not pinned comes after all
     work that it has been given.
     """

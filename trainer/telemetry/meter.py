@@ -11,7 +11,6 @@ Rates are over the last WINDOW steps and the time since. A GPU works ahead of Py
 ends by waiting for it, as reading the loss does.
 """
 
-import logging
 import math
 import time
 from collections import deque
@@ -22,12 +21,10 @@ from typing import Any, Literal, NamedTuple
 from trainer.telemetry.feedback import Health, Report, Source, State, Totals
 
 WINDOW = 128
-_LOG = logging.getLogger(__name__)
 Part = Literal["compute", "data_wait", "checkpoint", "evaluation", "restart"]
-Record = Mapping[str, Any]
 
 
-class Taken(NamedTuple):
+class SourceSums(NamedTuple):
     """What was trained on of one source: rows by generation, tokens, and the sum of the loss over
     its targets.
     """
@@ -43,7 +40,7 @@ class Step(NamedTuple):
 
     seconds: Mapping[str, float]
     tokens: int
-    sources: Mapping[str, Taken]
+    sources: Mapping[str, SourceSums]
 
 
 class Rates(NamedTuple):
@@ -78,7 +75,7 @@ class Meter:
     ) -> None:
         self._before = Totals() if totals is None else totals
         self._totals = self._before
-        self._sources = merged(
+        self._sources = sum_by_source(
             [{name: _taken(known) for name, known in self._before.sources.items()}]
         )
         self._clock = clock
@@ -98,7 +95,7 @@ class Meter:
             self._book()
             self._inside.pop()
 
-    def step(self, *, tokens: int, sources: Mapping[str, Taken] | None = None) -> Step:
+    def step(self, *, tokens: int, sources: Mapping[str, SourceSums] | None = None) -> Step:
         """End a step.
 
         `sources`, over all ranks, may come every few steps for those since, but before a
@@ -108,7 +105,7 @@ class Meter:
         step = Step(self._open, tokens, sources or {})
         self._open = {}
         self._window.append(step)
-        self._sources = merged([self._sources, step.sources])
+        self._sources = sum_by_source([self._sources, step.sources])
         total = self._totals
         self._totals = total._replace(
             steps=total.steps + 1,
@@ -160,7 +157,7 @@ class Meter:
     ) -> Report:
         """What the feedback's next line says."""
         rates, totals = self.rates(), self.totals
-        recent = merged(step.sources for step in self._window)
+        recent = sum_by_source(step.sources for step in self._window)
         return Report(
             state=state,
             steps=totals.steps,
@@ -187,16 +184,16 @@ class Meter:
         self._since = now
 
 
-def merged(parts: Iterable[Mapping[str, Taken]]) -> dict[str, Taken]:
+def sum_by_source(parts: Iterable[Mapping[str, SourceSums]]) -> dict[str, SourceSums]:
     """The sum over steps or ranks, by source."""
-    sums: dict[str, Taken] = {}
+    sums: dict[str, SourceSums] = {}
     for name, more in (item for part in parts for item in part.items()):
-        known = sums.get(name, Taken({}, 0, 0.0, 0))
+        known = sums.get(name, SourceSums({}, 0, 0.0, 0))
         rows = {
             key: known.rows.get(key, 0) + more.rows.get(key, 0) for key in (*known.rows, *more.rows)
         }
         loss_sum, targets = known.loss_sum + more.loss_sum, known.targets + more.targets
-        sums[name] = Taken(rows, known.tokens + more.tokens, loss_sum, targets)
+        sums[name] = SourceSums(rows, known.tokens + more.tokens, loss_sum, targets)
     return sums
 
 
@@ -221,11 +218,11 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
 
 
-def _taken(known: Mapping[str, Any]) -> Taken:
-    return Taken(known["rows"], known["tokens"], 0.0, 0)
+def _taken(known: Mapping[str, Any]) -> SourceSums:
+    return SourceSums(known["rows"], known["tokens"], 0.0, 0)
 
 
-def _source(taken: Taken, recent: Taken | None) -> Source:
+def _source(taken: SourceSums, recent: SourceSums | None) -> Source:
     newest = max(
         taken.rows, key=lambda name: (len(name), name), default=""
     )  # gen-10000 comes after gen-9999
@@ -248,47 +245,3 @@ def _share(step: Step) -> float:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
-
-
-# --- loss spikes ----------------------------------------------------------------------------------
-
-
-class Spikes:
-    """Finds losses that lie `sigmas` standard deviations above the mean of the last `window`.
-
-    A spike joins the window, so that a level the loss stays at ceases to be one. A checkpoint keeps
-    `losses`.
-    """
-
-    def __init__(
-        self, losses: Iterable[float] = (), *, sigmas: float = 6.0, window: int = WINDOW
-    ) -> None:
-        self._sigmas = sigmas
-        self._losses: deque[float] = deque(losses, maxlen=window)
-
-    @property
-    def losses(self) -> list[float]:
-        """The window, oldest first."""
-        return list(self._losses)
-
-    def observe(self, loss: float) -> bool:
-        """Whether this loss is a spike: never before the window is full, always when it is not
-        finite.
-
-        A loss that is not finite does not join the window.
-        """
-        if not math.isfinite(loss):
-            return True
-        spike = len(self._losses) == self._losses.maxlen and loss > self._bound()
-        self._losses.append(loss)
-        return spike
-
-    def _bound(self) -> float:
-        count = len(self._losses)
-        mean = sum(self._losses) / count
-        variance = sum((loss - mean) * (loss - mean) for loss in self._losses) / max(1, count - 1)
-        # a constant loss deviates by rounding alone
-        return mean + self._sigmas * math.sqrt(variance) + 1e-9 * abs(mean)
-
-
-# --- who is told ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Where the figures of a training go: console, JSON lines, TensorBoard, W&B, MLflow."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.telemetry.feedback import append_line, to_json
-from trainer.telemetry.meter import _LOG, Record
 
 METRICS = "metrics.jsonl"
-
-
+Record = Mapping[str, Any]
+_LOG = logging.getLogger(__name__)
 SINKS = ("console", "jsonl", "tensorboard", "wandb", "mlflow")
 
 
@@ -67,14 +67,16 @@ class Telemetry:
                 _LOG.warning("telemetry to %r is lost: %r", name, error)
 
 
-def flat(record: Record, prefix: str = "") -> dict[str, float]:
+def flatten(record: Record, prefix: str = "") -> dict[str, float]:
     """The numbers of a record, names of parts and sources joined by "/"; what is no number is left
     out.
     """
     numbers: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
-            numbers |= flat(value, f"{prefix}{key.lstrip('/')}/")  # a source is named by its path
+            numbers |= flatten(
+                value, f"{prefix}{key.lstrip('/')}/"
+            )  # a source is named by its path
         elif isinstance(value, int | float):
             numbers[f"{prefix}{key}"] = float(value)
     return numbers
@@ -153,7 +155,7 @@ class Console:
         pass
 
 
-def follow(path: Path, sink: Sink, ended: threading.Event) -> None:
+def follow_metrics(path: Path, sink: Sink, ended: threading.Event) -> None:
     """Tell a sink each record that another process appends to a metrics file from now on, until it
     has `ended`.
     """
@@ -197,7 +199,7 @@ class _TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def step(self, record: Record) -> None:
-        for name, value in flat(record).items():
+        for name, value in flatten(record).items():
             self._writer.add_scalar(name, value, int(record["step"]))
 
     def close(self) -> None:
@@ -213,7 +215,7 @@ class _Wandb:
         )
 
     def step(self, record: Record) -> None:
-        self._run.log(flat(record), step=int(record["step"]))
+        self._run.log(flatten(record), step=int(record["step"]))
 
     def close(self) -> None:
         self._run.finish()
@@ -227,7 +229,7 @@ class _MLflow:
         mlflow.start_run(run_name=run)
 
     def step(self, record: Record) -> None:
-        self._mlflow.log_metrics(flat(record), step=int(record["step"]))
+        self._mlflow.log_metrics(flatten(record), step=int(record["step"]))
 
     def close(self) -> None:
         self._mlflow.end_run()

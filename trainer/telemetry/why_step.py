@@ -35,7 +35,7 @@ class RowLoss(NamedTuple):
     loss: float | None
 
 
-class Blamed(NamedTuple):
+class RowDocuments(NamedTuple):
     """A row and what it was packed of."""
 
     row: RowLoss
@@ -55,7 +55,7 @@ def log_spike(directory: Path, step: int, loss: float, rows: Iterable[RowLoss]) 
         Exception
     ) as error:  # each store's client has its own errors, and a diagnosis must not stop a training
         _LOG.warning("the documents of step %d are unknown: %r", step, error)
-        blamed = [Blamed(row, []) for row in worst]
+        blamed = [RowDocuments(row, []) for row in worst]
     said = [
         row._asdict() | {"documents": [d._asdict() for d in documents]} for row, documents in blamed
     ]
@@ -63,7 +63,7 @@ def log_spike(directory: Path, step: int, loss: float, rows: Iterable[RowLoss]) 
         append_line(str(directory / SPIKES), to_json({"step": step, "loss": loss, "rows": said}))
 
 
-def why_step(directory: Path, step: int) -> list[Blamed]:
+def why_step(directory: Path, step: int) -> list[RowDocuments]:
     """The rows of a step, in the order in which they were drawn, or by falling loss if it was a
     spike.
 
@@ -94,7 +94,7 @@ def why_step(directory: Path, step: int) -> list[Blamed]:
     return with_documents(rows)
 
 
-def with_documents(rows: Iterable[RowLoss]) -> list[Blamed]:
+def with_documents(rows: Iterable[RowLoss]) -> list[RowDocuments]:
     """Each row with its documents, in the order of the rows."""
     rows = list(rows)
     packed: dict[tuple[str, str, int], list[Document]] = {}
@@ -102,12 +102,12 @@ def with_documents(rows: Iterable[RowLoss]) -> list[Blamed]:
         mine = [row.row for row in rows if (row.run, row.generation) == (run, generation)]
         for document in documents_of(run, generation, mine):
             packed.setdefault((run, generation, document.row), []).append(document)
-    return [Blamed(row, packed.get((row.run, row.generation, row.row), [])) for row in rows]
+    return [RowDocuments(row, packed.get((row.run, row.generation, row.row), [])) for row in rows]
 
 
 def _places(run: str, drawn: Iterable[Any], config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """(generation, row) of stretches as metrics.jsonl has them."""
-    from trainer.data.rows import epoch_order
+    from trainer.data.order import epoch_order
 
     entries = {entry["name"]: entry for entry in read_catalog(run)}
     places = []

@@ -38,7 +38,7 @@ from trainer.data.generations import (
     stage,
     verify_generation,
 )
-from trainer.data.loader import Supply
+from trainer.data.loader import BatchLoader
 from trainer.telemetry.feedback import read_summaries
 from trainer.telemetry.plot import read_metrics
 from trainer.telemetry.why_step import why_step
@@ -78,11 +78,11 @@ def cache(tmp_path):
 def batches(data, **options):
     """Rows and tokens of all steps."""
     found = []
-    with Supply(data, rank=0, world_size=1, **options) as supplied:
+    with BatchLoader(data, rank=0, world_size=1, **options) as supplied:
         while batches := next_when_published(supplied, len(found)):
             found.append(
                 [
-                    (batch.where, batch.tokens.tolist(), batch.documents.tolist())
+                    (batch.row_ids, batch.tokens.tolist(), batch.documents.tolist())
                     for batch in batches
                 ]
             )
@@ -161,17 +161,17 @@ def test_a_state_of_the_disk_goes_on_from_the_store(run, url, cache, s3_bucket):
         publish(run, 16, first=1000 * number)
     upload(run, url)
     whole = batches(data_config(url, cache_dir=str(cache / "whole")))
-    with Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
+    with BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
         for step in range(3):
             next_when_published(supplied, step)
         state = supplied.state_dict()
     staged(url, cache / "other")  # by an incarnation that died
-    with Supply(
+    with BatchLoader(
         data_config(url, cache_dir=str(cache / "other")), rank=0, world_size=1, state=state
     ) as supplied:
         rest = [
             [
-                (b.where, b.tokens.tolist(), b.documents.tolist())
+                (b.row_ids, b.tokens.tolist(), b.documents.tolist())
                 for b in next_when_published(supplied, step)
             ]
             for step in (3, 4, 5)
@@ -188,14 +188,14 @@ def test_a_generation_appended_later_is_entered_on_every_rank_of_a_node(
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
     publish(run, 12)
     upload(run, url)
-    with Supply(
+    with BatchLoader(
         data_config(url, cache_dir=str(cache), at_end="wait"), rank=0, world_size=1
     ) as supplied:
         found = next_when_published(supplied, 0)
         publish(run, 12, first=1000)
         upload(run, url)
         found += next_when_published(supplied, 1) + next_when_published(supplied, 2)
-    assert {place for batch in found for place in batch.where} == {
+    assert {place for batch in found for place in batch.row_ids} == {
         (f"gen-000{n}", row) for n in (1, 2) for row in range(12)
     }
 
@@ -204,18 +204,18 @@ def test_the_next_generation_is_copied_while_the_first_is_read(run, url, cache):
     publish(run, 40)
     publish(run, 20, first=1000)
     upload(run, url)
-    with Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
+    with BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
         next_when_published(supplied, 0)
-        assert {name for batch in next_when_published(supplied, 1) for name, _ in batch.where} == {
-            "gen-0001"
-        }
+        assert {
+            name for batch in next_when_published(supplied, 1) for name, _ in batch.row_ids
+        } == {"gen-0001"}
         supplied._sources[0].copying[1].join(60)
         assert contents(folder_of(url, "gen-0002", str(cache))) == contents(
             run / "generations" / "gen-0002"
         )
-        assert {name for batch in next_when_published(supplied, 2) for name, _ in batch.where} == {
-            "gen-0001"
-        }
+        assert {
+            name for batch in next_when_published(supplied, 2) for name, _ in batch.row_ids
+        } == {"gen-0001"}
 
 
 def test_two_processes_share_one_copy(run, url, tmp_path, monkeypatch):
@@ -355,7 +355,7 @@ def test_a_flipped_byte_on_the_store_is_asked_for_twice_and_named(run, url, cach
         assert shards.count(SHARD) == 2
     with (
         pytest.raises(GenerationFault, match=rf"gen-0001: {SHARD}: expected sha256"),
-        Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
+        BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
     ):
         next_when_published(supplied, 0)
     assert SHARD not in contents(folder_of(url, "gen-0001", str(cache)))
@@ -371,7 +371,7 @@ def test_a_copy_that_went_wrong_is_not_read_because_it_cannot_be_mended(run, url
     flip_on_the_store(url)
     with (
         pytest.raises(GenerationFault, match=rf"gen-0001: {SHARD}: expected sha256"),
-        Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
+        BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
     ):
         next_when_published(supplied, 0)
 
@@ -442,13 +442,13 @@ def test_a_copy_that_failed_in_the_background_is_made_when_it_is_wanted(
     upload(run, url)
     broken = [True]
     proxy = faults(lambda number, method, path: 500 if broken and "gen-0002/part" in path else None)
-    with Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
+    with BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
         found = [next_when_published(supplied, step) for step in range(2)]
         supplied._sources[0].copying[1].join(60)
         assert proxy.done[500] and not contents(folder_of(url, "gen-0002", str(cache)))
         broken.clear()
         found += [next_when_published(supplied, step) for step in range(2, 7)]
-    assert [[batch.where for batch in step] for step in found] == [
+    assert [[batch.row_ids for batch in step] for step in found] == [
         [where for where, *_ in step] for step in batches(data_config(run))
     ]
 
@@ -464,10 +464,10 @@ def test_while_a_copy_is_under_way_the_supply_is_empty_but_not_at_its_end(
     upload(run, url)
     answered = threading.Event()
     faults(lambda number, method, path: answered.wait(60) and None if "/part" in path else None)
-    with Supply(
+    with BatchLoader(
         data_config(url, cache_dir=str(cache), at_end="stop"), rank=0, world_size=1
     ) as supplied:
-        told = supplied.next(0), supplied.may_grow(), supplied.grows(), supplied.may_grow()
+        told = supplied.next(0), supplied.should_wait(), supplied.poll(), supplied.should_wait()
         answered.set()
         assert told == ([], True, False, True) and next_when_published(supplied, 0)
 
@@ -481,13 +481,13 @@ def test_a_store_that_stays_away_is_no_verdict_on_the_generation(
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
     faults(lambda number, method, path: 503 if "/part" in path else None)
     with (
-        Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
+        BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
         pytest.raises(OSError, match=r"^rank 0: "),
     ):
         next_when_published(supplied, 0)
     faults(lambda number, method, path: 503)
     with pytest.raises(OSError, match=r"^rank 0: "):
-        Supply(data_config(url, cache_dir=str(cache)), rank=0, world_size=1)
+        BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1)
 
 
 # --- a training -----------------------------------------------------------------------------------

@@ -38,14 +38,10 @@ from trainer.data.generations import (
     read_catalog,
     verify_generation,
 )
-from trainer.data.loader import Supply
-from trainer.data.rows import (
-    Place,
-    epoch_order,
-    import_streaming,
-    order_seed,
-    read_batch,
-)
+from trainer.data.loader import BatchLoader
+from trainer.data.order import epoch_order, order_seed
+from trainer.data.rows import RowRef, read_batch
+from trainer.data.streaming import import_streaming
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +69,9 @@ def steps(
     """The rows of each global step (run, generation, row), and the state after the last, which all
     ranks must agree on.
     """
-    supplies = [Supply(data, rank=rank, world_size=ranks, state=state) for rank in range(ranks)]
+    supplies = [
+        BatchLoader(data, rank=rank, world_size=ranks, state=state) for rank in range(ranks)
+    ]
     first = json.loads(json.dumps(state))["step"] if state else 0
     found = []
     for step in range(first, first + limit):
@@ -86,7 +84,7 @@ def steps(
             [
                 (run, *place)
                 for batch in batches
-                for run, place in zip(batch.sources, batch.where, strict=True)
+                for run, place in zip(batch.sources, batch.row_ids, strict=True)
             ]
         )
     states = [one.state_dict() for one in supplies]
@@ -150,14 +148,14 @@ def test_the_order_is_that_of_a_streaming_dataset(published):
 @BOTH
 def test_a_batch_has_tokens_documents_and_where_they_come_from(published, workers):
     run = published(20)
-    with Supply(data_config(run, workers=workers), rank=0, world_size=1) as data:
+    with BatchLoader(data_config(run, workers=workers), rank=0, world_size=1) as data:
         batches = data.next(0)
-    assert [len(batch.where) for batch in batches] == [2, 2, 2, 2]
+    assert [len(batch.row_ids) for batch in batches] == [2, 2, 2, 2]
     for batch in batches:
         assert batch.tokens.dtype == batch.documents.dtype == torch.int64
         assert batch.sources == [run] * 2
         for (name, row), tokens, documents in zip(
-            batch.where, batch.tokens, batch.documents, strict=True
+            batch.row_ids, batch.tokens, batch.documents, strict=True
         ):
             assert name == "gen-0001"
             assert tokens.tolist() == list(range(row, row + SEQ_LEN))
@@ -198,11 +196,11 @@ def test_what_fills_no_batch_is_kept_for_the_next_generation(tmp_path):
 
 def test_the_next_generation_is_taken_up_when_it_is_published_during_training(tmp_path):
     publish(tmp_path, 40)
-    with Supply(data_config(tmp_path), rank=0, world_size=1) as data:
+    with BatchLoader(data_config(tmp_path), rank=0, world_size=1) as data:
         data.next(0)
         publish(tmp_path, 8)
         names = {
-            name for step in range(1, 6) for batch in data.next(step) for name, _ in batch.where
+            name for step in range(1, 6) for batch in data.next(step) for name, _ in batch.row_ids
         }
         assert (names, data.next(6)) == ({"gen-0001", "gen-0002"}, [])
 
@@ -210,10 +208,10 @@ def test_the_next_generation_is_taken_up_when_it_is_published_during_training(tm
 @BOTH
 def test_what_is_published_while_the_last_rows_are_read_ahead_is_taken_up_too(tmp_path, workers):
     publish(tmp_path, 12)
-    with Supply(data_config(tmp_path, workers=workers), rank=0, world_size=1) as data:
+    with BatchLoader(data_config(tmp_path, workers=workers), rank=0, world_size=1) as data:
         first = data.next(0)  # with it the end was met
         publish(tmp_path, 12)
-        places = {place for batch in first + data.next(1) + data.next(2) for place in batch.where}
+        places = {place for batch in first + data.next(1) + data.next(2) for place in batch.row_ids}
         assert (len(places), data.next(3)) == (24, [])
 
 
@@ -281,7 +279,7 @@ def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(published, data
 @BOTH
 def test_the_state_is_that_of_the_batch_handed_out_not_of_what_is_read_ahead(published, workers):
     data = data_config(published(30), workers=workers)
-    with Supply(data, rank=0, world_size=1) as one:
+    with BatchLoader(data, rank=0, world_size=1) as one:
         assert (one.state_dict()["step"], one.state_dict()["sources"][0]["rows"]) == (0, 0)
         for step in range(3):
             one.next(step)
@@ -290,7 +288,7 @@ def test_the_state_is_that_of_the_batch_handed_out_not_of_what_is_read_ahead(pub
 
 
 def test_steps_come_in_order_and_a_closed_supply_gives_none(published):
-    one = Supply(data_config(published(30)), rank=0, world_size=1)
+    one = BatchLoader(data_config(published(30)), rank=0, world_size=1)
     one.next(0)
     with pytest.raises(ValueError, match="asked for step 2, but the supply stands at 1"):
         one.next(2)
@@ -320,7 +318,7 @@ def test_new_weights_hold_from_where_they_were_changed(published):
 )
 def test_a_config_that_cannot_work_says_what_would(published, options, ranks, message):
     with pytest.raises(ValueError, match=message):
-        Supply(
+        BatchLoader(
             DataConfig(**{**vars(data_config(published(8))), **options}), rank=0, world_size=ranks
         )
 
@@ -330,7 +328,7 @@ def test_a_run_without_generations_is_a_fault(tmp_path):
         GenerationFault,
         match=r"expected generations in catalog.jsonl, found none; run the pipeline",
     ):
-        Supply(data_config(tmp_path), rank=0, world_size=1)
+        BatchLoader(data_config(tmp_path), rank=0, world_size=1)
 
 
 def test_a_generation_that_is_not_published_is_a_fault(published):
@@ -338,7 +336,7 @@ def test_a_generation_that_is_not_published_is_a_fault(published):
         GenerationFault,
         match=r"gen-0007: catalog.jsonl: expected its entry, found gen-0001; correct",
     ):
-        Supply(
+        BatchLoader(
             data_config(SourceConfig(published(8), generations=("gen-0001", "gen-0007"))),
             rank=0,
             world_size=1,
@@ -350,7 +348,7 @@ def test_a_state_of_another_order_is_refused(published, key):
     data = data_config(published(30))
     _, state = steps(data, limit=1)
     with pytest.raises(ValueError, match=f"the checkpoint's order has {key}="):
-        Supply(DataConfig(**{**vars(data), key: 11}), rank=0, world_size=1, state=state)
+        BatchLoader(DataConfig(**{**vars(data), key: 11}), rank=0, world_size=1, state=state)
 
 
 def test_an_order_that_the_installed_versions_draw_differently_is_refused(published):
@@ -360,14 +358,14 @@ def test_an_order_that_the_installed_versions_draw_differently_is_refused(publis
     with pytest.raises(
         GenerationFault, match=r"order of rows: expected 0000.*resume with the versions"
     ):
-        Supply(data, rank=0, world_size=1, state=state)
+        BatchLoader(data, rank=0, world_size=1, state=state)
 
 
 def test_a_state_of_other_sources_is_refused(published):
     data = data_config(published(30))
     _, state = steps(data, limit=1)
     with pytest.raises(ValueError, match="the checkpoint has 1 sources, the config 2"):
-        Supply(data_config(published(30), published(8)), rank=0, world_size=1, state=state)
+        BatchLoader(data_config(published(30), published(8)), rank=0, world_size=1, state=state)
 
 
 @pytest.mark.parametrize("changed", ["gen-0001", "gen-0002"])
@@ -382,7 +380,7 @@ def test_a_generation_changed_under_a_checkpoint_refuses(tmp_path, changed):
         GenerationFault,
         match=f"{changed}: manifest_sha256 in catalog.jsonl: .*as this run has read it",
     ):
-        Supply(data_config(tmp_path), rank=0, world_size=1, state=state)
+        BatchLoader(data_config(tmp_path), rank=0, world_size=1, state=state)
 
 
 def test_a_generation_of_another_sequence_length_is_refused(tmp_path):
@@ -394,7 +392,7 @@ def test_a_generation_of_another_sequence_length_is_refused(tmp_path):
             GenerationFault,
             match=r"gen-0002: .*seq_len 16 .*as in this run so far, found seq_len 32",
         ):
-            Supply(data_config(tmp_path), rank=0, world_size=1, state=saved)
+            BatchLoader(data_config(tmp_path), rank=0, world_size=1, state=saved)
 
 
 @BOTH
@@ -403,7 +401,7 @@ def test_damage_is_found_before_the_first_step(tmp_path, workers, damage, messag
     publish(tmp_path, 20)
     damage(tmp_path)
     with pytest.raises(GenerationFault, match=message):
-        Supply(data_config(tmp_path, workers=workers), rank=0, world_size=1)
+        BatchLoader(data_config(tmp_path, workers=workers), rank=0, world_size=1)
 
 
 @BOTH
@@ -414,7 +412,7 @@ def test_damage_done_during_training_raises_with_the_row_that_could_not_be_read(
     tmp_path, workers, damage
 ):
     publish(tmp_path, 20)
-    with Supply(data_config(tmp_path, workers=workers), rank=0, world_size=1) as data:
+    with BatchLoader(data_config(tmp_path, workers=workers), rank=0, world_size=1) as data:
         damage(tmp_path)
         with pytest.raises(
             GenerationFault,
@@ -430,13 +428,13 @@ def test_spans_beyond_the_row_are_a_fault(tmp_path):
     with pytest.raises(
         GenerationFault, match="expected spans of row 1 within 16 tokens, found 260 tokens"
     ):
-        read_batch([Place(str(tmp_path), "gen-0001", 8, 1)])
+        read_batch([RowRef(str(tmp_path), "gen-0001", 8, 1)])
 
 
 @BOTH
 def test_the_watchdog_names_what_it_waited_for(tmp_path, workers):
     publish(tmp_path, 64)
-    with Supply(
+    with BatchLoader(
         data_config(tmp_path, workers=workers, batch_timeout_seconds=1.0), rank=0, world_size=1
     ) as data:
         for shard in tmp_path.glob("generations/*/*/*.mds"):
@@ -452,10 +450,10 @@ def test_the_watchdog_names_what_it_waited_for(tmp_path, workers):
 def test_a_dead_worker_is_named_with_what_it_was_asked_for(tmp_path, monkeypatch):
     publish(tmp_path, 64)
     monkeypatch.setattr(
-        "trainer.data.rows.read_batch", lambda places: os._exit(1)
+        "trainer.data.prefetch.read_batch", lambda places: os._exit(1)
     )  # the workers are forked: they see it
     with (
-        Supply(data_config(tmp_path, workers=2), rank=0, world_size=1) as data,
+        BatchLoader(data_config(tmp_path, workers=2), rank=0, world_size=1) as data,
         pytest.raises(
             GenerationFault,
             match=r"rows gen-0001:\d+.*found DataLoader worker .* exited unexpectedly",
@@ -470,33 +468,33 @@ def test_a_dead_worker_is_named_with_what_it_was_asked_for(tmp_path, monkeypatch
 @BOTH
 def test_waiting_sees_a_generation_published_later(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
-    with Supply(
+    with BatchLoader(
         data_config(tmp_path, at_end="wait", workers=workers), rank=0, world_size=1
     ) as data:
         threading.Timer(0.2, publish, (tmp_path, 12)).start()
         first = next_when_published(data, 0)
         threading.Timer(0.2, publish, (tmp_path, 12)).start()
         rest = next_when_published(data, 1) + next_when_published(data, 2)
-    assert len({place for batch in first + rest for place in batch.where}) == 24
+    assert len({place for batch in first + rest for place in batch.row_ids}) == 24
 
 
 def test_waiting_ends_and_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
     publish(tmp_path, 12)
-    with Supply(
+    with BatchLoader(
         data_config(tmp_path, at_end="wait", wait_seconds=0.05), rank=0, world_size=1
     ) as data:
         first = next_when_published(data, 0)
         assert next_when_published(data, 1) == []
         assert data.state_dict()["sources"][0]["rows"] == 8
         publish(tmp_path, 4)
-        assert len({place for batch in first + data.next(1) for place in batch.where}) == 16
+        assert len({place for batch in first + data.next(1) for place in batch.row_ids}) == 16
 
 
 @pytest.mark.parametrize("at_end", ["stop", "repeat"])
 def test_who_is_not_told_to_wait_does_not(published, at_end):
-    with Supply(data_config(published(8), at_end=at_end), rank=0, world_size=1) as data:
-        assert data.next(0) and not data.next(1) and not data.may_grow()
+    with BatchLoader(data_config(published(8), at_end=at_end), rank=0, world_size=1) as data:
+        assert data.next(0) and not data.next(1) and not data.should_wait()
 
 
 # --- what is told, and what is left behind --------------------------------------------------------
@@ -505,15 +503,15 @@ def test_who_is_not_told_to_wait_does_not(published, at_end):
 def test_what_a_step_took_is_told_so_that_its_rows_can_be_found_again(published):
     runs = published(64), published(9, 40)
     data = data_config(*runs)
-    with Supply(data, rank=0, world_size=1) as supplied:
+    with BatchLoader(data, rank=0, world_size=1) as supplied:
         for step in range(5):
             given = {
                 (run, *place)
                 for batch in supplied.next(step)
-                for run, place in zip(batch.sources, batch.where, strict=True)
+                for run, place in zip(batch.sources, batch.row_ids, strict=True)
             }
             told = set()
-            for run, drawn in supplied.taken.items():
+            for run, drawn in supplied.row_ranges.items():
                 for name, epoch, start, stop in drawn:
                     [entry] = [entry for entry in read_catalog(run) if entry["name"] == name]
                     manifest = verify_generation(run, entry, mode="quick")
@@ -534,7 +532,7 @@ def shared_memory() -> list[str]:
 def test_reading_leaves_no_shared_memory_no_worker_and_no_file_behind(published, workers):
     run = published(30)
     before, files = shared_memory(), sorted(Path(run).rglob("*"))
-    with Supply(data_config(run, workers=workers), rank=0, world_size=1) as data:
+    with BatchLoader(data_config(run, workers=workers), rank=0, world_size=1) as data:
         batches = data.next(0)
         assert len(multiprocessing.active_children()) == workers
     del batches
@@ -581,7 +579,7 @@ def test_two_processes_share_the_batches_of_one_and_raise_what_only_rank_0_can_s
 def test_a_fault_that_only_another_rank_sees_is_raised_on_rank_0(published):
     missing = GenerationFault("generation gen-0001: a shard is not on this node's disk")
     with pytest.raises(GenerationFault, match="not on this node's disk"):
-        Supply(
+        BatchLoader(
             data_config(published(24)),
             rank=0,
             world_size=2,
@@ -599,5 +597,5 @@ def test_a_generation_is_hashed_once_in_a_process(published, monkeypatch):
     )
     run = published(24)
     for _ in range(2):
-        Supply(data_config(run), rank=0, world_size=1).close()
+        BatchLoader(data_config(run), rank=0, world_size=1).close()
     assert len(hashed) == len(set(hashed)) == 3

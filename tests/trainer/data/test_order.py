@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import Position, draw, interleave, micro_batches, stretches
+from trainer.data.order import (
+    Position,
+    assign_sources,
+    interleave,
+    micro_batches_per_rank,
+    next_slices,
+)
 
 WEIGHTS = st.lists(st.sampled_from([0.1, 0.25, 1.0, 3.0, 7.5]), min_size=1, max_size=5)
 
@@ -16,20 +22,20 @@ WEIGHTS = st.lists(st.sampled_from([0.1, 0.25, 1.0, 3.0, 7.5]), min_size=1, max_
 @given(WEIGHTS, st.integers(1, 300))
 def test_every_share_is_met_within_rows(weights, rows):
     counts = np.zeros(len(weights))
-    for owner in draw(weights, [0] * len(weights), rows):
+    for owner in assign_sources(weights, [0] * len(weights), rows):
         counts[owner] += 1
     assert np.abs(counts - np.array(weights) / sum(weights) * rows).max() < len(weights)
 
 
 @given(WEIGHTS, st.integers(0, 60), st.integers(0, 60))
 def test_the_counters_are_all_the_state_there_is(weights, first, second):
-    at_once = draw(weights, [0] * len(weights), first + second)
+    at_once = assign_sources(weights, [0] * len(weights), first + second)
     before = np.bincount(at_once[:first], minlength=len(weights)).tolist()
-    assert draw(weights, before, second).tolist() == at_once[first:].tolist()
+    assert assign_sources(weights, before, second).tolist() == at_once[first:].tolist()
 
 
 def test_sources_alternate_within_a_batch():
-    assert draw([2, 1, 1], [0, 0, 0], 8).tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
+    assert assign_sources([2, 1, 1], [0, 0, 0], 8).tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
 
 
 @given(
@@ -46,21 +52,21 @@ def test_stretches_walk_through_the_rows_of_all_epochs_in_order(sizes, counts, e
     ]
     position, done = Position(), 0
     for count in counts:
-        found = stretches(sizes, position, count, epochs=epochs)
+        found = next_slices(sizes, position, count, epochs=epochs)
         if done + count > len(everything):
             assert found is None
             continue
         assert found is not None
         spans, position = found
-        walked = [(s.epoch, s.at, row) for s in spans for row in range(s.start, s.stop)]
+        walked = [(s.epoch, s.gen_index, row) for s in spans for row in range(s.start, s.stop)]
         assert walked == everything[done : done + count]
         done += count
 
 
 def test_what_is_left_waits_for_the_next_generation():
-    _, position = stretches([5], Position(), 3, epochs=1)
-    assert stretches([5], position, 4, epochs=1) is None
-    spans, _ = stretches([5, 9], position, 4, epochs=1)
+    _, position = next_slices([5], Position(), 3, epochs=1)
+    assert next_slices([5], position, 4, epochs=1) is None
+    spans, _ = next_slices([5, 9], position, 4, epochs=1)
     assert spans == [(0, 0, 3, 5), (0, 1, 0, 2)]
 
 
@@ -76,16 +82,19 @@ def test_interleaving_deals_out_every_row_once_and_lanes_in_turn(rows, lanes):
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16))
 def test_only_ranks_that_divide_the_batch_are_taken(micros, micro_rows, world_size):
     if micros % world_size == 0:
-        assert micro_batches(micros * micro_rows, micro_rows, world_size) * world_size == micros
+        assert (
+            micro_batches_per_rank(micros * micro_rows, micro_rows, world_size) * world_size
+            == micros
+        )
     else:
         with pytest.raises(ValueError, match="does not divide among"):
-            micro_batches(micros * micro_rows, micro_rows, world_size)
+            micro_batches_per_rank(micros * micro_rows, micro_rows, world_size)
 
 
 def test_the_error_lists_the_numbers_of_ranks_that_divide():
     with pytest.raises(
         ValueError, match=r"among 5 ranks; run with 1, 2, 3, 4, 6, 12 ranks, or change"
     ):
-        micro_batches(96, 8, 5)
+        micro_batches_per_rank(96, 8, 5)
     with pytest.raises(ValueError, match="positive multiple of micro_batch_rows=8"):
-        micro_batches(12, 8, 1)
+        micro_batches_per_rank(12, 8, 1)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import ConfigError
-from trainer.evaluate.cloze import Cloze, Question, choose, read_files
+from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers
 
 HELLASWAG = {
     "activity_label": "Clean a pan [substeps]",
@@ -75,7 +75,7 @@ def write(path, *rows):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_question_is_put_in_the_prompt_of_its_benchmark(tmp_path, form):
     row, expected = FORMS[form]
-    assert read_files([write(tmp_path / "some.jsonl", row)], 9) == {"some": [expected]}
+    assert read_questions([write(tmp_path / "some.jsonl", row)], 9) == {"some": [expected]}
 
 
 @pytest.mark.parametrize(
@@ -104,36 +104,36 @@ def test_a_line_that_is_no_question_is_named_with_what_is_wrong(tmp_path, row, w
     with pytest.raises(
         ConfigError, match=rf"^evaluation.cloze: \S+some.jsonl: line 3 is no question: .*{why}"
     ):
-        read_files([file], 9)
-    assert len(read_files([file], 1)["some"]) == 1  # beyond what is asked nothing is judged
+        read_questions([file], 9)
+    assert len(read_questions([file], 1)["some"]) == 1  # beyond what is asked nothing is judged
 
 
 def test_files_that_hold_no_questions_or_share_a_name_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"none.jsonl: No such file"):
-        read_files([str(tmp_path / "none.jsonl")], 9)
+        read_questions([str(tmp_path / "none.jsonl")], 9)
     for rows, count in (((), 9), ((ARC,), 0)):
         with pytest.raises(
             ConfigError,
             match=f"holds no question, or evaluation.cloze_questions = {count} asks none",
         ):
-            read_files([write(tmp_path / "empty.jsonl", *rows)], count)
+            read_questions([write(tmp_path / "empty.jsonl", *rows)], count)
     with pytest.raises(ConfigError, match=r"two of a/arc.jsonl, b/arc.json have one name"):
-        read_files(["a/arc.jsonl", "b/arc.json"], 9)
+        read_questions(["a/arc.jsonl", "b/arc.json"], 9)
 
 
 def test_a_line_ends_where_json_lines_do(tmp_path):
     row = {"query": "a\u2028b\x85c", "choices": ["d\u2029", "e"], "gold": 0}
-    [question] = read_files([write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False))], 9)[
-        "a"
-    ]
+    [question] = read_questions(
+        [write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False))], 9
+    )["a"]
     assert question.context == "a\u2028b\x85c"
 
 
 def test_a_long_ending_wins_by_the_byte_and_loses_by_the_sum():
     question = Question("a", ("no", "a much longer one"), 1)
-    assert choose([question], [-4.0, -6.0]) == Cloze(0.0, 1.0, 1, 0.5)
+    assert score_answers([question], [-4.0, -6.0]) == ClozeScore(0.0, 1.0, 1, 0.5)
     # per character the first would win: -4 / 3 against -5 / 4, per byte -4 / 9 and -5 / 4
-    assert choose([Question("a", ("あいう", "abcd"), 0)], [-4.0, -5.0]).accuracy_norm == 1.0
+    assert score_answers([Question("a", ("あいう", "abcd"), 0)], [-4.0, -5.0]).accuracy_norm == 1.0
 
 
 @given(st.data())
@@ -146,7 +146,7 @@ def test_choices_are_those_of_a_slow_reckoning(data):
         )
         for e in data.draw(st.lists(endings, min_size=1, max_size=6))
     ]
-    cloze = choose(
+    cloze = score_answers(
         [question for question, _ in asked], [nats for _, found in asked for nats in found]
     )
     right = [
@@ -173,7 +173,7 @@ def test_the_real_files_are_read_whole_or_refused(corpus, tmp_path):
     asked, refused = {}, []
     for file in sorted((tmp_path / "llm-foundry").iterdir()):
         try:
-            asked |= read_files([str(file)], 10_000)
+            asked |= read_questions([str(file)], 10_000)
         except ConfigError as error:
             assert re.search(
                 "line 1 is no question: (it has neither 'endings'|'query' is missing)", str(error)

@@ -47,22 +47,10 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.data.generations import GenerationFault
-from trainer.data.rows import (
-    Place,
-    read_batch,
-)
+from trainer.data.rows import RowRef, read_batch
 from trainer.evaluate import held_out as evaluate
-from trainer.evaluate.cloze import (
-    Cloze,
-    read_files,
-)
-from trainer.evaluate.held_out import (
-    Evaluation,
-    Rows,
-    Scores,
-    deal,
-    pack_endings,
-)
+from trainer.evaluate.cloze import ClozeScore, read_questions
+from trainer.evaluate.held_out import EvalRows, Evaluation, Scores, pack_endings, rank_batches
 from trainer.model.llama import Transformer
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
@@ -182,13 +170,15 @@ def test_held_out_loss_is_that_of_each_document_alone_in_float64(config, data, g
 def test_likelihoods_are_those_of_each_ending_alone_in_float64(
     config, data, group_of_one, monkeypatch
 ):
-    seen, choose = [], evaluate.choose
+    seen, choose = [], evaluate.score_answers
     monkeypatch.setattr(
-        evaluate, "choose", lambda questions, found: seen.append(found) or choose(questions, found)
+        evaluate,
+        "score_answers",
+        lambda questions, found: seen.append(found) or choose(questions, found),
     )
     scores = evaluation(config, data).run(build()[0])
     assert seen == [pytest.approx(slow_likelihoods(SEQ_LEN), rel=1e-6)]
-    [questions] = read_files(config.cloze, 9).values()
+    [questions] = read_questions(config.cloze, 9).values()
     assert scores.cloze == {"asked": choose(questions, slow_likelihoods(SEQ_LEN))}
     assert scores.cloze["asked"][2:] == (4, pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 4) / 4))
 
@@ -227,7 +217,7 @@ def worker(rank, folder, config, data):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
     seen = []
-    evaluate.choose = lambda questions, found: seen.append(found) or Cloze(0, 0, 1, 0)
+    evaluate.score_answers = lambda questions, found: seen.append(found) or ClozeScore(0, 0, 1, 0)
     scores = evaluation(config, data, rank, 2).run(build()[0])
     if rank == 0:
         os.remove(config.cloze[0])
@@ -267,7 +257,7 @@ def trained(data, between):
     for step in range(3):
         between(model)
         for row in (0, 1):
-            batch = read_batch([Place(data.sources[0].run, "gen-0001", 4, step + row)])
+            batch = read_batch([RowRef(data.sources[0].run, "gen-0001", 4, step + row)])
             model.set_requires_gradient_sync(row == 1)
             model.loss(batch.tokens, batch.documents).sum.backward()
             between(model)
@@ -294,7 +284,7 @@ def test_a_training_with_evaluation_is_bit_for_bit_the_one_without(config, data,
 def test_a_model_taught_the_answers_has_them_all_right_or_wrong(
     config, data, group_of_one, tmp_path, right
 ):
-    [questions] = read_files(config.cloze, 9).values()
+    [questions] = read_questions(config.cloze, 9).values()
     taught = [
         q._replace(endings=(q.endings[q.answer if right else q.answer - 1],), answer=0)
         for q in questions
@@ -311,8 +301,10 @@ def test_a_model_taught_the_answers_has_them_all_right_or_wrong(
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
 def test_rows_are_dealt_once_and_evenly(count, size, ranks):
-    rows = Rows(*(torch.arange(count * 3).reshape(count, 3) for _ in range(3)))
-    hands = [list(deal(rows, size=size, rank=rank, world_size=ranks)) for rank in range(ranks)]
+    rows = EvalRows(*(torch.arange(count * 3).reshape(count, 3) for _ in range(3)))
+    hands = [
+        list(rank_batches(rows, size=size, rank=rank, world_size=ranks)) for rank in range(ranks)
+    ]
     assert len({len(hand) for hand in hands}) == 1
     parts = [part for hand in hands for part in hand]
     assert {tuple(t.shape) for part in parts for t in part} == {(size, 3)}
@@ -402,7 +394,7 @@ def test_an_ending_longer_than_a_row_is_refused(config, data, tmp_path):
 
 
 def test_figures_are_flat_and_leave_out_what_is_absent():
-    figures = Scores(2.0, {"runs/a": 1.5}, {"arc_easy": Cloze(0.5, 0.25, 8, 0.2)}).figures()
+    figures = Scores(2.0, {"runs/a": 1.5}, {"arc_easy": ClozeScore(0.5, 0.25, 8, 0.2)}).figures()
     assert figures == {
         "held_out/loss": 2.0,
         "held_out/perplexity": pytest.approx(math.exp(2)),

@@ -15,17 +15,12 @@ torch = pytest.importorskip("torch")
 
 from trainer.config import PRESETS, ModelConfig
 from trainer.model import llama as model_module
+from trainer.model import loss as loss_module
+from trainer.model import packing
 from trainer.model.hugging_face import from_hugging_face, save_hugging_face, to_hugging_face
-from trainer.model.llama import (
-    IGNORE,
-    Transformer,
-    flops_per_token,
-    loss_and_gradient,
-    next_tokens,
-    num_parameters,
-    num_targets,
-    unless_whole,
-)
+from trainer.model.llama import Transformer, flops_per_token, num_parameters
+from trainer.model.loss import IGNORE, loss_and_gradient
+from trainer.model.packing import next_tokens, num_targets, packed_documents
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 
@@ -143,9 +138,9 @@ def test_flex_attention_compiled_is_sdpa():
         pytest.skip("torch compiles for CPUs by a C++ compiler, and there is none")
     _, documents = packed([[40, 30, 50], [100]], fill=8)
     q, k, v = (torch.randn(2, heads, documents.shape[1], 16) for heads in (4, 2, 2))
-    expected = model_module._attend(q, k, v, model_module._mask(documents, "sdpa"))
-    mask = model_module._mask(documents, "flex")
-    found = model_module._compiled(model_module.flex_attention)(
+    expected = model_module._attend(q, k, v, packing._mask(documents, "sdpa"))
+    mask = packing._mask(documents, "flex")
+    found = packing._compiled(model_module.flex_attention)(
         q, k, v, block_mask=mask, enable_gqa=True
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -167,7 +162,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
         excited(replace(SMALL, tie_embeddings=tied)),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_module.LOGITS_BYTES, "cpu", chunk * 4 * VOCAB)
+        patch.setitem(loss_module.LOGITS_BYTES, "cpu", chunk * 4 * VOCAB)
         found = model.loss(tokens, documents)
         with torch.no_grad():
             torch.testing.assert_close(
@@ -229,7 +224,7 @@ def test_positions_restart_with_each_document(spans):
         [at for span in [*row, documents.shape[1] - sum(row)] for at in range(span)]
         for row in spans
     ]
-    assert model_module._positions(documents).tolist() == expected
+    assert packing._positions(documents).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -237,7 +232,7 @@ def test_positions_restart_with_each_document(spans):
     [([[0, 0], [0, 0]], True), ([[0, 0], [0, -1]], False), ([[0, 1]], False)],
 )
 def test_only_rows_of_one_document_without_fill_take_the_plain_causal_kernel(documents, whole):
-    assert (unless_whole(torch.tensor(documents)) is None) == whole
+    assert (packed_documents(torch.tensor(documents)) is None) == whole
 
 
 def test_bfloat16_logits_give_a_float32_loss_and_a_bfloat16_gradient():

@@ -20,10 +20,8 @@ from trainer.model import (
     llama,
     parallel,
 )
-from trainer.model.llama import (
-    Transformer,
-    num_targets,
-)
+from trainer.model.llama import Transformer
+from trainer.model.packing import num_targets
 from trainer.model.parallel import (
     clip_grad_norm,
     join_ranks,

@@ -19,9 +19,10 @@ from tests.support.feedback_reports import NOW, summary
 from trainer.telemetry import devices
 from trainer.telemetry.devices import gpu_health, peak_flops
 from trainer.telemetry.feedback import Health, Totals, Writer, read_lines, read_summaries, resumed
-from trainer.telemetry.meter import Meter, Spikes, Taken, merged, mfu, percentile
+from trainer.telemetry.meter import Meter, SourceSums, mfu, percentile, sum_by_source
 from trainer.telemetry.plot import draw, plot, read_metrics, ticks_between
-from trainer.telemetry.sinks import Telemetry, console_line, flat
+from trainer.telemetry.sinks import Telemetry, console_line, flatten
+from trainer.telemetry.spikes import SpikeDetector
 
 
 class Clock:
@@ -242,8 +243,8 @@ def test_feedback_agrees_with_the_trainers_own_totals(tmp_path):
         meter.step(
             tokens=64,
             sources={
-                "cc": Taken({f"gen-{1 + step // 30:04}": 2}, 40, 80.0, 39),
-                "wiki": Taken({"gen-0001": 1}, 24, 23.0, 23),
+                "cc": SourceSums({f"gen-{1 + step // 30:04}": 2}, 40, 80.0, 39),
+                "wiki": SourceSums({"gen-0001": 1}, 24, 23.0, 23),
             },
         )
         if writer.due():
@@ -280,7 +281,7 @@ def test_sources_go_on_from_a_checkpoint_and_keep_what_is_read_no_more():
         }
     )
     meter = Meter(before, clock=Clock())
-    meter.step(tokens=10, sources={"cc": Taken({"gen-0001": 1}, 10, 0.0, 0)})
+    meter.step(tokens=10, sources={"cc": SourceSums({"gen-0001": 1}, 10, 0.0, 0)})
     sources = meter.report("running", mfu=None, health=None, budget=None).sources
     assert sources["cc"] == ("gen-0001", {"gen-0001": 3}, 30, None)
     assert sources["old"] == ("gen-10000", {"gen-9999": 5, "gen-10000": 1}, 60, None)
@@ -289,7 +290,7 @@ def test_sources_go_on_from_a_checkpoint_and_keep_what_is_read_no_more():
 
 
 TAKEN = st.builds(
-    Taken,
+    SourceSums,
     st.dictionaries(st.sampled_from("gh"), st.integers(0, 9)),
     st.integers(0, 9),
     st.integers(0, 9),
@@ -299,7 +300,7 @@ TAKEN = st.builds(
 
 @given(st.lists(st.dictionaries(st.sampled_from("ab"), TAKEN), max_size=5))
 def test_ranks_add_up(parts):
-    total = merged(parts)
+    total = sum_by_source(parts)
     assert total.keys() == {name for part in parts for name in part}
     for name, taken in total.items():
         mine = [part[name] for part in parts if name in part]
@@ -368,7 +369,7 @@ LOSSES = st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf, 
 
 @given(st.lists(LOSSES, max_size=60), st.integers(2, 8), st.sampled_from([0.5, 1.0, 2.0]))
 def test_spikes_against_an_oracle(losses, window, sigmas):
-    spikes, finite = Spikes(sigmas=sigmas, window=window), []
+    spikes, finite = SpikeDetector(sigmas=sigmas, window=window), []
     for loss in losses:
         found = spikes.observe(loss)
         if not math.isfinite(loss):
@@ -387,7 +388,7 @@ def test_spikes_against_an_oracle(losses, window, sigmas):
 
 def test_a_spike_is_found_once_and_a_new_level_becomes_normal():
     noise = [3.0 + 0.01 * math.sin(i) for i in range(1000)]
-    spikes = Spikes()
+    spikes = SpikeDetector()
     assert not any(spikes.observe(loss) for loss in noise)
     assert [spikes.observe(loss) for loss in (3.02, 9.0, 3.01)] == [False, True, False]
     assert sum(spikes.observe(loss + 1.0) for loss in noise) <= 2
@@ -396,17 +397,17 @@ def test_a_spike_is_found_once_and_a_new_level_becomes_normal():
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(2, 150))
 def test_a_constant_loss_never_spikes(loss, window):
-    spikes = Spikes(window=window)
+    spikes = SpikeDetector(window=window)
     assert not any(spikes.observe(loss) for _ in range(window + 20))
 
 
 def test_spikes_go_on_from_a_checkpoint():
     losses = [3.0 + 0.1 * (i % 7) for i in range(300)] + [5.0]
-    whole, first = Spikes(), Spikes()
+    whole, first = SpikeDetector(), SpikeDetector()
     expected = [whole.observe(loss) for loss in losses]
     for loss in losses[:200]:
         first.observe(loss)
-    second = Spikes(json.loads(json.dumps(first.losses)))
+    second = SpikeDetector(json.loads(json.dumps(first.losses)))
     assert [second.observe(loss) for loss in losses[200:]] == expected[200:]
     assert expected[-1]
 
@@ -488,7 +489,7 @@ RECORD = {
 
 
 def test_a_record_as_numbers():
-    assert flat(RECORD) == {
+    assert flatten(RECORD) == {
         "step": 7.0,
         "loss": 3.25,
         "spike": 0.0,
@@ -576,8 +577,8 @@ def test_wandb_and_mlflow_get_the_numbers(tmp_path, monkeypatch):
     assert told == [
         "r",
         "r",
-        ("wandb", flat(RECORD), 7),
-        ("mlflow", flat(RECORD), 7),
+        ("wandb", flatten(RECORD), 7),
+        ("mlflow", flatten(RECORD), 7),
         "wandb closed",
         "mlflow closed",
     ]

@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 
 from stages.pack.pack import PROVENANCE
 from trainer import loop
-from trainer.telemetry.meter import Spikes
 from trainer.telemetry.plot import read_metrics
+from trainer.telemetry.spikes import SpikeDetector
 from trainer.telemetry.why_step import (
     RowLoss,
     log_spike,
@@ -42,7 +42,7 @@ def batches_of(monkeypatch):
     seen, update = {}, loop.Training._update
 
     def watched(self, batches):
-        seen[self.step + 1] = [place for batch in batches for place in batch.where]
+        seen[self.step + 1] = [place for batch in batches for place in batch.row_ids]
         return update(self, batches)
 
     monkeypatch.setattr(loop.Training, "_update", watched)
@@ -80,14 +80,14 @@ def spiking(monkeypatch):
 
     def poisoned(model, batches, runs, **options):
         sums = accumulate(model, batches, runs, **options)
-        calls.append(batches[1].where[2])
+        calls.append(batches[1].row_ids[2])
         if len(calls) == 7:
             sums.row_nats[1][2] += 1000
             sums.by_run[0, 2] += 1000
         return sums
 
     monkeypatch.setattr(loop, "accumulate", poisoned)
-    monkeypatch.setattr(loop, "Spikes", lambda losses: Spikes(losses, window=4))
+    monkeypatch.setattr(loop, "SpikeDetector", lambda losses: SpikeDetector(losses, window=4))
     return calls
 
 

@@ -1,11 +1,12 @@
-"""How far is an estimate from the run? `gristmill estimate` of the 500 WCXB pages, by several
-seeds, against the run itself.
+"""How far is an estimate from the run? `gristmill estimate` of the 500 WCXB pages by several seeds,
+against the run itself.
 
     python -m benchmarks.estimate [DATA] [--sample 20%] [--seeds 5]
 
-Prints core-seconds, tokens and bytes of the run, on Ray as a user has it, and each estimate's ratio
-to them. The seed decides which pages are sampled; models and extraction are commoncrawl.toml's.
-Each is a command of its own: workers that have the models from the command before would load none.
+Prints core-seconds, tokens and bytes of the run, on Ray as a user runs it, and each estimate's
+ratio to them. The seed decides which pages are sampled; models and extraction are those of
+commoncrawl.toml. Each estimate is a command of its own: workers that have models loaded by an
+earlier one would load none.
 """
 
 import argparse
@@ -29,14 +30,14 @@ def gristmill(command: str, data: Path, directory: str, *options: str) -> None:
         f"input.paths=['{pages}']",
         f"run.directory={directory}",
     ]
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "pipeline", command, *settings, *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    if told.returncode:
-        sys.exit(told.stderr)
+    if result.returncode:
+        sys.exit(result.stderr)
 
 
 def main() -> None:
@@ -69,11 +70,15 @@ def main() -> None:
                 "--sample",
                 arguments.sample,
             )
-            found: dict[str, Any] = json.loads(Path(f"{scratch}/{seed}/estimate.json").read_text())
-            cpu, stored = found["total"]["core_seconds"], found["total"]["bytes"]["value"]
+            file = Path(f"{scratch}/{seed}/estimate.json")
+            estimate: dict[str, Any] = json.loads(file.read_text())
+            cpu, stored = estimate["total"]["core_seconds"], estimate["total"]["bytes"]["value"]
             interval = f"{cpu['value']:.1f} ({cpu['low']:.1f} to {cpu['high']:.1f})"
-            ratios = f"× {cpu['value'] / seconds:.2f}, tokens × {found['tokens']['value'] / tokens:.2f}, bytes × {stored / size:.2f}"
-            print(f"seed {seed}: core-seconds {interval} {ratios}", flush=True)
+            print(
+                f"seed {seed}: core-seconds {interval} × {cpu['value'] / seconds:.2f},",
+                f"tokens × {estimate['tokens']['value'] / tokens:.2f}, bytes × {stored / size:.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ from pathlib import Path
 from benchmarks.watch import cpu_of_descendants
 from pipeline.config.load import Config, load
 from pipeline.engine.units import Done, in_process
-from pipeline.inspect import export, status
+from pipeline.inspect import export
 from pipeline.run import results
 from pipeline.run.execute import execute
+from pipeline.run.state import read_state
 from stages.storage.ledger import Commit
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ def without_ray(config: Config) -> dict[str, float]:
 
 def commits_of(config: Config) -> dict[str, list[Commit]]:
     """Commits per phase of a finished run."""
-    return results.all_commits(config.run.directory, status.read_state(config.run.directory))
+    return results.all_commits(config.run.directory, read_state(config.run.directory))
 
 
 class Silent:

@@ -214,43 +214,32 @@ def estimate(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a run will cost, from a sample of its input: core-seconds, hours, bytes, requests,
-    money, tokens. Publishes nothing.
+    """Estimate core-seconds, wall time, bytes, cost and tokens of a run from a sample of its input.
 
-    Writes RUN/estimate.json, which the report compares with the run.
+    Publishes nothing. Writes RUN/estimate.json, which the report compares with the run.
     """
+    from dataclasses import asdict
+
     from pipeline.cli.progress import Bars
     from pipeline.engine.ray_plan import on_ray
     from pipeline.study.estimate import estimate as measure
-    from pipeline.study.estimate import lines_of, share_of
+    from pipeline.study.estimate import summary
+    from pipeline.study.sample import parse_share
 
     with told():
         cores = nodes * (cores_per_node or os.cpu_count() or 1)
-        settings, share = load(config, overrides or []), share_of(sample)
+        settings, share = load(config, overrides or []), parse_share(sample)
+        price = price_per_core_hour
         with Bars(err) as bars:
-            found = measure(
-                settings, bars, on_ray(address), share=share, price=price_per_core_hour, cores=cores
-            )
+            result = measure(settings, bars, on_ray(address), share=share, price=price, cores=cores)
         if as_json:
-            from dataclasses import asdict
-
-            print(json.dumps(asdict(found), indent=1))
+            print(json.dumps(asdict(result), indent=1))
             return
-        heads = (
-            "stage",
-            "units",
-            "core-seconds",
-            "of them fixed",
-            "wall",
-            "bytes",
-            "GET",
-            "PUT",
-            "cost",
-        )
+        heads = ("stage", "units", "core-seconds", "wall", "bytes", "cost")
         table = Table(*heads, box=None, pad_edge=False)
         for column in table.columns[1:]:
             column.justify = "right"
-        rows, notes = lines_of(found)
+        rows, notes = summary(result)
         for row in rows:
             table.add_row(*row)
         print_wide(table)

@@ -1,18 +1,18 @@
-"""Estimates: the arithmetic against slow oracles, the sample, and a whole estimate against the run
-that it is of.
-"""
+"""Estimates: the arithmetic against slow oracles, the sample, and an estimate against its run."""
 
 import gzip
+import itertools
 import json
 import math
+import random
 import statistics
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import t
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
@@ -21,65 +21,76 @@ from pipeline.engine.units import in_process
 from pipeline.report.report import write_report
 from pipeline.report.run_data import gather
 from pipeline.run.execute import Run
-from pipeline.study.estimate import CONFIDENCE, UNITS, draw, estimate, ratio, share_of, systematic
+from pipeline.study.estimate import Cost, estimate, expected
+from pipeline.study.sample import UNITS, draw, is_drawn, parse_share
 from tests.support.inline import Silent, run_inline
 from tests.support.paths import ROOT
 
 AMOUNTS = st.lists(st.tuples(st.floats(0, 1e6), st.floats(1e-6, 1e-3)), min_size=1, max_size=30)
 
 
-@given(AMOUNTS)
-def test_the_ratio_and_its_interval_are_the_textbook_s(units):
+def resampled(amounts, shares):
+    """The 5th and the 95th percentile of many resamples, by the standard library."""
+    draw, pairs = random.Random(1), list(zip(amounts, shares, strict=True))
+    ratios = []
+    for _ in range(4000):
+        drawn = draw.choices(pairs, k=len(pairs))
+        ratios.append(sum(a for a, _ in drawn) / sum(s for _, s in drawn))
+    cuts = statistics.quantiles(ratios, n=20, method="inclusive")
+    return cuts[0], cuts[-1]
+
+
+@given(AMOUNTS, st.floats(0, 1e6))
+def test_the_expected_amount_is_the_ratio_of_sums_within_its_interval(units, fixed):
     amounts, shares = zip(*units, strict=True)
-    found = ratio(amounts, shares)
-    expected, n, mean = math.fsum(amounts) / math.fsum(shares), len(units), statistics.fmean(shares)
-    assert found.value == pytest.approx(expected)
-    if n < 3:
-        assert found.low is None and found.high is None
-        return
-    residuals = [y - expected * x for y, x in units]
-    variance = (1 - math.fsum(shares)) * sum(r * r for r in residuals) / (n - 1) / n / mean**2
-    reach = t.ppf((1 + CONFIDENCE) / 2, n - 1) * math.sqrt(variance)
-    assert found.high - found.value == pytest.approx(reach, abs=1e-6 * (1 + expected))
-    assert found.value - found.low == pytest.approx(reach, abs=1e-6 * (1 + expected))
+    figure = expected([Cost(fixed, np.array(amounts))], shares)
+    assert figure.value == pytest.approx(fixed + math.fsum(amounts) / math.fsum(shares))
+    if len(units) < 3:
+        assert figure.low is None and figure.high is None
+    else:
+        assert min(a / s for a, s in units) + fixed <= figure.low * (1 + 1e-9) + 1e-9
+        assert figure.high <= (max(a / s for a, s in units) + fixed) * (1 + 1e-9) + 1e-9
+    doubled = expected([Cost(fixed, np.array(amounts))] * 2, shares, factor=0.5)
+    assert doubled.value == pytest.approx(figure.value)
+
+
+def test_the_interval_holds_the_middle_nine_tenths_of_resamples():
+    draw = random.Random(0)
+    shares = [draw.uniform(1e-4, 1e-3) for _ in range(20)]
+    amounts = [share * draw.gauss(100, 20) for share in shares]
+    figure = expected([Cost(0.0, np.array(amounts))], shares)
+    low, high = resampled(amounts, shares)
+    assert figure.low == pytest.approx(low, rel=0.02)
+    assert figure.high == pytest.approx(high, rel=0.02)
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=3, max_size=20), st.floats(0.1, 1e3))
-def test_amounts_in_proportion_to_size_and_a_full_sample_leave_nothing_open(sizes, rate):
+def test_amounts_in_proportion_to_size_and_a_full_sample_leave_no_interval(sizes, rate):
     shares = [size / sum(sizes) / 2 for size in sizes]
-    found = ratio([rate * share for share in shares], shares)
-    assert found.low == pytest.approx(rate, rel=1e-6) and found.high == pytest.approx(
-        rate, rel=1e-6
-    )
-    everything = ratio(sizes, [2 * share for share in shares])
-    assert (
-        everything.low
-        == pytest.approx(sum(sizes), rel=1e-5)
-        == pytest.approx(everything.high, rel=1e-5)
-    )
+    figure = expected([Cost(0.0, np.array([rate * share for share in shares]))], shares)
+    assert figure.low == pytest.approx(rate) == pytest.approx(figure.high)
+    everything = expected([Cost(0.0, np.array(sizes))], [2 * share for share in shares])
+    assert everything.low == pytest.approx(sum(sizes), rel=1e-5)
+    assert everything.high == pytest.approx(sum(sizes), rel=1e-5)
 
 
 @given(st.integers(0, 500), st.floats(0.001, 1), st.floats(0, 1, exclude_max=True))
-def test_a_systematic_sample_takes_its_share_evenly(count, share, start):
-    chosen = systematic(count, share=share, start=start)
-    steps, at = [], start / share
-    while at < count - 1e-9:
-        steps.append(int(at + 1e-9))
-        at += 1 / share
-    assert sorted(set(chosen)) == chosen and all(0 <= i < count for i in chosen)
-    assert len(chosen) == pytest.approx(len(steps), abs=1)
-    assert all(abs(a - b) <= 1 for a, b in zip(chosen, steps, strict=False))
+def test_a_sample_takes_its_share_evenly(count, share, start):
+    drawn = [i for i in range(count) if is_drawn(i, share=share, start=start)]
+    assert len(drawn) == pytest.approx(count * share, abs=1)
+    steps = [b - a for a, b in itertools.pairwise(drawn)]
+    assert all(math.floor(1 / share) <= step <= math.ceil(1 / share) for step in steps)
 
 
 @pytest.mark.parametrize("text, share", [("0.1%", 0.001), ("100%", 1.0), (" 5 % ", 0.05)])
 def test_a_sample_is_a_percentage(text, share):
-    assert share_of(text) == pytest.approx(share)
+    assert parse_share(text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["0%", "150%", "a bit", "0.1", "-1%", "nan%", "", "1e-3%", "٥%"])
 def test_what_is_no_percentage_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match=r"above 0% and at most 100%, as 0\.1%"):
-        share_of(text)
+        parse_share(text)
 
 
 # --- the sample -----------------------------------------------------------------------------------

@@ -1,25 +1,43 @@
 # make quickstart   sets itself up and runs the main job on the bundled pages
-# make test         sets itself up and runs all tests
+# make unit         tests without Ray, torch, network or GPU: a minute
+# make test         unit and integration tests, 25 examples of each property
+# make test-rest    what `make test` leaves out: kill, chaos and cluster tests, 500 examples
+# make test-all     everything: every test, 500 examples
 # make check        lint and types
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test unit check kenlm clean
+.PHONY: quickstart unit test test-rest test-all check lint kenlm clean
 
 quickstart: $(VENV)/.curation
 	$(BIN)/gristmill run configs/quickstart.toml
 
-# KenLM's lmplz is built on the way (3 minutes, once per user); where it cannot be, its tests are skipped, and say so
-test: $(VENV)/.dev
-	@tools/build_kenlm.sh || echo "kenlm: lmplz cannot be built here" >&2
-	$(BIN)/python -m pytest
+# two workers; the tests of a module, and all those that need Ray, stay on one of them
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup
+UNIT = tests/filters tests/stages tests/pipeline/config tests/pipeline/controller \
+       tests/trainer/test_config.py tests/trainer/telemetry/test_feedback.py tests/test_imports.py
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not ray and not train and not browser and not corpus and not lmplz and not kill"
+	$(PYTEST) $(UNIT) -m "not ray and not train and not kill"
 
-check: $(VENV)/.dev
+test: $(VENV)/.dev lmplz
+	$(PYTEST) -m "not kill"
+
+test-rest: $(VENV)/.dev lmplz
+	$(PYTEST) -m "kill or hypothesis" --hypothesis-profile=thorough
+
+test-all: $(VENV)/.dev lmplz
+	$(PYTEST) --hypothesis-profile=thorough
+
+# KenLM's lmplz takes 3 minutes to build, once per user; where it cannot be built, its tests are
+# skipped and say so
+.PHONY: lmplz
+lmplz:
+	@tools/build_kenlm.sh || echo "kenlm: lmplz cannot be built here" >&2
+
+check lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy filters stages pipeline trainer

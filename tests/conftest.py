@@ -11,11 +11,27 @@ from hypothesis import settings
 from tests.support.paths import CORPUS
 from tests.support.s3 import FaultyProxy, forget_clients, s3_process
 
-# machines differ, and no test asserts a time
-settings.register_profile("house", deadline=None)
-# a clean checkout passes or fails the same way each time; searching anew is for the desk
-settings.register_profile("ci", deadline=None, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "house")
+# The examples of each property test: 25 in `make test`, 500 in `make test-all`, which selects its
+# profile by --hypothesis-profile. No deadline: machines differ. In CI the examples are the same
+# each time, elsewhere every run tries new ones.
+for name, count in {"quick": 25, "thorough": 500}.items():
+    settings.register_profile(
+        name, max_examples=count, deadline=None, derandomize=bool(os.environ.get("CI"))
+    )
+settings.load_profile("quick")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `pytest -n 2 --dist loadgroup` the tests of a module stay on one worker.
+
+    So module-scoped fixtures are made once. The tests that need Ray all share one worker and its
+    session.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            ray = "ray_session" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ray" if ray else item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from filters import first_failure
@@ -168,7 +168,6 @@ def slow_coverage(text, sets):
     return max((len(grams & held) / len(grams) for grams in passages if grams), default=None)
 
 
-@settings(max_examples=150)
 @given(sets=SETS, data=st.data())
 @example(sets=[[["a b c"], ["a b 7 42 7"]], [["7 42 7 42 7"]]], data=None)
 @example(sets=[[["a b c"]], [["b", "42", "東", "a"]]], data=None)
@@ -423,7 +422,6 @@ PIECES = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=200)
 @given(PIECES)
 def test_after_trimming_nothing_is_left_to_trim(index, text):
     filter = Decontamination(index=index, action="trim", cut_share=None)

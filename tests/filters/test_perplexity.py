@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import kenlm
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -68,7 +68,6 @@ WORDS = st.sampled_from(
 LINES = st.lists(st.lists(WORDS, max_size=12).map(" ".join), max_size=12)
 
 
-@settings(max_examples=300)
 @given(LINES.map("\n".join), st.integers(1, 40))
 @example(PROSE, 8)
 @example(f"x\n{PROSE}\nqwxz qwxz", 9)
@@ -83,7 +82,6 @@ def test_scores_are_those_of_ccnets_loop_and_of_all_windows(text: str, window: i
     assert found["worst_window"] == pytest.approx(slow_worst_window(lines, window), rel=1e-5)
 
 
-@settings(max_examples=200)
 @given(st.text() | st.sampled_from(NASTY))
 def test_measure_is_total_finite_or_nan(text: str) -> None:
     found = measured(text, buckets=(100.0, 1000.0))

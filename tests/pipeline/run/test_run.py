@@ -351,6 +351,7 @@ def test_a_done_unit_is_not_done_again_and_a_stale_commit_is_withdrawn(tmp_path)
     assert calls == [None, None]  # no commit of "a" stood while "b" was at work
 
 
+@pytest.mark.kill
 def test_a_unit_that_kills_its_worker_again_and_again_is_recorded_as_failed(ray_session, tmp_path):
     from pipeline.engine.units import Resources, Task
     from stages.storage.ledger import Store, Unit
@@ -424,6 +425,7 @@ PHASES = [
 ]  # tests/pipeline/test_dedup_command.py kills in all of dedup
 
 
+@pytest.mark.kill
 def test_killed_at_every_stage_the_shards_are_the_same_bytes(done, tmp_path):
     """SIGKILL to the driver at a random moment of each phase; the same command goes on; nothing
     differs at the end.

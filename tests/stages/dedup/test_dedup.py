@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.run.dedup_plan import Index
@@ -13,6 +13,7 @@ from stages.dedup import dedup, keep
 from stages.dedup.dedup import DedupConfig, stars
 from stages.storage.ledger import Store
 from tests.support.dedup_run import Doc, keep_rows, run_dedup
+from tests.support.examples import at_most
 
 CONFIG = DedupConfig(num_bands=3, rows_per_band=2)
 IN_ROUNDS = {"cluster_memory": 1}
@@ -71,7 +72,7 @@ def in_parts(rows):
     return parts
 
 
-@settings(max_examples=15)
+@at_most(15)
 @given(rows=some_docs, size=st.sampled_from([1, 4, 100]), rounds=st.sampled_from([{}, IN_ROUNDS]))
 def test_clusters_equal_a_dictionary_of_buckets(tmp_path_factory, rows, size, rounds):
     parts = in_parts(rows)
@@ -130,7 +131,7 @@ def test_ranks_order_like_the_values_and_nothing_comes_last(values):
                 assert rank_a < rank_b
 
 
-@settings(max_examples=10)
+@at_most(10)
 @given(
     first=some_docs,
     second=some_docs,

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.dedup import lines, shuffle
@@ -28,6 +28,7 @@ from stages.dedup.minhash import normalize
 from stages.dedup.shuffle import Source
 from stages.storage.ledger import Store, Unit
 from stages.storage.parts import PartRef
+from tests.support.examples import at_most
 
 UNITS = st.sampled_from(["line", "paragraph"])
 # equal when normalised, empty when normalised, sensitive to what stands beside them, and the word
@@ -194,7 +195,7 @@ def run_lines(folder: Path, parts, config, *, group_size=2, per_lane=1):
     return rows, commits
 
 
-@settings(max_examples=60)
+@at_most(60)
 @given(
     batches,
     UNITS,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.formats.mds import (
@@ -26,6 +26,7 @@ from stages.formats.mds import (
     write_index,
 )
 from stages.formats.mds_verify import verify
+from tests.support.examples import at_most
 
 COLUMNS = {"tokens": "ndarray:uint32:2048", "spans": "ndarray:uint32"}
 COMPRESSIONS = [None, "zstd", "zstd:3", "zstd:19"]
@@ -96,7 +97,7 @@ def equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
 
 
 @pytest.mark.train
-@settings(max_examples=50, deadline=None)
+@at_most(50)
 @given(
     count=st.integers(0, 40),
     seed=st.integers(0, 1 << 16),
@@ -137,7 +138,6 @@ def arrays(draw: st.DrawFn) -> tuple[str, list[np.ndarray]]:
 
 
 @pytest.mark.train
-@settings(max_examples=80, deadline=None)
 @given(arrays(), st.text(min_size=1, max_size=5), st.sampled_from([1, 500, 1 << 26]))
 def test_every_array_encoding_gives_the_bytes_of_streaming(streaming, case, name, size_limit):
     encoding, values = case
@@ -168,7 +168,6 @@ def test_we_have_the_hashes_of_streaming(streaming):
 
 
 @given(arrays())
-@settings(deadline=None)
 def test_arrays_read_back(case):
     encoding, values = case
     with TemporaryDirectory() as scratch:
@@ -543,7 +542,6 @@ def test_each_part_of_the_layout_is_checked(tmp_path, position, value, what):
     value=st.binary(min_size=1, max_size=8),
     cut=st.integers(0, 20),
 )
-@settings(deadline=None, max_examples=300)
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_even_without_hashes_what_verify_passes_can_be_read(compression, position, value, cut):
     columns = {"a": "ndarray:uint32", "b": "ndarray:uint32"}

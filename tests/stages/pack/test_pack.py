@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -24,6 +24,7 @@ from stages.pack.pack import (
 from stages.read.warc import ReadStats, read_records
 from stages.storage.digests import digest
 from stages.storage.ledger import Store, Unit
+from tests.support.examples import at_most
 from tests.support.paths import ROOT
 
 TEXTS = [f"Document {n} of the mill: " + "it grinds wheat, " * (n % 9) for n in range(40)]
@@ -110,7 +111,7 @@ def test_every_document_is_whole_on_one_side(tmp_path, packing):
     unit=st.from_regex(r"\d{5}", fullmatch=True),
     seed=st.integers(0, 3),
 )
-@settings(max_examples=25, deadline=None)
+@at_most(25)
 def test_the_text_alone_decides_in_whatever_unit(tmp_path_factory, texts, share, unit, seed):
     commit, store = pack(tmp_path_factory.mktemp("u"), texts, unit=unit, seed=seed, held_out=share)
     expected = {n for n, text in enumerate(texts) if drawn_slowly(text, share, seed)}

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.read.charset import decode_html
@@ -95,7 +95,6 @@ LABELS = [
     st.binary() | st.binary(max_size=50).map(lambda tail: b"<meta charset=big5>" + tail),
     st.none() | st.sampled_from(LABELS).map("text/html; charset={}".format) | st.text(),
 )
-@settings(deadline=None)
 def test_any_bytes_give_a_text_that_arrow_takes(payload, content_type):
     text = decode_html(payload, content_type).text
     assert "\0" not in text

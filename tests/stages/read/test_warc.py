@@ -12,7 +12,7 @@ import brotli
 import pytest
 import zstandard
 from fastwarc.warc import ArchiveIterator
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.read.warc import SKIP_REASONS, ReadStats, Record, decode_body, read_records
@@ -434,7 +434,6 @@ def unpacks(member: bytes) -> bytes | None:
 
 
 @given(index=st.integers(0, 5), place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-@settings(max_examples=300, deadline=None)
 def test_a_changed_byte_costs_one_member_at_most(tmp_path_factory, index, place, flip):
     parts = list(MEMBERS)
     damaged = bytearray(parts[index])
@@ -451,7 +450,6 @@ def test_a_changed_byte_costs_one_member_at_most(tmp_path_factory, index, place,
 
 
 @given(data=st.data())
-@settings(max_examples=300)
 def test_what_was_not_cut_out_is_recovered(tmp_path_factory, data):
     whole = b"".join(MEMBERS)
     a, b = sorted(data.draw(st.tuples(st.integers(0, len(whole)), st.integers(0, len(whole)))))
@@ -478,7 +476,6 @@ def test_what_was_not_cut_out_is_recovered(tmp_path_factory, data):
     data=st.binary(max_size=200)
     | st.binary(max_size=100).map(lambda tail: MEMBERS[0] + tail + PLAIN[1])
 )
-@settings(deadline=None)
 def test_no_bytes_crash_the_reader(tmp_path_factory, data):
     _, stats = read(tmp_path_factory.getbasetemp(), data)
     assert stats.lost_bytes <= len(data)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.support.examples import at_most
 
 pytestmark = pytest.mark.train
 torch = pytest.importorskip("torch")
@@ -248,7 +250,7 @@ def test_weights_hit_their_shares_in_every_batch(published):
 SIZES = st.lists(st.sampled_from([1, 5, 8, 13, 30]), min_size=1, max_size=3)
 
 
-@settings(max_examples=25, deadline=None)
+@at_most(25)
 @given(SIZES, st.sampled_from([4, 8, 12]), st.integers(0, 3))
 def test_global_batches_are_the_same_on_any_number_of_ranks(published, sizes, rows, seed):
     data = data_config(
@@ -258,7 +260,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(published, sizes, ro
     assert [steps(data, ranks=ranks) for ranks in (2, 4)] == [alone, alone]
 
 
-@settings(max_examples=40, deadline=None)
+@at_most(40)
 @given(st.data())
 def test_a_run_stopped_at_any_step_goes_on_as_if_it_had_not_been(published, data):
     sizes, others = data.draw(SIZES), data.draw(SIZES)

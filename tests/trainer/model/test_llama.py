@@ -8,8 +8,10 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.support.examples import at_most
 
 torch = pytest.importorskip("torch")
 
@@ -102,7 +104,7 @@ def test_gradients_are_those_of_transformers(transformers, tmp_path):
         )
 
 
-@settings(max_examples=30)
+@at_most(30)
 @given(
     spans=SPANS, kv_heads=st.sampled_from([1, 2, 4]), attention=st.sampled_from(["sdpa", "flex"])
 )
@@ -146,7 +148,7 @@ def test_flex_attention_compiled_is_sdpa():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=30)
+@at_most(30)
 @given(
     spans=SPANS,
     tied=st.booleans(),

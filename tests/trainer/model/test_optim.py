@@ -7,8 +7,10 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.support.examples import at_most
 
 torch = pytest.importorskip("torch")
 
@@ -74,7 +76,7 @@ SHAPES = st.lists(
 )
 
 
-@settings(max_examples=40)
+@at_most(40)
 @given(shapes=SHAPES, count=st.integers(1, 5), seed=st.integers(0, 9))
 def test_adafactor_is_transformers(shapes, count, seed):
     theirs = pytest.importorskip("transformers.optimization").Adafactor

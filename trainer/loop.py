@@ -6,7 +6,6 @@ optimiser. Everything a restart needs is in a checkpoint, so that the steps afte
 would have come.
 """
 
-import fcntl
 import json
 import math
 import signal
@@ -16,12 +15,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stages.storage.locks import try_lock
 from trainer.checkpoint import Checkpoints
 from trainer.config import STOP, TrainConfig
 from trainer.data.generations import GenerationFault
@@ -327,7 +327,7 @@ class Training:
         What another training than this has left in it is put aside.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        _hold(opened.enter_context(open(self.folder / "lock", "w")), self.folder)
+        _hold(opened, self.folder)
         known = (self.folder / METRICS).exists()
         if fresh:
             for name in (METRICS, SPIKES):
@@ -368,13 +368,10 @@ def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[Ro
     return [row for rows in everyone for row in rows]
 
 
-def _hold(lock: IO[str], folder: Path) -> None:
-    """Two trainers would remove each other's checkpoints.
-
-    The lock goes with the process, however it ends.
-    """
+def _hold(opened: ExitStack, folder: Path) -> None:
+    """Lock the folder until `opened` closes: two trainers would remove each other's checkpoints."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened.enter_context(try_lock(folder / "lock"))
     except BlockingIOError:
         raise ValueError(
             f"{folder}: another training is at work here; wait for it, or set another directory"

@@ -1,14 +1,13 @@
-"""One run at a time in a directory: the second is refused and told who holds it.
+"""The lease of a directory: one run at a time. A second run is refused with the holder's name.
 
-On a local disk the kernel's lock on the lease file decides: a killed run frees it at once, a
-suspended one keeps it. On an object store there is no such lock: the holder renews the file, and a
-lease that has not been renewed for a minute, by the clock of the one who asks, is free. Who takes
-it writes the next higher token into it, by a write that the store refuses if another was faster
-(`replace_if`). A run that was suspended past that minute finds another token, and may not publish.
+On a local disk a lock on the lease file decides (`stages.storage.locks`). An object store has no
+locks: the holder renews the lease file, and a lease that was not renewed for a minute, by the clock
+of the process that reads it, is free. The process that takes it writes the next higher token, in a
+write that the store refuses if another was faster (`replace_if`). A run that was suspended past
+that minute finds another token, and may not publish.
 """
 
 import _thread
-import fcntl
 import json
 import os
 import socket
@@ -16,76 +15,65 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import IO, Any, NamedTuple
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from stages.storage.files import is_local, read_version, replace_if
+from stages.storage.files import is_local, local_path, read_version, replace_if
+from stages.storage.locks import is_locked, try_lock
 
 RENEW_SECONDS, STALE_SECONDS = 10, 60
 
 
 class Held(RuntimeError):
-    """Another run works in the directory; the message names it."""
+    """Another run holds the directory; the message names it."""
 
 
 class Fenced(Held):
-    """This process held the directory, and another took it over meanwhile: what it had in mind to
-    write is not written.
-    """
+    """This process lost its lease to another run; what it was about to write is not written."""
 
 
 class _Lease(NamedTuple):
-    """A lease on an object store: its file, and what that says: who, since when, the token, and a
-    nonce of this holder's.
-    """
+    """A lease on an object store: its file and content (host, pid, since, token, random nonce)."""
 
     uri: str
     record: dict[str, Any]
 
-    def is_ours(self, found: dict[str, Any]) -> bool:
-        return bool(found.get("nonce") == self.record["nonce"])
+    def is_ours(self, current: dict[str, Any]) -> bool:
+        return bool(current.get("nonce") == self.record["nonce"])
 
     def renewed(self, at: float) -> bytes:
         return json.dumps({**self.record, "renewed": at}).encode()
 
 
-_held: list[_Lease] = []  # by this process; a lock of the process, as that of a local lease is
+_leases: list[_Lease] = []  # of this process; like a local lock they belong to the process
 
 
 @contextmanager
 def lease(directory: str) -> Iterator[None]:
-    """Hold the run directory while the block runs. Held if another run does."""
+    """Hold the lease of a directory while the block runs. Held if another run holds it."""
     with _local_lease(directory) if is_local(directory) else _remote_lease(directory):
         yield
 
 
 def is_held(directory: str) -> bool:
-    """Whether somebody works in a directory at this moment. Nothing is written."""
-    if not is_local(directory):
-        current, _ = _read(f"{directory.rstrip('/')}/lease.json")
-        return time.time() - float(current.get("renewed", 0.0)) < STALE_SECONDS
-    with (
-        suppress(FileNotFoundError),
-        open(os.path.join(directory.removeprefix("file://"), "lease.json"), "r+") as file,
-    ):
-        try:
-            _lock(file, directory)
-        except Held:
-            return True
-    return False
+    """Whether a run holds a directory at this moment. Writes nothing."""
+    if is_local(directory):
+        return is_locked(_local_file(directory))
+    current, _ = _read_lease(_uri(directory))
+    return _is_fresh(current)
 
 
 def fence() -> None:
-    """To be called before anything is published: Fenced if a directory that this process holds was
-    taken over.
-    """
-    for held in list(_held):
-        current, _ = _read(held.uri)
-        if not held.is_ours(current):
+    """Raise Fenced if this process lost a lease. To be called before anything is published."""
+    for ours in list(_leases):
+        current, _ = _read_lease(ours.uri)
+        if not ours.is_ours(current):
             who = f"process {current.get('pid')} on {current.get('host')}"
             raise Fenced(
-                f"{held.uri}: this run did not renew its lease for {STALE_SECONDS} s and lost it to {who} (token "
-                f"{current.get('token')}, ours {held.record['token']}); it publishes nothing more, the other goes on from there"
+                f"{ours.uri}: this run did not renew its lease for {STALE_SECONDS} s and lost it "
+                f"to {who} (token {current.get('token')}, ours {ours.record['token']}); it publishes "
+                "nothing more, the other goes on from there"
             )
 
 
@@ -104,33 +92,41 @@ def _refusal(directory: str, holder: dict[str, Any]) -> Held:
     )
 
 
+def _uri(directory: str) -> str:
+    return f"{directory.rstrip('/')}/lease.json"
+
+
+# --- on a local disk ------------------------------------------------------------------------------
+
+
+def _local_file(directory: str) -> Path:
+    return local_path(_uri(directory))
+
+
 @contextmanager
 def _local_lease(directory: str) -> Iterator[None]:
-    path = os.path.join(directory.removeprefix("file://"), "lease.json")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "a+") as file:
-        _lock(file, directory)
+    path = _local_file(directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(try_lock(path))
+        except BlockingIOError:
+            raise _refusal(directory, json.loads(path.read_text() or "{}")) from None
         file.truncate(0)
         json.dump(_holder(), file)
         file.flush()
         yield
 
 
-def _lock(file: IO[str], directory: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        text = file.read()
-        raise _refusal(directory, json.loads(text) if text else {}) from None
+# --- on an object store ---------------------------------------------------------------------------
 
 
 @contextmanager
 def _remote_lease(directory: str) -> Iterator[None]:
-    held = _take(directory)
-    _held.append(held)
+    ours = _take(directory)
+    _leases.append(ours)
     stop, lost = threading.Event(), threading.Event()
-    thread = threading.Thread(target=_keep, args=(held, stop, lost), daemon=True)
+    thread = threading.Thread(target=_keep, args=(ours, stop, lost), daemon=True)
     thread.start()
     try:
         yield
@@ -140,51 +136,55 @@ def _remote_lease(directory: str) -> Iterator[None]:
         raise
     finally:
         stop.set()
-        _held.remove(held)
+        _leases.remove(ours)
         thread.join()
-        with suppress(OSError):  # the store is away: the lease is free in a minute
-            _renew(held, at=0.0)
+        with suppress(OSError):  # the store does not answer: the lease is free in a minute
+            _renew(ours, at=0.0)
 
 
 def _take(directory: str) -> _Lease:
-    uri = f"{directory.rstrip('/')}/lease.json"
-    current, version = _read(uri)
-    if time.time() - current.get("renewed", 0.0) < STALE_SECONDS:
+    uri = _uri(directory)
+    current, version = _read_lease(uri)
+    if _is_fresh(current):
         raise _refusal(directory, current)
-    held = _Lease(
+    ours = _Lease(
         uri, {**_holder(), "token": current.get("token", 0) + 1, "nonce": uuid.uuid4().hex}
     )
-    taken = replace_if(uri, held.renewed(time.time()), version)
-    current, _ = _read(uri)  # looked at again, for stores whose writes have no conditions
-    if not taken or not held.is_ours(current):
+    taken = replace_if(uri, ours.renewed(time.time()), version)
+    current, _ = _read_lease(uri)  # again, for stores without conditional writes
+    if not taken or not ours.is_ours(current):
         raise _refusal(directory, current)
-    return held
+    return ours
 
 
-def _keep(held: _Lease, stop: threading.Event, lost: threading.Event) -> None:
+def _keep(ours: _Lease, stop: threading.Event, lost: threading.Event) -> None:
     while not stop.wait(RENEW_SECONDS):
         try:
-            if not _renew(held, at=time.time()) and not stop.is_set():
+            if not _renew(ours, at=time.time()) and not stop.is_set():
                 lost.set()
                 # taken over while this run was cut off: two must not work here
                 _thread.interrupt_main()
                 return
         except OSError:
-            continue  # the store is away for a moment; the lease stands for a minute
+            continue  # the store is away for a moment; the lease is valid for a minute
 
 
-def _renew(held: _Lease, *, at: float) -> bool:
-    """Write the lease anew, or free it with time 0: its token stays there, so that the next is
-    higher. False if it is lost.
+def _renew(ours: _Lease, *, at: float) -> bool:
+    """Renew the lease, or free it with time 0; its token stays, so that the next one is higher.
+
+    False if it is lost.
     """
-    current, version = _read(held.uri)
-    if held.is_ours(current):
-        replace_if(
-            held.uri, held.renewed(at), version
-        )  # refused if it is taken at this moment: the next call finds that
-    return held.is_ours(current)
+    current, version = _read_lease(ours.uri)
+    if ours.is_ours(current):
+        # refused if it is taken at this moment: the next call sees that
+        replace_if(ours.uri, ours.renewed(at), version)
+    return ours.is_ours(current)
 
 
-def _read(uri: str) -> tuple[dict[str, Any], str | None]:
+def _is_fresh(record: dict[str, Any]) -> bool:
+    return time.time() - float(record.get("renewed", 0.0)) < STALE_SECONDS
+
+
+def _read_lease(uri: str) -> tuple[dict[str, Any], str | None]:
     data, version = read_version(uri)
     return json.loads(data or b"{}"), version

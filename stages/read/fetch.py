@@ -6,7 +6,6 @@ per node, by locks on files that every process of the node shares, and refusals 
 waiting longer.
 """
 
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -15,17 +14,18 @@ import random
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import fsspec
 import requests
 import urllib3
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from stages.storage.digests import file_sha256
+from stages.storage.files import open_fs
+from stages.storage.locks import try_lock
 
 USER_AGENT = "gristmill/0.1 (builds text corpora from web archives; python-requests)"
 SUFFIXES = (
@@ -117,7 +117,7 @@ def _expand_local(path: str) -> list[str]:
 
 
 def _expand_remote(path: str) -> list[str]:
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = open_fs(path)
     if glob.has_magic(path):
         return sorted(fs.unstrip_protocol(name) for name in fs.glob(root))
     try:
@@ -146,7 +146,7 @@ def fingerprint(path: str) -> str:
     if _is_http(path):
         return path
     if path.startswith("s3://"):
-        info = fsspec.core.url_to_fs(path)[0].info(path)
+        info = open_fs(path)[0].info(path)
         return f"{info['size']}:{info.get('ETag', '').strip(chr(34))}"
     stat = os.stat(path)
     return f"{stat.st_size}:{stat.st_mtime_ns if os.path.isabs(path) else file_sha256(Path(path))}"
@@ -169,7 +169,7 @@ def local_copy(path: str, *, options: FetchOptions) -> Iterator[Path]:
     suffix = "-" + Path(path.partition("?")[0]).name[-80:]
     with tempfile.NamedTemporaryFile(prefix="gristmill-", suffix=suffix) as file:
         with _slot(options.connections):
-            (_download_http if _is_http(path) else _download_fsspec)(path, file, options)
+            (_download_http if _is_http(path) else _download_object)(path, file, options)
         file.flush()
         yield Path(file.name)
 
@@ -183,9 +183,9 @@ def _slot(connections: int) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     while True:
         for number in range(connections):
-            with open(folder / str(number), "ab") as file:
+            with ExitStack() as stack:
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    stack.enter_context(try_lock(folder / str(number)))
                 except BlockingIOError:
                     continue
                 yield
@@ -193,8 +193,8 @@ def _slot(connections: int) -> Iterator[None]:
         time.sleep(0.05)
 
 
-def _download_fsspec(path: str, file: IO[bytes], options: FetchOptions) -> None:
-    fs, root = fsspec.core.url_to_fs(path)  # s3fs retries by itself
+def _download_object(path: str, file: IO[bytes], options: FetchOptions) -> None:
+    fs, root = open_fs(path)  # which retries
     try:
         fs.get_file(root, file.name)
         size = fs.info(root)["size"]

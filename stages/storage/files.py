@@ -1,20 +1,33 @@
-"""Reading and writing files by URI, on a local disk or an object store: atomic, conditional, never
-a part.
+"""Read and write files by URI, on a local disk or an object store. The only module that opens
+either.
+
+Writes are atomic: a reader sees the old bytes or the new ones, never a part.
+
+The base is fsspec. obstore was evaluated (November 2026) and not adopted: it hangs after a fork, in
+the child and in the parent, cannot be interrupted by Ctrl-C, its errors are not OSError, it reports
+a 409 on create as AlreadyExists, does not fsync on a local put, ignores AWS_MAX_ATTEMPTS and
+~/.aws/credentials, and torch's distributed checkpoints would still need fsspec. Call these
+functions with the URI each time: a file system object must not be carried across a fork.
 """
 
-import hashlib
 import os
 import random
 import shutil
+import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
-import pyarrow.parquet as pq
+
+from stages.storage.digests import bytes_sha256
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 
 def is_local(uri: str) -> bool:
@@ -22,93 +35,36 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 
 
-def open_fs(uri: str) -> tuple[Any, str]:
-    """The file system of a URI, and the path there. Listings are not cached: others write here too.
+def local_path(uri: str) -> Path:
+    """The path of a local URI."""
+    return Path(uri.removeprefix("file://"))
 
-    S3 is asked up to 6 times where it answers 500 or 503 or not at all, with random and growing
-    pauses, and more slowly after it said SlowDown; $AWS_RETRY_MODE and $AWS_MAX_ATTEMPTS overrule
-    that.
+
+def fs_options(uri: str) -> dict[str, Any]:
+    """Options for fsspec and for libraries that open `uri` through it. Listings are not cached:
+    others write here too.
+
+    An S3 request is attempted up to 6 times when the answer is 500 or 503 or there is none, with
+    random, growing pauses, and more slowly after SlowDown; $AWS_RETRY_MODE and $AWS_MAX_ATTEMPTS
+    override that. s3fs repeats each up to 5 times where there is no answer: a store that is down
+    is an error after a minute or two. These are arguments, not defaults set in the environment,
+    because fsspec returns the first client made with equal arguments, whatever the environment was.
     """
-    # the only way that reaches every client, those of libraries included; read when a client is
-    # made. s3fs tries up to 5 times as often where there is no answer: a store that is away is an
-    # error after a minute or two
-    os.environ.setdefault("AWS_RETRY_MODE", "adaptive")
-    os.environ.setdefault("AWS_MAX_ATTEMPTS", "6")
-    fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if uri.startswith(("s3://", "s3a://")):
+        mode = os.environ.get("AWS_RETRY_MODE", "adaptive")
+        attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", "6"))
+        options["config_kwargs"] = {"retries": {"mode": mode, "total_max_attempts": attempts}}
+    return options
+
+
+def open_fs(uri: str) -> tuple[Any, str]:
+    """The file system of a URI, with `fs_options`, and the path in it."""
+    fs, path = fsspec.core.url_to_fs(uri, **fs_options(uri))
     return fs, path
 
 
-def write_atomically(uri: str, data: bytes | memoryview) -> None:
-    """Replace the object at `uri`: readers see the old bytes or the new ones, never a part (an
-    object store's PUT is atomic).
-    """
-    fs, path = open_fs(uri)
-    if not is_local(uri):
-        fs.pipe_file(path, bytes(data))
-        return
-    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def read_version(uri: str) -> tuple[bytes, str | None]:
-    """All bytes of an object, and which version of it they are (or an earlier one's name); b"" and
-    None if there is none.
-    """
-    fs, path = open_fs(uri)
-    try:
-        version = (
-            fs.info(path)["ETag"] if _has_conditions(fs) else None
-        )  # first: a version that is too old harms nobody
-        data = read_bytes(uri)
-    except FileNotFoundError:
-        return b"", None
-    return data, version or hashlib.sha256(data).hexdigest()
-
-
-def replace_if(uri: str, data: bytes, version: str | None) -> bool:
-    """Replace the object if it still is what `read_version` gave, None for nothing. False, and
-    nothing written, if it is not.
-
-    S3 decides by itself (If-None-Match; If-Match, of which s3fs knows nothing from 100 MB on).
-    Elsewhere we look and then write, and two at once may both succeed: a local disk has the lease's
-    lock against that, other stores have nothing. `data` should be like nobody else's: what is there
-    already counts as written, for the answer to our own first attempt may have been lost.
-    """
-    fs, path = open_fs(uri)
-    if not _has_conditions(fs):
-        data_there, version_there = read_version(uri)
-        if version_there == version:
-            write_atomically(uri, data)
-        return version_there == version or data_there == data
-    try:
-        fs.pipe_file(
-            path, data, **({"mode": "create"} if version is None else {"IfMatch": version})
-        )
-        return True
-    except OSError as error:
-        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-        if (
-            code == "ConditionalRequestConflict"
-        ):  # somebody is writing it at this moment: S3 says to ask again
-            time.sleep(random.random())
-            return replace_if(uri, data, version)
-        if code not in ("PreconditionFailed", "NoSuchKey"):
-            raise
-        return read_version(uri)[0] == data
-
-
-def create_only(uri: str, data: bytes) -> bool:
-    """Write an object where there is none; False if there is another. The terms of `replace_if`."""
-    return replace_if(uri, data, None)
-
-
-def _has_conditions(fs: Any) -> bool:
-    return "s3" in fs.protocol
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_bytes(uri: str) -> bytes:
@@ -118,6 +74,17 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
+def read_many(uris: Sequence[str]) -> list[bytes]:
+    """All bytes of several objects of one store, 16 read at a time: each takes tens of
+    milliseconds.
+    """
+    if not uris:
+        return []
+    fs, _ = open_fs(uris[0])  # one for all threads: fsspec would make a client in each
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(fs.cat_file, uris))
+
+
 def exists(uri: str) -> bool:
     """Whether there is an object or folder at `uri`."""
     fs, path = open_fs(uri)
@@ -125,22 +92,23 @@ def exists(uri: str) -> bool:
 
 
 def names_in(uri: str) -> list[str]:
-    """Names of what lies in a folder; none where there is no folder."""
+    """Names of the files and folders in a folder; none where there is no folder."""
     fs, path = open_fs(uri)
-    return (
-        [name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)]
-        if fs.exists(path)
-        else []
-    )
+    try:
+        return [name.rstrip("/").rpartition("/")[2] for name in fs.ls(path, detail=False)]
+    except FileNotFoundError:
+        return []
 
 
 @contextmanager
-def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(uri: str) -> "Iterator[pq.ParquetFile]":
     """A Parquet object anywhere fsspec reaches."""
+    import pyarrow.parquet as pq  # here: most importers of this module need no pyarrow
+
     if is_local(uri):
-        # by Arrow's own hands: a thread of its pool that still holds a Python file when Python ends
+        # opened by Arrow: a thread of its pool that still holds a Python file when Python ends
         # aborts the process
-        with pq.ParquetFile(uri.removeprefix("file://")) as file:
+        with pq.ParquetFile(local_path(uri)) as file:
             yield file
         return
     fs, path = open_fs(uri)
@@ -148,12 +116,138 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
         yield pq.ParquetFile(stream)
 
 
+def download(uri: str, target: Path) -> None:
+    """Copy an object to a local file."""
+    fs, path = open_fs(uri)
+    fs.get_file(path, str(target))
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_atomically(uri: str, data: bytes | memoryview) -> None:
+    """Replace the object at `uri`, durably (an object store's PUT is atomic)."""
+    if not is_local(uri):
+        fs, path = open_fs(uri)
+        fs.pipe_file(path, bytes(data))
+        return
+    with output_file(uri) as temporary, open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def output_file(uri: str) -> Iterator[Path]:
+    """A local path to write an object to: moved or uploaded to `uri` if the block succeeds, removed
+    if not. A killed process leaves a file `.NAME.tmp-*`.
+    """
+    local, name = is_local(uri), uri.rpartition("/")[2]
+    folder = local_path(uri).parent if local else _temporary_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.tmp-{uuid.uuid4().hex}"
+    try:
+        yield temporary
+        if local:
+            temporary.replace(local_path(uri))
+        else:
+            fs, path = open_fs(uri)
+            fs.put_file(str(temporary), path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: str) -> None:
+    """Make the names of the files in a local folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(uri: str) -> None:
+    """Remove an object if there is one."""
+    fs, path = open_fs(uri)
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def remove_tree(uri: str) -> None:
+    """Remove a file, or a folder with everything in it, if there is one."""
+    fs, path = open_fs(uri)
+    with suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A temporary local folder, removed at the end however it comes."""
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"{prefix}-{uuid.uuid4().hex}"
+    """A temporary local folder, removed when the block ends."""
+    folder = _temporary_folder() / f"{prefix}-{uuid.uuid4().hex}"
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary_folder() -> Path:
+    return Path(os.environ.get("TMPDIR", "/tmp"))
+
+
+# --- conditional writes ---------------------------------------------------------------------------
+
+
+def read_version(uri: str) -> tuple[bytes, str | None]:
+    """All bytes of an object, and the name of their version (or of an earlier one); b"" and None if
+    there is no object.
+    """
+    fs, path = open_fs(uri)
+    try:
+        # the version first: one that is too old is only refused
+        version = fs.info(path)["ETag"] if _has_conditions(fs) else None
+        data = read_bytes(uri)
+    except FileNotFoundError:
+        return b"", None
+    return data, version or bytes_sha256(data)
+
+
+def replace_if(uri: str, data: bytes, version: str | None) -> bool:
+    """Replace the object if its version is still the one from `read_version`, None for no object.
+    False if not, and nothing is written.
+
+    S3 decides atomically (If-None-Match; If-Match, which s3fs does not send from 100 MB on).
+    Elsewhere we look and then write, and two writers at once may both succeed: on a local disk the
+    lease's lock prevents that, on other stores nothing does. `data` must differ from what any other
+    writer writes: equal bytes in place count as written, because the answer to our own first
+    attempt may have been lost.
+    """
+    fs, path = open_fs(uri)
+    if not _has_conditions(fs):
+        current_data, current_version = read_version(uri)
+        if current_version == version:
+            write_atomically(uri, data)
+        return current_version == version or current_data == data
+    condition = {"mode": "create"} if version is None else {"IfMatch": version}
+    try:
+        fs.pipe_file(path, data, **condition)
+        return True
+    except OSError as error:
+        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+        if code == "ConditionalRequestConflict":  # another write is under way: S3 says to retry
+            time.sleep(random.random())
+            return replace_if(uri, data, version)
+        if code not in ("PreconditionFailed", "NoSuchKey"):
+            raise
+        return read_version(uri)[0] == data
+
+
+def create_only(uri: str, data: bytes) -> bool:
+    """Write an object where there is none; False if there is another. As `replace_if`."""
+    return replace_if(uri, data, None)
+
+
+def _has_conditions(fs: Any) -> bool:
+    # by class: other implementations of "s3" (obstore.fsspec) ignore conditions silently
+    s3fs = sys.modules.get("s3fs")
+    return s3fs is not None and isinstance(fs, s3fs.S3FileSystem)

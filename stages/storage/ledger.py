@@ -1,47 +1,46 @@
-"""The run ledger: which units of which stage are done, from what, into what. All truth is on disk.
+"""The run ledger: which units of each stage are done, with their inputs and outputs. All on disk.
 
-    RUN/<stage>/<key>/<kind>/<unit>.parquet      what a unit wrote
-    RUN/<stage>/<key>/commits/<unit>.json        that it is whole: written last, atomically
-    RUN/<stage>/<key>/units.json                 the units of the last run under this key, with their inputs' fingerprints
-    RUN/<stage>/<key>/failures/<unit>.json       why it could not be done; tried again by the next run
+    RUN/<stage>/<key>/<kind>/<unit>.parquet      outputs of a unit
+    RUN/<stage>/<key>/commits/<unit>.json        its commit: written last, atomically
+    RUN/<stage>/<key>/units.json                 units of the last run under this key: fingerprints
+    RUN/<stage>/<key>/failures/<unit>.json       why it failed; the next run tries it again
 
 A unit writes its outputs under temporary names, renames them, and then writes its commit. A crash
-at any moment leaves rubbish, never a lie. Paths are fsspec URIs: local disk and object storage
-alike.
+at any moment leaves garbage, never a false record. Paths are URIs: local disk or object storage.
 
-An object store has no rename and needs none: a PUT is seen whole or not at all. One in many parts
-that was cut off is never seen but paid for: give the bucket a lifecycle rule that aborts incomplete
-multipart uploads.
+An object store has no rename and needs none: a PUT becomes visible whole or not at all. A multipart
+upload that was cut off is never visible but costs money: give the bucket a lifecycle rule that
+aborts incomplete multipart uploads.
 """
 
 import dataclasses
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.storage.digests import digest, file_sha256
 from stages.storage.files import (
     create_only,
-    exists,
-    is_local,
-    open_fs,
+    names_in,
     open_parquet,
+    output_file,
     read_bytes,
+    read_many,
+    remove,
+    remove_tree,
     write_atomically,
 )
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 
 class Unit(NamedTuple):
-    """One piece of a stage's work. `fingerprint` identifies its input: a commit made from another
-    one does not count.
+    """One piece of a stage's work. `fingerprint` identifies its input: a commit of another input
+    does not count.
     """
 
     name: str
@@ -80,44 +79,28 @@ class Store:
     root: str
 
     def uri(self, *parts: str) -> str:
-        """Where a file of this stage lies."""
+        """URI of a file of this stage."""
         return "/".join([self.root.rstrip("/"), *parts])
 
     @contextmanager
     def create(self, *parts: str, outputs: list[dict[str, Any]]) -> Iterator[Path]:
-        """A local path to write one output to; on success it is moved into place and appended to
+        """A local path to write one output to; on success it is moved into place and recorded in
         `outputs`.
         """
-        uri = self.uri(*parts)
-        local = is_local(uri)
-        folder = Path(
-            os.path.dirname(uri.removeprefix("file://"))
-            if local
-            else os.environ.get("TMPDIR", "/tmp")
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{parts[-1]}.tmp-{uuid.uuid4().hex}"
-        try:
+        with output_file(self.uri(*parts)) as temporary:
             yield temporary
             record = {
                 "path": "/".join(parts),
                 "bytes": temporary.stat().st_size,
                 "sha256": file_sha256(temporary),
             }
-            if local:
-                os.replace(temporary, uri.removeprefix("file://"))
-            else:
-                fs, path = open_fs(uri)
-                fs.put_file(str(temporary), path)
-            outputs.append(record)
-        finally:
-            temporary.unlink(missing_ok=True)
+        outputs.append(record)
 
     def commit(self, commit: Commit) -> None:
-        """Declare a unit done: the last thing a unit does. Of two that did it, the first's word
-        stands.
+        """Record that a unit is done: the last thing a unit does. If two processes did it, the
+        first commit stays.
 
-        RuntimeError when that one read another input or wrote other bytes.
+        RuntimeError if that one has another input or other bytes.
         """
         record = dataclasses.asdict(commit) | {"digest": commit.digest}
         uri = self.uri("commits", f"{commit.unit}.json")
@@ -125,39 +108,34 @@ class Store:
             first = _commit(json.loads(read_bytes(uri)))
             if (first.fingerprint, first.digest) != (commit.fingerprint, commit.digest):
                 raise RuntimeError(
-                    f"{uri} is another run's, of another input or other bytes: is one still at work? Run again"
+                    f"{uri} was written by another run, from another input or with other bytes: "
+                    "is one still running? Run again"
                 )
         self.clear_failure(commit.unit)
 
     def withdraw(self, unit: str) -> None:
-        """Take a unit's commit back."""
-        fs, path = open_fs(self.uri("commits", f"{unit}.json"))
-        fs.rm_file(path)
+        """Remove a unit's commit, so that the unit will be done again."""
+        remove(self.uri("commits", f"{unit}.json"))
 
     def fail(self, unit: str, error: dict[str, Any]) -> None:
         """Record why a unit could not be done; a later success removes the record."""
         write_atomically(self.uri("failures", f"{unit}.json"), json.dumps(error, indent=1).encode())
 
     def clear_failure(self, unit: str) -> None:
-        """Forget an earlier failure of a unit."""
-        uri = self.uri("failures", f"{unit}.json")
-        if exists(uri):
-            fs, path = open_fs(uri)
-            fs.rm_file(path)
+        """Remove the record of an earlier failure of a unit."""
+        remove(self.uri("failures", f"{unit}.json"))
 
     def commits(self) -> dict[str, Commit]:
-        """All units done so far, by name, in order of name."""
+        """Commits of all units done so far, by unit, in order of name."""
         return {record["unit"]: _commit(record) for record in self._records("commits")}
 
     def list_units(self, units: Sequence[Unit]) -> None:
-        """Note which units there are to do under this key; what other units have left behind no
-        longer counts.
-        """
+        """Record the units to do under this key; commits of other units no longer count."""
         listed = {unit.name: unit.fingerprint for unit in units}
         write_atomically(self.uri("units.json"), json.dumps(listed).encode())
 
     def listed_units(self) -> dict[str, str]:
-        """Fingerprints of the units noted last, by name."""
+        """Fingerprints of the units recorded last, by name."""
         try:
             listed: dict[str, str] = json.loads(read_bytes(self.uri("units.json")))
         except FileNotFoundError:
@@ -165,9 +143,7 @@ class Store:
         return listed
 
     def listed_commits(self) -> list[Commit]:
-        """Commits of the units noted last, in order of name; a commit made from another input is
-        none of theirs.
-        """
+        """Commits of the units recorded last, in order of name, without those of another input."""
         listed = self.listed_units()
         return [c for c in self.commits().values() if listed.get(c.unit) == c.fingerprint]
 
@@ -181,10 +157,8 @@ class Store:
 
     def read_part(
         self, commit: Commit, columns: list[str] | None = None, kind: str = ""
-    ) -> pa.Table:
-        """The Parquet part that a unit wrote: its first output, or its output of that kind
-        (folder).
-        """
+    ) -> "pa.Table":
+        """The Parquet part that a unit wrote: its first output, or the one in the folder `kind`."""
         path = next(o["path"] for o in commit.outputs if o["path"].startswith(kind))
         with open_parquet(self.uri(path)) as file:
             return file.read(columns=columns)
@@ -194,19 +168,12 @@ class Store:
         return {record["unit"]: record for record in self._records("failures")}
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
-        fs, folder = open_fs(self.uri(kind))
-        if not fs.exists(folder):
-            return []
-        paths = sorted(p for p in fs.ls(folder, detail=False) if p.endswith(".json"))
-        # object stores answer in tens of milliseconds: ask for many records at once
-        with ThreadPoolExecutor(16) as pool:
-            return [json.loads(data) for data in pool.map(fs.cat_file, paths)]
+        names = sorted(name for name in names_in(self.uri(kind)) if name.endswith(".json"))
+        return [json.loads(data) for data in read_many([self.uri(kind, name) for name in names])]
 
     def clear(self, *parts: str) -> None:
-        """Remove a folder of this stage if it is there (rubbish of a unit that never committed)."""
-        fs, path = open_fs(self.uri(*parts))
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        """Remove a folder of this stage if there is one: what an uncommitted unit left."""
+        remove_tree(self.uri(*parts))
 
 
 def _commit(record: dict[str, Any]) -> Commit:

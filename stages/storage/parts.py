@@ -1,4 +1,4 @@
-"""Parquet parts that earlier stages wrote: columns, rows by place, and the documents of given ids."""
+"""Read Parquet parts that earlier stages wrote: columns, rows by number, documents by id."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ from stages.storage.files import open_parquet
 
 
 class PartRef(NamedTuple):
-    """A part of an earlier stage: the unit that wrote it and where it lies."""
+    """A part of an earlier stage: the unit that wrote it and its URI."""
 
     unit: str
     uri: str
 
 
 def read_columns(uri: str, columns: list[str] | None) -> pa.Table:
-    """Some columns of a part, all of them for None."""
+    """Columns of a part; None for all."""
     with open_parquet(uri) as part:
         return part.read(columns=columns)
 
@@ -41,8 +41,8 @@ def score_names(uri: str) -> list[str]:
 
 
 def rows_at(uri: str, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Some rows of a part in the order asked for; only the row groups that hold them are read."""
-    found: dict[int, dict[str, Any]] = {}
+    """Rows of a part by number, in the order of `rows`; reads only the row groups with them."""
+    by_number: dict[int, dict[str, Any]] = {}
     with open_parquet(uri) as part:
         first = 0
         for group in range(part.num_row_groups):
@@ -52,22 +52,30 @@ def rows_at(uri: str, rows: Sequence[int], columns: Sequence[str]) -> list[dict[
                 table = part.read_row_group(group, columns=list(columns)).take(
                     [r - first for r in inside]
                 )
-                found |= dict(zip(inside, table.to_pylist(), strict=True))
+                by_number |= dict(zip(inside, table.to_pylist(), strict=True))
             first += count
-    return [found[r] for r in rows]
+    return [by_number[r] for r in rows]
+
+
+def unit_name(ordinal: int) -> str:
+    """Name of the unit of an input, by its number in the run's input list."""
+    return f"{ordinal:06d}"
+
+
+def unit_of(doc_id: int) -> str:
+    """Name of the unit whose input a document came from."""
+    return unit_name(ordinal_of(doc_id))
 
 
 def part_of(doc_id: int, *, beside: str) -> str:
-    """URI of the documents part that holds a document, given the URI of any other part of the same
-    stage.
-    """
-    return f"{beside.rpartition('/')[0]}/{ordinal_of(doc_id):06d}.parquet"
+    """URI of the part that holds a document, from the URI of any other part of the same kind."""
+    return f"{beside.rpartition('/')[0]}/{unit_of(doc_id)}.parquet"
 
 
 def documents(uri: str, ids: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Columns of some documents of a part by doc_id; ids that it does not hold are missing."""
-    held = read_columns(uri, ["doc_id"])["doc_id"]
-    rows = pc.indices_nonzero(pc.is_in(held, value_set=pa.array(ids, pa.uint64()))).to_pylist()
+    """Columns of some documents of a part, by doc_id; ids that are not in the part are left out."""
+    doc_ids = read_columns(uri, ["doc_id"])["doc_id"]
+    rows = pc.indices_nonzero(pc.is_in(doc_ids, value_set=pa.array(ids, pa.uint64()))).to_pylist()
     return {row["doc_id"]: row for row in rows_at(uri, rows, ["doc_id", *columns])}
 
 

@@ -262,7 +262,7 @@ def test_the_lease_has_a_token_that_only_rises(s3_bucket):
 def test_a_lease_that_went_to_another_is_neither_renewed_nor_freed_by_the_first(s3_bucket):
     uri = f"{s3_bucket}/lease.json"
     with lease.lease(s3_bucket):
-        [held] = lease._held
+        [held] = lease._leases
         theirs = json.dumps(
             {"token": 2, "nonce": "b", "host": "h", "pid": 7, "renewed": time.time()}
         ).encode()

@@ -51,7 +51,8 @@ def test_of_two_that_did_a_unit_the_first_word_stands(tmp_path):
         Commit("000001", "f", outputs=[output | {"sha256": "2"}]),
     ):
         with pytest.raises(
-            RuntimeError, match=r"000001.json is another run's, of another input or other bytes"
+            RuntimeError,
+            match=r"000001.json was written by another run, from another input or with other bytes",
         ):
             store.commit(other)
     assert store.commit_of("000001").seconds == 1

@@ -82,12 +82,11 @@ def why_step(directory: Path, step: int) -> "list[RowDocuments]":
 
     TrainingError when they cannot be told.
     """
-    from trainer.data.generations import GenerationFault
     from trainer.telemetry import why_step as blame
 
     try:
         return blame.why_step(directory, step)
-    except (LookupError, OSError, ValueError, GenerationFault) as error:
+    except (LookupError, OSError, ValueError) as error:
         raise TrainingError(str(error)) from error
 
 
@@ -121,14 +120,14 @@ def _here(
     config: TrainConfig, device: str, preempted: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
     """Train as this rank: how it ended, as plain values."""
+    from stages.storage.catalog import GenerationError
     from trainer.checkpoint import CheckpointError
-    from trainer.data.generations import GenerationFault
     from trainer.loop import Diverged, Training
 
     with ExitStack() as opened:
         try:
             training = Training(config, opened, device=device, preempted=preempted)
-        except (GenerationFault, ValueError) as error:
+        except ValueError as error:
             raise FinalError(str(error)) from error
         except (
             CheckpointError,
@@ -139,7 +138,7 @@ def _here(
             return training.run()._asdict()
         except (Diverged, ConfigError) as error:
             raise FinalError(str(error)) from error
-        except (CheckpointError, GenerationFault, OSError) as error:
+        except (CheckpointError, GenerationError, OSError) as error:
             raise TrainingError(str(error)) from error
 
 

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stages.storage.catalog import GenerationError
 from stages.storage.locks import try_lock
 from trainer.checkpoint import Checkpoints
 from trainer.config import STOP, TrainConfig
-from trainer.data.generations import GenerationFault
 from trainer.data.loader import BatchLoader
 from trainer.data.rows import Batch
 from trainer.evaluate.held_out import Evaluation, Scores
@@ -78,7 +78,7 @@ class Training:
     the folder if there is one.
 
     `device` is "cpu" or "cuda"; one process a device. `preempted`, asked on all ranks alike, tells
-    whether a machine is about to be taken away. GenerationFault for data that is not what was
+    whether a machine is about to be taken away. GenerationError for data that is not what was
     published, CheckpointError when no checkpoint can be used, ValueError for a config that does not
     fit either: on all ranks alike. What is opened is closed with `opened`.
     """
@@ -204,7 +204,7 @@ class Training:
         if (
             largest := max(int(batch.tokens.max()) for batch in batches)
         ) >= self.config.model.vocab_size:
-            raise GenerationFault(
+            raise GenerationError(
                 f"token {largest} exceeds model.vocab_size = {self.config.model.vocab_size}; enlarge it"
             )
         return batches

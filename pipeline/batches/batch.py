@@ -22,9 +22,9 @@ from pipeline.config.load import Config, ConfigError
 from pipeline.controller import decide
 from pipeline.engine import units
 from pipeline.engine.lease import Fenced, fence, lease
-from pipeline.run import publish
 from pipeline.run.execute import Outcome, Progress, execute
 from stages.read.fetch import expand_inputs
+from stages.storage.catalog import read_catalog
 from stages.storage.files import create_only, exists, names_in, read_bytes, write_atomically
 from trainer.telemetry import feedback
 
@@ -191,8 +191,7 @@ def _decide(
         now=now,
         series=series,
         generations=tuple(
-            decide.Generation(e["name"], e["rows"], e["tokens"])
-            for e in publish.read_catalog(series)
+            decide.Generation(e["name"], e["rows"], e["tokens"]) for e in read_catalog(series)
         ),
         trainers=tuple(feedback.read_summaries(f"{series}/feedback").summaries),
         batches=tuple(_told(batch) for batch in begun),

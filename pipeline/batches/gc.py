@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from pipeline.batches.batch import batches, is_series
 from pipeline.engine.lease import is_held, lease
-from pipeline.run import publish
 from pipeline.run.execute import STAGES
 from pipeline.run.state import read_state
+from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, names_in, open_fs, read_bytes
 
 _MATCHED_AGAINST = ("extract", "dedup")
@@ -112,7 +112,7 @@ def _intermediate(root: str) -> Iterator[Garbage]:
 
 
 def _unpublished(root: str) -> Iterator[Garbage]:
-    listed = {entry["name"] for entry in publish.read_catalog(root)}
+    listed = {entry["name"] for entry in read_catalog(root)}
     for name in names_in(f"{root}/generations") if exists(f"{root}/generations") else ():
         if name not in listed:
             yield _weighed(f"{root}/generations/{name}", "unpublished")

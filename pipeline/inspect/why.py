@@ -12,6 +12,7 @@ from pipeline.report.sample import Ledger, part_uri, read_ledger, spread
 from pipeline.run import publish
 from pipeline.run.results import corpus_phase, store_of
 from stages.formats.document import ordinal_of
+from stages.storage.catalog import read_catalog
 from stages.storage.files import exists
 from stages.storage.ledger import Store
 from stages.storage.parts import read_columns, score_names
@@ -117,7 +118,7 @@ def _after_extract(
 
 def _generations(root: str, doc_id: int) -> Iterator[dict[str, Any]]:
     """Where a document lies in each generation: rows of its training part, or of its held-out part."""
-    for entry in publish.read_catalog(root):
+    for entry in read_catalog(root):
         uri = f"{root}/generations/{entry['name']}"
         parts = {False: uri, True: f"{uri}/held_out"} if exists(f"{uri}/held_out") else {False: uri}
         for held_out, folder in parts.items():

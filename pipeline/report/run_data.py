@@ -25,6 +25,7 @@ from pipeline.run.phase import OPTIONAL
 from pipeline.run.results import PHASES
 from pipeline.run.status import PhaseStatus, phase_status
 from stages.formats.document import sampled
+from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, read_bytes
 from stages.storage.parts import read_columns, rows_at
 
@@ -233,7 +234,7 @@ def _manifest(root: str, generation: str | None) -> dict[str, Any]:
     uri = f"{root}/generations/{generation}/manifest.json"
     if (
         generation is None
-        or generation not in {e["name"] for e in publish.read_catalog(root)}
+        or generation not in {e["name"] for e in read_catalog(root)}
         or not exists(uri)
     ):
         return {}

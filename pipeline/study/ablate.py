@@ -33,8 +33,9 @@ from pipeline.config.load import (
     show,
 )
 from pipeline.report.sample import Ledger, part_uri, read_ledger, spread
-from pipeline.run.publish import published_to, read_catalog
+from pipeline.run.publish import published_to
 from stages.formats.document import NamedFilter, score_columns
+from stages.storage.catalog import read_catalog
 from stages.storage.parts import read_columns, score_names
 
 Bools = npt.NDArray[np.bool_]

@@ -74,17 +74,17 @@ def catalog_of_other_rows(run: Path) -> None:
 
 
 QUICK = {
-    missing_shard: rf"{SHARD}: expected a file, found none",
-    short_shard: rf"{SHARD}: expected \d+ bytes, found 100 bytes",
-    truncated_index: "index.json: expected an index of MDS shards, found .*cannot be read",
-    missing_index: "index.json: expected a readable file, found No such file",
-    grown_index: "index.json: expected 20 rows, found 28 rows",
-    swapped_shards: r"index.json: expected \(shard, rows\) \('part-00000/shard.00000.mds', 8\), found \('part-00001",
-    other_seq_len: "columns of part-00000/shard.00000.mds: expected .*uint32:16.*found .*uint32:8",
-    changed_manifest: r"manifest.json: expected sha256 \w{64}, found \w{64}",
+    missing_shard: rf"{SHARD}: file: expected present, found missing",
+    short_shard: rf"{SHARD}: bytes by manifest: expected \d+, found 100",
+    truncated_index: "index.json: content: expected an index of MDS shards, found .*cannot be read",
+    missing_index: "index.json: file: expected present, found missing",
+    grown_index: "index.json: rows: expected 20, found 28",
+    swapped_shards: r"index.json: \(shard, rows\): expected \('part-00000/shard.00000.mds', 8\), found \('part-00001",
+    other_seq_len: "part-00000/shard.00000.mds: columns: expected .*uint32:16.*found .*uint32:8",
+    changed_manifest: r"manifest.json: sha256 in catalog: expected \w{64}, found \w{64}",
     missing_manifest: "manifest.json: expected a readable file, found No such file",
-    catalog_of_other_rows: "rows in catalog.jsonl: expected 20, found 24",
+    catalog_of_other_rows: "catalog.jsonl: rows: expected 20, found 24",
 }
 
 
-FULL = {**QUICK, flipped_byte: rf"{SHARD}: expected sha256 \w{{64}}, found \w{{64}}"}
+FULL = {**QUICK, flipped_byte: rf"{SHARD}: sha256 by manifest: expected \w{{64}}, found \w{{64}}"}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from stages.storage.catalog import GenerationError
 from trainer.config import DataConfig, SourceConfig
 from trainer.data.generations import (
-    GenerationFault,
 )
 from trainer.data.loader import BatchLoader
 
@@ -43,7 +43,7 @@ def _rank(rank: int, port: int, runs: list[str], answers: Any) -> None:
                 answers.put(
                     (rank, run, [[batch.row_ids for batch in data.next(step)] for step in range(3)])
                 )
-        except GenerationFault as error:
+        except GenerationError as error:
             answers.put((rank, run, str(error)))
     torch.distributed.destroy_process_group()
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from pipeline.batches.batch import run_batch
 from pipeline.config.load import load
 from pipeline.engine.units import in_process
-from pipeline.run import publish
+from stages.storage.catalog import read_catalog
 from tests.support.quickstart import RecordedProgress
 
 WORDS = [
@@ -76,7 +76,7 @@ def run_one_batch(settings, **options):
 def published_urls(tmp_path, series="series"):
     """URLs of each generation."""
     found = []
-    for entry in publish.read_catalog(f"{tmp_path}/{series}"):
+    for entry in read_catalog(f"{tmp_path}/{series}"):
         table = pq.read_table(f"{tmp_path}/{series}/generations/{entry['name']}/provenance.parquet")
         found.append(sorted(set(table["url"].to_pylist())))
     return found

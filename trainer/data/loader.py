@@ -6,7 +6,6 @@ read    the rows of this rank's micro-batches, two steps ahead, in a thread or i
 next    hand out a step's micro-batches; `state_dict` is where the supply stands after them, not after what is read ahead
 """
 
-import hashlib
 import itertools
 import os
 import queue
@@ -22,15 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch.distributed as dist
 
+from stages.storage.catalog import GenerationError, generation_error, read_catalog
+from stages.storage.digests import bytes_sha256
+from stages.storage.files import is_local
 from trainer.config import DataConfig, SourceConfig
 from trainer.data.generations import (
-    GenerationFault,
     Manifest,
     Mode,
-    fault,
     folder_of,
-    is_remote,
-    read_catalog,
     stage,
     verify_generation,
 )
@@ -80,7 +78,7 @@ class BatchLoader:
     from before that copies it again.
 
     `taken` is what the last step took of each run, on all ranks together. ValueError for a config
-    or state that does not fit, GenerationFault for data that does not. `close` it, or use it as a
+    or state that does not fit, GenerationError for data that does not. `close` it, or use it as a
     context.
     """
 
@@ -120,7 +118,7 @@ class BatchLoader:
             self._load(state)
         for source in self._sources:
             if not self._extend(source) and config.at_end != "wait":
-                raise GenerationFault(
+                raise GenerationError(
                     f"{source.config.run}: expected generations in catalog.jsonl, found none; run the pipeline"
                 )
         if state is not None:
@@ -145,7 +143,7 @@ class BatchLoader:
         on all ranks alike.
 
         Then nothing of an unfinished global batch is used up: its rows open the next one when the
-        run goes on with more data. GenerationFault when a row cannot be read, or is not there
+        run goes on with more data. GenerationError when a row cannot be read, or is not there
         within `batch_timeout_seconds`.
         """
         if self._closed:
@@ -272,7 +270,7 @@ class BatchLoader:
                 nodes=self._config.canonical_nodes,
             )
             source.order, source.order_of = order, (at, epoch)
-            source.order_digest = hashlib.sha256(order.tobytes()).hexdigest()[:16]
+            source.order_digest = bytes_sha256(order.tobytes())[:16]
         return source.order
 
     # --- generations ------------------------------------------------------------------------------
@@ -298,7 +296,7 @@ class BatchLoader:
         return bool(new)
 
     def _listed(self, source: "_Source") -> list[dict[str, Any]]:
-        """The entries that this source reads; GenerationFault when one that it has read from is not
+        """The entries that this source reads; GenerationError when one that it has read from is not
         what it was.
         """
         entries, names = read_catalog(source.config.run), source.config.generations
@@ -307,7 +305,7 @@ class BatchLoader:
             missing = [name for name in names if name not in by_name]
             if missing and self._config.at_end != "wait":
                 listed = ", ".join(by_name) or "none"
-                raise fault(
+                raise generation_error(
                     missing[0],
                     "catalog.jsonl",
                     expected="its entry",
@@ -320,7 +318,7 @@ class BatchLoader:
             if found != [f"{name} with {sha256}"]:
                 expected = f"{name} with {sha256}, as this run has read it"
                 do = "put the published one back, or train anew: another order would repeat rows and lose others"
-                raise fault(
+                raise generation_error(
                     name,
                     "manifest_sha256 in catalog.jsonl",
                     expected=expected,
@@ -338,7 +336,7 @@ class BatchLoader:
                 for seq_len, tokenizer in (self._shape, shape)
             )
             do = "leave it out of `generations`, or pack it like those before"
-            raise fault(
+            raise generation_error(
                 manifest.name,
                 "manifest.json",
                 expected=f"{expected}, as in this run so far",
@@ -350,7 +348,7 @@ class BatchLoader:
         """Whether every node has the shards of a generation; if not they are being copied, and
         `grows` tells when that ends.
         """
-        if at in source.staged or not is_remote(source.config.run):
+        if at in source.staged or is_local(source.config.run):
             return True
         copying = self._copying(
             source, at, again=self._awaited is None
@@ -389,7 +387,7 @@ class BatchLoader:
         All ranks have handed out the step before, as they have exchanged gradients.
         """
         for source, state in zip(self._sources, self._state["sources"], strict=True):
-            if not is_remote(source.config.run):
+            if is_local(source.config.run):
                 continue
             current = len(state["generations"]) - 1
             for manifest in (
@@ -419,7 +417,7 @@ class BatchLoader:
             # answer, say
             failure = (
                 error
-                if isinstance(error, GenerationFault | ValueError)
+                if isinstance(error, GenerationError | ValueError)
                 else OSError(f"rank {self._rank}: {error!r}")
             )
         answers = self._gather((answer, failure))
@@ -474,7 +472,7 @@ class BatchLoader:
                 self._order(source, source.position.gen_index, source.position.epoch)
                 if source.order_digest != saved["order"]:
                     do = "resume with the versions of numpy and streaming that the run began with"
-                    raise fault(
+                    raise generation_error(
                         saved["generation"],
                         "order of rows",
                         expected=saved["order"],
@@ -497,7 +495,7 @@ class BatchLoader:
                 batches.append(next(self._loader))
         except StopIteration:
             self._loader = None
-        except GenerationFault as error:
+        except GenerationError as error:
             self.close()
             # without the frames that hold torch's loader: it is gone now, and its workers with it;
             # as part of a cycle, which torch makes of the error, it would be left to the garbage
@@ -512,13 +510,13 @@ class BatchLoader:
             raise late from error
         return batches
 
-    def _late(self, places: list[RowRef], error: Exception) -> GenerationFault:
+    def _late(self, places: list[RowRef], error: Exception) -> GenerationError:
         rows = ", ".join(f"{place.generation}:{place.row}" for place in places[:4]) + (
             ", ..." if len(places) > 4 else ""
         )
         seconds, found = self._config.batch_timeout_seconds, str(error) or "none"
         do = "look whether its disk answers, or raise batch_timeout_seconds"
-        return fault(
+        return generation_error(
             places[0].generation,
             f"rows {rows}",
             expected=f"a batch within {seconds:g} s",

@@ -10,7 +10,6 @@ and number. What is asked for either comes or raises; no shared memory, locks or
 needed to read it.
 """
 
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,9 @@ import numpy as np
 import torch
 
 from stages.formats import mds
-from trainer.data.generations import fault, folder_of
+from stages.storage.catalog import generation_error
+from stages.storage.files import output_file
+from trainer.data.generations import folder_of
 from trainer.data.streaming import import_streaming
 
 
@@ -53,7 +54,7 @@ class RowRef(NamedTuple):
 def read_batch(places: Sequence[RowRef]) -> Batch:
     """These rows as a micro-batch.
 
-    GenerationFault for one that cannot be read or whose spans do not fit in it.
+    GenerationError for one that cannot be read or whose spans do not fit in it.
     """
     samples = [_read_row(place) for place in places]
     tokens = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
@@ -79,14 +80,14 @@ def _read_row(place: RowRef) -> dict[str, Any]:
         sample: dict[str, Any] = shards.read(shard, place.row - int(shards.starts[shard]))
     except (OSError, ValueError, LookupError) as error:
         found, do = repr(error), "restore the generation from a copy, and resume"
-        raise fault(
+        raise generation_error(
             place.generation, str(file), expected=f"row {place.row}", found=found, do=do
         ) from error
     length, covered = len(sample["tokens"]), int(sample["spans"].sum(dtype=np.int64))
     if covered > length:
         do = "restore the generation from a copy, and train with verify = 'full'"
         expected = f"spans of row {place.row} within {length} tokens"
-        raise fault(
+        raise generation_error(
             place.generation, str(file), expected=expected, found=f"{covered} tokens", do=do
         )
     return sample
@@ -132,11 +133,8 @@ class _Shards:
             raise ValueError(
                 f"{zipped['basename']} unpacks to {len(data)} bytes, the index says {raw['bytes']}"
             )
-        temporary = path.with_name(
-            f"{path.name}.{uuid.uuid4().hex}"
-        )  # several workers may come here at once
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with output_file(str(path)) as temporary:  # several workers may come here at once
+            temporary.write_bytes(data)
 
 
 @lru_cache(maxsize=64)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.storage.catalog import read_catalog
 from trainer.config import ConfigError, DataConfig, EvaluationConfig, SourceConfig
-from trainer.data.generations import read_catalog, verify_generation, verify_held_out
+from trainer.data.generations import verify_generation, verify_held_out
 from trainer.data.rows import RowRef, read_batch
 from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers
 from trainer.model.llama import Transformer
@@ -67,7 +68,7 @@ class Evaluation:
 
     As long as a source has published nothing, what is held out and the tokenizer are looked up at
     the next `run` instead. ConfigError for a file of questions that cannot be asked,
-    GenerationFault for rows that are not what was published.
+    GenerationError for rows that are not what was published.
     """
 
     def __init__(

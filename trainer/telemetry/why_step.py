@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.data.generations import Document, documents_of, read_catalog, verify_generation
+from stages.storage.catalog import read_catalog
+from trainer.data.generations import Document, documents_of, verify_generation
 from trainer.telemetry.feedback import append_line, to_json
 from trainer.telemetry.plot import read_metrics
 from trainer.telemetry.sinks import METRICS
@@ -68,7 +69,7 @@ def why_step(directory: Path, step: int) -> list[RowDocuments]:
     spike.
 
     They follow from what metrics.jsonl says was taken and the seeded order of the generations.
-    LookupError when the training has no such step or did not write metrics, GenerationFault when a
+    LookupError when the training has no such step or did not write metrics, GenerationError when a
     generation is no longer what it was.
     """
     if not (directory / METRICS).exists():

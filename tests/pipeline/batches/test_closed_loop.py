@@ -20,7 +20,7 @@ from pipeline.__main__ import app
 from pipeline.batches.batch import decisions
 from pipeline.controller import decide
 from pipeline.report import series
-from pipeline.run import publish
+from stages.storage.catalog import read_catalog
 from tests.support.live_training import LIVE_TRAINING, step_records
 from tests.support.paths import ROOT
 from tests.support.series import run_one_batch, series_config, write_listing
@@ -57,7 +57,7 @@ def looped(tmp_path_factory):
         while published < 5:
             published += until(lambda: run_one_batch(settings).batch is not None, process)
             until(lambda: step_records(folder), process)  # from the second on it is heard
-        rows = sum(entry["rows"] for entry in publish.read_catalog(settings.run.directory))
+        rows = sum(entry["rows"] for entry in read_catalog(settings.run.directory))
         until(lambda: len(step_records(folder)) == rows, process)
         (folder / "training" / "stop").touch()
         assert process.wait(60) == 0
@@ -71,7 +71,7 @@ def test_the_trainer_reads_every_row_once_across_generations_without_a_restart(l
     for step in step_records(looped):
         [[[name, epoch, start, stop]]] = step["data"].values()
         taken.update((name, epoch, place) for place in range(start, stop))
-    entries = publish.read_catalog(f"{looped}/series")
+    entries = read_catalog(f"{looped}/series")
     assert len(entries) == 5
     assert taken == {
         (entry["name"], 0, place): 1 for entry in entries for place in range(entry["rows"])
@@ -95,7 +95,7 @@ def test_what_the_trainer_told_decided_and_decides_again(looped):
 
 def test_the_report_of_the_series_shows_supply_and_demand(looped):
     data = series.gather(f"{looped}/series")
-    tokens = sum(entry["tokens"] for entry in publish.read_catalog(f"{looped}/series"))
+    tokens = sum(entry["tokens"] for entry in read_catalog(f"{looped}/series"))
     assert data.curves["published"][-1][1] == data.curves["consumed by training"][-1][1] == tokens
     assert all(row.taken in (1, 2) and row.planned >= row.taken for row in data.rows)
     assert [row.generation for row in data.rows] == [f"gen-000{n}" for n in range(1, 6)]

@@ -22,7 +22,7 @@ from pipeline.controller import decide
 from pipeline.engine import lease
 from pipeline.engine.units import in_process
 from pipeline.inspect.verify import verify_path
-from pipeline.run.publish import read_catalog
+from stages.storage.catalog import read_catalog
 from stages.storage.files import open_fs
 from tests.support.inline import Silent
 from tests.support.live_training import LIVE_TRAINING, step_records

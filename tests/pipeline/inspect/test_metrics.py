@@ -22,8 +22,9 @@ from pipeline.__main__ import app
 from pipeline.engine.units import in_process
 from pipeline.inspect import metrics
 from pipeline.inspect.metrics import Metrics, serve
-from pipeline.run import publish, results
+from pipeline.run import results
 from pipeline.run.state import read_state
+from stages.storage.catalog import read_catalog
 from stages.storage.ledger import Commit
 from tests.support.inline import make_config, run_inline
 from tests.support.paths import ROOT
@@ -122,7 +123,7 @@ def test_the_numbers_are_those_of_the_files(series):
             c.extra["finished"] for c in commits["extract"]
         )
         assert found["rows_per_second", *labels] > 0
-    tokens = [e["tokens"] for e in publish.read_catalog(str(series))]
+    tokens = [e["tokens"] for e in read_catalog(str(series))]
     assert (found["published_generations_total",], found["published_tokens_total",]) == (
         2,
         sum(tokens),
@@ -134,7 +135,7 @@ def test_the_numbers_are_those_of_the_files(series):
 
 def test_supply_and_demand_are_those_of_the_moment_and_the_state_that_of_the_last_decision(series):
     found, _ = scraped(series)
-    [first, second] = publish.read_catalog(str(series))
+    [first, second] = read_catalog(str(series))
     unread = first["tokens"] * (first["rows"] - 1) // first["rows"] + second["tokens"]
     # the last decision was made before the second generation was there
     assert found["supply_tokens",] == unread and found["supply_seconds",] == pytest.approx(

@@ -20,6 +20,7 @@ from pipeline.run.execute import execute
 from pipeline.run.state import read_state
 from stages.formats.mds import read_index
 from stages.pack.pack import PackConfig
+from stages.storage.catalog import read_catalog
 from tests.support.inline import Silent, make_config, run_inline
 
 # copies stay, each input is a unit of pack: so a text comes in several units
@@ -204,7 +205,7 @@ def test_publish_refuses_a_held_out_shard_that_is_not_what_was_written(tmp_path)
             sources={},
         )
     assert (
-        publish.read_catalog(str(tmp_path / "other")) == []
+        read_catalog(str(tmp_path / "other")) == []
         and not (tmp_path / "other/generations/gen-0001").exists()
     )
 

@@ -25,6 +25,7 @@ from pipeline.run import publish as catalog
 from pipeline.run import results as explain
 from pipeline.run.execute import execute
 from pipeline.run.state import read_state
+from stages.storage.catalog import read_catalog
 from stages.storage.files import (
     create_only,
     names_in,
@@ -160,7 +161,7 @@ def test_a_run_through_faults_of_every_kind_writes_the_same_bytes(
     published = execute(small(f"{s3_bucket}/r", pages), RecordedProgress(), in_process).published
     assert bytes_of(published.uri) == undisturbed
     assert all(proxy.done[kind] for kind in FAULT_KINDS), proxy.done
-    assert catalog.read_catalog(f"{s3_bucket}/r")[0]["name"] == "gen-0001"
+    assert read_catalog(f"{s3_bucket}/r")[0]["name"] == "gen-0001"
 
 
 def test_a_conditional_write_whose_answer_was_lost_is_known_as_our_own(s3_bucket, faults):
@@ -234,7 +235,7 @@ def test_a_copy_that_dies_is_completed_by_the_next_run(
     with pytest.raises(KeyboardInterrupt):
         publish(s3_bucket, local, pages)
     monkeypatch.undo()
-    assert catalog.read_catalog(s3_bucket) == []
+    assert read_catalog(s3_bucket) == []
     there = names_in(f"{s3_bucket}/generations/gen-0001")
     assert ("provenance.parquet" in there, "manifest.json" in there) == (
         True,
@@ -290,7 +291,7 @@ def publish_and_stall(run, local, pages, moment):
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize("moment", ["read_version", "_move", "create_only", "replace_if"])
+@pytest.mark.parametrize("moment", ["read_version", "_move_folder", "create_only", "replace_if"])
 def test_a_run_that_was_suspended_past_its_lease_publishes_nothing(
     s3_bucket, local, pages, undisturbed, monkeypatch, moment
 ):

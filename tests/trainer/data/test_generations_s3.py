@@ -21,6 +21,7 @@ s3fs = pytest.importorskip("s3fs")
 import fsspec
 
 from stages.pack.pack import PROVENANCE
+from stages.storage.catalog import GenerationError, read_catalog
 from tests.support.loading import BOTH, data_config, next_when_published, on_two_ranks
 from tests.support.paths import ROOT
 from tests.support.processes import call_command
@@ -32,9 +33,7 @@ from trainer.data import (
     loader,
 )
 from trainer.data.generations import (
-    GenerationFault,
     folder_of,
-    read_catalog,
     stage,
     verify_generation,
 )
@@ -348,13 +347,13 @@ def test_a_flipped_byte_on_the_store_is_asked_for_twice_and_named(run, url, cach
     for mode in ("full", "quick"):
         shards.clear()
         with pytest.raises(
-            GenerationFault,
+            GenerationError,
             match=rf"gen-0001: {SHARD}: expected sha256 \w{{64}}, found \w{{64}}; restore",
         ):
             staged(url, cache, mode=mode)
         assert shards.count(SHARD) == 2
     with (
-        pytest.raises(GenerationFault, match=rf"gen-0001: {SHARD}: expected sha256"),
+        pytest.raises(GenerationError, match=rf"gen-0001: {SHARD}: expected sha256"),
         BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
     ):
         next_when_published(supplied, 0)
@@ -370,7 +369,7 @@ def test_a_copy_that_went_wrong_is_not_read_because_it_cannot_be_mended(run, url
     flip(folder, "part-00019/shard.00000.mds")  # of those that are looked at after it
     flip_on_the_store(url)
     with (
-        pytest.raises(GenerationFault, match=rf"gen-0001: {SHARD}: expected sha256"),
+        pytest.raises(GenerationError, match=rf"gen-0001: {SHARD}: expected sha256"),
         BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied,
     ):
         next_when_published(supplied, 0)
@@ -404,7 +403,7 @@ def test_what_the_store_has_lost_is_named(run, url, cache, lost, told):
     publish(run, 20)
     upload(run, url)
     files().rm_file(f"{url}/generations/gen-0001/{lost}")
-    with pytest.raises(GenerationFault, match=told):
+    with pytest.raises(GenerationError, match=told):
         staged(url, cache)
 
 
@@ -412,7 +411,9 @@ def test_an_index_that_was_torn_is_read_again_once_it_is_restored(run, url, cach
     publish(run, 20)
     upload(run, url)
     files().pipe_file(f"{url}/generations/gen-0001/index.json", b'{"version": 2, "sha')
-    with pytest.raises(GenerationFault, match=r"index\.json: expected an index of MDS shards"):
+    with pytest.raises(
+        GenerationError, match=r"index\.json: content: expected an index of MDS shards"
+    ):
         staged(url, cache)
     upload(run, url)
     assert contents(staged(url, cache)) == contents(run / "generations" / "gen-0001")

@@ -22,6 +22,8 @@ from tests.support.examples import at_most
 pytestmark = pytest.mark.train
 torch = pytest.importorskip("torch")
 
+from stages.storage import catalog
+from stages.storage.catalog import GenerationError, read_catalog
 from tests.support import damages
 from tests.support.loading import BOTH, data_config, next_when_published, on_two_ranks
 from tests.support.shards import (
@@ -35,9 +37,7 @@ from trainer.data import (
     loader,
 )
 from trainer.data.generations import (
-    GenerationFault,
     Manifest,
-    read_catalog,
     verify_generation,
 )
 from trainer.data.loader import BatchLoader
@@ -327,7 +327,7 @@ def test_a_config_that_cannot_work_says_what_would(published, options, ranks, me
 
 def test_a_run_without_generations_is_a_fault(tmp_path):
     with pytest.raises(
-        GenerationFault,
+        GenerationError,
         match=r"expected generations in catalog.jsonl, found none; run the pipeline",
     ):
         BatchLoader(data_config(tmp_path), rank=0, world_size=1)
@@ -335,7 +335,7 @@ def test_a_run_without_generations_is_a_fault(tmp_path):
 
 def test_a_generation_that_is_not_published_is_a_fault(published):
     with pytest.raises(
-        GenerationFault,
+        GenerationError,
         match=r"gen-0007: catalog.jsonl: expected its entry, found gen-0001; correct",
     ):
         BatchLoader(
@@ -358,7 +358,7 @@ def test_an_order_that_the_installed_versions_draw_differently_is_refused(publis
     _, state = steps(data, limit=1)
     state["sources"][0]["order"] = "0" * 16
     with pytest.raises(
-        GenerationFault, match=r"order of rows: expected 0000.*resume with the versions"
+        GenerationError, match=r"order of rows: expected 0000.*resume with the versions"
     ):
         BatchLoader(data, rank=0, world_size=1, state=state)
 
@@ -379,7 +379,7 @@ def test_a_generation_changed_under_a_checkpoint_refuses(tmp_path, changed):
     path.write_bytes(path.read_bytes()[:-4] + b"new!")
     write_manifest(tmp_path, changed)
     with pytest.raises(
-        GenerationFault,
+        GenerationError,
         match=f"{changed}: manifest_sha256 in catalog.jsonl: .*as this run has read it",
     ):
         BatchLoader(data_config(tmp_path), rank=0, world_size=1, state=state)
@@ -391,7 +391,7 @@ def test_a_generation_of_another_sequence_length_is_refused(tmp_path):
     publish(tmp_path, 8, seq_len=32)
     for saved in (None, state):
         with pytest.raises(
-            GenerationFault,
+            GenerationError,
             match=r"gen-0002: .*seq_len 16 .*as in this run so far, found seq_len 32",
         ):
             BatchLoader(data_config(tmp_path), rank=0, world_size=1, state=saved)
@@ -402,7 +402,7 @@ def test_a_generation_of_another_sequence_length_is_refused(tmp_path):
 def test_damage_is_found_before_the_first_step(tmp_path, workers, damage, message):
     publish(tmp_path, 20)
     damage(tmp_path)
-    with pytest.raises(GenerationFault, match=message):
+    with pytest.raises(GenerationError, match=message):
         BatchLoader(data_config(tmp_path, workers=workers), rank=0, world_size=1)
 
 
@@ -417,7 +417,7 @@ def test_damage_done_during_training_raises_with_the_row_that_could_not_be_read(
     with BatchLoader(data_config(tmp_path, workers=workers), rank=0, world_size=1) as data:
         damage(tmp_path)
         with pytest.raises(
-            GenerationFault,
+            GenerationError,
             match=r"generation gen-0001: .*expected row \d+, found .*; restore the generation",
         ):
             [data.next(step) for step in range(2)]
@@ -428,7 +428,7 @@ def test_spans_beyond_the_row_are_a_fault(tmp_path):
     shard = tmp_path / "generations/gen-0001/part-00000/shard.00000.mds"
     shard.write_bytes(shard.read_bytes().replace(b"\5\0\0\0\4\0\0\0", b"\5\0\0\0\xff\0\0\0"))
     with pytest.raises(
-        GenerationFault, match="expected spans of row 1 within 16 tokens, found 260 tokens"
+        GenerationError, match="expected spans of row 1 within 16 tokens, found 260 tokens"
     ):
         read_batch([RowRef(str(tmp_path), "gen-0001", 8, 1)])
 
@@ -443,7 +443,7 @@ def test_the_watchdog_names_what_it_waited_for(tmp_path, workers):
             shard.unlink()
             os.mkfifo(shard)  # opening it hangs, like a dead disk
         with pytest.raises(
-            GenerationFault,
+            GenerationError,
             match=r"rows gen-0001:\d+, gen-0001:\d+: expected a batch within 1 s, found",
         ):
             data.next(0)
@@ -457,7 +457,7 @@ def test_a_dead_worker_is_named_with_what_it_was_asked_for(tmp_path, monkeypatch
     with (
         BatchLoader(data_config(tmp_path, workers=2), rank=0, world_size=1) as data,
         pytest.raises(
-            GenerationFault,
+            GenerationError,
             match=r"rows gen-0001:\d+.*found DataLoader worker .* exited unexpectedly",
         ),
     ):
@@ -579,8 +579,8 @@ def test_two_processes_share_the_batches_of_one_and_raise_what_only_rank_0_can_s
 
 
 def test_a_fault_that_only_another_rank_sees_is_raised_on_rank_0(published):
-    missing = GenerationFault("generation gen-0001: a shard is not on this node's disk")
-    with pytest.raises(GenerationFault, match="not on this node's disk"):
+    missing = GenerationError("generation gen-0001: a shard is not on this node's disk")
+    with pytest.raises(GenerationError, match="not on this node's disk"):
         BatchLoader(
             data_config(published(24)),
             rank=0,
@@ -593,9 +593,9 @@ def test_a_generation_is_hashed_once_in_a_process(published, monkeypatch):
     generations._hashed.clear()
     hashed = []
     monkeypatch.setattr(
-        generations,
-        "_sha256",
-        lambda path, real=generations._sha256: hashed.append(path) or real(path),
+        catalog,
+        "file_sha256",
+        lambda path, real=catalog.file_sha256: hashed.append(path) or real(path),
     )
     run = published(24)
     for _ in range(2):

@@ -27,6 +27,7 @@ from stages.pack.pack import (
     PackPlan,
     pack_unit,
 )
+from stages.storage.catalog import GenerationError
 from stages.storage.ledger import (
     Store,
     Unit,
@@ -46,7 +47,6 @@ from trainer.config import (
     SourceConfig,
     TrainConfig,
 )
-from trainer.data.generations import GenerationFault
 from trainer.data.rows import RowRef, read_batch
 from trainer.evaluate import held_out as evaluate
 from trainer.evaluate.cloze import ClozeScore, read_questions
@@ -334,18 +334,21 @@ def flipped(folder):
 
 
 DAMAGE = {
-    "flipped byte": (flipped, r"part-00000/shard.00000.mds: expected sha256 \w{64}, found \w{64}"),
+    "flipped byte": (
+        flipped,
+        r"part-00000/shard.00000.mds: sha256 by manifest: expected \w{64}, found \w{64}",
+    ),
     "short shard": (
         lambda f: os.truncate(f / "part-00000" / "shard.00000.mds", 99),
-        "expected [0-9]+ bytes, found 99 bytes",
+        "bytes by manifest: expected [0-9]+, found 99",
     ),
     "missing shard": (
         lambda f: (f / "part-00001" / "shard.00000.mds").unlink(),
-        "part-00001/.*expected a file, found none",
+        "part-00001/.*: file: expected present, found missing",
     ),
     "other index": (
         lambda f: (f / "index.json").write_text((f.parent / "index.json").read_text()),
-        "expected 11 rows, found 4",
+        "rows: expected 11, found 4",
     ),
 }
 
@@ -355,7 +358,7 @@ def test_damage_to_what_is_held_out_is_named(config, data, damage):
     harm, message = DAMAGE[damage]
     harm(Path(data.sources[0].run, "generations", "gen-0002", "held_out"))
     with pytest.raises(
-        GenerationFault,
+        GenerationError,
         match=f"^generation gen-0002/held_out: .*{message}.*; restore the generation",
     ):
         evaluation(config, data)

@@ -1,0 +1,203 @@
+"""Published generations: read the catalog and the manifests, and check files against them.
+
+    RUN/catalog.jsonl                            a line per generation, with its manifest's sha256
+    RUN/generations/gen-0001/manifest.json       rows, tokens, sources, sha256 of every shard
+    RUN/generations/gen-0001/index.json          all shards, for StreamingDataset and its readers
+    RUN/generations/gen-0001/part-00000/*.mds    the shards
+    RUN/generations/gen-0001/provenance.parquet  row -> spans of documents
+    RUN/generations/gen-0001/held_out/           the held-out split: index, shards and provenance
+
+The catalog identifies the manifest, and the manifest every shard. A generation never changes, and
+one that the catalog does not list is not published. RUN is a folder or a URL (s3://BUCKET/RUN).
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from stages.formats import mds, mds_verify
+from stages.formats.mds import Mismatch
+from stages.storage.digests import bytes_sha256, file_sha256
+from stages.storage.files import is_local, read_bytes
+
+CATALOG, MANIFEST = "catalog.jsonl", "manifest.json"
+RESTORE = "restore the generation from a copy, or leave it out of `generations`"
+
+
+class GenerationError(ValueError):
+    """A generation is not what was published, or cannot be read.
+
+    The message names the generation and the file, what was expected and found, and what to do.
+    """
+
+
+def generation_error(
+    name: str, file: str, *, expected: object, found: object, do: str = RESTORE
+) -> GenerationError:
+    """The one form of these messages."""
+    return GenerationError(f"generation {name}: {file}: expected {expected}, found {found}; {do}")
+
+
+def raise_first(name: str, mismatches: Iterable[Mismatch]) -> None:
+    """GenerationError for the first of the mismatches of a generation, if there is one."""
+    for shard, what, expected, actual in mismatches:
+        raise generation_error(name, f"{shard}: {what}", expected=expected, found=actual)
+
+
+def generation_uri(run: str, name: str) -> str:
+    """The folder of a generation."""
+    return f"{run.rstrip('/')}/generations/{name}"
+
+
+# --- catalog and manifest -------------------------------------------------------------------------
+
+
+def read_catalog(run: str) -> list[dict[str, Any]]:
+    """Entries of the catalog, oldest first; [] where there is none. As `parse_catalog`."""
+    uri = f"{run.rstrip('/')}/{CATALOG}"
+    try:
+        data = read_bytes(uri)
+    except FileNotFoundError:
+        return []
+    return parse_catalog(data, uri=uri)
+
+
+def parse_catalog(data: bytes, *, uri: str) -> list[dict[str, Any]]:
+    """Entries of a catalog, oldest first. GenerationError for a line that is not an entry."""
+    entries = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            keys = {key: str(entry[key]) for key in ("name", "manifest_sha256")}
+        except (ValueError, LookupError, TypeError) as error:
+            raise GenerationError(
+                f"{uri}: line {number} is not an entry of a catalog: {error!r}; restore the file"
+            ) from error
+        entries.append({**entry, **keys})
+    return entries
+
+
+def read_manifest(run: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a generation. GenerationError if it is not what the catalog's entry says."""
+    name = entry["name"]
+    with reading(run, name, MANIFEST):
+        data = read_bytes(f"{generation_uri(run, name)}/{MANIFEST}")
+    raise_first(name, manifest_mismatches(entry, data))
+    manifest: dict[str, Any] = json.loads(data)
+    return manifest
+
+
+def manifest_mismatches(entry: Mapping[str, Any], data: bytes) -> list[Mismatch]:
+    """How the bytes of a manifest differ from the catalog's entry."""
+    sha256 = bytes_sha256(data)
+    if sha256 != entry["manifest_sha256"]:
+        return [Mismatch(MANIFEST, "sha256 in catalog", entry["manifest_sha256"], sha256)]
+    manifest = json.loads(data)
+    return [
+        Mismatch(CATALOG, key, manifest[key], entry[key])
+        for key in ("rows", "tokens", "seq_len", "tokenizer")
+        if entry.get(key, manifest[key]) != manifest[key]
+    ]
+
+
+def splits(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The splits of a manifest by their folder: "" for training, "held_out/" if there is one."""
+    held_out = manifest.get("held_out")  # no such key before pack.held_out existed
+    return {"": manifest} if held_out is None else {"": manifest, "held_out/": held_out}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(run: str, name: str, file: str = "") -> Iterator[None]:
+    """Turn OSError into GenerationError: a file on a disk that cannot be read belongs to a damaged
+    generation. A store that does not answer says nothing about it: there, only absence does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_local(run) and not isinstance(error, FileNotFoundError):
+            raise
+        path, reason = file or str(error.filename), error.strerror or error
+        raise generation_error(name, path, expected="a readable file", found=reason) from error
+
+
+def index_mismatches(folder: Path, split: Mapping[str, Any]) -> list[Mismatch]:
+    """How index.json in a local folder differs from a split of the manifest: shards, rows, columns."""
+    try:
+        shards = mds.read_index(folder)["shards"]
+    except FileNotFoundError:
+        return [Mismatch(mds.INDEX, "file", "present", "missing")]
+    except ValueError as error:
+        return [Mismatch(mds.INDEX, "content", "an index of MDS shards", str(error))]
+    mismatches, rows = [], sum(shard["samples"] for shard in shards)
+    if rows != split["rows"]:
+        mismatches.append(Mismatch(mds.INDEX, "rows", split["rows"], rows))
+    if split["tokens"] > rows * split["seq_len"]:
+        room = f"room for {rows * split['seq_len']}"
+        mismatches.append(Mismatch(MANIFEST, "tokens", split["tokens"], room))
+    published = [(shard["basename"], shard["rows"]) for shard in split["shards"]]
+    listed = [(mds.stored_file(shard)["basename"], shard["samples"]) for shard in shards]
+    pairs = zip_longest(published, listed, fillvalue="none")
+    different = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    if different is not None:
+        mismatches.append(Mismatch(mds.INDEX, "(shard, rows)", *map(str, different)))
+    columns = {"tokens": f"ndarray:uint32:{split['seq_len']}", "spans": "ndarray:uint32"}
+    for shard, (name, _) in zip(shards, listed, strict=True):
+        if (written := mds.column_encodings(shard)) != columns:
+            mismatches.append(Mismatch(name, "columns", str(columns), str(written)))
+    return mismatches
+
+
+def size_mismatches(folder: Path, shards: Iterable[Mapping[str, Any]]) -> list[Mismatch]:
+    """Shards of a manifest that are missing in a local folder, or have another size there."""
+    mismatches = []
+    for shard in shards:
+        name, path = shard["basename"], folder / shard["basename"]
+        if not path.is_file():
+            mismatches.append(Mismatch(name, "file", "present", "missing"))
+        elif (size := path.stat().st_size) != shard["bytes"]:
+            mismatches.append(Mismatch(name, "bytes by manifest", shard["bytes"], size))
+    return mismatches
+
+
+def hash_mismatches(folder: Path, shards: Sequence[Mapping[str, Any]]) -> Iterator[Mismatch]:
+    """Shards of a manifest that have another sha256 in a local folder. All must be present."""
+    # hashing releases the GIL; 16 threads keep a fast disk busy and do no harm to a slow one
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    try:
+        hashes = pool.map(lambda shard: file_sha256(folder / shard["basename"]), shards)
+        for shard, sha256 in zip(shards, hashes, strict=True):
+            if sha256 != shard["sha256"]:
+                yield Mismatch(shard["basename"], "sha256 by manifest", shard["sha256"], sha256)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def split_mismatches(folder: Path, split: Mapping[str, Any]) -> list[Mismatch]:
+    """All mismatches of a split in a local folder; every shard is read and decoded as far as its
+    columns (`mds_verify`).
+    """
+    present = [shard for shard in split["shards"] if (folder / shard["basename"]).is_file()]
+    mismatches = [
+        *mds_verify.verify(folder),
+        *index_mismatches(folder, split),
+        *size_mismatches(folder, split["shards"]),
+        *hash_mismatches(folder, present),
+    ]
+    return list(dict.fromkeys(mismatches))
+
+
+def generation_mismatches(folder: Path, manifest: Mapping[str, Any]) -> list[Mismatch]:
+    """All mismatches of all splits of a generation in a local folder."""
+    return [
+        mismatch._replace(shard=f"{prefix}{mismatch.shard}")
+        for prefix, split in splits(manifest).items()
+        for mismatch in split_mismatches(folder / prefix, split)
+    ]

@@ -96,7 +96,8 @@ def export(training: str, output: str, *, step: int | None) -> int:
     `training` is its directory, or the folder or URL of its checkpoints. TrainingError if there is
     none or it is damaged.
     """
-    from trainer.checkpoint import CheckpointError, committed, export_hugging_face
+    from trainer.checkpoint_files import CheckpointError, committed
+    from trainer.export import export_hugging_face
     from trainer.telemetry.why_step import CONFIG
 
     folder = training
@@ -121,7 +122,7 @@ def _here(
 ) -> dict[str, Any]:
     """Train as this rank: how it ended, as plain values."""
     from stages.storage.catalog import GenerationError
-    from trainer.checkpoint import CheckpointError
+    from trainer.checkpoint_files import CheckpointError
     from trainer.loop import Diverged, Training
 
     with ExitStack() as opened:

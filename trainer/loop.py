@@ -35,6 +35,7 @@ from trainer.model.parallel import clip_grad_norm, from_rank_0, join_ranks, sum_
 from trainer.model.step import StepSums, accumulate, build
 from trainer.telemetry import feedback
 from trainer.telemetry.devices import gpu_health, peak_flops
+from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.meter import Meter, SourceSums, mfu
 from trainer.telemetry.sinks import METRICS, Telemetry
 from trainer.telemetry.spikes import SpikeDetector
@@ -114,7 +115,7 @@ class Training:
             if told.every_steps
             else None
         )
-        self.writer: feedback.Writer | None = None
+        self.writer: Writer | None = None
         self.telemetry: Telemetry | None = None
         self.previous: feedback.Summary | None = None
         from_rank_0(lambda: self._open(opened, fresh=saved is None))
@@ -335,7 +336,7 @@ class Training:
                     (self.folder / name).replace(self.folder / f"{name}.old")
         told = self.config.telemetry
         where = told.feedback or f"{self.config.data.sources[0].run.rstrip('/')}/feedback"
-        self.writer = feedback.Writer(
+        self.writer = Writer(
             where, trainer=told.name or self.folder.resolve().name, every_seconds=told.every_seconds
         )
         self.previous = self.writer.previous if known else None

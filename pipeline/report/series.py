@@ -44,7 +44,7 @@ class SeriesData(NamedTuple):
     supply_hours: Points
     rows: list[Row]
     last: Decision | None
-    faults: list[feedback.Fault]
+    faults: list[feedback.Unreadable]
 
 
 def gather(root: str) -> SeriesData:

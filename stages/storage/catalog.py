@@ -129,7 +129,7 @@ def reading(run: str, name: str, file: str = "") -> Iterator[None]:
 
 
 def index_mismatches(folder: Path, split: Mapping[str, Any]) -> list[Mismatch]:
-    """How index.json in a local folder differs from a split of the manifest: shards, rows, columns."""
+    """How index.json in a local folder differs from a split: in its shards, rows or columns."""
     try:
         shards = mds.read_index(folder)["shards"]
     except FileNotFoundError:

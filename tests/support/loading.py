@@ -9,8 +9,6 @@ import torch
 
 from stages.storage.catalog import GenerationError
 from trainer.config import DataConfig, SourceConfig
-from trainer.data.generations import (
-)
 from trainer.data.loader import BatchLoader
 
 BOTH = pytest.mark.parametrize("workers", [0, 2])

@@ -40,10 +40,12 @@ from tests.support.checkpoints import (
     whole,
 )
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointError, Checkpoints, export_hugging_face
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_files import CheckpointError
 from trainer.config import (
     RENAMED_KEYS,
 )
+from trainer.export import export_hugging_face
 from trainer.model.parallel import (
     join_ranks,
 )
@@ -168,20 +170,20 @@ def failure_of_one(rank, folder):
     checkpoints, state = Checkpoints(folder, LATER), build()
     checkpoints.save(1, *state, {})
     checkpoints.finish()
-    hashes = checkpoint._hashes
+    hashes = checkpoint.hash_files
 
     def fail(*args):
         raise OSError("bad disk")
 
     if rank == 1:
-        checkpoint._hashes = fail
+        checkpoint.hash_files = fail
     checkpoints.save(2, *state, {})
     try:
         checkpoints.finish()
         told = "nothing"
     except CheckpointError as error:
         told = str(error)
-    checkpoint._hashes = hashes
+    checkpoint.hash_files = hashes
     return told, checkpoints.latest().step
 
 
@@ -348,7 +350,7 @@ def die(*args, **kwargs):
 
 KILLED_AT = {
     "before the data": (FileSystemWriter, "write_data"),
-    "before the hashes": (checkpoint, "_hashes"),
+    "before the hashes": (checkpoint, "hash_files"),
     "before meta.json": (os, "replace"),
     "while pruning": (shutil, "rmtree"),
 }
@@ -536,7 +538,7 @@ def test_a_step_saved_again_replaces_the_first_only_when_it_is_whole(tmp_path, m
     checkpoints, state = Checkpoints(tmp_path, NOW), trained()
     checkpoints.save(2, *state, {"time": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_meta", lambda *args: 1 / 0)
+        patch.setattr(checkpoint, "write_meta", lambda *args: 1 / 0)
         with pytest.raises(CheckpointError, match="ZeroDivisionError"):
             checkpoints.save(2, *state, {"time": 2})
     assert checkpoints.latest().extra == {"time": 1}

@@ -28,7 +28,9 @@ from tests.support.checkpoints import (
     whole,
 )
 from tests.support.s3 import s3_process
-from trainer.checkpoint import CheckpointError, Checkpoints, export_hugging_face
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_files import CheckpointError
+from trainer.export import export_hugging_face
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 

@@ -30,9 +30,9 @@ from trainer.config import (
 from trainer.data import loader
 from trainer.data.rows import read_batch
 from trainer.telemetry.feedback import (
-    Writer,
     read_summaries,
 )
+from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.plot import read_metrics
 
 NO_LOSS = torch.tensor([[10.0, 9.0, math.nan]], dtype=torch.float64)
@@ -215,7 +215,7 @@ def test_a_slow_reader_raises_data_wait_and_nothing_else(config, tmp_path, monke
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(config, monkeypatch):
-    hashes, trained, steps = checkpoint._hashes, threading.Event(), []
+    hashes, trained, steps = checkpoint.hash_files, threading.Event(), []
 
     def slow(*args):
         assert trained.wait(60)
@@ -227,7 +227,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(config, monkeypatch):
             trained.set()
         return update(self, batches)
 
-    monkeypatch.setattr(checkpoint, "_hashes", slow)
+    monkeypatch.setattr(checkpoint, "hash_files", slow)
     monkeypatch.setattr(loop.Training, "_update", counted)
     loop.train(config, device="cpu")
     # the save after step 4 is in flight at the start of steps 4 to 6 (counted from 0), and waited
@@ -247,7 +247,7 @@ def test_a_trainer_that_waits_says_so_and_goes_on_with_the_next_generation(confi
     said = []
     monkeypatch.setattr(loader, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(
-        loop.feedback.Writer,
+        loop.Writer,
         "write",
         lambda self, report, write=Writer.write: said.append(report) or write(self, report),
     )

@@ -132,7 +132,8 @@ def test_a_size_given_by_hand_overrules_the_decision_which_is_logged(tmp_path, l
 
 
 def test_decisions_follow_the_trainer_and_replay_identically(tmp_path, listing):
-    from trainer.telemetry.feedback import Report, Source, Writer
+    from trainer.telemetry.feedback import Report, Source
+    from trainer.telemetry.feedback_writer import Writer
 
     settings = series_config(
         tmp_path,

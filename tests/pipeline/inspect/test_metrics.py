@@ -29,7 +29,8 @@ from stages.storage.ledger import Commit
 from tests.support.inline import make_config, run_inline
 from tests.support.paths import ROOT
 from tests.support.series import run_one_batch, series_config, write_listing
-from trainer.telemetry.feedback import Report, Source, Writer
+from trainer.telemetry.feedback import Report, Source
+from trainer.telemetry.feedback_writer import Writer
 
 PLAIN = (
     "input.format=jsonl",

@@ -25,7 +25,6 @@ from trainer.telemetry.feedback import (
     Source,
     Summary,
     Totals,
-    Writer,
     append_line,
     consumed,
     demand,
@@ -35,6 +34,7 @@ from trainer.telemetry.feedback import (
     resumed,
     to_json,
 )
+from trainer.telemetry.feedback_writer import Writer
 
 SECOND, MINUTE, HOUR = 1.0, 60.0, 3600.0
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tests.support.feedback_reports import NOW, summary
 from trainer.telemetry import devices
 from trainer.telemetry.devices import gpu_health, peak_flops
-from trainer.telemetry.feedback import Health, Totals, Writer, read_lines, read_summaries, resumed
+from trainer.telemetry.feedback import Health, Totals, read_lines, read_summaries, resumed
+from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.meter import Meter, SourceSums, mfu, percentile, sum_by_source
 from trainer.telemetry.plot import draw, plot, read_metrics, ticks_between
 from trainer.telemetry.sinks import Telemetry, console_line, flatten

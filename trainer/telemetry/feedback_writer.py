@@ -1,0 +1,145 @@
+"""Write the feedback of a trainer (`trainer.telemetry.feedback`) from a thread of its own."""
+
+import math
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from stages.storage.files import is_local, local_path, open_fs, read_bytes, write_atomically
+from trainer.telemetry.feedback import (
+    VERSION,
+    OtherVersion,
+    Report,
+    Summary,
+    append_line,
+    last_line,
+    parse,
+    to_json,
+)
+
+
+class Writer:
+    """Writes the lines of a trainer to a folder, local or a URI. For rank 0; one live attempt per
+    trainer.
+
+    `previous` is the last line of the attempt before, None for a first start. An attempt should
+    write a line as it begins, or a restart that dies before its first line is not counted. A slow
+    or absent store never delays a step: a thread writes the lines, a line is dropped while the one
+    before it is being written, and errors are counted in `failures`, the last one kept in `error`.
+    At the start the store must answer. ValueError for a name that is not a file name, and for
+    feedback of another version.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        trainer: str,
+        incarnation: str = "",
+        every_seconds: float = 30.0,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", trainer, re.ASCII):
+            raise ValueError(
+                f"a trainer is named by letters, digits, '.', '_' and '-', got {trainer!r}"
+            )
+        if not 0 < every_seconds < math.inf:
+            raise ValueError(f"every_seconds must be above 0, got {every_seconds}")
+        # kept, because fsspec would make another client in each thread that writes a line
+        self._fs, root = open_fs(folder)
+        self._fs.makedirs(root, exist_ok=True)
+        self._uri = f"{folder.rstrip('/')}/{trainer}"
+        self._trainer, self._incarnation = trainer, incarnation or uuid.uuid4().hex[:12]
+        self._every, self._monotonic, self._wall = every_seconds, monotonic, wall
+        self._start = self._next = monotonic()
+        self._thread: threading.Thread | None = None
+        self.previous = _last_summary(self._uri)
+        self._sequence = 0 if self.previous is None else self.previous.sequence + 1
+        self.dropped = self.failures = 0
+        self.error: str | None = None
+
+    def due(self) -> bool:
+        """Whether `every_seconds` have passed since the last line; true before the first."""
+        return self._monotonic() >= self._next
+
+    def write(self, report: Report) -> None:
+        """Write a line, whether due or not."""
+        now = self._monotonic()
+        self._next = now + self._every
+        if self._thread is not None and self._thread.is_alive():
+            self.dropped += 1
+            return
+        line = self._line(report, now)
+        # a daemon: a store that hangs must not keep the process from ending
+        self._thread = threading.Thread(target=self._put, args=(self._sequence, line), daemon=True)
+        self._sequence += 1
+        self._thread.start()
+
+    def flush(self, *, timeout_seconds: float = 10.0) -> bool:
+        """Wait for the line that is being written; False if it takes longer."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def close(self, report: Report, *, timeout_seconds: float = 10.0) -> bool:
+        """Write the last line, of state "stopped" or "failed"; False if the store did not take it
+        in time.
+        """
+        if not self.flush(timeout_seconds=timeout_seconds):
+            return False
+        before = self.failures
+        self.write(report)
+        return self.flush(timeout_seconds=timeout_seconds) and self.failures == before
+
+    def _line(self, report: Report, now: float) -> bytes:
+        record = {
+            "version": VERSION,
+            "trainer": self._trainer,
+            "incarnation": self._incarnation,
+            "sequence": self._sequence,
+            "time": datetime.fromtimestamp(self._wall(), UTC).isoformat(),
+            "monotonic_seconds": now - self._start,
+            "every_seconds": self._every,
+            **report._asdict(),
+            "sources": {name: source._asdict() for name, source in report.sources.items()},
+            "health": None if report.health is None else report.health._asdict(),
+        }
+        return to_json(record)
+
+    def _put(self, sequence: int, line: bytes) -> None:
+        try:
+            if is_local(self._uri):
+                append_line(str(local_path(f"{self._uri}.jsonl")), line)
+                write_atomically(f"{self._uri}.json", line)
+            else:
+                self._fs.pipe_file(f"{self._uri}/{sequence:09}.json", line)
+                self._fs.pipe_file(f"{self._uri}.json", line)  # one PUT is atomic
+        # each store's client has its own errors, and none of them may stop the training
+        except Exception as error:
+            self.failures += 1
+            self.error = repr(error)
+
+
+def _last_summary(uri: str) -> Summary | None:
+    """The last summary of an earlier attempt. A kill may have come between line and summary, so
+    both are read.
+    """
+    last = last_line(uri)
+    summaries = [] if last is None else [last]
+    try:
+        summaries.append(parse(read_bytes(f"{uri}.json")))
+    except FileNotFoundError:
+        pass
+    except OtherVersion:
+        raise
+    except ValueError as error:
+        if not summaries:
+            raise ValueError(
+                f"{uri}.json: {error}; remove it, or name the trainer otherwise"
+            ) from None
+    return max(summaries, key=lambda summary: summary.sequence, default=None)

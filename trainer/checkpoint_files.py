@@ -251,7 +251,7 @@ def read_state(folder: str, state: dict[str, Any], **options: Any) -> None:
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
         protocol = folder.partition("://")[0]
-        reader = FsspecReader(f"simplecache::{folder}", **{protocol: fs_options(folder)})
+        reader: Any = FsspecReader(f"simplecache::{folder}", **{protocol: fs_options(folder)})
         try:
             load(state, storage_reader=reader, **options)
         finally:

@@ -291,6 +291,8 @@ def report_endlessly(folder):
 def test_a_killed_trainer_leaves_whole_summaries_and_goes_stale(tmp_path):
     trainer = subprocess.Popen(call_command(report_endlessly, tmp_path), cwd=ROOT)
     try:
+        while not (tmp_path / "a.json").exists():  # before that, the last line may be a newer one
+            assert trainer.poll() is None
         seen, steps = {}, []
         while len(steps) < 200:  # reads race with writes all the time
             reading = read_summaries(str(tmp_path))

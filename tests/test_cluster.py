@@ -5,7 +5,6 @@ the bytes of one machine.
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pipeline.engine.units import in_process
 from pipeline.run.execute import execute
 from tests.support.inline import Silent
 from tests.support.paths import ROOT
+from tests.support.processes import free_ports
 from tests.support.quickstart import bytes_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.kill]
@@ -42,15 +42,6 @@ print(json.dumps([node.all_processes["raylet"][0].process.pid for node in nodes]
 sys.stdin.read()
 cluster.shutdown()
 """
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def end(process: subprocess.Popen) -> None:

@@ -24,6 +24,7 @@ import yaml
 from pathspec import PathSpec
 
 from tests.support.paths import ROOT
+from tests.support.processes import free_ports
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAUNCHER = ROOT / "cluster.yaml"
@@ -375,7 +376,7 @@ def test_symmetric_run_brings_a_run_to_its_end(tmp_path):
     ):
         pytest.skip("no PID namespaces for this user")
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # paths of sockets have 107 characters
-        env = environment(tmp_path) | {"RAY_TMPDIR": short, "RAY_PORT": "26379"}
+        env = environment(tmp_path) | {"RAY_TMPDIR": short, "RAY_PORT": str(free_ports(1)[0])}
         overrides = [
             f"run.directory={tmp_path}/run",
             f'input.paths=["{ROOT}/samples/apache2-doc.warc.gz"]',

@@ -1,13 +1,13 @@
 """Data configurations of the batch loader, and loading on two ranks."""
 
-import multiprocessing
-import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from stages.storage.catalog import GenerationError
+from tests.support.ranks import run_ranks
 from trainer.config import DataConfig, SourceConfig
 from trainer.data.loader import BatchLoader
 
@@ -30,38 +30,26 @@ def next_when_published(data, step):
     return batches
 
 
-def _rank(rank: int, port: int, runs: list[str], answers: Any) -> None:
+def load_rank(rank: int, folder: Path, runs: list[str]) -> None:
+    """What this rank loads of each run, or the message of the fault it raises, to a file."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2
     )
+    results: dict[tuple[int, str], Any] = {}
     for run in runs:
         try:
             with BatchLoader(data_config(run), rank=rank, world_size=2) as data:
-                answers.put(
-                    (rank, run, [[batch.row_ids for batch in data.next(step)] for step in range(3)])
-                )
+                steps = [[batch.row_ids for batch in data.next(step)] for step in range(3)]
+                results[rank, run] = steps
         except GenerationError as error:
-            answers.put((rank, run, str(error)))
+            results[rank, run] = str(error)
+    torch.save(results, folder / f"rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def on_two_ranks(*runs: str) -> dict[tuple[int, str], Any]:
-    """(rank, run) → what each rank was given or the fault it raised; one pair of processes, as each
-    imports for seconds.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(rank, port, list(runs), answers), daemon=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    found = [answers.get(timeout=240) for _ in ranks for _ in runs]
-    for process in ranks:
-        process.join(60)
-    return {(rank, run): answer for rank, run, answer in found}
+def on_two_ranks(folder: Path, *runs: str) -> dict[tuple[int, str], Any]:
+    """(rank, run) → the rows of three steps as each rank loads them, or the fault it raises."""
+    run_ranks(load_rank, folder, list(runs), ranks=2)
+    results = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    return results[0] | results[1]

@@ -3,7 +3,6 @@ superseded is never used.
 """
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.examples import at_most
+from tests.support.ranks import fork_context, run_ranks
 
 torch = pytest.importorskip("torch")
 
@@ -217,7 +217,7 @@ def two_ranks(tmp_path_factory):
         state = trained(optimizer)
         Checkpoints(folder / "one" / optimizer, NOW).save(2, *state, EXTRA)
         alone[optimizer] = whole(*state)
-    torch.multiprocessing.spawn(ranks_worker, args=(2, folder), nprocs=2)
+    run_ranks(ranks_worker, 2, folder, ranks=2)
     return (
         folder,
         alone,
@@ -371,10 +371,7 @@ def killed_worker(folder, where):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Where each worker died → its folder."""
-    root, processes = tmp_path_factory.mktemp("killed"), multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["torch.distributed.checkpoint.state_dict"]
-    )  # imported once, in a process without threads
+    root, processes = tmp_path_factory.mktemp("killed"), fork_context()
     folders = {where: root / where.replace(" ", "-") for where in KILLED_AT}
     workers = [
         processes.Process(target=killed_worker, args=(folder, where))

@@ -27,6 +27,7 @@ from tests.support.checkpoints import (
     warnings_of,
     whole,
 )
+from tests.support.ranks import run_ranks
 from tests.support.s3 import s3_process
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import CheckpointError
@@ -129,7 +130,7 @@ def told(action, *args):
 def test_ranks_share_what_is_saved_and_what_fails(tmp_path, s3_bucket):
     alone = trained()
     Checkpoints(f"{s3_bucket}/one", NOW).save(2, *alone, EXTRA)
-    torch.multiprocessing.spawn(ranks_worker, args=(2, tmp_path, s3_bucket), nprocs=2)
+    run_ranks(ranks_worker, 2, tmp_path, s3_bucket, ranks=2)
     seen = [torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in range(2)]
     for rank in seen:
         assert_same(rank["resumed"], rank["uninterrupted"])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.live_training import metric_records
+from tests.support.processes import descendants
 from trainer.config import ConfigError, DataConfig, RayConfig, TrainConfig
 from trainer.launch import worker_counts
 
@@ -155,15 +156,8 @@ def test_what_only_the_first_step_or_rank_0_can_know_is_told_in_a_line(file, ran
 
 
 def workers() -> list[int]:
-    """Process ids of Ray Train's workers."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::RayTrainWorker"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue  # it has just ended
-    return sorted(found)
+    """Process ids of the workers of this test's Ray Train."""
+    return descendants("ray::RayTrainWorker")
 
 
 def when(folder: Path, step: int, action) -> threading.Thread:

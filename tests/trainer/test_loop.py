@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 import torch.distributed as dist
 
+from tests.support.ranks import run_ranks
 from tests.support.shards import publish
 from trainer import checkpoint, loop
 from trainer.config import (
@@ -152,7 +153,7 @@ def rank(number, ranks, folder, config):
 
 
 def spawn(ranks, folder, config):
-    torch.multiprocessing.spawn(rank, args=(ranks, folder, config), nprocs=ranks)
+    run_ranks(rank, ranks, folder, config, ranks=ranks)
 
 
 def taken(config):

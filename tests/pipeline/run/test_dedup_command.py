@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from pipeline.run.dedup_command import configure, dedup_files
 from tests.support.inline import Silent, run_inline
 from tests.support.inline import make_config as load_config
 from tests.support.paths import ROOT
-from tests.support.processes import call_command
+from tests.support.processes import call_command, descendants
 
 # many small units, so that every phase has some to lose
 SMALL = [
@@ -551,15 +552,11 @@ class KillsWorkers(Silent):
     def _kill(self, phase):
         end = time.monotonic() + 5
         while time.monotonic() < end:
-            for pid in filter(str.isdigit, os.listdir("/proc")):
-                try:
-                    name = Path(f"/proc/{pid}/cmdline").read_bytes()
-                    if name.startswith(f"ray::MapBatches({phase})".encode()):
-                        os.kill(int(pid), signal.SIGKILL)
-                        self.killed.append(phase)
-                        return
-                except OSError:
-                    pass
+            for pid in descendants(f"ray::MapBatches({phase})"):
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed.append(phase)
+                    return
 
 
 @pytest.mark.kill

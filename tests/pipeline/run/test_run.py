@@ -1,5 +1,6 @@
-"""The whole job on real pages with real Ray: golden funnel, resume, kills, and what a config change
-touches.
+"""The whole job on real pages: golden funnel, resume, kills, and what a config change touches.
+
+On Ray where Ray is tested, else in this process.
 """
 
 import gzip
@@ -18,6 +19,7 @@ import pytest
 
 from pipeline.engine.lease import Held, lease
 from pipeline.engine.ray_plan import on_ray
+from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.inspect.verify import verify_path
 from pipeline.run import results
@@ -28,16 +30,14 @@ from tests.support.paths import ROOT
 from tests.support.processes import call_command
 from tests.support.quickstart import RecordedProgress, bytes_of, quickstart_config
 
-pytestmark = pytest.mark.ray
-
 
 def go(config, only=None, first=None):
     progress = RecordedProgress()
-    return execute(config, progress, on_ray(), only=only, first=first), progress
+    return execute(config, progress, in_process, only=only, first=first), progress
 
 
 @pytest.fixture(scope="module")
-def done(ray_session, tmp_path_factory):
+def done(tmp_path_factory):
     """A finished run over two sample files."""
     folder = tmp_path_factory.mktemp("run") / "r"
     outcome, progress = go(quickstart_config(folder))
@@ -76,6 +76,13 @@ def test_golden_funnel(done):
     ]
     golden = Path(__file__).with_name("golden_funnel.json")
     assert rows == json.loads(golden.read_text())
+
+
+@pytest.mark.ray
+def test_on_ray_the_generation_has_the_bytes_of_one_process(ray_session, done, tmp_path):
+    _, outcome, _ = done
+    on_workers = execute(quickstart_config(tmp_path / "r"), RecordedProgress(), on_ray())
+    assert bytes_of(on_workers.published.uri) == bytes_of(outcome.published.uri)
 
 
 def test_published_generation_verifies_and_is_in_the_catalog(done):
@@ -167,7 +174,7 @@ def test_a_changed_bound_is_reapplied_without_extracting_and_gives_the_same_byte
     }
 
 
-def test_loosening_a_bound_whose_texts_were_not_kept_extracts_again(ray_session, tmp_path):
+def test_loosening_a_bound_whose_texts_were_not_kept_extracts_again(tmp_path):
     strict = ("extract.keep_rejected_text=0.0", "gopher_quality.word_count=[300, 100000]")
     go(quickstart_config(tmp_path / "r", *strict, samples="{debian-handbook}"), only="extract")
     loose = quickstart_config(
@@ -178,7 +185,7 @@ def test_loosening_a_bound_whose_texts_were_not_kept_extracts_again(ray_session,
     assert "reapplied" not in commit.extra
 
 
-def test_new_inputs_are_appended_and_old_ones_not_extracted_again(ray_session, tmp_path):
+def test_new_inputs_are_appended_and_old_ones_not_extracted_again(tmp_path):
     go(quickstart_config(tmp_path / "r", samples="{sqlite3-doc}"))
     outcome, progress = go(
         quickstart_config(tmp_path / "r", samples="{debian-handbook,sqlite3-doc}")
@@ -245,7 +252,7 @@ def test_status_counts_units_and_rows(done):
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
-def test_text_inputs_go_through_everything_but_extraction(ray_session, tmp_path, format):
+def test_text_inputs_go_through_everything_but_extraction(tmp_path, format):
     texts = [r["text"] for t in _sample_texts() for r in t][:30]
     rows = [
         {"body": text, "key": f"k{n}", "link": f"https://a.example/{n}"}
@@ -302,7 +309,7 @@ def _sample_texts():
     ][:40]
 
 
-def test_a_unit_that_fails_is_recorded_named_and_tried_again(ray_session, tmp_path):
+def test_a_unit_that_fails_is_recorded_named_and_tried_again(tmp_path):
     good, bad = tmp_path / "a.parquet", tmp_path / "b.parquet"
     pq.write_table(pa.table({"text": ["one two three"]}), good)
     pq.write_table(pa.table({"wrong": ["x"]}), bad)
@@ -352,6 +359,7 @@ def test_a_done_unit_is_not_done_again_and_a_stale_commit_is_withdrawn(tmp_path)
 
 
 @pytest.mark.kill
+@pytest.mark.ray
 def test_a_unit_that_kills_its_worker_again_and_again_is_recorded_as_failed(ray_session, tmp_path):
     from pipeline.engine.units import Resources, Task
     from stages.storage.ledger import Store, Unit
@@ -363,6 +371,7 @@ def test_a_unit_that_kills_its_worker_again_and_again_is_recorded_as_failed(ray_
     assert ends["good"].commit.rows_in == 7
 
 
+@pytest.mark.ray
 def test_a_stage_that_asks_for_more_memory_than_any_node_has_still_runs(ray_session, tmp_path):
     from pipeline.engine.units import Resources, Task
     from stages.storage.ledger import Store, Unit
@@ -382,7 +391,7 @@ def _die_or_work(unit, plan, store):
     return Commit(unit.name, unit.fingerprint, rows_in=7)
 
 
-def test_from_refuses_when_what_comes_before_is_not_done(ray_session, tmp_path):
+def test_from_refuses_when_what_comes_before_is_not_done(tmp_path):
     with pytest.raises(RunFailed, match="stage 'extract' has 2 of 2 units to do under this config"):
         go(quickstart_config(tmp_path / "r"), first="dedup")
 
@@ -425,6 +434,7 @@ PHASES = [
 ]  # tests/pipeline/test_dedup_command.py kills in all of dedup
 
 
+@pytest.mark.ray
 @pytest.mark.kill
 def test_killed_at_every_stage_the_shards_are_the_same_bytes(done, tmp_path):
     """SIGKILL to the driver at a random moment of each phase; the same command goes on; nothing
@@ -489,6 +499,7 @@ def _kill_during(command, run, phase, delay):
     process.wait()
 
 
+@pytest.mark.ray
 def test_calibrate_then_run_then_ablate_from_the_command_line(ray_session, tmp_path):
     from typer.testing import CliRunner
 

@@ -221,7 +221,7 @@ def test_two_processes_share_one_copy(run, url, tmp_path, monkeypatch):
     publish(run, 24)
     upload(run, url)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    found = on_two_ranks(url)
+    found = on_two_ranks(tmp_path, url)
     together = [
         [place for batch in a + b for place in batch]
         for a, b in zip(found[0, url], found[1, url], strict=True)

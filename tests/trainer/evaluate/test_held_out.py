@@ -32,6 +32,7 @@ from stages.storage.ledger import (
     Store,
     Unit,
 )
+from tests.support.ranks import run_ranks
 from tests.support.shards import (
     SEQ_LEN,
     publish,
@@ -236,7 +237,7 @@ def test_two_ranks_score_as_one_and_hear_of_the_same_fault(config, data, tmp_pat
     [cloze] = (judge := evaluation(config, data))._rows.cloze.values()
     assert len(cloze.tokens) % 2 == 1
     one = judge.run(build()[0])
-    torch.multiprocessing.spawn(worker, args=(tmp_path, config, data), nprocs=2)
+    run_ranks(worker, tmp_path, config, data, ranks=2)
     seen = [torch.load(tmp_path / f"seen.{rank}", weights_only=False) for rank in (0, 1)]
     assert seen[0] == seen[1]
     scores, likelihoods, why = seen[0]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.examples import at_most
+from tests.support.ranks import run_ranks
 
 torch = pytest.importorskip("torch")
 
@@ -196,7 +197,7 @@ def worker(rank, ranks, folder, parallel, configs):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(worker, args=(2, folder, FP32, CONFIGS), nprocs=2)
+    run_ranks(worker, 2, folder, FP32, CONFIGS, ranks=2)
     return folder
 
 
@@ -236,9 +237,8 @@ def test_the_state_of_two_ranks_goes_on_with_one(two_ranks, name, group_of_one):
 
 def test_adafactor_on_two_groups_of_two_ranks_ends_at_the_weights_of_one_plain_process(tmp_path):
     config = CONFIGS["adafactor"]
-    torch.multiprocessing.spawn(
-        worker, args=(4, tmp_path, replace(FP32, shard_size=2), {"adafactor": config}), nprocs=4
-    )
+    plan = replace(FP32, shard_size=2)
+    run_ranks(worker, 4, tmp_path, plan, {"adafactor": config}, ranks=4)
     assert_same_weights(torch.load(tmp_path / "weights.pt")["adafactor"], plain_weights(config))
 
 

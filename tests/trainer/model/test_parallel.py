@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.ranks import run_ranks
 from trainer.config import ModelConfig, ParallelConfig
 from trainer.model import (
     llama,
@@ -146,7 +147,7 @@ def worker(rank, ranks, folder, plans):
 
 
 def spawn(ranks, folder, plans):
-    torch.multiprocessing.spawn(worker, args=(ranks, folder, plans), nprocs=ranks)
+    run_ranks(worker, ranks, folder, plans, ranks=ranks)
     return torch.load(folder / "seen.pt", weights_only=False)
 
 

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.watch import cpu_of_descendants
-from pipeline.config.load import Config, load
+from pipeline.config.load import load
+from pipeline.config.sections import Config
 from pipeline.engine.units import Done, in_process
 from pipeline.inspect import export
 from pipeline.run import results

@@ -282,7 +282,7 @@ def commands(path: Path) -> list[str]:
 def test_the_commands_are_the_command_lines_and_their_keys_the_configs(path):
     from pipeline.__main__ import app
     from pipeline.config.load import load
-    from trainer.config import load as load_training
+    from pipeline.config.train import load_training
 
     group = typer.main.get_command(app)
     for command in commands(path) or pytest.fail("no command found"):

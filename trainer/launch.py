@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.config import STOP, TrainConfig, load
-from trainer.config import ConfigError as ConfigError  # for those who launch
+from stages.formats.errors import ConfigError
+from trainer.config import STOP, TrainConfig
 from trainer.data.order import valid_rank_counts
 
 if TYPE_CHECKING:
@@ -45,14 +45,12 @@ class FinalError(TrainingError):
     """One that all ranks met alike, and would meet again."""
 
 
-def launch(file: Path, overrides: Sequence[str], *, on_ray: bool) -> Ended:
-    """Train as the file says, on GPUs where there are any, and draw the run. Ranks of torchrun take
-    no Ray.
+def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
+    """Train, on GPUs where there are any, and plot the run. Ranks of torchrun do not use Ray.
 
     ConfigError for a config that is wrong in itself, TrainingError for data or a model that is at
     fault.
     """
-    config = load(file, overrides)
     try:
         import torch
     except ImportError:

@@ -18,11 +18,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pipeline.config.load import Config, ConfigError
+from pipeline.config.sections import Config
 from pipeline.controller import decide
 from pipeline.engine import units
 from pipeline.engine.lease import Fenced, fence, lease
 from pipeline.run.execute import Outcome, Progress, execute
+from stages.formats.errors import ConfigError
 from stages.read.fetch import expand_inputs
 from stages.storage.catalog import read_catalog
 from stages.storage.files import create_only, exists, names_in, read_bytes, write_atomically

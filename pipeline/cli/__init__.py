@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config.load import Config, ConfigError
+from pipeline.config.sections import Config
 from pipeline.engine.lease import Held
+from stages.formats.errors import ConfigError
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -28,7 +28,10 @@ from pipeline.cli import (
     warn,
 )
 from pipeline.cli.runs import run as run_command
-from pipeline.config.load import Config, ConfigError, absolute_path, load
+from pipeline.config.load import load
+from pipeline.config.paths import absolute_path
+from pipeline.config.sections import Config
+from stages.formats.errors import ConfigError
 
 command = partial(app.command, rich_help_panel="Batches and operations")
 

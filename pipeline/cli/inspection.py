@@ -28,7 +28,10 @@ from pipeline.cli import (
     print_wide,
     told,
 )
-from pipeline.config.load import ConfigError, absolute_path, load, show
+from pipeline.config.load import load
+from pipeline.config.paths import absolute_path
+from pipeline.config.show import show
+from stages.formats.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.run.status import RunStatus

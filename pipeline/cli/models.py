@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from pipeline.cli import app, escaped, out, print_wide, told
-from pipeline.config.load import ConfigError
+from stages.formats.errors import ConfigError
 
 command = partial(app.command, rich_help_panel="Models")
 Licence = Annotated[

@@ -24,7 +24,11 @@ from pipeline.cli import (
     told,
     warn,
 )
-from pipeline.config.load import CALIBRATED, ConfigError, absolute_path, load, show
+from pipeline.config.calibration import CALIBRATED
+from pipeline.config.load import load
+from pipeline.config.paths import absolute_path
+from pipeline.config.show import show
+from stages.formats.errors import ConfigError
 
 command = partial(app.command, rich_help_panel="Runs")
 

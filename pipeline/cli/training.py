@@ -9,7 +9,6 @@ import typer
 from rich.table import Table
 
 from pipeline.cli import AsJson, ConfigFile, Overrides, app, escaped, fail, out, print_wide, told
-from pipeline.config.load import ConfigError
 
 command = partial(app.command, rich_help_panel="Training")
 
@@ -29,14 +28,12 @@ def train(
 
     Ranks of torchrun train together.
     """
-    from trainer.launch import ConfigError as TrainConfigError
+    from pipeline.config.train import load_training
     from trainer.launch import TrainingError, launch
 
     with told():
         try:
-            ended = launch(config, overrides or [], on_ray=ray)
-        except TrainConfigError as error:
-            raise ConfigError(str(error)) from None
+            ended = launch(load_training(config, overrides or []), on_ray=ray)
         except TrainingError as error:
             fail(error, 1)
         out.print(

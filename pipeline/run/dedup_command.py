@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config.load import Config, ConfigError, load
+from pipeline.config.load import load
+from pipeline.config.sections import Config
 from pipeline.engine.units import RunUnits
 from pipeline.run.execute import Progress, execute
 from pipeline.run.results import all_commits, store_of
 from pipeline.run.state import read_state
+from stages.formats.errors import ConfigError
 from stages.read.fetch import FetchOptions, expand_inputs, local_copy
 from stages.read.records import InputConfig, columns_of
 from stages.storage.ledger import Commit, Store

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.load import ConfigError
 from pipeline.run.phase import Listing, Phase
 from stages.dedup import dedup, keep, lines, shuffle
 from stages.dedup.components import estimated_bytes
 from stages.dedup.dedup import DedupConfig
 from stages.dedup.shuffle import Layout, Shuffle, Source
 from stages.formats.document import POSITION_BITS
+from stages.formats.errors import ConfigError
 from stages.storage.digests import digest
 from stages.storage.files import exists, read_bytes, write_atomically
 from stages.storage.ledger import Commit, Store, Unit

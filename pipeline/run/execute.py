@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
-from pipeline.config.load import Config, file_digests, show
+from pipeline.config.digests import file_digests
+from pipeline.config.sections import Config
+from pipeline.config.show import show
 from pipeline.engine import units as engine
 from pipeline.engine.lease import lease
 from pipeline.run import dedup_plan, publish

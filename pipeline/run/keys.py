@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from filters import rules, settings
-from pipeline.config.load import Config, file_digests, section_of
+from pipeline.config.digests import file_digests
+from pipeline.config.sections import Config, section_of
 from pipeline.run import dedup_plan
 from stages.dedup import dedup
 from stages.extract import extract

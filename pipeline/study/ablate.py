@@ -23,18 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters import derived, rules, settings
-from pipeline.config.load import (
-    UNSEEN_KEYS,
-    Config,
-    ConfigError,
-    file_digests,
-    for_all,
-    section_of,
-    show,
-)
+from pipeline.config.digests import IRRELEVANT_KEYS, file_digests, general_key
+from pipeline.config.sections import Config, section_of
+from pipeline.config.show import show
 from pipeline.report.sample import Ledger, part_uri, read_ledger, spread
 from pipeline.run.publish import published_to
 from stages.formats.document import NamedFilter, score_columns
+from stages.formats.errors import ConfigError
 from stages.storage.catalog import read_catalog
 from stages.storage.parts import read_columns, score_names
 
@@ -171,7 +166,7 @@ def _require_measured(config: Config, ledger: Ledger) -> None:
     then = {key: entry["value"] for key, entry in ledger.state["config"].items()}
     for key in sorted(now.keys() | {key for key in then if key.startswith("per_language.")}):
         # what is not said for a language is as for all
-        known, wanted = (values.get(key, values.get(for_all(key))) for values in (then, now))
+        known, wanted = (values.get(key, values.get(general_key(key))) for values in (then, now))
         if known is None or wanted is None or _portable(known) == _portable(wanted):
             continue
         if _is_measured_with(key, config):
@@ -193,7 +188,7 @@ def _portable(value: str) -> str:
 
 # beside bounds, what changes no document: these sections, and these keys of others
 _FREE_SECTIONS = {"run", "fetch", "pack", "ner"}
-_FREE_KEYS = {"filters", "allowed", *UNSEEN_KEYS}
+_FREE_KEYS = {"filters", "allowed", *IRRELEVANT_KEYS}
 
 
 def _is_measured_with(key: str, config: Config) -> bool:

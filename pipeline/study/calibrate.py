@@ -16,14 +16,9 @@ import pyarrow.compute as pc
 
 from filters import rules
 from pipeline.config import percentiles
-from pipeline.config.load import (
-    CALIBRATED,
-    Config,
-    chosen_by,
-    for_all,
-    measured_with,
-    texts_made_with,
-)
+from pipeline.config.calibration import CALIBRATED
+from pipeline.config.digests import general_key, measured_with, selection_settings, texts_made_with
+from pipeline.config.sections import Config
 from pipeline.engine import units
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats, binned
@@ -96,10 +91,10 @@ def changed_since(config: Config) -> list[str]:
     if not taken or config.run.calibration:
         return []
     table = percentiles.parse(read_bytes(f"{config.run.directory}/calibration.json"))
-    before, now = table.drawn_by, chosen_by(config)
+    before, now = table.drawn_by, selection_settings(config)
     # what is not said for a language is as for all
     values = {
-        key: [said.get(key, said.get(for_all(key))) for said in (before, now)]
+        key: [said.get(key, said.get(general_key(key))) for said in (before, now)]
         for key in (before | now if before else {})
     }
     return [
@@ -199,7 +194,7 @@ def _described(
     made_with = {name: measured_with(config, name) for name in names} | {
         "texts": texts_made_with(config)
     }
-    table = percentiles.Table(sampled, {}, made_with, chosen_by(config))
+    table = percentiles.Table(sampled, {}, made_with, selection_settings(config))
     distributions = []
     for score, (kind, column) in sources.items():
         for language, values in _by_language(columns[kind], column, [percentiles.ALL, *apart]):

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.load import Config, ConfigError
+from pipeline.config.sections import Config
 from pipeline.engine import units as engine
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats
@@ -36,6 +36,7 @@ from pipeline.run.results import PHASES, all_commits, store_of
 from pipeline.run.state import read_state
 from pipeline.run.status import wall_time
 from pipeline.study.sample import Sample, draw, write_part
+from stages.formats.errors import ConfigError
 from stages.storage.files import write_atomically
 from stages.storage.ledger import Commit, Store, Unit
 

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.config.load import Config, ConfigError
+from pipeline.config.sections import Config
 from pipeline.run.state import Input
+from stages.formats.errors import ConfigError
 from stages.pack.pack import derive_seed
 from stages.read.fetch import local_copy
 from stages.read.records import InputConfig, read_texts

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.train import load_training
+from stages.formats.errors import ConfigError
 from tests.support.live_training import metric_records
 from tests.support.processes import descendants
-from trainer.config import ConfigError, DataConfig, RayConfig, TrainConfig
+from trainer.config import DataConfig, RayConfig, TrainConfig
 from trainer.launch import worker_counts
 
 
@@ -83,7 +85,7 @@ def file(tmp_path) -> Path:
 def test_a_training_is_launched_drawn_exported_and_asked_about(file, tmp_path):
     from trainer.launch import TrainingError, export, launch
 
-    ended = launch(file, ["max_steps=4", "checkpoint.every_steps=2"], on_ray=False)
+    ended = launch(load_training(file, ["max_steps=4", "checkpoint.every_steps=2"]), on_ray=False)
     assert (ended.steps, ended.reason) == (
         4,
         "step 4 was reached",
@@ -107,20 +109,20 @@ def test_a_request_to_stop_that_an_earlier_run_has_left_is_none(file, tmp_path):
 
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "stop").touch()
-    assert launch(file, ["max_steps=3"], on_ray=False).steps == 3
+    assert launch(load_training(file, ["max_steps=3"]), on_ray=False).steps == 3
 
 
 @train
 def test_a_folder_has_one_training_at_a_time_and_nothing_of_another_one(file, tmp_path):
     from trainer.launch import TrainingError, launch
 
-    launch(file, ["max_steps=4"], on_ray=False)
+    launch(load_training(file, ["max_steps=4"]), on_ray=False)
     with open(tmp_path / "train" / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(TrainingError, match="train: another training is at work here"):
-            launch(file, ["max_steps=6"], on_ray=False)
+            launch(load_training(file, ["max_steps=6"]), on_ray=False)
     shutil.rmtree(tmp_path / "train" / "checkpoints")
-    launch(file, ["max_steps=2", "data.shuffle_seed=3"], on_ray=False)
+    launch(load_training(file, ["max_steps=2", "data.shuffle_seed=3"]), on_ray=False)
     assert [record["step"] for record in metric_records(tmp_path / "train")] == [1, 2]
     assert (tmp_path / "train" / "metrics.jsonl.old").exists()
 
@@ -130,8 +132,8 @@ def test_a_training_that_has_reached_its_end_is_left_as_it_is(file, tmp_path):
     from trainer.launch import launch
     from trainer.telemetry.feedback import read_summaries
 
-    first = launch(file, ["max_steps=4", "telemetry.sinks=[]"], on_ray=False)
-    again = launch(file, ["max_steps=3"], on_ray=False)
+    first = launch(load_training(file, ["max_steps=4", "telemetry.sinks=[]"]), on_ray=False)
+    again = launch(load_training(file, ["max_steps=3"]), on_ray=False)
     assert (again.steps, again.loss, again.reason) == (
         4,
         first.loss,
@@ -149,7 +151,7 @@ def test_what_only_the_first_step_or_rank_0_can_know_is_told_in_a_line(file, ran
 
     expected = r"a trainer is named by letters|token \d+ exceeds model.vocab_size = 20; enlarge it"
     with pytest.raises(TrainingError, match=expected):
-        launch(file, [rank_fault], on_ray=False)
+        launch(load_training(file, [rank_fault]), on_ray=False)
 
 
 # --- Ray Train ------------------------------------------------------------------------------------
@@ -180,9 +182,9 @@ def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session
     from trainer.launch import launch
     from trainer.telemetry.feedback import read_summaries
 
-    undisturbed = launch(file, [f"directory={tmp_path}/undisturbed"], on_ray=True)
+    undisturbed = launch(load_training(file, [f"directory={tmp_path}/undisturbed"]), on_ray=True)
     killer = when(tmp_path / "train", 25, lambda: os.kill(workers()[-1], signal.SIGKILL))
-    ended = launch(file, [], on_ray=True)
+    ended = launch(load_training(file, []), on_ray=True)
     killer.join()
     assert (ended.steps, ended.reason, ended.loss) == (100, "the data ended", undisturbed.loss)
     told, expected = (
@@ -222,17 +224,21 @@ def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(
     with pytest.raises(
         TrainingError, match="a trainer is named by letters"
     ):  # which rank 0 alone can know
-        launch(file, ["ray.max_failures=-1", "telemetry.name='no name'"], on_ray=True)
+        launch(
+            load_training(file, ["ray.max_failures=-1", "telemetry.name='no name'"]), on_ray=True
+        )
     next((tmp_path / "run").rglob("*.mds")).unlink()
     with pytest.raises(
         TrainingError,
         match=r"generation gen-0001: part-0000\d/shard\.00000\.mds: expected a file, found none",
     ):
-        launch(file, ["ray.max_failures=-1"], on_ray=True)  # which would be tried for ever
+        launch(
+            load_training(file, ["ray.max_failures=-1"]), on_ray=True
+        )  # which would be tried for ever
     with pytest.raises(
         ConfigError, match=r"2 workers want 200 CPU, and there are \d+; change the section ray"
     ):
-        launch(file, ["ray.cpus_per_worker=100"], on_ray=True)
+        launch(load_training(file, ["ray.cpus_per_worker=100"]), on_ray=True)
 
 
 @train
@@ -256,13 +262,15 @@ def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_
     )  # there is room for 3 workers, among which 4 micro-batches do not divide
     stopper = when(tmp_path / "train", 5, stop)
     ended = launch(
-        file,
-        [
-            "ray.min_workers=1",
-            "ray.workers=4",
-            f"ray.cpus_per_worker={each}",
-            "data.micro_batch_rows=2",
-        ],
+        load_training(
+            file,
+            [
+                "ray.min_workers=1",
+                "ray.workers=4",
+                f"ray.cpus_per_worker={each}",
+                "data.micro_batch_rows=2",
+            ],
+        ),
         on_ray=True,
     )
     stopper.join()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.config import ConfigError
+from stages.formats.errors import ConfigError
 
 
 class Question(NamedTuple):

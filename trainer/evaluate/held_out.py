@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.formats.errors import ConfigError
 from stages.storage.catalog import read_catalog
-from trainer.config import ConfigError, DataConfig, EvaluationConfig, SourceConfig
+from trainer.config import DataConfig, EvaluationConfig, SourceConfig
 from trainer.data.generations import verify_generation, verify_held_out
 from trainer.data.rows import RowRef, read_batch
 from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers

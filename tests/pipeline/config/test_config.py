@@ -12,18 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import percentiles
-from pipeline.config.load import (
-    ConfigError,
-    file_digests,
-    load,
-    measured_with,
-    show,
-    texts_made_with,
-)
+from pipeline.config.digests import file_digests, measured_with, texts_made_with
+from pipeline.config.load import load
+from pipeline.config.show import show
 from pipeline.models.benchmark_index import build_index
 from pipeline.run.execute import Run
 from pipeline.run.keys import stage_keys
 from pipeline.study import ablate
+from stages.formats.errors import ConfigError
 from tests.support.paths import ROOT
 
 GOOD = '[run]\ndirectory = "r"\n[input]\npaths = ["x.warc.gz"]\n'
@@ -101,7 +97,7 @@ def config(tmp_path):
         ),
         (
             "[per_language]\nen = 3\n",
-            r"'per_language.en' is a section: write \[per_language.de.perplexity\]",
+            r"per_language.en is a section: write \[per_language.de.perplexity\]",
         ),
         (
             "[per_language.de.c4]\n",
@@ -126,7 +122,7 @@ def config(tmp_path):
         ),
         (
             '[c4]\nsentence_count = ["p5", "p100"]\n',
-            r"c\.toml:6: c4.sentence_count = .*Run `gristmill calibrate`.*r/calibration.json",
+            r"c\.toml:6: c4.sentence_count = .*run `gristmill calibrate`.*r/calibration.json",
         ),
         ('[c4]\nsentence_count = ["p5"]\n', r"c\.toml:6: c4.sentence_count = .*give \[low, high\]"),
         ('[c4]\nsentence_count = ["p101", "p100"]\n', r"c\.toml:6: c4.sentence_count"),
@@ -147,7 +143,7 @@ def test_a_wrong_file_stops_with_its_line_and_advice(config, text, message):
             "command line: unknown config key 'dedup.num_band'; did you mean 'dedup.num_bands'",
         ),
         ("dedup", "is not section.key=value"),
-        ("num_bands=3", "is not section.key=value"),
+        ("num_bands=3", "command line: unknown section or stage 'num_bands'; known: run"),
         ("deduq.num_bands=3", "unknown section or stage 'deduq'; did you mean 'dedup'"),
         ("run.directory.x=3", "'directory' is a value, not a section"),
         ("input.paths=[]", "input.paths is empty"),
@@ -542,7 +538,8 @@ def test_a_run_directory_that_ray_would_remove_with_the_job_is_refused(
     (tmp_path / "_ray_pkg_1").mkdir()
     monkeypatch.chdir(tmp_path / "_ray_pkg_1")
     with pytest.raises(
-        ConfigError, match=rf"{key} lies in the job's working directory.*write an absolute path"
+        ConfigError,
+        match=rf"{key} = .* lies in the job's working directory.*write an absolute path",
     ):
         load(None, ["run.directory=/runs/x", "input.paths=['x']", f"{key}={value}"])
 

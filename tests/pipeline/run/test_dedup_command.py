@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.load import ConfigError
 from pipeline.engine.ray_plan import on_ray
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.run import dedup_plan, results
 from pipeline.run.dedup_command import configure, dedup_files
+from stages.formats.errors import ConfigError
 from tests.support.inline import Silent, run_inline
 from tests.support.inline import make_config as load_config
 from tests.support.paths import ROOT

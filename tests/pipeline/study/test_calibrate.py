@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.load import ConfigError, load
+from pipeline.config.load import load
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.run import results
 from pipeline.run.state import read_state
 from pipeline.study.ablate import ablate, without
 from pipeline.study.calibrate import calibrate, changed_since, write_plot
+from stages.formats.errors import ConfigError
 from tests.support.inline import Silent, run_inline
 from tests.support.paths import ROOT
 

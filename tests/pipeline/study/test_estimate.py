@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.config.load import ConfigError, load
+from pipeline.config.load import load
 from pipeline.engine.units import in_process
 from pipeline.report.report import write_report
 from pipeline.report.run_data import gather
 from pipeline.run.execute import Run
 from pipeline.study.estimate import Cost, estimate, expected
 from pipeline.study.sample import UNITS, draw, is_drawn, parse_share
+from stages.formats.errors import ConfigError
 from tests.support.inline import Silent, run_inline
 from tests.support.paths import ROOT
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from pipeline.config.load import ConfigError
 from pipeline.engine.ray_plan import on_ray
 from pipeline.inspect import export, why
 from pipeline.run.execute import Run, execute
 from pipeline.run.state import read_state
+from stages.formats.errors import ConfigError
 from tests.support.inline import Silent, make_config, run_inline
 
 TEXTS = {

@@ -20,6 +20,8 @@ s3fs = pytest.importorskip("s3fs")
 
 import fsspec
 
+from pipeline.config.train import load_training
+from stages.formats.errors import ConfigError
 from stages.pack.pack import PROVENANCE
 from stages.storage.catalog import GenerationError, read_catalog
 from tests.support.loading import BOTH, data_config, next_when_published, on_two_ranks
@@ -27,7 +29,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import call_command
 from tests.support.shards import publish
 from trainer import loop
-from trainer.config import ConfigError, EvaluationConfig, SourceConfig, load
+from trainer.config import EvaluationConfig, SourceConfig
 from trainer.data import (
     generations,
     loader,
@@ -527,11 +529,9 @@ def test_the_cache_is_a_local_folder_below_the_training_unless_told(tmp_path):
     file = tmp_path / "train.toml"
     file.write_text(f'directory = "{tmp_path}/t"\n[data]\nsources = [{{run = "s3://b/r"}}]')
     assert (
-        load(file).data.cache_dir == f"{tmp_path}/t/cache"
-        and load(file).data.sources[0].run == "s3://b/r"
+        load_training(file).data.cache_dir == f"{tmp_path}/t/cache"
+        and load_training(file).data.sources[0].run == "s3://b/r"
     )
-    assert load(file, ["data.cache_dir=/scratch"]).data.cache_dir == "/scratch"
-    with pytest.raises(
-        ConfigError, match=r"data\.cache_dir = 's3://b/c': a local folder is wanted"
-    ):
-        load(file, ["data.cache_dir=s3://b/c"])
+    assert load_training(file, ["data.cache_dir=/scratch"]).data.cache_dir == "/scratch"
+    with pytest.raises(ConfigError, match=r"data\.cache_dir = 's3://b/c': give a local folder"):
+        load_training(file, ["data.cache_dir=s3://b/c"])

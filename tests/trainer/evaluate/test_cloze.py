@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import ConfigError
+from stages.formats.errors import ConfigError
 from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers
 
 HELLASWAG = {

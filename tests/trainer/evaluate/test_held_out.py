@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline.run import publish as publishing
 from stages.formats import mds
+from stages.formats.errors import ConfigError
 from stages.formats.tokens import load_encoding
 from stages.pack.pack import (
     CorpusPart,
@@ -39,7 +40,6 @@ from tests.support.shards import (
 )
 from trainer import loop
 from trainer.config import (
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     ModelConfig,

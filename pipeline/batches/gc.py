@@ -18,7 +18,7 @@ from pipeline.engine.lease import is_held, lease
 from pipeline.run.execute import STAGES
 from pipeline.run.state import read_state
 from stages.storage.catalog import read_catalog
-from stages.storage.files import exists, names_in, open_fs, read_bytes
+from stages.storage.files import exists, names_in, open_fs, read_bytes, remove_tree
 
 _MATCHED_AGAINST = ("extract", "dedup")
 
@@ -62,8 +62,7 @@ def collect(
         gone = []
         for item in find(root, intermediate=intermediate):
             if older_than is None or (item.modified is not None and item.modified < older_than):
-                fs, path = open_fs(item.uri)
-                fs.rm(path, recursive=True)
+                remove_tree(item.uri)
                 gone.append(item)
         return gone
 

@@ -11,11 +11,10 @@ from pipeline.report.charts import Floats
 from pipeline.report.sample import Ledger, part_uri, read_ledger, spread
 from pipeline.run import publish
 from pipeline.run.results import corpus_phase, store_of
-from stages.formats.document import ordinal_of
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists
 from stages.storage.ledger import Store
-from stages.storage.parts import read_columns, score_names
+from stages.storage.parts import read_columns, score_names, unit_of
 
 
 def why(root: str, url: str) -> list[dict[str, Any]]:
@@ -155,11 +154,9 @@ def _kept_copy(root: str, state: dict[str, Any], keep: dict[str, Any]) -> dict[s
     if earlier is not None:
         store = Store(earlier["documents"])
         # an index of all documents may name one that was itself dropped for another
-        there = _row(
-            Store(earlier["keep"]).uri("keep", f"{ordinal_of(doc_id):06d}.parquet"), doc_id
-        )
+        there = _row(Store(earlier["keep"]).uri("keep", f"{unit_of(doc_id)}.parquet"), doc_id)
         doc_id = there["kept_id"] if there and there["kept_in"] is None else doc_id
-    row = _row(store.uri("documents", f"{ordinal_of(doc_id):06d}.parquet"), doc_id) or {}
+    row = _row(store.uri("documents", f"{unit_of(doc_id)}.parquet"), doc_id) or {}
     named = {"doc_id": doc_id, "url": row.get("url"), "source_id": row.get("source_id")}
     return named | {"documents": earlier and earlier["documents"]}
 

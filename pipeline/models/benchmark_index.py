@@ -17,7 +17,6 @@ The same files make the same bytes, in whatever order and place they are given.
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -49,6 +48,7 @@ from filters.decontamination import (
 from filters.text import ngrams
 from filters.text.ngrams import I64, U64
 from stages.read.records import zstd_pieces
+from stages.storage.digests import bytes_sha256
 
 N = 13
 # texts of 8 words are titles and phrases of law ("the Equal Protection Clause of the Fourteenth
@@ -129,7 +129,7 @@ def build_index(
     if not 1 <= min_words <= n:
         raise ValueError(f"min_words must be between 1 and n = {n}, got {min_words}")
     _check_output(output, [*paths, *background])
-    digests = sorted(_sha256(_read(path)) for path in background)
+    digests = sorted(bytes_sha256(_read(path)) for path in background)
     by_name = {
         (source.benchmark, source.name, source.sha256): source
         for path in paths
@@ -211,7 +211,7 @@ def sources(path: str) -> Iterator[Source]:
             raise ValueError(
                 f"{named}: of the {len(rows)} rows of {place} none could be read; is it what its name says?"
             )
-        yield Source(name or benchmark_of(place), place.name, _sha256(data), rows)
+        yield Source(name or benchmark_of(place), place.name, bytes_sha256(data), rows)
 
 
 def benchmark_of(place: PurePosixPath) -> str:
@@ -564,7 +564,3 @@ def _is_index(path: Path) -> bool:
         return False
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -25,6 +25,7 @@ import zstandard
 
 from filters.model_card import digest
 from stages.read.records import Unpacked
+from stages.storage.digests import bytes_sha256
 
 RUN_KINDS = ("corpus", "rejected", "documents")
 
@@ -91,7 +92,7 @@ def fingerprint(entries: Iterable[dict[str, Any]]) -> str:
     """sha256 over the digests of all sources in order: the same for the same texts, wherever they
     lie.
     """
-    return hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()
+    return bytes_sha256("".join(entry["sha256"] for entry in entries).encode())
 
 
 def documents(source: str | Path, *, text_column: str = "text") -> Iterator[str]:

@@ -20,10 +20,9 @@ from pipeline.report.sample import Ledger, Sample, part_uri
 from pipeline.run import dedup_plan
 from stages.dedup.dedup import EARLIER, earlier_documents
 from stages.dedup.minhash import normalize, shingle_hashes
-from stages.formats.document import ordinal_of
 from stages.storage.files import exists
 from stages.storage.ledger import Commit
-from stages.storage.parts import documents, part_of, read_columns
+from stages.storage.parts import documents, part_of, read_columns, unit_of
 
 RULES = ("dedup.exact", "dedup.near", "dedup.earlier")
 EXCERPT = 600
@@ -209,7 +208,7 @@ def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
     rows = [
         row
         for doc_id in ids
-        if (row := _row(part_uri(ledger, "dedup keep", "keep", _unit(doc_id)), doc_id, columns))
+        if (row := _row(part_uri(ledger, "dedup keep", "keep", unit_of(doc_id)), doc_id, columns))
     ]
     if not rows:
         return []
@@ -233,7 +232,7 @@ def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
 
 
 def _copy(ledger: Ledger, row: Mapping[str, Any]) -> Copy:
-    uri, kept_in = part_uri(ledger, "extract", "documents", _unit(row["doc_id"])), None
+    uri, kept_in = part_uri(ledger, "extract", "documents", unit_of(row["doc_id"])), None
     if row["kept_in"] is not None:
         batch = ledger.state["indexes"][row["kept_in"]]["documents"]
         uri, kept_in = (
@@ -244,10 +243,6 @@ def _copy(ledger: Ledger, row: Mapping[str, Any]) -> Copy:
     found = _row(uri, row["doc_id"], ["url", "source_id", "text"]) or {}
     name = found.get("url") or found.get("source_id") or f"document {row['doc_id']}"
     return Copy(name, found.get("text"), kept_in, row["rule"], row["similarity"])
-
-
-def _unit(doc_id: int) -> str:
-    return f"{ordinal_of(doc_id):06d}"
 
 
 def _row(uri: str | None, doc_id: int, columns: Sequence[str]) -> dict[str, Any] | None:
@@ -363,7 +358,7 @@ def _alarm(ledger: Ledger) -> Alarm:
 
 def _name(ledger: Ledger, wiped: Mapping[str, Any]) -> str:
     column, example = _NAMED_BY[wiped["kind"]], wiped["example"]
-    row = _row(part_uri(ledger, "extract", "documents", _unit(example)), example, [column])
+    row = _row(part_uri(ledger, "extract", "documents", unit_of(example)), example, [column])
     if row is None:
         return f"that of document {example}"
     return clean(row[column] or "") or f"(no {column})"

@@ -27,7 +27,7 @@ from pipeline.run.status import PhaseStatus, phase_status
 from stages.formats.document import sampled
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, read_bytes
-from stages.storage.parts import read_columns, rows_at
+from stages.storage.parts import read_columns, rows_at, unit_name
 
 CONTEXT = 70
 LOST = 0.9  # a host or input file that lost more than this share is pointed out
@@ -494,7 +494,7 @@ def _input_files(ledger: Ledger) -> list[Group]:
 def _input_paths(root: str) -> dict[str, str]:
     uri = f"{root}/inputs.jsonl"
     lines = read_bytes(uri).splitlines() if exists(uri) else []
-    return {f"{record['ordinal']:06d}": record["path"] for record in map(json.loads, lines)}
+    return {unit_name(record["ordinal"]): record["path"] for record in map(json.loads, lines)}
 
 
 def _lengths(ledger: Ledger, sample: Sample) -> dict[str, Histogram]:

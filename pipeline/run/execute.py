@@ -31,6 +31,7 @@ from stages.refine import ner, refine
 from stages.storage.digests import digest
 from stages.storage.files import exists, read_bytes, write_atomically
 from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.parts import unit_name
 
 STAGES = ("extract", "dedup", "refine", "pack")
 # phases whose outputs bear other names than their units, so that another unit's may take their
@@ -430,7 +431,7 @@ def _publish(
     commits = phases["pack"].ordered()
     if not any(c.rows_out for c in commits):
         return None
-    by_unit = {f"{i.ordinal:06d}": i.path for i in inputs}
+    by_unit = {unit_name(i.ordinal): i.path for i in inputs}
     sources = {by_unit[c.unit]: c.rows_out for c in phases["refine"].ordered()}
     return publish.publish(
         run.config.run.catalog or run.root,
@@ -448,7 +449,7 @@ def _extract_units(run: Run, before: dict[str, Phase], inputs: Sequence[Input]) 
     in_order = sorted(
         inputs
     )  # of their numbers: ids ascend from unit to unit, whenever an input came to the list
-    return Listing([Unit(f"{i.ordinal:06d}", i.fingerprint, _extract_task(i)) for i in in_order])
+    return Listing([Unit(unit_name(i.ordinal), i.fingerprint, _extract_task(i)) for i in in_order])
 
 
 def _extract_task(i: Input) -> dict[str, Any]:

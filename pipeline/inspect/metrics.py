@@ -20,10 +20,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pipeline.controller import decide
-from pipeline.run.publish import published_to, read_catalog
+from pipeline.run.publish import published_to
 from pipeline.run.results import PHASES, store_of
 from pipeline.run.state import read_state
 from pipeline.run.status import phase_status
+from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, names_in, open_fs, read_bytes
 from stages.storage.ledger import Store
 from trainer.telemetry import feedback

@@ -216,7 +216,7 @@ def test_a_fault_is_told_once_for_as_long_as_it_stands(copy):
     for _ in range(3):
         tend.collect()
     assert (
-        len(told) == 1 and "catalog.jsonl: JSONDecodeError" in told[0] and tend.faults == set(told)
+        len(told) == 1 and "catalog.jsonl: GenerationError" in told[0] and tend.faults == set(told)
     )
     shutil.copy(copy / "inputs.jsonl", copy / "catalog.jsonl")
     tend.collect()
@@ -322,7 +322,7 @@ FILES = {
     "extract/k/units.json": {"000000": "f", "000001": "f"},
     "extract/k/commits/000000.json": COMMIT.__dict__,
     "extract/k/failures/000001.json": {"unit": "000001", "error": "no", "set_aside": "f"},
-    "catalog.jsonl": {"name": "gen-0001", "rows": 3, "tokens": 60},
+    "catalog.jsonl": {"name": "gen-0001", "manifest_sha256": "0", "rows": 3, "tokens": 60},
 }
 
 

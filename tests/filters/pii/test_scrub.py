@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from filters import first_failure
-from filters.pii import phones, scrub
-from filters.pii.scrub import Pii, Span, counts
+from filters.pii import phones, pieces, recognizers, scores, triggers
+from filters.pii.scrub import Pii
+from filters.pii.spans import Hit, Span
 from filters.pii.surrogates import FORM
 from tests.support.examples import at_most
 
@@ -263,7 +264,7 @@ def test_spans_count_what_was_replaced_and_not_what_was_there() -> None:
         Span("IP_ADDRESS", 32, 44),
         Span("EMAIL_ADDRESS", 49, 64),
     ]
-    assert counts(spans) == {"EMAIL_ADDRESS": 2, "IP_ADDRESS": 1}
+    assert Counter(span.entity for span in spans) == {"EMAIL_ADDRESS": 2, "IP_ADDRESS": 1}
 
 
 def test_only_the_entities_asked_for() -> None:
@@ -398,41 +399,43 @@ def test_an_error_tells_nothing_of_the_text(monkeypatch: pytest.MonkeyPatch) -> 
         def analyze(self, text: str, entities: list[str]) -> None:
             raise KeyError(text)
 
-    monkeypatch.setattr(scrub, "_recognizer", lambda *args: Careless())
+    monkeypatch.setattr(recognizers, "recognizer", lambda *args: Careless())
     with pytest.raises(RuntimeError, match=r"KeyError in test_scrub\.py:\d+;") as caught:
         Pii().scrub("@".join(["ja" + "ne", "doe-inc.org!"]))
     shown = "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None and "jane" not in shown
 
 
-def by_trigger(line: str, above: str) -> set[scrub._Hit]:
+def by_trigger(line: str, above: str) -> set[Hit]:
     return set(Pii()._find(line, above, frozenset(Pii()._present(line))))
 
 
-def by_every_recogniser(line: str, above: str) -> set[scrub._Hit]:
+def by_every_recogniser(line: str, above: str) -> set[Hit]:
     """Every recogniser on every line, whole; then the same policy."""
     found = set()
-    for entity in scrub._TRIGGERS:
-        recognizer = scrub._recognizer(entity, Pii().phone_regions)
+    for entity in triggers.TRIGGERS:
+        recognizer = recognizers.recognizer(entity, Pii().phone_regions)
         is_phone = entity == "PHONE_NUMBER"
-        words = Pii().phone_context if is_phone else scrub._context(entity)
-        shown = phones.shown(line) if is_phone else line
+        words = Pii().phone_context if is_phone else recognizers.context_words(entity)
+        shown = phones.blank_non_phones(line) if is_phone else line
         raws = [
             raw
-            for text in scrub._writings(entity, shown)
+            for text in recognizers.variants(entity, shown)
             for raw in recognizer.analyze(text, [entity])
         ]
-        hits = [scrub._Hit(entity, raw.start, raw.end, raw.score) for raw in raws]
+        hits = [Hit(entity, raw.start, raw.end, raw.score) for raw in raws]
         if is_phone:
             hits = [
-                h if phones.is_written_like_one(line, h.start, h.end) else h._replace(score=0.05)
+                h if phones.is_in_format(line, h.start, h.end) else h._replace(score=0.05)
                 for h in hits
             ]
-            hits = [h._replace(start=phones.unbracketed(line, h.start, h.end)) for h in hits]
-            hits += [scrub._Hit(entity, *span, 0.75) for span in phones.labelled(shown, above)]
-            hits += [scrub._Hit(entity, *span, 0.4) for span in phones.international(shown)]
+            hits = [
+                h._replace(start=phones.skip_unclosed_bracket(line, h.start, h.end)) for h in hits
+            ]
+            hits += [Hit(entity, *span, 0.75) for span in phones.labeled_numbers(shown, above)]
+            hits += [Hit(entity, *span, 0.4) for span in phones.international_numbers(shown)]
         for hit in hits:
-            score = scrub._score(hit, line, above, words)
+            score = scores.score(hit, line, above, words)
             if score >= Pii().min_score:
                 found.add(hit._replace(score=score))
     return found
@@ -441,21 +444,21 @@ def by_every_recogniser(line: str, above: str) -> set[scrub._Hit]:
 @given(TEXTS | st.text("0٣７1aZ１bcDE12 -‐.()\xa0／:@é，日\ud800", max_size=60))
 def test_a_first_look_misses_no_trigger(text: str) -> None:
     assert {
-        entity for entity in scrub._TRIGGERS if scrub._is_triggered(entity, text)
-    } <= scrub._hinted(text)
+        entity for entity in triggers.TRIGGERS if triggers.is_triggered(entity, text)
+    } <= triggers.hinted_entities(text)
 
 
 @pytest.mark.parametrize(
     "shortest", ["1" + "a" * 25, "a@b", "ab12 cdef", "1234567", "1 2 3 4 5 6 7", "1111 1111 1111 1"]
 )
 def test_a_first_look_sees_the_shortest_trigger(shortest: str) -> None:
-    found = {entity for entity in scrub._TRIGGERS if scrub._is_triggered(entity, shortest)}
-    assert found and found <= scrub._hinted(shortest)
+    found = {entity for entity in triggers.TRIGGERS if triggers.is_triggered(entity, shortest)}
+    assert found and found <= triggers.hinted_entities(shortest)
 
 
 def test_every_decimal_digit_counts_as_one_at_first_look() -> None:
     digits = [c for c in map(chr, range(128, 0x110000)) if c.isdecimal()]
-    assert len(digits) > 500 and {c.encode()[0] for c in digits} == set(scrub._DIGIT_LEADS)
+    assert len(digits) > 500 and {c.encode()[0] for c in digits} == set(triggers.DIGIT_LEAD_BYTES)
 
 
 @given(TEXTS)
@@ -466,13 +469,13 @@ def test_triggers_lose_nothing(text: str) -> None:
 
 def test_a_long_line_is_cut_between_words_only() -> None:
     line = " ".join(f"and then {value} came to mind" for _, value in FOUND * 20)
-    assert len(line) > 4 * scrub.LONG
+    assert len(line) > 4 * pieces.MAX_PIECE
     assert by_trigger(line, "") == by_every_recogniser(line, "")
 
 
 def test_many_values_on_one_line_take_linear_time() -> None:
     text = " ".join(f"u{i}@example.org" for i in range(5_000))  # quadratic in any step: minutes
-    assert counts(Pii().scrub(text).spans) == {"EMAIL_ADDRESS": 5_000}
+    assert Counter(span.entity for span in Pii().scrub(text).spans) == {"EMAIL_ADDRESS": 5_000}
 
 
 # one without a gap, whose end no top-level domain is, and which a cut may give one; and values that
@@ -491,15 +494,15 @@ def test_text_without_gaps_is_read_a_few_times_only(
     glued: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = 0
-    piece = scrub._piece
+    piece = pieces.cut_piece
 
-    def counted(line: str, start: int) -> scrub._Piece:
+    def counted(line: str, start: int) -> pieces.Piece:
         nonlocal read
         cut = piece(line, start)
         read += cut.end - start
         return cut
 
-    monkeypatch.setattr(scrub, "_piece", counted)
+    monkeypatch.setattr(pieces, "cut_piece", counted)
     Pii().scrub(
         (glued * 100_000)[:100_000]
     )  # if each round cut elsewhere: 100 rounds, and more on longer ones
@@ -525,8 +528,8 @@ def test_scrubbing_a_long_line_twice_changes_nothing(
 
 
 def test_a_value_that_a_cut_goes_through_is_found_whole() -> None:
-    for before in range(scrub.LONG - 40, scrub.LONG + 1):
-        text = "," * before + "jane@doe-inc.com,+442079460958" + "," * scrub.LONG
+    for before in range(pieces.MAX_PIECE - 40, pieces.MAX_PIECE + 1):
+        text = "," * before + "jane@doe-inc.com,+442079460958" + "," * pieces.MAX_PIECE
         assert Pii().scrub(text).text.strip(",") == "<EMAIL_ADDRESS>,<PHONE_NUMBER>", before
 
 
@@ -554,14 +557,14 @@ def test_recall_is_that_of_the_bare_recognisers_and_phone_numbers_are_more_preci
     bare_wrong = wrong = 0
     for sample in json.loads((corpus / "pii/presidio-research/synth_dataset_v2.json").read_text()):
         text, scrubbed = sample["full_text"], Pii().scrub(sample["full_text"])
-        for entity in scrub._TRIGGERS:
+        for entity in triggers.TRIGGERS:
             gold = [s for s in sample["spans"] if s["entity_type"] == entity]
-            hits = scrub._recognizer(entity, Pii().phone_regions).analyze(text, [entity])
+            hits = recognizers.recognizer(entity, Pii().phone_regions).analyze(text, [entity])
             bare[entity] += sum(
                 any(h.start < s["end_position"] and s["start_position"] < h.end for h in hits)
                 for s in gold
             )
-            replaced = counts(scrubbed.spans).get(entity, 0)
+            replaced = sum(span.entity == entity for span in scrubbed.spans)
             ours[entity] += min(replaced, sum(s["entity_value"] not in scrubbed.text for s in gold))
             if entity == "PHONE_NUMBER":
                 bare_wrong += max(0, len(hits) - len(gold))

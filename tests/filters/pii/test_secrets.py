@@ -88,24 +88,24 @@ LINES = [rolled(BASE62 + "+/", 64, seed=i) for i in range(12)] + [rolled(BASE62,
 )
 def test_a_key_is_found_from_its_first_letter_to_its_last(key: str, around: str) -> None:
     text = around.format(key)
-    [(start, end)] = secrets.find(text)
+    [(start, end)] = secrets.find_secrets(text)
     assert text[start:end] == key.removeprefix("https://")
 
 
 @pytest.mark.parametrize("text", SHOWN)
 def test_what_documentation_shows_in_a_keys_place_stays(text: str) -> None:
-    assert secrets.find(text) == []
+    assert secrets.find_secrets(text) == []
 
 
 def test_a_key_within_something_longer_is_none() -> None:
-    assert secrets.find("iVBORw0KGgo" + KEYS[0] + "AAAANSUhEUg") == []
+    assert secrets.find_secrets("iVBORw0KGgo" + KEYS[0] + "AAAANSUhEUg") == []
 
 
 def test_the_secret_half_goes_with_an_aws_key_and_by_its_name() -> None:
     half = rolled(BASE62 + "/+", 40)
     assert Pii().scrub(f"id={KEYS[0]}\nkey={half}\n").text == "id=<SECRET>\nkey=<SECRET>\n"
     assert Pii().scrub(f"AWS_SECRET_ACCESS_KEY='{half}'").text == "AWS_SECRET_ACCESS_KEY='<SECRET>'"
-    assert secrets.find(f"sha1 of the file, in some form: {half}") == []
+    assert secrets.find_secrets(f"sha1 of the file, in some form: {half}") == []
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,10 @@ def test_the_secret_half_goes_with_an_aws_key_and_by_its_name() -> None:
 )
 def test_an_aws_secret_is_known_by_each_of_its_names(name: str) -> None:
     half = rolled(BASE62 + "/+", 40)
-    assert [("x " + name + half)[a:b] for a, b in secrets.find("x " + name + half)] == [half]
-    assert secrets.find("x " + name.replace("s", "z").replace("S", "Z") + half) == []
+    assert [("x " + name + half)[a:b] for a, b in secrets.find_secrets("x " + name + half)] == [
+        half
+    ]
+    assert secrets.find_secrets("x " + name.replace("s", "z").replace("S", "Z") + half) == []
 
 
 def test_githubs_checksum_is_checked_as_github_documents_it() -> None:

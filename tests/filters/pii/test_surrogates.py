@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filters.pii.scrub import _recognizer
+from filters.pii.recognizers import recognizer
 from filters.pii.surrogates import _AREAS, _FORMS, FORM, inert, surrogate
 
 KEY, OTHER = b"the key of a test", b"another key of it"
@@ -91,7 +91,7 @@ def test_each_is_no_ones() -> None:
     # the recognisers' own validation says so of the rest
     for entity in ("IBAN_CODE", "US_SSN", "CRYPTO"):
         assert (
-            _recognizer(entity, ()).analyze(
+            recognizer(entity, ()).analyze(
                 f" {surrogate(entity, VALUES[entity], key=KEY)} ", [entity]
             )
             == []

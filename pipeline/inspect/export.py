@@ -1,63 +1,86 @@
 """The documents of a run as plain files."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.run import query
 from pipeline.run.json_output import to_json
-from pipeline.run.results import corpus_phase, store_of
+from pipeline.run.results import REJECTED, all_commits, result_parts, result_schemas
 from pipeline.run.state import read_state
 from stages.storage.files import open_fs
-from stages.storage.parts import read_columns
+from stages.storage.parts import schema_of
 
-KINDS = {"documents": "extract", "keep": "dedup keep", "rejected": "refine"}
+Parts = dict[str, list[str]]
 
 
 def tables(root: str, kind: str) -> Iterator[pa.Table]:
-    """The parts of 'documents', 'keep', 'corpus' or 'rejected' (of both stages), in order of units."""
-    state = read_state(root)
-    if kind == "rejected":
-        for table in tables(root, "documents"):
-            yield table.filter(pc.is_valid(table["rejected_by"])).drop_columns(
-                ["band_keys", "content_hash"]
-            )
-    store = store_of(root, state, corpus_phase(root, state) if kind == "corpus" else KINDS[kind])
-    for commit in store.listed_commits():
-        for output in commit.outputs:
-            if output["path"].startswith(f"{kind}/"):
-                yield read_columns(store.uri(output["path"]), None)
-
-
-def export(root: str, kind: str, *, format: str, output: str) -> int:
-    """Write the rows of a kind to one file; returns their number.
+    """The rows of 'documents', 'keep', 'corpus' or 'rejected' (of both stages), in order of units.
 
     Columns of parts are united, absent ones null.
     """
-    schema = pa.unify_schemas([t.schema for t in tables(root, kind)] or [pa.schema([])])
+    parts = _parts(root)
+    yield from _tables(parts, kind, _schema(parts, kind))
+
+
+def export(root: str, kind: str, *, format: str, output: str) -> int:
+    """Write the rows of a kind to one file (see `tables`); returns their number."""
+    parts = _parts(root)
+    schema = _schema(parts, kind)
     fs, path = open_fs(output)
     if "/" in path:
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-    count = 0
+    writers = {"parquet": _write_parquet, "jsonl": _write_jsonl}
     with fs.open(path, "wb") as stream:
-        if format == "parquet":
-            with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-                for table in tables(root, kind):
-                    writer.write_table(_align(table, schema))
-                    count += table.num_rows
-            return count
-        for table in tables(root, kind):
-            for batch in table.to_batches(max_chunksize=1024):
-                for row in batch.to_pylist():
-                    stream.write(to_json(row).encode() + b"\n")
-                    count += 1
+        return writers[format](stream, schema, _tables(parts, kind, schema))
+
+
+def _parts(root: str) -> Parts:
+    state = read_state(root)
+    return result_parts(root, state, all_commits(root, state))
+
+
+def _schema(parts: Parts, kind: str) -> pa.Schema:
+    """The types as stored, which DuckDB does not keep: time zones, fixed widths, large strings."""
+    if kind != "rejected":
+        return _united(parts, kind)
+    extract = _united(parts, "documents")
+    fields = [field for field in extract if field.name not in ("band_keys", "content_hash")]
+    refine = _united(parts, "rejected_by_refine") if parts["rejected_by_refine"] else pa.schema([])
+    return pa.unify_schemas([pa.schema(fields, extract.metadata), refine])
+
+
+def _united(parts: Parts, kind: str) -> pa.Schema:
+    schemas = [schema_of(uri) for uri in parts[kind]]
+    return pa.unify_schemas(schemas or [result_schemas(parts)[kind]])
+
+
+def _tables(parts: Parts, kind: str, schema: pa.Schema) -> Iterator[pa.Table]:
+    columns = ", ".join(query.quoted(name, '"') for name in schema.names)
+    views = {"rejected": REJECTED}
+    with (
+        query.connect(parts, result_schemas(parts), views=views) as connection,
+        query.select(connection, f"SELECT {columns} FROM {kind}") as reader,
+    ):
+        for batch in reader:
+            yield pa.Table.from_batches([batch]).cast(schema)
+
+
+def _write_parquet(stream: Any, schema: pa.Schema, rows: Iterator[pa.Table]) -> int:
+    count = 0
+    with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+        for table in rows:
+            writer.write_table(table)
+            count += table.num_rows
     return count
 
 
-def _align(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    columns = [
-        table[f.name] if f.name in table.column_names else pa.nulls(table.num_rows, f.type)
-        for f in schema
-    ]
-    return pa.table(columns, schema=schema)
+def _write_jsonl(stream: Any, _: pa.Schema, rows: Iterator[pa.Table]) -> int:
+    count = 0
+    for table in rows:
+        for row in table.to_pylist():
+            stream.write(to_json(row).encode() + b"\n")
+        count += table.num_rows
+    return count

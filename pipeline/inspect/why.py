@@ -1,20 +1,18 @@
-"""What became of a page: from its record to the rows of its tokens, or to the rule that dropped it."""
+"""The fate of a page: the rule that dropped it, or the training rows that it became."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.report.charts import Floats
-from pipeline.report.sample import Ledger, part_uri, read_ledger, spread
-from pipeline.run import publish
-from pipeline.run.results import corpus_phase, store_of
+from pipeline.report.sample import Ledger, part_uri, parts_of, read_ledger, spread
+from pipeline.run import publish, query
+from pipeline.run.results import result_schemas
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists
 from stages.storage.ledger import Store
-from stages.storage.parts import read_columns, score_names, unit_of
+from stages.storage.parts import documents, schema_of, unit_of
 
 
 def why(root: str, url: str) -> list[dict[str, Any]]:
@@ -25,20 +23,26 @@ def why(root: str, url: str) -> list[dict[str, Any]]:
     below it, in percent.
     """
     ledger = read_ledger(root)
-    state = ledger.state
-    store = store_of(root, state, "extract")
-    found = []
-    for commit in store.listed_commits():
-        uri = store.uri(commit.outputs[0]["path"])
-        names = read_columns(uri, ["url", "source_id"])
-        is_url = pc.is_in(names["url"], value_set=pa.array(_variants(url)))
-        is_id = pc.fill_null(pc.equal(names["source_id"], url), False)
-        rows = pc.indices_nonzero(pc.or_(is_url, is_id)).to_pylist()
-        if rows:
-            table = read_columns(uri, None).take(rows).drop_columns(["band_keys", "content_hash"])
-            found += [_fate(root, state, commit.unit, row) for row in table.to_pylist()]
-    ranks = _Ranks(ledger)
-    return [fate | {"percentiles": ranks.of(fate["scores"])} for fate in found]
+    fates = [_fate(ledger, row) for row in _documents_of(ledger, url)]
+    if not fates:
+        return []
+    with _measured_parts(ledger) as connection:
+        return [f | {"percentiles": _percentiles(connection, f["scores"])} for f in fates]
+
+
+def _documents_of(ledger: Ledger, url: str) -> Iterator[dict[str, Any]]:
+    units = [c.unit for c in ledger.commits["extract"]]
+    parts = {"documents": parts_of(ledger, "extract", "documents", units)}
+    sql = (
+        "SELECT doc_id FROM documents WHERE list_contains($urls, url) OR source_id = $id "
+        "ORDER BY doc_id"
+    )
+    with query.connect(parts, _schemas(parts)) as connection:
+        ids = query.table(connection, sql, {"urls": _variants(url), "id": url})["doc_id"]
+    for doc_id in ids.to_pylist():
+        row = _row(ledger, "extract", "documents", doc_id)
+        if row is not None:
+            yield row
 
 
 def _variants(url: str) -> list[str]:
@@ -47,7 +51,7 @@ def _variants(url: str) -> list[str]:
     return [h + end for h in hosts for end in ("", "/")]
 
 
-def _fate(root: str, state: dict[str, Any], unit: str, row: dict[str, Any]) -> dict[str, Any]:
+def _fate(ledger: Ledger, row: dict[str, Any]) -> dict[str, Any]:
     identity = ("doc_id", "url", "source_id", "warc_file", "warc_offset", "crawl_date")
     fate = {
         k: row[k]
@@ -56,7 +60,7 @@ def _fate(root: str, state: dict[str, Any], unit: str, row: dict[str, Any]) -> d
     fate |= _measured(row)
     if row["rejected_by"] is not None:
         return fate | {"fate": "rejected", "stage": "extract", **_verdict(row), "text": row["text"]}
-    return fate | _after_extract(root, state, unit, row)
+    return fate | _after_extract(ledger, row["doc_id"])
 
 
 def _measured(row: dict[str, Any]) -> dict[str, Any]:
@@ -74,126 +78,148 @@ def _verdict(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _after_extract(
-    root: str, state: dict[str, Any], unit: str, row: dict[str, Any]
-) -> dict[str, Any]:
-    keep = _row(store_of(root, state, "dedup keep").uri("keep", f"{unit}.parquet"), row["doc_id"])
+def _after_extract(ledger: Ledger, doc_id: int) -> dict[str, Any]:
+    keep = _row(ledger, "dedup keep", "keep", doc_id)
     if keep is None:
         return {"fate": "pending", "stage": "dedup"}
     cluster = {"cluster_id": keep["cluster_id"], "cluster_size": keep["cluster_size"]}
     if not keep["keep"]:
         cluster |= {"rule": keep["rule"], "similarity": keep["similarity"]}
-        return {
-            "fate": "duplicate",
-            "stage": "dedup",
-            **cluster,
-            "kept_copy": _kept_copy(root, state, keep),
-        }
-    cuts = _row(store_of(root, state, "dedup cuts").uri("cuts", f"{unit}.parquet"), row["doc_id"])
+        kept_copy = _kept_copy(ledger, keep)
+        return {"fate": "duplicate", "stage": "dedup", **cluster, "kept_copy": kept_copy}
+    cuts = _row(ledger, "dedup cuts", "cuts", doc_id)
     if cuts is not None:
         cluster |= {"lines_cut": cuts["cut"], "chars_cut": cuts["chars_cut"]}
-    store = store_of(root, state, "refine")
-    rejected = _row(store.uri("rejected", f"{unit}.parquet"), row["doc_id"])
+    return _after_dedup(ledger, doc_id, cluster)
+
+
+def _after_dedup(ledger: Ledger, doc_id: int, cluster: dict[str, Any]) -> dict[str, Any]:
+    rejected = _row(ledger, "refine", "rejected", doc_id)
     if rejected is not None:
-        return {
-            "fate": "rejected",
-            "stage": "refine",
-            **cluster,
-            **_verdict(rejected),
-            **_measured(rejected),
-        }
-    corpus = _row(
-        store_of(root, state, corpus_phase(root, state)).uri("corpus", f"{unit}.parquet"),
-        row["doc_id"],
-    )
+        fate = {"fate": "rejected", "stage": "refine", **cluster}
+        return {**fate, **_verdict(rejected), **_measured(rejected)}
+    corpus = _row(ledger, ledger.corpus_phase, "corpus", doc_id)
     if corpus is None:
         return {"fate": "pending", "stage": "refine", **cluster}
-    kept_scores = _measured(corpus) | {"text": corpus["text"]}
-    placed = list(_generations(publish.published_to(root, state), row["doc_id"]))
-    if not placed:
-        return {"fate": "pending", "stage": "pack", **cluster, **kept_scores}
-    return {"fate": "published", "stage": "pack", **cluster, **kept_scores, "generations": placed}
+    kept = {**cluster, **_measured(corpus), "text": corpus["text"]}
+    generations = list(_generations(publish.published_to(ledger.root, ledger.state), doc_id))
+    if not generations:
+        return {"fate": "pending", "stage": "pack", **kept}
+    return {"fate": "published", "stage": "pack", **kept, "generations": generations}
 
 
 def _generations(root: str, doc_id: int) -> Iterator[dict[str, Any]]:
-    """Where a document lies in each generation: rows of its training part, or of its held-out part."""
+    """The rows of a document in each generation: in its training part, or in its held-out part."""
     for entry in read_catalog(root):
-        uri = f"{root}/generations/{entry['name']}"
-        parts = {False: uri, True: f"{uri}/held_out"} if exists(f"{uri}/held_out") else {False: uri}
-        for held_out, folder in parts.items():
-            table = read_columns(f"{folder}/provenance.parquet", None)
-            spans = table.filter(
-                pc.equal(table["doc_id"], pa.scalar(doc_id, pa.uint64()))
-            ).to_pylist()
+        folder = f"{root}/generations/{entry['name']}"
+        for held_out in (False, True):
+            uri = (
+                f"{folder}/held_out/provenance.parquet"
+                if held_out
+                else f"{folder}/provenance.parquet"
+            )
+            spans = _spans(uri, doc_id) if not held_out or exists(uri) else []
             if spans:
-                tokens = sum(s["length"] for s in spans)
                 yield {
                     "name": entry["name"],
                     "held_out": held_out,
-                    "rows": [s["row"] for s in spans],
-                    "tokens": tokens,
+                    "rows": [span["row"] for span in spans],
+                    "tokens": sum(span["length"] for span in spans),
                 }
 
 
-def _row(uri: str, doc_id: int) -> dict[str, Any] | None:
-    if not exists(uri):
-        return None
-    table = read_columns(uri, None)
-    rows: list[dict[str, Any]] = table.filter(
-        pc.equal(table["doc_id"], pa.scalar(doc_id, pa.uint64()))
-    ).to_pylist()
-    return rows[0] if rows else None
+def _spans(uri: str, doc_id: int) -> list[dict[str, Any]]:
+    sql = "SELECT row, length FROM spans WHERE doc_id = $id"
+    with query.connect({"spans": [uri]}, {}) as connection:
+        rows: list[dict[str, Any]] = query.table(connection, sql, {"id": doc_id}).to_pylist()
+    return rows
 
 
-def _kept_copy(root: str, state: dict[str, Any], keep: dict[str, Any]) -> dict[str, Any]:
-    """Who the copy is that stays: a document of this run, or of the earlier batch whose `documents`
-    are named.
+def _row(ledger: Ledger, phase: str, kind: str, doc_id: int) -> dict[str, Any] | None:
+    uri = part_uri(ledger, phase, kind, unit_of(doc_id))
+    return _row_of_part(uri, doc_id) if uri else None
+
+
+def _row_of_part(uri: str, doc_id: int) -> dict[str, Any] | None:
+    columns = [name for name in schema_of(uri).names if name != "doc_id"]
+    return documents(uri, [doc_id], columns).get(doc_id)
+
+
+def _kept_copy(ledger: Ledger, keep: dict[str, Any]) -> dict[str, Any]:
+    """The copy that stays: a document of this run, or of the earlier batch whose `documents` are
+    named.
     """
-    doc_id, store = keep["kept_id"], store_of(root, state, "extract")
-    earlier = None if keep["kept_in"] is None else state["indexes"][keep["kept_in"]]
-    if earlier is not None:
-        store = Store(earlier["documents"])
+    doc_id = keep["kept_id"]
+    if keep["kept_in"] is None:
+        row, store = _row(ledger, "extract", "documents", doc_id), None
+    else:
+        earlier = ledger.state["indexes"][keep["kept_in"]]
+        store = earlier["documents"]
         # an index of all documents may name one that was itself dropped for another
-        there = _row(Store(earlier["keep"]).uri("keep", f"{unit_of(doc_id)}.parquet"), doc_id)
-        doc_id = there["kept_id"] if there and there["kept_in"] is None else doc_id
-    row = _row(store.uri("documents", f"{unit_of(doc_id)}.parquet"), doc_id) or {}
-    named = {"doc_id": doc_id, "url": row.get("url"), "source_id": row.get("source_id")}
-    return named | {"documents": earlier and earlier["documents"]}
+        verdict = _row_of_batch(earlier["keep"], "keep", doc_id)
+        if verdict and verdict["kept_in"] is None:
+            doc_id = verdict["kept_id"]
+        row = _row_of_batch(store, "documents", doc_id)
+    named = {name: row and row[name] for name in ("url", "source_id")}
+    return {"doc_id": doc_id, **named, "documents": store}
 
 
-class _Ranks:
-    """Where scores lie among those of the run's measured documents: all of them, or of a large run
-    a sample of the parts.
+def _row_of_batch(store: str, kind: str, doc_id: int) -> dict[str, Any] | None:
+    uri = Store(store).uri(kind, f"{unit_of(doc_id)}.parquet")
+    return _row_of_part(uri, doc_id) if exists(uri) else None
+
+
+# --- percentiles ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _measured_parts(ledger: Ledger) -> Iterator[Any]:
+    """Views `documents` and `refined` of the measured documents, of a large run from a sample."""
+    commits = spread(ledger.commits["extract"], rows=lambda c: sum(c.counts.values()))
+    units = [c.unit for c in commits]
+    parts = {
+        "documents": parts_of(ledger, "extract", "documents", units),
+        "refined": [
+            *parts_of(ledger, "refine", "corpus", units),
+            *parts_of(ledger, "refine", "rejected", units),
+        ],
+    }
+    with query.connect(parts, _schemas(parts)) as connection:
+        yield connection
+
+
+def _schemas(parts: Mapping[str, list[str]]) -> dict[str, Any]:
+    schemas = result_schemas(parts)
+    return schemas | {"refined": schemas["corpus"]}
+
+
+def _percentiles(connection: Any, scores: Mapping[str, float]) -> dict[str, float]:
+    """Percent of the measured documents below each score, in [0, 100]; of those that have just this
+    value, half count.
     """
-
-    def __init__(self, ledger: Ledger) -> None:
-        commits = spread(ledger.commits["extract"], rows=lambda c: sum(c.counts.values()))
-        places = (("extract", "documents"), ("refine", "corpus"), ("refine", "rejected"))
-        uris = [part_uri(ledger, phase, kind, c.unit) for phase, kind in places for c in commits]
-        # refine's parts repeat the scores of extract, for its documents only: a score is looked up
-        # where it was measured
-        self._extract = [uri for uri in uris[: len(commits)] if uri]
-        self._refine = [uri for uri in uris[len(commits) :] if uri]
-
-    def of(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """Percent of the measured documents below each score, in [0, 100]; of those that have just
-        this value, half count.
-        """
-        return {
-            name: rank
-            for name, value in scores.items()
-            if (rank := _rank(value, self._values(name))) is not None
-        }
-
-    def _values(self, name: str) -> Floats:
-        parts = [uri for uri in self._extract if name in score_names(uri)]
-        parts = parts or [uri for uri in self._refine if name in score_names(uri)]
-        columns = [read_columns(uri, [name])[name].drop_null().to_numpy() for uri in parts]
-        return np.concatenate([np.empty(0), *columns])
+    ranks: dict[str, float] = {}
+    # refine repeats the scores of extract, for its documents only: a score is ranked where it was
+    # measured first
+    for view in ("refined", "documents"):
+        columns = query.table(connection, f"SELECT * FROM {view} LIMIT 0").column_names
+        ranks |= _ranks(connection, view, {n: v for n, v in scores.items() if n in columns})
+    return {name: ranks[name] for name in scores if name in ranks}
 
 
-def _rank(value: float, values: Floats) -> float | None:
-    finite = values[np.isfinite(values)]
-    if not len(finite) or not np.isfinite(value):
-        return None
-    return 100 * float((finite < value).mean() + (finite == value).mean() / 2)
+def _ranks(connection: Any, view: str, scores: Mapping[str, float]) -> dict[str, float]:
+    finite = {name: value for name, value in scores.items() if np.isfinite(value)}
+    if not finite:
+        return {}
+    counts: list[str] = []
+    for i, name in enumerate(finite):
+        column = query.quoted(name, '"') + "::DOUBLE"
+        for condition in ("true", f"{column} < $v{i}", f"{column} = $v{i}"):
+            counts.append(f"count(*) FILTER (isfinite({column}) AND {condition}) AS n{len(counts)}")
+    values = {f"v{i}": float(value) for i, value in enumerate(finite.values())}
+    [row] = query.table(connection, f"SELECT {', '.join(counts)} FROM {view}", values).to_pylist()
+    ranks = {}
+    for i, name in enumerate(finite):
+        measured, below, equal = (row[f"n{3 * i + j}"] for j in range(3))
+        if measured:
+            ranks[name] = 100 * (below / measured + equal / measured / 2)
+    return ranks

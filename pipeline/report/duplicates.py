@@ -13,29 +13,21 @@ from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from pipeline.report.charts import Column, Histogram, binned
-from pipeline.report.sample import Ledger, Sample, part_uri
+from pipeline.report.charts import Column, Floats, Histogram, binned
+from pipeline.report.sample import Ledger, Sample, document_row
+from pipeline.report.texts import EXCERPT, Piece, clean
 from pipeline.run import dedup_plan
 from stages.dedup.dedup import EARLIER, earlier_documents
 from stages.dedup.minhash import normalize, shingle_hashes
 from stages.storage.files import exists
 from stages.storage.ledger import Commit
-from stages.storage.parts import documents, part_of, read_columns, unit_of
+from stages.storage.parts import documents, part_of
 
 RULES = ("dedup.exact", "dedup.near", "dedup.earlier")
-EXCERPT = 600
 _CLUSTERS, _COPIES = 6, 3  # shown
 _SOURCES, _BUCKETS = 24, 12  # rows of tables; the name of each is read from a part
 _NAMED_BY = {"host": "host", "language": "language", "input": "warc_file"}
-
-
-class Piece(NamedTuple):
-    """A stretch of shown text; `marked` if it is what the reader should see."""
-
-    text: str
-    marked: bool = False
 
 
 class Copy(NamedTuple):
@@ -74,7 +66,7 @@ class Cluster(NamedTuple):
     members: list[Member]
 
 
-class Wiped(NamedTuple):
+class GroupLoss(NamedTuple):
     """A host, language or input file that lost more than `dedup.alarm_share` of its documents."""
 
     kind: str
@@ -91,7 +83,7 @@ class Alarm(NamedTuple):
     ran: bool
     share: float
     least: int
-    first: list[Wiped]
+    first: list[GroupLoss]
     total: int
     kinds: dict[str, int]
 
@@ -106,7 +98,7 @@ class Bucket(NamedTuple):
     buckets: int
 
 
-class Measured(NamedTuple):
+class Similarities(NamedTuple):
     """Similarities of dropped documents with their kept copies."""
 
     share: float
@@ -123,7 +115,7 @@ class Duplicates:
     documents: int
     rules: dict[str, int]
     sizes: list[Column]
-    measured: Measured
+    measured: Similarities
     clusters: list[Cluster]
     alarm: Alarm
     giants: list[Bucket]
@@ -133,7 +125,7 @@ class Duplicates:
         return sum(self.rules.values())
 
 
-def find_duplicates(ledger: Ledger, sample: Sample) -> Duplicates:
+def read_duplicates(ledger: Ledger, sample: Sample) -> Duplicates:
     """Read what the dedup phases left."""
     kept = ledger.commits["dedup keep"]
     counts = _sum(c.counts for c in kept)
@@ -163,20 +155,19 @@ def _sizes(elected: Sequence[Commit]) -> list[Column]:
     return [Column(name.replace("-", "–"), {"clusters": sizes[name]}) for name in ordered]
 
 
-def _measured(ledger: Ledger, sample: Sample) -> Measured:
+def _measured(ledger: Ledger, sample: Sample) -> Similarities:
     kept = ledger.commits["dedup keep"]
-    uris = [uri for unit in sample.units if (uri := part_uri(ledger, "dedup keep", "keep", unit))]
-    return Measured(
+    measured = sample.values("SELECT similarity FROM keep WHERE similarity IS NOT NULL")
+    return Similarities(
         share=float(ledger.setting("dedup.verify_share", 0.0)),
         measured=int(sum(c.totals.get("measured", 0) for c in kept)),
-        histogram=similarities([read_columns(uri, ["similarity"]) for uri in uris]),
+        histogram=similarities(measured),
     )
 
 
-def similarities(tables: Sequence[pa.Table]) -> Histogram | None:
+def similarities(values: Floats) -> Histogram | None:
     """Measured similarities of dropped documents, over a range that ends at 1."""
-    values = [table["similarity"].drop_null().to_numpy() for table in tables]
-    histogram = binned({"dropped": np.concatenate([np.empty(0), *values])}, (0.0, 1.0))
+    histogram = binned({"dropped": values}, (0.0, 1.0))
     # the range takes in 1, but 1 is no limit
     return histogram and histogram._replace(bound=None)
 
@@ -205,48 +196,34 @@ def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
     others.
     """
     columns = ["kept_id", "kept_in", "rule", "similarity"]
-    rows = [
-        row
-        for doc_id in ids
-        if (row := _row(part_uri(ledger, "dedup keep", "keep", unit_of(doc_id)), doc_id, columns))
-    ]
+    found = (document_row(ledger, "dedup keep", "keep", doc_id, columns) for doc_id in ids)
+    rows = [row for row in found if row]
     if not rows:
         return []
     dropped = next((r for r in rows if r["rule"] is not None), None)
-    kept = (
-        {
-            "doc_id": dropped["kept_id"],
-            "kept_in": dropped["kept_in"],
-            "rule": None,
-            "similarity": None,
-        }
-        if dropped
-        else rows[0]
-    )
+    kept = (dropped["kept_id"], dropped["kept_in"]) if dropped else (rows[0]["doc_id"], None)
     others = [
-        r | {"kept_in": None}
+        _copy(ledger, r["doc_id"])._replace(rule=r["rule"], similarity=r["similarity"])
         for r in rows
-        if kept["kept_in"] is not None or r["doc_id"] != kept["doc_id"]
+        if (r["doc_id"], None) != kept
     ]
-    return [_copy(ledger, row) for row in [kept, *others][:_COPIES]]
+    return [_copy(ledger, *kept), *others][:_COPIES]
 
 
-def _copy(ledger: Ledger, row: Mapping[str, Any]) -> Copy:
-    uri, kept_in = part_uri(ledger, "extract", "documents", unit_of(row["doc_id"])), None
-    if row["kept_in"] is not None:
-        batch = ledger.state["indexes"][row["kept_in"]]["documents"]
-        uri, kept_in = (
-            part_of(row["doc_id"], beside=f"{batch}/documents/"),
-            batch.rsplit("/", 2)[0],
-        )  # RUN/extract/<key>
-        uri = uri if exists(uri) else None  # it may have been put away since
-    found = _row(uri, row["doc_id"], ["url", "source_id", "text"]) or {}
-    name = found.get("url") or found.get("source_id") or f"document {row['doc_id']}"
-    return Copy(name, found.get("text"), kept_in, row["rule"], row["similarity"])
-
-
-def _row(uri: str | None, doc_id: int, columns: Sequence[str]) -> dict[str, Any] | None:
-    return documents(uri, [doc_id], columns).get(doc_id) if uri else None
+def _copy(ledger: Ledger, doc_id: int, kept_in: int | None = None) -> Copy:
+    """A document of this batch, or of the earlier one with the number `kept_in`."""
+    columns, batch = ["url", "source_id", "text"], None
+    if kept_in is None:
+        row = document_row(ledger, "extract", "documents", doc_id, columns)
+    else:
+        store = ledger.state["indexes"][kept_in]["documents"]  # RUN/extract/<key>
+        batch = store.rsplit("/", 2)[0]
+        uri = part_of(doc_id, beside=f"{store}/documents/")
+        # it may have been removed since
+        row = documents(uri, [doc_id], columns).get(doc_id) if exists(uri) else None
+    row = row or {}
+    name = row.get("url") or row.get("source_id") or f"document {doc_id}"
+    return Copy(name, row.get("text"), batch)
 
 
 def compare(copies: Sequence[Copy], *, ngram: int) -> list[Member]:
@@ -344,7 +321,8 @@ def _alarm(ledger: Ledger) -> Alarm:
     commits = ledger.commits["dedup alarm"]
     found = list(dedup_plan.wiped(commits))
     first = [
-        Wiped(w["kind"], _name(ledger, w), w["documents"], w["dropped"]) for w in found[:_SOURCES]
+        GroupLoss(w["kind"], _name(ledger, w), w["documents"], w["dropped"])
+        for w in found[:_SOURCES]
     ]
     return Alarm(
         ran=bool(commits),
@@ -358,7 +336,7 @@ def _alarm(ledger: Ledger) -> Alarm:
 
 def _name(ledger: Ledger, wiped: Mapping[str, Any]) -> str:
     column, example = _NAMED_BY[wiped["kind"]], wiped["example"]
-    row = _row(part_uri(ledger, "extract", "documents", unit_of(example)), example, [column])
+    row = document_row(ledger, "extract", "documents", example, [column])
     if row is None:
         return f"that of document {example}"
     return clean(row[column] or "") or f"(no {column})"
@@ -379,25 +357,7 @@ def _giants(ledger: Ledger) -> list[Bucket]:
 
 
 def _url(ledger: Ledger, tagged: int) -> str:
-    row: dict[str, Any] = {"doc_id": tagged, "kept_in": None, "rule": None, "similarity": None}
-    if tagged >= EARLIER:
-        number, doc_id = earlier_documents(np.array([tagged], np.uint64))
-        row |= {"doc_id": int(doc_id[0]), "kept_in": int(number[0])}
-    return clean(_copy(ledger, row).url)
-
-
-# --- crawled text ---------------------------------------------------------------------------------
-
-
-# control characters have no place in HTML; bidirectional overrides would turn the page around the
-# text
-_CONTROLS = [*range(9), 11, 12, *range(14, 32), *range(127, 160)]
-_UNWANTED = dict.fromkeys([*_CONTROLS, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-
-
-def clean(text: str) -> str:
-    """A crawled string without characters that would break the page.
-
-    Escaping is the template's business.
-    """
-    return text.translate(_UNWANTED).encode("utf-8", "replace").decode()
+    if tagged < EARLIER:
+        return clean(_copy(ledger, tagged).url)
+    number, doc_id = earlier_documents(np.array([tagged], np.uint64))
+    return clean(_copy(ledger, int(doc_id[0]), int(number[0])).url)

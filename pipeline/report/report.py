@@ -9,8 +9,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report.charts import Column, columns_svg, histogram_svg
-from pipeline.report.duplicates import Alarm, clean
-from pipeline.report.run_data import LOST, MANY, ReportData, gather
+from pipeline.report.duplicates import Alarm
+from pipeline.report.groups import LOST, MANY
+from pipeline.report.run_data import ReportData, gather
+from pipeline.report.texts import clean
 from pipeline.run.execute import STAGES
 from stages.storage.files import write_atomically
 
@@ -58,7 +60,8 @@ def notices(data: ReportData) -> Iterator[tuple[str, str]]:
     if data.failures:
         yield (
             "bad",
-            f"{count(len(data.failures), 'unit')} failed; see Failures. The same command tries them again.",
+            f"{count(len(data.failures), 'unit')} failed; see Failures. "
+            "The same command tries them again.",
         )
     for phase in data.phases:
         left = phase.units - phase.done - phase.failed
@@ -81,12 +84,14 @@ def notices(data: ReportData) -> Iterator[tuple[str, str]]:
         more = f" and {number_lost - 3:,} more" if number_lost > 3 else ""
         yield (
             "bad",
-            f"{count(number_lost, 'host')} lost over {LOST:.0%} of {MANY} or more pages: {named}{more}.",
+            f"{count(number_lost, 'host')} lost over {LOST:.0%} of {MANY} or more pages: "
+            f"{named}{more}.",
         )
     if data.lost_inputs:
         yield (
             "bad",
-            f"{count(data.lost_inputs, 'input file')} lost over {LOST:.0%} of the pages; see Sources.",
+            f"{count(data.lost_inputs, 'input file')} lost over {LOST:.0%} of the pages; "
+            "see Sources.",
         )
     if data.duplicates.alarm.first:
         yield "bad", _dropped_most(data.duplicates.alarm)
@@ -105,7 +110,8 @@ def _dropped_most(alarm: Alarm) -> str:
     named = ", ".join(f"{w.name} ({w.dropped:,} of {w.documents:,})" for w in alarm.first[:3])
     more = f" and {alarm.total - 3:,} more" if alarm.total > 3 else ""
     least = "at least " if alarm.total > listed else ""
-    return f"dedup dropped over {number(100 * alarm.share)}% of {least}{kinds}: {named}{more}; see Duplicates."
+    share = number(100 * alarm.share)
+    return f"dedup dropped over {share}% of {least}{kinds}: {named}{more}; see Duplicates."
 
 
 # --- numbers for reading --------------------------------------------------------------------------

@@ -1,25 +1,25 @@
-"""What the report reads of a run: its ledger once, and the rows of a sample of its parts without
-their texts.
+"""What the report reads of a run: its commit records, and the rows of a sample of its parts.
 
-At most MAX_PARTS parts, spread evenly over the run, and only columns of numbers and short strings.
-A row remembers its place, so that the texts of the few documents that are shown can be read later,
-from their row groups alone.
+At most MAX_PARTS parts, spread evenly over the run. Texts stay in the parts; those of the few
+documents that are shown are read later, from their row groups alone.
 """
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.run.results import all_commits, corpus_phase, store_of
+from pipeline.report.charts import Floats
+from pipeline.run import query
+from pipeline.run.results import all_commits, corpus_phase, result_schemas, store_of
 from pipeline.run.state import read_state
 from stages.storage.ledger import Commit, Store
-from stages.storage.parts import read_columns, score_names
+from stages.storage.parts import documents, unit_of
 
 MAX_PARTS = 64
 MAX_ROWS = 1_000_000  # of sampled parts together: about 300 bytes each in memory
@@ -75,21 +75,6 @@ class Ledger:
         }
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Rows of the sampled parts without their texts; `place` finds a document's part and row again.
-
-    `documents` has a column `fate`: the rule that dropped a document in whatever stage, null for
-    what is kept so far.
-    """
-
-    units: list[str]
-    of: int
-    documents: pa.Table
-    corpus: pa.Table
-    rejected: pa.Table
-
-
 def read_ledger(root: str) -> Ledger:
     """State and commits of a run under the keys that it used last.
 
@@ -99,42 +84,102 @@ def read_ledger(root: str) -> Ledger:
     return Ledger(root, state, all_commits(root, state))
 
 
-_DOCUMENT_COLUMNS = [
-    *(
-        "doc_id",
-        "host",
-        "crawl_date",
-        "charset_source",
-        "opt_out",
-        "language",
-        "language_score",
-        "num_chars",
-    ),
-    *("rejected_by", "rejected_value", "rejected_low", "rejected_high"),
-]
+@dataclass(frozen=True)
+class Sample:
+    """Rows of the sampled parts in DuckDB, without texts.
+
+    Table `pages`: rows of extract, with `fate`, the rule that dropped a page in any stage, null for
+    what is kept so far. Table `refined`: rows of refine, kept and rejected. Views: `keep`, and
+    `spans` of pack. Macro draw(doc_id): a random order of rows, the same every time.
+    """
+
+    connection: Any
+    units: list[str]
+    of: int
+
+    def table(self, sql: str, **parameters: Any) -> pa.Table:
+        return query.table(self.connection, sql, parameters or None)
+
+    def rows(self, sql: str, **parameters: Any) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.table(sql, **parameters).to_pylist()
+        return rows
+
+    def values(self, sql: str) -> Floats:
+        """The only column of a query, as floats."""
+        values: Floats = self.table(sql)[0].to_numpy().astype(np.float64)
+        return values
+
+    def count(self, table: str) -> int:
+        return int(self.rows(f"SELECT count(*) AS n FROM {table}")[0]["n"])
+
+    def scores(self, table: str) -> list[str]:
+        """Names of the scores in a table."""
+        schema = self.table(f"SELECT * FROM {table} LIMIT 0").schema
+        return [f.name for f in schema if "." in f.name and not pa.types.is_string(f.type)]
 
 
-def read_sample(ledger: Ledger) -> Sample:
+@contextmanager
+def open_sample(ledger: Ledger) -> Iterator[Sample]:
+    """Read the sampled parts: all columns of numbers, and short strings."""
     extracted = ledger.commits["extract"]
-    chosen = spread(
-        extracted, rows=lambda c: sum(n for r, n in c.counts.items() if r != "warc.not_response")
-    )
-    units = [c.unit for c in chosen]
-    documents = [_documents_of(ledger, unit) for unit in units]
-    refined = {
-        kind: [_refined_of(ledger, kind, unit) for unit in units] for kind in ("corpus", "rejected")
+    units = [c.unit for c in spread(extracted, rows=_pages_of)]
+    packed = [c.unit for c in spread(ledger.commits["pack"], rows=lambda c: c.rows_in)]
+    parts = {
+        "documents": parts_of(ledger, "extract", "documents", units),
+        "keep": parts_of(ledger, "dedup keep", "keep", units),
+        "corpus": parts_of(ledger, ledger.corpus_phase, "corpus", units),
+        "rejected_by_refine": parts_of(ledger, "refine", "rejected", units),
+        "spans": parts_of(ledger, "pack", "provenance", packed),
     }
-    return Sample(
-        units,
-        len(extracted),
-        joined(documents, pa.schema([("doc_id", pa.uint64()), ("fate", pa.string())])),
-        joined(
-            [t for t in refined["corpus"] if t is not None], pa.schema([("doc_id", pa.uint64())])
-        ),
-        joined(
-            [t for t in refined["rejected"] if t is not None], pa.schema([("doc_id", pa.uint64())])
-        ),
-    )
+    spans = pa.schema([("doc_id", pa.uint64()), ("length", pa.int64())])
+    schemas = result_schemas(parts) | {"spans": spans}
+    views = {"refine_rows": "FROM corpus UNION ALL BY NAME FROM rejected_by_refine"}
+    with query.connect(parts, schemas, views=views) as connection:
+        sample = Sample(connection, units, len(extracted))
+        pages = _columns(sample, "documents", _PAGE_COLUMNS)
+        refined = _columns(sample, "refine_rows", _REFINED_COLUMNS)
+        for statement in (
+            _DRAW,
+            _PAGES.format(columns=pages),
+            f"CREATE TABLE refined AS SELECT {refined} FROM refine_rows",
+        ):
+            connection.execute(statement).fetchall()
+        yield sample
+
+
+_VERDICT = ("rejected_by", "rejected_value", "rejected_low", "rejected_high")
+_REFINED_COLUMNS = ("doc_id", "num_chars", *_VERDICT)
+_PAGE_COLUMNS = (
+    *("host", "crawl_date", "charset_source", "opt_out", "language", "language_score"),
+    *_REFINED_COLUMNS,
+)
+# multiply and fold, modulo 2^64
+_DRAW = """
+CREATE MACRO draw(id) AS (
+    WITH mixed AS (SELECT (id::HUGEINT * 11400714819323198485 % 18446744073709551616)::UBIGINT AS m)
+    SELECT xor(m, m >> 32) FROM mixed)"""
+# keep rows of an earlier version of a part, whose ids are others, do not count
+_PAGES = """
+CREATE TABLE pages AS
+WITH current AS (
+    SELECT doc_id >> 32 AS unit, count(*), bit_xor(hash(doc_id))
+    FROM documents WHERE rejected_by IS NULL GROUP BY unit
+    INTERSECT SELECT doc_id >> 32 AS unit, count(*), bit_xor(hash(doc_id)) FROM keep GROUP BY unit)
+SELECT {columns}, strftime(crawl_date, '%Y-%m') AS crawl_month,
+    coalesce(refine_rule, rejected_by, dedup_rule) AS fate
+FROM documents
+LEFT JOIN (SELECT doc_id, rejected_by AS refine_rule FROM rejected_by_refine) USING (doc_id)
+LEFT JOIN (
+    SELECT doc_id, rule AS dedup_rule FROM keep WHERE doc_id >> 32 IN (SELECT unit FROM current)
+) USING (doc_id)"""
+
+
+def _pages_of(commit: Commit) -> int:
+    return sum(n for rule, n in commit.counts.items() if rule != "warc.not_response")
+
+
+def _columns(sample: Sample, table: str, names: Sequence[str]) -> str:
+    return ", ".join(query.quoted(name, '"') for name in [*names, *sample.scores(table)])
 
 
 def spread(commits: Sequence[Commit], *, rows: Callable[[Commit], int]) -> list[Commit]:
@@ -148,79 +193,20 @@ def spread(commits: Sequence[Commit], *, rows: Callable[[Commit], int]) -> list[
     return [commits[i * len(commits) // count] for i in range(count)]
 
 
-def joined(tables: Sequence[pa.Table], empty: pa.Schema) -> pa.Table:
-    return pa.concat_tables(tables, promote_options="default") if tables else empty.empty_table()
-
-
 def part_uri(ledger: Ledger, phase: str, kind: str, unit: str) -> str | None:
     """Where a committed part lies, None if there is none."""
     path = f"{kind}/{unit}.parquet"
     return ledger.store(phase).uri(path) if path in ledger.outputs[phase] else None
 
 
-def _documents_of(ledger: Ledger, unit: str) -> pa.Table:
-    uri = ledger.store("extract").uri("documents", f"{unit}.parquet")
-    table = read_columns(uri, [*_DOCUMENT_COLUMNS, *score_names(uri)])
-    table = _placed(table, uri)
-    months = pc.strftime(table["crawl_date"], format="%Y-%m")
-    fates = pa.array(_fates(ledger, unit, table), pa.string())
-    return table.append_column("crawl_month", months).append_column("fate", fates)
+def parts_of(ledger: Ledger, phase: str, kind: str, units: Iterable[str]) -> list[str]:
+    """Where the committed parts of some units lie."""
+    return [uri for unit in units if (uri := part_uri(ledger, phase, kind, unit)) is not None]
 
 
-def _refined_of(ledger: Ledger, kind: str, unit: str) -> pa.Table | None:
-    uri = part_uri(ledger, ledger.corpus_phase if kind == "corpus" else "refine", kind, unit)
-    if uri is None:
-        return None
-    wanted = [
-        "doc_id",
-        "num_chars",
-        "rejected_by",
-        "rejected_value",
-        "rejected_low",
-        "rejected_high",
-    ]
-    table = read_columns(uri, [*wanted, *score_names(uri)])
-    return _placed(table, uri)
-
-
-def _placed(table: pa.Table, uri: str) -> pa.Table:
-    """The table with each row's place, so that its text can be had later."""
-    rows = pa.array(np.arange(table.num_rows, dtype=np.int32))
-    part = pa.DictionaryArray.from_arrays(
-        pa.array(np.zeros(table.num_rows, np.int32)), pa.array([uri])
-    )
-    return table.append_column("_row", rows).append_column(
-        "_part", part.cast(pa.dictionary(pa.int32(), pa.string()))
-    )
-
-
-def _fates(ledger: Ledger, unit: str, table: pa.Table) -> list[str | None]:
-    """The rule that dropped each document of a part in any stage that has come to it, None for what
-    is kept so far.
-    """
-    fates: list[str | None] = table["rejected_by"].to_pylist()
-    kept = [i for i, rule in enumerate(fates) if rule is None]
-    keep_uri = part_uri(ledger, "dedup keep", "keep", unit)
-    if keep_uri is not None:
-        keep = read_columns(keep_uri, ["doc_id", "rule"])
-        if keep["doc_id"].equals(
-            table["doc_id"].take(pa.array(kept, pa.int64()))
-        ):  # else: of an older part
-            for i, rule in zip(kept, keep["rule"].to_pylist(), strict=True):
-                fates[i] = rule
-    rejected_uri = part_uri(ledger, "refine", "rejected", unit)
-    if rejected_uri is not None:
-        rejected = read_columns(rejected_uri, ["doc_id", "rejected_by"])
-        rules = dict(
-            zip(rejected["doc_id"].to_pylist(), rejected["rejected_by"].to_pylist(), strict=True)
-        )
-        for i, doc_id in enumerate(table["doc_id"].to_pylist()):
-            fates[i] = rules.get(doc_id, fates[i])
-    return fates
-
-
-def by_draw(table: pa.Table) -> list[int]:
-    """Indices of a table's rows in an order that looks random and is the same every time."""
-    mixed = table["doc_id"].to_numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    order: list[int] = np.argsort(mixed ^ (mixed >> np.uint64(32)), kind="stable").tolist()
-    return order
+def document_row(
+    ledger: Ledger, phase: str, kind: str, doc_id: int, columns: Sequence[str]
+) -> dict[str, Any] | None:
+    """Columns of one document in a part of a phase, None where there is no such row."""
+    uri = part_uri(ledger, phase, kind, unit_of(doc_id))
+    return documents(uri, [doc_id], columns).get(doc_id) if uri else None

@@ -58,7 +58,7 @@ def alarm(root: str) -> str | None:
 # --- rows -----------------------------------------------------------------------------------------
 
 # of both stages; export writes them without `stage`
-_REJECTED = """
+REJECTED = """
     SELECT 'extract' AS stage, * EXCLUDE (band_keys, content_hash)
     FROM documents WHERE rejected_by IS NOT NULL
     UNION ALL BY NAME SELECT 'refine' AS stage, * FROM rejected_by_refine"""
@@ -87,7 +87,7 @@ def open_results(
     commits = all_commits(root, state)
     parts = result_parts(root, state, commits)
     tables = {"commits": commits_table(commits)}
-    views = {"rejected": _REJECTED}
+    views = {"rejected": REJECTED}
     schemas = result_schemas(parts)
     with query.connect(
         parts, schemas, tables=tables, views=views, memory=memory, threads=threads

@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import zstandard
 
@@ -18,8 +17,7 @@ from pipeline.report.charts import binned, histogram_svg
 from pipeline.report.duplicates import (
     Copy,
     Duplicates,
-    Wiped,
-    clean,
+    GroupLoss,
     compare,
     differing,
     similarities,
@@ -27,6 +25,7 @@ from pipeline.report.duplicates import (
 from pipeline.report.report import bound, percent, write_report
 from pipeline.report.run_data import gather
 from pipeline.report.sample import MAX_PARTS, spread
+from pipeline.report.texts import clean
 from stages.storage.ledger import Commit
 from tests.support.inline import make_config, run_inline
 from tests.support.paths import ROOT
@@ -346,7 +345,7 @@ def test_documents_without_a_url_are_named_by_their_id(tmp_path):
     run_inline(config, until="dedup")
     found, _ = duplicates_of(config.run.directory)
     assert {m.url for m in found.clusters[0].members} == {"row-0", "row-1", "row-2"}
-    assert Wiped("input", str(source), 3, 2) in found.alarm.first
+    assert GroupLoss("input", str(source), 3, 2) in found.alarm.first
 
 
 def test_where_no_kept_copy_is_of_this_batch_nothing_can_be_measured(tmp_path, first_batch):
@@ -382,9 +381,12 @@ def test_who_lost_most_is_in_a_table_and_in_a_notice(tmp_path, first_batch):
     found, section = duplicates_of(config.run.directory)
     source = str(tmp_path / "in.jsonl")
     attacked, near = "<script>alert(1)<", "near.example"
-    both = {Wiped("input", source, 9, 7), Wiped("language", "en", 9, 7)}
+    both = {GroupLoss("input", source, 9, 7), GroupLoss("language", "en", 9, 7)}
     assert set(found.alarm.first[:2]) == both, "as many documents each: in either order"
-    assert found.alarm.first[2:] == [Wiped("host", attacked, 3, 3), Wiped("host", near, 3, 2)]
+    assert found.alarm.first[2:] == [
+        GroupLoss("host", attacked, 3, 3),
+        GroupLoss("host", near, 3, 2),
+    ]
     assert found.alarm.total == 4 and found.alarm.kinds == {"host": 2, "language": 1, "input": 1}
     assert f"host {near} 3 2 66.7 %" in section and f"input file {source} 9 7 77.8 %" in section
     assert "that lost over 60 % of at least 3 documents" in section
@@ -628,7 +630,7 @@ def test_copies_are_shown_around_the_first_difference():
 
 @pytest.mark.parametrize("values", [[1.0], [0.2, 1.0], [0.5, 0.5], [0.0], []])
 def test_a_histogram_of_similarities_ends_at_one(values):
-    histogram = similarities([pa.table({"similarity": pa.array([*values, None], pa.float64())})])
+    histogram = similarities(np.array(values, float))
     assert (histogram is None) == (not values)
     if histogram is not None:
         assert histogram.edges[0] >= 0 and histogram.edges[-1] == 1.0

@@ -62,8 +62,9 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a local folder or at a URL. All ranks make one and call its
-    methods (but `poll`) in the same order.
+    """The checkpoints of a run, in a local folder or at a URL.
+
+    All ranks make one and call its methods (but `poll`) in the same order.
 
     At most one save is in flight. A thread writes, hashes, makes meta.json and removes old
     checkpoints; it exchanges data over a gloo group of its own: in the training's group it would
@@ -96,8 +97,9 @@ class Checkpoints:
         *,
         metric: float | None = None,
     ) -> None:
-        """Save the state after `step` steps. Waits for the save before; CheckpointError if that
-        failed.
+        """Save the state after `step` steps.
+
+        Waits for the save before; CheckpointError if that failed.
 
         Asynchronous: returns when the state is copied to host memory, and the caller may train on;
         the checkpoint exists once its meta.json does. What was written is read again for its
@@ -121,21 +123,24 @@ class Checkpoints:
         self._pending = self._thread.submit(self._commit, folder, meta, written)
 
     def poll(self) -> bool:
-        """Whether a save is still being written, as this rank sees it. Needs no other rank, never
-        raises.
+        """Whether a save is still being written, as this rank sees it.
+
+        Needs no other rank, never raises.
         """
         return self._pending is not None and not self._pending.done()
 
     def finish(self) -> None:
-        """Wait for the save in flight, if any. CheckpointError on all ranks if it failed; earlier
-        checkpoints remain.
+        """Wait for the save in flight, if any.
+
+        CheckpointError on all ranks if it failed; earlier checkpoints remain.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def latest(self) -> Saved | None:
-        """The newest checkpoint whose files all have their size and sha256, the same on all ranks;
+        """The newest checkpoint whose files all have their size and sha256, the same on all ranks.
+
         None if there is no checkpoint.
 
         Each rank hashes a share of the files: from object storage all of the checkpoint is
@@ -156,17 +161,16 @@ class Checkpoints:
             faults.append(f"{folder}: {fault}")
             self._damaged.add(name)
             if self._rank == 0:
-                _LOG.warning("checkpoint passed over: %s", faults[-1])
+                _LOG.warning("checkpoint skipped: %s", faults[-1])
         if faults:
             raise CheckpointError(
-                "no checkpoint can be used; restore one, or move them away to begin anew: "
+                "no checkpoint can be used; restore one, or move them away to start over: "
                 + "; ".join(faults)
             )
         return None
 
     def load(self, saved: Saved, model: Transformer, optimizer: Optimizer) -> None:
-        """Load a checkpoint's weights, optimizer state and CPU random state, on this number of
-        ranks.
+        """Load a checkpoint's weights, optimizer state and CPU random state, on any number of ranks.
 
         Learning rate, betas and weight decay remain those of `optimizer`, the config's. ValueError,
         before anything is changed, for a model of another config or another kind of optimizer.
@@ -231,8 +235,9 @@ class Checkpoints:
     # --- between ranks ----------------------------------------------------------------------------
 
     def _on_all(self, action: Callable[[], _T]) -> list[_T]:
-        """Run `action` on all ranks; the results of all. If it fails on one, CheckpointError on
-        every rank, so that none waits for another.
+        """Run `action` on all ranks; the results of all.
+
+        If it fails on one rank, CheckpointError on every rank, so that none waits for another.
         """
         result, failure = None, None
         try:
@@ -253,7 +258,8 @@ class Checkpoints:
 
     def _on_first(self, action: Callable[[], _T]) -> _T:
         """Run `action` on rank 0 only; its result on all ranks."""
-        first: _T = self._on_all(lambda: action() if self._rank == 0 else None)[0]  # type: ignore[assignment]
+        results: list[Any] = self._on_all(lambda: action() if self._rank == 0 else None)
+        first: _T = results[0]
         return first
 
 
@@ -280,8 +286,9 @@ def _describe(
 
 
 def _state(model: Transformer, optimizer: Optimizer) -> dict[str, Any]:
-    """The state for DCP to write: without the optimizer's hyperparameters, and without its state
-    as long as it has none.
+    """The state for DCP to write, without the optimizer's hyperparameters.
+
+    The optimizer's state is left out as long as there is none.
 
     torch would make one with a step of zero gradients, which counts in the bias correction: the run
     would no longer be the same.

@@ -124,8 +124,9 @@ def new_folder(folder: str, step: int) -> str:
 
 
 def remove_checkpoint(folder: str) -> None:
-    """Remove meta.json first: if killed half-way, the rest is not a checkpoint, and the next save
-    removes it.
+    """Remove a checkpoint, meta.json first.
+
+    If killed half-way, the rest is not a checkpoint, and the next save removes it.
     """
     remove(f"{folder}/{META}")
     with suppress(OSError):
@@ -136,8 +137,9 @@ def remove_checkpoint(folder: str) -> None:
 
 
 def inspect_files(folder: str, rank: int, ranks: int) -> tuple[Meta | None, str | None]:
-    """meta.json, and what is wrong with it or with this rank's share of the files; raises only if
-    the store does not answer.
+    """meta.json, and what is wrong with it or with this rank's share of the files.
+
+    Raises only if the store does not answer.
     """
     meta, fault = inspect_meta(folder)
     if meta is None:
@@ -161,8 +163,9 @@ def inspect_meta(folder: str) -> tuple[Meta | None, str | None]:
 
 
 def _damage_errors(folder: str) -> tuple[type[Exception], ...]:
-    """Errors that mean that a checkpoint is damaged. A store's errors, except absence, may pass,
-    and must not cost the checkpoint.
+    """Errors that mean that a checkpoint is damaged.
+
+    A store's errors, except absence, may pass, and must not cost the checkpoint.
     """
     return (OSError if is_local(folder) else FileNotFoundError, ValueError)
 
@@ -185,8 +188,9 @@ def model_settings(meta: Meta) -> dict[str, Any]:
 
 
 def write_meta(folder: str, meta: Meta) -> None:
-    """Write meta.json atomically and durably. A store's PUT is both; on a disk DCP has synced the
-    files but not their names.
+    """Write meta.json atomically and durably.
+
+    A store's PUT is both; on a disk DCP has synced the files but not their names.
     """
     data = json.dumps(meta, indent=1).encode()
     if not is_local(folder):
@@ -198,8 +202,9 @@ def write_meta(folder: str, meta: Meta) -> None:
 
 
 def hash_files(folder: str, rank: int) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of the files that a rank has written, by DCP's names; read again, from the
-    page cache if that is large enough.
+    """Size and sha256 of the files that a rank has written, by DCP's names.
+
+    Read again, from the page cache if that is large enough.
     """
     ours = [
         name
@@ -238,8 +243,9 @@ def writer_of(folder: str) -> FileSystemWriter:
 
 
 def read_state(folder: str, state: dict[str, Any], **options: Any) -> None:
-    """Read into the tensors of `state`. From object storage each rank first copies the files that
-    it needs to the temporary folder.
+    """Read into the tensors of `state`.
+
+    From object storage each rank first copies the files that it needs to the temporary folder.
 
     torch reads them in no order: over S3, through a window of 50 MB, 63 MB in 60 tensors took
     209 MB of reads.

@@ -19,8 +19,7 @@ def export_hugging_face(
     max_positions: int | None = None,
     end_of_text: int | None = None,
 ) -> None:
-    """Write the weights of a checkpoint, float32, for transformers' LlamaForCausalLM (see
-    `save_hugging_face`).
+    """Write the weights of a checkpoint, float32, for transformers (`save_hugging_face`).
 
     In this process alone, without a process group; holds the weights, not the optimizer's state.
     Both may be URLs, by way of the temporary folder. `max_positions` is by default the length of

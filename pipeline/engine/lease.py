@@ -71,9 +71,9 @@ def fence() -> None:
         if not ours.is_ours(current):
             who = f"process {current.get('pid')} on {current.get('host')}"
             raise Fenced(
-                f"{ours.uri}: this run did not renew its lease for {STALE_SECONDS} s and lost it "
-                f"to {who} (token {current.get('token')}, ours {ours.record['token']}); it publishes "
-                "nothing more, the other goes on from there"
+                f"{ours.uri}: this run did not renew its lease for {STALE_SECONDS} s and lost "
+                f"it to {who} (token {current.get('token')}, ours {ours.record['token']}); it "
+                "publishes nothing more, the other goes on from there"
             )
 
 

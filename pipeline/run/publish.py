@@ -49,8 +49,9 @@ class PublishError(RuntimeError):
 
 
 class Published(NamedTuple):
-    """A generation: its name, folder and manifest; `new` is False if the same content was published
-    before.
+    """A generation: its name, folder and manifest.
+
+    `new` is False if the same content was published before.
     """
 
     name: str
@@ -73,8 +74,7 @@ def publish(
     *,
     sources: dict[str, int],
 ) -> Published:
-    """Publish the parts of these pack commits as the next generation, unless the same content is
-    published already.
+    """Publish the parts of pack commits as the next generation, unless that is published already.
 
     Fenced if another run took over, or published at the same time: nothing is published then.
     """
@@ -116,8 +116,9 @@ def publish(
 
 @contextmanager
 def _building_folder(run: str, name: str) -> Iterator[Path]:
-    """A local folder to build in; beside the generations if they are local, so that the last step
-    is one rename.
+    """A local folder to build in.
+
+    Beside the generations if they are local, so that the last step is one rename.
     """
     if not is_local(run):
         with scratch_folder(f"gristmill-{name}") as folder:

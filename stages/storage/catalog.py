@@ -116,8 +116,10 @@ def splits(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 @contextmanager
 def reading(run: str, name: str, file: str = "") -> Iterator[None]:
-    """Turn OSError into GenerationError: a file on a disk that cannot be read belongs to a damaged
-    generation. A store that does not answer says nothing about it: there, only absence does.
+    """Turn OSError into GenerationError.
+
+    A file on a disk that cannot be read means a damaged generation. A store that does not answer
+    says nothing about the generation: there, only absence does.
     """
     try:
         yield
@@ -181,8 +183,9 @@ def hash_mismatches(folder: Path, shards: Sequence[Mapping[str, Any]]) -> Iterat
 
 
 def split_mismatches(folder: Path, split: Mapping[str, Any]) -> list[Mismatch]:
-    """All mismatches of a split in a local folder; every shard is read and decoded as far as its
-    columns (`mds_verify`).
+    """All mismatches of a split in a local folder.
+
+    Every shard is read, and decoded as far as its columns (`mds_verify`).
     """
     present = [shard for shard in split["shards"] if (folder / shard["basename"]).is_file()]
     mismatches = [

@@ -1,5 +1,6 @@
-"""Read and write files by URI, on a local disk or an object store. The only module that opens
-either.
+"""Read and write files by URI, on a local disk or an object store.
+
+The only module that opens either.
 
 Writes are atomic: a reader sees the old bytes or the new ones, never a part.
 
@@ -75,8 +76,9 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_many(uris: Sequence[str]) -> list[bytes]:
-    """All bytes of several objects of one store, 16 read at a time: each takes tens of
-    milliseconds.
+    """All bytes of several objects of one store, 16 read at a time.
+
+    One read from an object store takes tens of milliseconds.
     """
     if not uris:
         return []
@@ -139,8 +141,9 @@ def write_atomically(uri: str, data: bytes | memoryview) -> None:
 
 @contextmanager
 def output_file(uri: str) -> Iterator[Path]:
-    """A local path to write an object to: moved or uploaded to `uri` if the block succeeds, removed
-    if not. A killed process leaves a file `.NAME.tmp-*`.
+    """A local path to write an object to; it is moved or uploaded to `uri` if the block succeeds.
+
+    It is removed if not. A killed process leaves a file `.NAME.tmp-*`.
     """
     local, name = is_local(uri), uri.rpartition("/")[2]
     folder = local_path(uri).parent if local else _temporary_folder()
@@ -199,8 +202,9 @@ def _temporary_folder() -> Path:
 
 
 def read_version(uri: str) -> tuple[bytes, str | None]:
-    """All bytes of an object, and the name of their version (or of an earlier one); b"" and None if
-    there is no object.
+    """All bytes of an object, and the name of their version (or of an earlier one).
+
+    They are b"" and None if there is no object.
     """
     fs, path = open_fs(uri)
     try:

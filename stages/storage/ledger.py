@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 
 class Unit(NamedTuple):
-    """One piece of a stage's work. `fingerprint` identifies its input: a commit of another input
-    does not count.
+    """One piece of a stage's work.
+
+    `fingerprint` identifies its input: a commit of another input does not count.
     """
 
     name: str
@@ -84,9 +85,7 @@ class Store:
 
     @contextmanager
     def create(self, *parts: str, outputs: list[dict[str, Any]]) -> Iterator[Path]:
-        """A local path to write one output to; on success it is moved into place and recorded in
-        `outputs`.
-        """
+        """A local path to write one output to; on success moved into place and put in `outputs`."""
         with output_file(self.uri(*parts)) as temporary:
             yield temporary
             record = {
@@ -97,8 +96,9 @@ class Store:
         outputs.append(record)
 
     def commit(self, commit: Commit) -> None:
-        """Record that a unit is done: the last thing a unit does. If two processes did it, the
-        first commit stays.
+        """Record that a unit is done: the last thing a unit does.
+
+        If two processes did it, the first commit stays.
 
         RuntimeError if that one has another input or other bytes.
         """

@@ -80,8 +80,9 @@ def documents(uri: str, ids: Sequence[int], columns: Sequence[str]) -> dict[int,
 
 
 def fixed_binary(column: pa.Array, width: int) -> npt.NDArray[np.uint8]:
-    """The non-empty values of a binary column without nulls, all of `width` bytes, as an array (n,
-    width), without a copy.
+    """The non-empty values of a binary column as an array (n, width), without a copy.
+
+    The column has no nulls, and all its values have `width` bytes.
     """
     if pa.types.is_fixed_size_binary(column.type):
         data, start = column.buffers()[1], column.offset * width

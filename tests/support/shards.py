@@ -1,4 +1,4 @@
-"""Small published generations: what `pipeline.catalog.publish` leaves, without the pipeline."""
+"""Small published generations: what `pipeline.run.publish` leaves, without the pipeline."""
 
 import hashlib
 import json

@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_fault_and_later_removed(da
     act(f"{run}/step-00000003/{name}")
     assert checkpoints.latest().step == 2
     (message,) = warnings_of(caplog)
-    assert message.startswith(f"checkpoint passed over: {run}/step-00000003: ")
+    assert message.startswith(f"checkpoint skipped: {run}/step-00000003: ")
     assert re.search(fault, message), message
     checkpoints.save(4, *state, {})
     assert names(run) == ["step-00000002", "step-00000004"]

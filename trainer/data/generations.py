@@ -37,8 +37,9 @@ Mode = Literal["full", "quick"]
 
 
 class Manifest(NamedTuple):
-    """A split of a generation that was verified. `sha256` is of its manifest.json; `shard_rows` are
-    rows by shard, in the order of the index.
+    """A split of a generation that was verified.
+
+    `sha256` is of its manifest.json; `shard_rows` are rows by shard, in the order of the index.
     """
 
     run: str
@@ -52,8 +53,9 @@ class Manifest(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document's span: tokens [start, start + length) of `row` of a generation, from the
-    document's token `offset` on.
+    """A document's span in a row of a generation.
+
+    Tokens [start, start + length) of `row` are the document's, from its token `offset` on.
     """
 
     row: int
@@ -65,8 +67,9 @@ class Document(NamedTuple):
 
 
 def folder_of(run: str, name: str, cache: str = "") -> Path:
-    """The local folder of a generation's shards, for a remote run that of their copies: below
-    `cache`, by default a folder among the temporary files.
+    """The local folder of a generation's shards, or of their copies for a remote run.
+
+    Copies are below `cache`, by default a folder among the temporary files.
     """
     if is_local(run):
         return local_path(generation_uri(run, name))
@@ -89,8 +92,9 @@ def verify_generation(
 
 
 def verify_held_out(run: str, entry: Mapping[str, Any], *, cache: str = "") -> Manifest | None:
-    """Check the held-out split of a generation in full, after copying it if it is remote; None if
-    there is none.
+    """Check the held-out split of a generation in full, after copying it if it is remote.
+
+    None if there is none.
 
     It is a generation of its own here, named "gen-0001/held_out", and its rows are in no other.
     """
@@ -149,8 +153,9 @@ _hashed: set[tuple[str, str]] = set()
 
 
 def _read_split(run: str, entry: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The manifest of a generation, or for the name "gen-0001/held_out" that of its held-out split,
-    of 0 rows if there is none.
+    """The manifest of a generation, or of its held-out split by the name 'gen-0001/held_out'.
+
+    A split that does not exist has 0 rows.
     """
     manifest = read_manifest(run, entry)
     held_out = manifest.get("held_out") or {"rows": 0}

@@ -30,8 +30,9 @@ _TAIL_BYTES = 1 << 16  # searched for the last whole line of a .jsonl; a line ha
 
 
 class Source(NamedTuple):
-    """What the steps so far took from one source. `loss` is the mean over its targets in the
-    trainer's window.
+    """What the steps so far took from one source.
+
+    `loss` is the mean over its targets in the trainer's window.
     """
 
     generation: str  # the newest read
@@ -121,8 +122,9 @@ class Totals(NamedTuple):
 
 
 def resumed(checkpoint: Totals | None, last: Summary | None, *, now: float) -> Totals:
-    """Totals at the start of an attempt: the state's from its checkpoint, the others from the last
-    line as well. Both None is a first start.
+    """Totals at the start of an attempt: its checkpoint's, and the last line's where they grow.
+
+    Both None is a first start.
 
     Work after the last line is not recorded, so tokens_processed may miss `every_seconds` of it.
     `now` is Unix time. The time between attempts is by the two hosts' clocks, but never negative.
@@ -154,8 +156,9 @@ def consumed(lines: Iterable[Summary]) -> list[int]:
 
 
 class Sighting(NamedTuple):
-    """The last line seen of a trainer, when it arrived and when it was last read: Unix times by the
-    reader's clock.
+    """The last line seen of a trainer, when it arrived and when it was last read.
+
+    Both are Unix times by the reader's clock.
     """
 
     incarnation: str
@@ -183,8 +186,9 @@ def demand(
     seen: Mapping[str, Sighting] | None = None,
     patience_seconds: float = 300.0,
 ) -> Demand:
-    """Tokens a second that running and waiting trainers could take without stalls; a trainer with a
-    budget of 0 takes none.
+    """Tokens a second that running and waiting trainers could take without stalls.
+
+    A trainer with a budget of 0 takes none.
 
     A trainer is stale when nothing has arrived for `patience_seconds` and five of its intervals.
     `now` is the reader's Unix time; the `time` of a line is never used. A line that is new since
@@ -223,8 +227,9 @@ def _demand_of(report: Report) -> float:
 
 
 def read_summaries(folder: str) -> Reading:
-    """The last summary of each trainer, by name; [] for an absent folder. Never raises for the
-    content of a file.
+    """The last summary of each trainer, by name.
+
+    [] for an absent folder. Never raises for the content of a file.
 
     Where NAME.json is absent or broken, the last whole line of NAME.jsonl counts (local folders
     only).
@@ -399,8 +404,9 @@ def _modified(uri: str) -> float | None:
 
 
 def last_line(uri: str) -> Summary | None:
-    """The newest line of a trainer (FEEDBACK/NAME) that can be read; on an object store that of the
-    last object.
+    """The newest line of a trainer that can be read.
+
+    `uri` is FEEDBACK/NAME. On an object store only the last object is tried.
     """
     lines = _tail(uri) if is_local(uri) else read_many(_objects(uri)[-1:])
     for line in reversed(lines):

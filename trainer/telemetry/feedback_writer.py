@@ -22,8 +22,9 @@ from trainer.telemetry.feedback import (
 
 
 class Writer:
-    """Writes the lines of a trainer to a folder, local or a URI. For rank 0; one live attempt per
-    trainer.
+    """Writes the lines of a trainer to a folder, local or a URI.
+
+    For rank 0; one live attempt per trainer.
 
     `previous` is the last line of the attempt before, None for a first start. An attempt should
     write a line as it begins, or a restart that dies before its first line is not counted. A slow
@@ -87,8 +88,9 @@ class Writer:
         return not self._thread.is_alive()
 
     def close(self, report: Report, *, timeout_seconds: float = 10.0) -> bool:
-        """Write the last line, of state "stopped" or "failed"; False if the store did not take it
-        in time.
+        """Write the last line, of state "stopped" or "failed".
+
+        False if the store did not take it in time.
         """
         if not self.flush(timeout_seconds=timeout_seconds):
             return False
@@ -126,8 +128,9 @@ class Writer:
 
 
 def _last_summary(uri: str) -> Summary | None:
-    """The last summary of an earlier attempt. A kill may have come between line and summary, so
-    both are read.
+    """The last summary of an earlier attempt.
+
+    A kill may have come between line and summary, so both are read.
     """
     last = last_line(uri)
     summaries = [] if last is None else [last]

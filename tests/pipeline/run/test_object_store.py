@@ -276,7 +276,7 @@ def test_a_lease_that_went_to_another_is_neither_renewed_nor_freed_by_the_first(
 
 
 def publish_and_stall(run, local, pages, moment):
-    """A publication that is suspended, as by SIGSTOP or a machine that sleeps, at one moment of it."""
+    """A publication that is suspended at one moment, as by SIGSTOP or a sleeping machine."""
     lease.RENEW_SECONDS = 1000  # a renewal would notice too, but perhaps too late
     original, first = getattr(catalog, moment), threading.Lock()
 

@@ -41,7 +41,7 @@ def test_commits_come_back_as_written_in_order_of_name(tmp_path):
     assert store.commit_of("000003") is None
 
 
-def test_of_two_that_did_a_unit_the_first_word_stands(tmp_path):
+def test_the_first_of_two_commits_of_a_unit_stays(tmp_path):
     store, output = Store(str(tmp_path)), {"path": "p", "sha256": "1", "bytes": 1}
     store.commit(Commit("000001", "f", outputs=[output], seconds=1))
     store.commit(Commit("000001", "f", outputs=[output], seconds=2))

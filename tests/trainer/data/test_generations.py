@@ -80,9 +80,7 @@ def test_a_generation_published_again_under_its_name_is_hashed_again(run):
         verified(run, "full")
 
 
-def test_a_run_on_a_disk_is_read_where_it_lies_and_one_elsewhere_has_a_place_of_its_own_in_the_cache(
-    tmp_path,
-):
+def test_the_folder_of_a_local_generation_is_its_own_that_of_a_remote_one_is_in_the_cache():
     assert folder_of("file:///a/run", "gen-0001", "/cache") == Path("/a/run/generations/gen-0001")
     copies = {
         folder_of(run, name, "/cache")

@@ -170,7 +170,7 @@ class Checkpoints:
         return None
 
     def load(self, saved: Saved, model: Transformer, optimizer: Optimizer) -> None:
-        """Load a checkpoint's weights, optimizer state and CPU random state, on any number of ranks.
+        """Load weights, optimizer state and CPU random state, on any number of ranks.
 
         Learning rate, betas and weight decay remain those of `optimizer`, the config's. ValueError,
         before anything is changed, for a model of another config or another kind of optimizer.

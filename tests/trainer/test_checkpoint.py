@@ -41,7 +41,7 @@ from tests.support.checkpoints import (
 )
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_files import CheckpointError
+from trainer.checkpoint_files import CheckpointError, new_folder
 from trainer.config import (
     RENAMED_KEYS,
 )
@@ -518,7 +518,7 @@ def test_the_last_and_the_best_are_kept(metrics, keep_last, keep_best, tmp_path_
     folder = tmp_path_factory.mktemp("kept")
     checkpoints = Checkpoints(folder, replace(NOW, keep_last=keep_last, keep_best=keep_best))
     for step, metric in enumerate(metrics, 1):
-        there = f"{folder}/{checkpoints._new_folder(step)}"
+        there = f"{folder}/{new_folder(str(folder), step)}"
         finite = metric if metric is not None and metric == metric else None
         checkpoints._publish(there, {"version": 1, "step": step, "metric": finite, "files": {}})
     assert steps(folder) == kept_slowly(metrics, keep_last, keep_best)

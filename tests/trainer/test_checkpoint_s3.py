@@ -30,7 +30,7 @@ from tests.support.checkpoints import (
 from tests.support.ranks import run_ranks
 from tests.support.s3 import s3_process
 from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_files import CheckpointError
+from trainer.checkpoint_files import CheckpointError, writer_of
 from trainer.export import export_hugging_face
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
@@ -65,6 +65,15 @@ def test_one_process_goes_on_bit_for_bit(config, run):
     train(*state, 2, 3)
     train(*again, 2, 3)
     assert_same(whole(*again), whole(*state))
+
+
+def test_the_writer_s_client_has_our_retry_settings_whatever_was_opened_before(run, monkeypatch):
+    for name in ("AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"):
+        monkeypatch.delenv(name, raising=False)
+    fsspec.filesystem("s3").connect()
+    client = writer_of(run).fs.fs
+    client.connect()
+    assert client.s3.meta.config.retries == {"mode": "adaptive", "total_max_attempts": 6}
 
 
 def test_copies_made_for_reading_are_removed(run, tmp_path, monkeypatch):

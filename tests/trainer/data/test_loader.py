@@ -568,7 +568,7 @@ def test_two_processes_share_the_batches_of_one_and_raise_what_only_rank_0_can_s
     damages.flipped_byte(tmp_path)
     whole, broken = published(24), str(tmp_path)
     found = on_two_ranks(tmp_path, broken, whole)
-    assert "expected sha256" in found[0, broken]
+    assert "sha256 by manifest" in found[0, broken]
     assert found[1, broken] == found[0, broken]
     together = [
         [place for batch in a + b for place in batch]

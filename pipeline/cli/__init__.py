@@ -1,28 +1,33 @@
-"""What all commands share: the application, the words of the command line, and how errors are told."""
+"""What all commands share: the application, common arguments, output, and user errors.
+
+Importing the command line loads no heavy library: each command imports what it needs when it runs.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config.sections import Config
-from pipeline.engine.lease import Held
-from stages.formats.errors import ConfigError
+if TYPE_CHECKING:
+    from pipeline.config.sections import Config
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Web archives to training data: curate, train, and let what is eaten size the next batch.",
+    help="Web archives to training data: curate, train, and size the next batch from the trainer's "
+    "throughput.",
 )
 # columns that a table of numbers needs; a narrower terminal wraps its lines rather than lose digits
 WIDE = 140
+INTERRUPTED = 130  # exit code
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Stage = StrEnum("Stage", ["extract", "dedup", "refine", "pack"])
@@ -33,68 +38,94 @@ Log = StrEnum("Log", ["bars", "json"])
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file, e.g. configs/quickstart.toml")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="section.key=value, over the file", metavar="[SECTION.KEY=VALUE]..."),
+    typer.Argument(help="section.key=value, overrides the file", metavar="[SECTION.KEY=VALUE]..."),
 ]
 RunFolder = Annotated[
     str, typer.Argument(help="run directory (run.directory of the config)", metavar="RUN")
 ]
 Address = Annotated[
-    str | None, typer.Option(help="Ray cluster to use (else $RAY_ADDRESS, else this machine)")
+    str | None,
+    typer.Option(help="Ray cluster to use (default: $RAY_ADDRESS, or else this machine)"),
 ]
 LogAs = Annotated[
     Log,
     typer.Option(
         "--log",
         envvar="GRISTMILL_LOG",
-        help="on stderr: bars on a terminal, or a JSON line for each unit",
+        help="progress on stderr: bars on a terminal, or a JSON line for each unit",
     ),
 ]
-INTERRUPTED = 130
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 
 
-@contextmanager
-def told() -> Iterator[None]:
-    """Errors that are the user's to mend are told in a line; anything else is ours, and keeps its
-    traceback.
-    """
-    from pipeline.run.execute import RunFailed
-    from pipeline.run.publish import PublishError
+def load_config(
+    file: Path | None, overrides: Sequence[str] | None, *, calibrated: bool = True
+) -> "Config":
+    """`pipeline.config.load.load`, imported when it is needed."""
+    from pipeline.config.load import load
 
+    return load(file, overrides or [], calibrated=calibrated)
+
+
+def absolute_path(path: str) -> str:
+    """`pipeline.config.paths.absolute_path`, imported when it is needed."""
+    from pipeline.config import paths
+
+    return paths.absolute_path(path)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print user errors in one line, without a traceback, and exit with their code."""
     try:
         yield
-    except ConfigError as error:
-        fail(error, 2)
-    except Held as error:
-        fail(error, 4)
-    except (RunFailed, PublishError, OSError, ValueError) as error:
-        fail(error, 1)
     except KeyboardInterrupt:
-        fail(
-            "interrupted; what was committed stays: the same command goes on from there",
-            INTERRUPTED,
-        )
+        fail("interrupted; committed units stay, and the same command resumes", INTERRUPTED)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        fail(error, code)
 
 
-def fail(message: object, code: int) -> None:
-    err.print(f"[bold red]error[/bold red] {escaped(str(message))}", soft_wrap=True)
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of a user error; None for any other."""
+    from pipeline.engine.lease import Held
+    from pipeline.run.execute import RunFailed
+    from pipeline.run.publish import PublishError
+    from stages.formats.errors import ConfigError
+
+    if isinstance(error, ConfigError):
+        return 2
+    if isinstance(error, Held):
+        return 4
+    return 1 if isinstance(error, RunFailed | PublishError | OSError | ValueError) else None
+
+
+def fail(message: object, code: int) -> NoReturn:
+    """Print an error and exit."""
+    err.print(f"[bold red]error[/bold red] {escape(str(message))}", soft_wrap=True)
     raise typer.Exit(code)
 
 
 def warn(message: str) -> None:
-    err.print(f"[yellow]warning[/yellow] {escaped(message)}", soft_wrap=True)
+    """Print a warning."""
+    err.print(f"[yellow]warning[/yellow] {escape(message)}", soft_wrap=True)
 
 
-def escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def progress_of(settings: Config, log: Log) -> Any:
+def open_progress(settings: "Config", log: Log) -> Any:
+    """A context manager that shows the progress of a run on stderr."""
     from pipeline.cli.progress import Bars, JsonLog
 
     return JsonLog(sys.stderr, settings.run.directory) if log == Log.json else Bars(err)
+
+
+def number_table(*headings: str, text_columns: int = 1) -> Table:
+    """A table whose columns after the first `text_columns` hold numbers."""
+    table = Table(*headings, box=None, pad_edge=False)
+    for column in table.columns[text_columns:]:
+        column.justify = "right"
+    return table
 
 
 def print_wide(table: Table) -> None:

@@ -4,9 +4,10 @@ import json
 import os
 import time
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli import (
@@ -18,20 +19,21 @@ from pipeline.cli import (
     LogAs,
     Overrides,
     RunFolder,
+    absolute_path,
     app,
     err,
-    escaped,
+    load_config,
+    open_progress,
     out,
     print_wide,
-    progress_of,
-    told,
+    user_errors,
     warn,
 )
 from pipeline.cli.runs import run as run_command
-from pipeline.config.load import load
-from pipeline.config.paths import absolute_path
-from pipeline.config.sections import Config
 from stages.formats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.config.sections import Config
 
 command = partial(app.command, rich_help_panel="Batches and operations")
 
@@ -50,8 +52,8 @@ def batch(
     """Publish the next generation of a series, of as many inputs as trainers want; or finish the
     batch that was begun.
     """
-    with told():
-        _batch(load(config, overrides or []), inputs, address, log, as_json)
+    with user_errors():
+        _batch(load_config(config, overrides), inputs, address, log, as_json)
 
 
 @command()
@@ -69,32 +71,30 @@ def schedule(
     """
     from pipeline.batches.batch import seconds_of
 
-    with told():
+    with user_errors():
         pause = seconds_of(every)
-        settings = load(config, overrides or [])
+        settings = load_config(config, overrides)
     horizon = settings.schedule.horizon_hours
     if horizon * 3600 <= pause:
         warn(f"schedule.horizon_hours = {horizon:g} is no longer than --every {every}")
     while True:
         begun = time.monotonic()
         try:
-            with told():
-                _batch(load(config, overrides or []), None, address, log, False)
-        except (
-            typer.Exit
-        ) as ended:  # told already; what was committed stays, and the next time goes on from there
+            with user_errors():
+                _batch(load_config(config, overrides), None, address, log, False)
+        except typer.Exit as ended:  # user_errors already; what was committed stays, and the next time goes on from there
             if ended.exit_code == INTERRUPTED:
                 raise
         time.sleep(max(0.0, pause - (time.monotonic() - begun)))
 
 
 def _batch(
-    settings: Config, inputs: int | None, address: str | None, log: Log, as_json: bool
+    settings: "Config", inputs: int | None, address: str | None, log: Log, as_json: bool
 ) -> None:
     from pipeline.batches.batch import run_batch
     from pipeline.engine.ray_plan import on_ray
 
-    with progress_of(settings, log) as progress:
+    with open_progress(settings, log) as progress:
         done = run_batch(settings, progress, on_ray(address), inputs=inputs)
     decision = done.decision
     if as_json:
@@ -108,7 +108,7 @@ def _batch(
             if decision is None
             else (*decision.reasons, f"{decision.state}: {decision.inputs} inputs")
         ):
-            out.print(escaped(line), soft_wrap=True)
+            out.print(escape(line), soft_wrap=True)
         if done.batch:
             found = done.batch.done or {}
             what = (
@@ -130,7 +130,7 @@ def decisions(run: RunFolder, as_json: AsJson = False) -> None:
     from pipeline.batches.batch import decisions as logged
     from pipeline.controller.decide import Record, from_json
 
-    with told():
+    with user_errors():
         lines = logged(absolute_path(run))
         if as_json:
             print("\n".join(line.decode() for line in lines))
@@ -142,7 +142,7 @@ def decisions(run: RunFolder, as_json: AsJson = False) -> None:
                 soft_wrap=True,
             )
             for reason in record.decision.reasons:
-                out.print(f"  {escaped(reason)}", soft_wrap=True)
+                out.print(f"  {escape(reason)}", soft_wrap=True)
 
 
 @command()
@@ -154,11 +154,11 @@ def replay(run: RunFolder) -> None:
     from pipeline.batches.batch import decisions as logged
     from pipeline.controller.decide import replay as decided_anew
 
-    with told():
+    with user_errors():
         lines = logged(absolute_path(run))
         mismatches = decided_anew(lines)
         for line, what in mismatches:
-            err.print(f"decision {line}: {escaped(what)}", soft_wrap=True)
+            err.print(f"decision {line}: {escape(what)}", soft_wrap=True)
         out.print(f"{len(lines)} decisions, {len({m.line for m in mismatches})} decided otherwise")
         if mismatches:
             raise typer.Exit(1)
@@ -184,8 +184,8 @@ def retry(
     from pipeline.run.execute import forget_failures
 
     overrides = [name for name in named or [] if "=" in name]
-    with told():
-        settings = load(config, overrides)
+    with user_errors():
+        settings = load_config(config, overrides)
         begun = batches(settings.run.directory)
         if begun and begun[-1].done:
             raise ConfigError(
@@ -229,9 +229,9 @@ def estimate(
     from pipeline.study.estimate import summary
     from pipeline.study.sample import parse_share
 
-    with told():
+    with user_errors():
         cores = nodes * (cores_per_node or os.cpu_count() or 1)
-        settings, share = load(config, overrides or []), parse_share(sample)
+        settings, share = load_config(config, overrides), parse_share(sample)
         price = price_per_core_hour
         with Bars(err) as bars:
             result = measure(settings, bars, on_ray(address), share=share, price=price, cores=cores)
@@ -261,7 +261,7 @@ def metrics(
 ) -> None:
     """How a run or series does, as Prometheus reads it; from its files alone.
 
-    Exit 1 if some cannot be read: the rest is told.
+    Exit 1 if some cannot be read: the rest is user_errors.
     """
     from prometheus_client import generate_latest
 
@@ -270,7 +270,7 @@ def metrics(
     found = Metrics(
         absolute_path(run), lambda fault: err.print(fault, markup=False, soft_wrap=True)
     )
-    with told():
+    with user_errors():
         if port is not None:
             address, thread = serve(found, host=host, port=port)
             err.print(address)
@@ -299,7 +299,7 @@ def collect_garbage(
     from pipeline.batches import gc
     from pipeline.report.report import size
 
-    with told():
+    with user_errors():
         root, before = absolute_path(run), time.time() - keep_days * 86_400 if keep_days else None
         if delete:
             found = gc.collect(root, intermediate=intermediate, older_than=before)
@@ -314,7 +314,7 @@ def collect_garbage(
             print(json.dumps([g._asdict() for g in found]))
             return
         for g in found:
-            out.print(f"{g.reason:12} {size(g.bytes):>8}  {escaped(g.uri)}", soft_wrap=True)
+            out.print(f"{g.reason:12} {size(g.bytes):>8}  {escape(g.uri)}", soft_wrap=True)
         what = (
             "removed"
             if delete

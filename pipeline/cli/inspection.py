@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli import (
@@ -21,16 +22,14 @@ from pipeline.cli import (
     Kind,
     Overrides,
     RunFolder,
+    absolute_path,
     app,
     err,
-    escaped,
+    load_config,
     out,
     print_wide,
-    told,
+    user_errors,
 )
-from pipeline.config.load import load
-from pipeline.config.paths import absolute_path
-from pipeline.config.show import show
 from stages.formats.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,8 +41,10 @@ command = partial(app.command, rich_help_panel="Looking")
 @command("show-config")
 def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The resolved configuration, with where each value came from."""
-    with told():
-        values = list(show(load(config, overrides or [])))
+    from pipeline.config.show import show
+
+    with user_errors():
+        values = list(show(load_config(config, overrides)))
         if as_json:
             print(
                 json.dumps(
@@ -61,7 +62,7 @@ def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson
                 section = head
             style = "dim" if origin == "default" else "green"
             out.print(
-                f"{escaped(f'{key} = {value}'.ljust(width))}  [{style}]# {escaped(origin)}[/{style}]",
+                f"{escape(f'{key} = {value}'.ljust(width))}  [{style}]# {escape(origin)}[/{style}]",
                 soft_wrap=True,
             )
 
@@ -75,7 +76,7 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     from pipeline.batches.batch import is_series
     from pipeline.run.status import run_status
 
-    with told():
+    with user_errors():
         root = absolute_path(run)
         if is_series(root):
             under_way = _series_status(root, as_json)
@@ -105,7 +106,7 @@ def _print_status(state: "RunStatus") -> None:
     out.print(table)
     for name, p in state.phases.items():
         for unit, error in p.errors.items():
-            out.print(f"[red]failed[/red] {name} {unit}: {escaped(error)}", soft_wrap=True)
+            out.print(f"[red]failed[/red] {name} {unit}: {escape(error)}", soft_wrap=True)
 
 
 def _status_json(state: "RunStatus") -> dict[str, Any]:
@@ -141,10 +142,10 @@ def _series_status(root: str, as_json: bool) -> str | None:
         table.add_row(
             str(r.number), f"{r.begun:%Y-%m-%d %H:%M}", r.state, f"{r.taken:,}", tokens, state
         )
-    out.print(f"{escaped(root)}", soft_wrap=True)
+    out.print(f"{escape(root)}", soft_wrap=True)
     out.print(table)
     for name, curve in data.curves.items():
-        out.print(f"tokens {escaped(name)}: {curve[-1][1] if curve else 0:,.0f}")
+        out.print(f"tokens {escape(name)}: {curve[-1][1] if curve else 0:,.0f}")
     if data.last:
         out.print(f"last decision: {data.last.state}, {data.last.inputs} inputs")
     under_way = data.rows and data.rows[-1].seconds is None
@@ -158,7 +159,7 @@ def report(run: RunFolder) -> None:
     from pipeline.report.report import write_report
     from pipeline.report.series import write_report as write_series_report
 
-    with told():
+    with user_errors():
         root = absolute_path(run)
         print(write_series_report(root) if is_series(root) else write_report(root))
 
@@ -173,7 +174,7 @@ def why(
     from pipeline.inspect.why import why as read_why
     from pipeline.run.json_output import to_json
 
-    with told():
+    with user_errors():
         fates = read_why(absolute_path(run), url)
         if as_json:
             print(to_json(fates, indent=1))
@@ -181,15 +182,15 @@ def why(
             _print_fate(fate)
         if not fates:
             err.print(
-                f"{escaped(url)}: this run has no document of that URL (records that are no documents are only counted)"
+                f"{escape(url)}: this run has no document of that URL (records that are no documents are only counted)"
             )
             raise typer.Exit(1)
 
 
 def _print_fate(fate: dict[str, Any]) -> None:
     name = fate["url"] or fate["source_id"] or str(fate["doc_id"])
-    out.print(f"[bold]{escaped(name)}[/bold]  doc_id {fate['doc_id']}", soft_wrap=True)
-    out.print(f"  read from {escaped(fate['warc_file'])} at {fate['warc_offset']}", soft_wrap=True)
+    out.print(f"[bold]{escape(name)}[/bold]  doc_id {fate['doc_id']}", soft_wrap=True)
+    out.print(f"  read from {escape(fate['warc_file'])} at {fate['warc_offset']}", soft_wrap=True)
     if fate["fate"] == "rejected":
         bound = (
             ""
@@ -206,9 +207,9 @@ def _print_fate(fate: dict[str, Any]) -> None:
         similar = "" if fate["similarity"] is None else f", similarity {fate['similarity']:.3f}"
         of = f"cluster {fate['cluster_id']} of {fate['cluster_size']} documents{similar}"
         out.print(f"  [yellow]duplicate[/yellow] ({how}): {of}", soft_wrap=True)
-        where = f" in {escaped(kept['documents'])}" if kept["documents"] else ""
+        where = f" in {escape(kept['documents'])}" if kept["documents"] else ""
         out.print(
-            f"  kept copy: {escaped(str(kept['url'] or kept['source_id']))}  doc_id {kept['doc_id']}{where}",
+            f"  kept copy: {escape(str(kept['url'] or kept['source_id']))}  doc_id {kept['doc_id']}{where}",
             soft_wrap=True,
         )
     elif fate["fate"] == "published":
@@ -229,7 +230,7 @@ def _print_fate(fate: dict[str, Any]) -> None:
             style="dim",
         )
     for name, note in fate["notes"].items():
-        out.print(f"    {name:<48} {escaped(note)}", style="dim", soft_wrap=True)
+        out.print(f"    {name:<48} {escape(note)}", style="dim", soft_wrap=True)
 
 
 def _ranges(rows: list[int]) -> str:
@@ -259,10 +260,10 @@ def ablate(
     from pipeline.study.ablate import ablate as compare
     from pipeline.study.ablate import rows_of, without
 
-    with told():
-        before = load(config, overrides or [])
+    with user_errors():
+        before = load_config(config, overrides)
         after = without(
-            load(against or config, [*(overrides or []), *(settings or [])]), drop or []
+            load_config(against or config, [*(overrides or []), *(settings or [])]), drop or []
         )
         found = compare(before, after)
         if as_json:
@@ -290,7 +291,7 @@ def ablate(
         )
         for host in found.hosts:
             out.print(
-                f"  {escaped(host.host or '(no host)')}: {host.before:,} → {host.after:,}",
+                f"  {escape(host.host or '(no host)')}: {host.before:,} → {host.after:,}",
                 soft_wrap=True,
             )
 
@@ -308,7 +309,7 @@ def verify(
     """
     from pipeline.inspect.verify import verify_path
 
-    with told():
+    with user_errors():
         results = verify_path(absolute_path(path))
         if as_json:
             print(
@@ -329,7 +330,7 @@ def verify(
             )
             for fault in result.faults:
                 line = f"  {fault.shard}: {fault.what}: expected {fault.expected}, found {fault.actual}"
-                out.print(escaped(line), soft_wrap=True)
+                out.print(escape(line), soft_wrap=True)
         if any(r.faults for r in results):
             raise typer.Exit(1)
 
@@ -346,11 +347,11 @@ def export(
     """
     from pipeline.inspect.export import export as write_export
 
-    with told():
+    with user_errors():
         if not output:
             raise ConfigError("-o PATH is missing: name the file to write")
         count = write_export(absolute_path(run), stage, format=format, output=absolute_path(output))
-        err.print(f"{count:,} rows → {escaped(output)}", soft_wrap=True)
+        err.print(f"{count:,} rows → {escape(output)}", soft_wrap=True)
 
 
 @command()
@@ -371,7 +372,7 @@ def sql(
     from pipeline.run.results import open_results
 
     with (
-        told(),
+        user_errors(),
         open_results(absolute_path(run)) as connection,
         select(connection, query) as reader,
     ):
@@ -406,13 +407,13 @@ def _print_csv(reader: Any) -> None:
 
 
 def _print_rows(reader: Any, limit: int) -> None:
-    table = Table(*map(escaped, reader.schema.names), box=None, pad_edge=False)
+    table = Table(*map(escape, reader.schema.names), box=None, pad_edge=False)
     for column, field in zip(table.columns, reader.schema, strict=True):
         column.overflow = "fold"
         column.justify = "right" if str(field.type).startswith(_NUMBERS) else "left"
     rows = _rows_of(reader)
     for row in itertools.islice(rows, limit):
-        table.add_row(*(escaped(_short(_cell(value))) for value in row.values()))
+        table.add_row(*(escape(_short(_cell(value))) for value in row.values()))
     print_wide(table)
     if next(rows, None) is not None:
         err.print(f"the first {limit:,} rows; --rows N prints more, --csv and --json print all")

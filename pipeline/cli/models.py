@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli import app, escaped, out, print_wide, told
+from pipeline.cli import app, out, print_wide, user_errors
 from stages.formats.errors import ConfigError
 
 command = partial(app.command, rich_help_panel="Models")
@@ -85,7 +86,7 @@ def train_lm(
     """Train a KenLM model for the filter `perplexity`, with KenLM's lmplz (make kenlm)."""
     from pipeline.models.train_lm import train_lm as train
 
-    with told(), _ended_by_sigterm():
+    with user_errors(), _ended_by_sigterm():
         train(
             sources,
             output=output,
@@ -142,7 +143,7 @@ def train_classifier(
     """
     from pipeline.models.train_classifier import train_classifier as train
 
-    with told(), _ended_by_sigterm():
+    with user_errors(), _ended_by_sigterm():
         named = (
             [f"hq={path}" for path in positive or []]
             + [f"lq={path}" for path in negative or []]
@@ -196,7 +197,7 @@ def index_benchmarks(
     """Build the index of evaluation sets that the filter `decontamination` compares documents with."""
     from pipeline.models.benchmark_index import build_index, by_benchmark
 
-    with told():
+    with user_errors():
         header = build_index(
             files,
             output=output,
@@ -210,6 +211,6 @@ def index_benchmarks(
         for column in table.columns[1:]:
             column.justify = "right"
         for name, sums in sorted(by_benchmark(header).items()):
-            table.add_row(escaped(name), *(f"{sums[c]:,}" for c in columns))
+            table.add_row(escape(name), *(f"{sums[c]:,}" for c in columns))
         print_wide(table)
         out.print(f"{output}  {output.stat().st_size:,} bytes", soft_wrap=True)

@@ -1,10 +1,12 @@
 """Commands that run stages."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli import (
@@ -15,20 +17,22 @@ from pipeline.cli import (
     LogAs,
     Overrides,
     Stage,
+    absolute_path,
     app,
     err,
-    escaped,
+    load_config,
+    number_table,
+    open_progress,
     out,
     print_wide,
-    progress_of,
-    told,
+    user_errors,
     warn,
 )
-from pipeline.config.calibration import CALIBRATED
-from pipeline.config.load import load
-from pipeline.config.paths import absolute_path
-from pipeline.config.show import show
 from stages.formats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.run.execute import Outcome
+    from pipeline.study.calibrate import Distribution
 
 command = partial(app.command, rich_help_panel="Runs")
 
@@ -38,14 +42,14 @@ def run(
     config: ConfigFile,
     overrides: Overrides = None,
     only: Annotated[
-        Stage | None, typer.Option(help="run this stage alone; the ones before must be done")
+        Stage | None, typer.Option(help="run this stage only; those before it must be done")
     ] = None,
     first: Annotated[
         Stage | None,
-        typer.Option("--from", help="begin at this stage; the ones before must be done"),
+        typer.Option("--from", help="begin at this stage; those before it must be done"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="say what would be done, and stop")
+        bool, typer.Option("--dry-run", help="print what would be done, and stop")
     ] = False,
     address: Address = None,
     log: LogAs = Log.bars,
@@ -53,60 +57,58 @@ def run(
 ) -> None:
     """Run a config: extract, dedup, refine, pack, publish.
 
-    The same command again goes on where it stopped.
+    The same command resumes a run that was stopped.
     """
-    from pipeline.cli.progress import funnel_table
     from pipeline.engine.ray_plan import on_ray
     from pipeline.run.execute import execute, plan
     from pipeline.study.calibrate import changed_since
 
-    with told():
+    with user_errors():
         if only and first:
-            raise ConfigError("--only and --from exclude each other; give one")
-        settings = load(config, overrides or [])
+            raise ConfigError("--only and --from exclude each other: give one")
+        settings = load_config(config, overrides)
         if dry_run:
             _print_plan(plan(settings, only=only, first=first), as_json)
             return
         for key in changed_since(settings):
             warn(
-                f"{key} has changed since the sample was drawn that percentiles are of; run `gristmill calibrate` again"
+                f"{key} has changed since the documents that percentiles refer to were sampled; "
+                "run `gristmill calibrate` again"
             )
-        with progress_of(settings, log) as progress:
+        with open_progress(settings, log) as progress:
             outcome = execute(settings, progress, on_ray(address), only=only, first=first)
-        from pipeline.report.report import write_report
-        from pipeline.run.results import run_funnel
-
-        rows = run_funnel(settings.run.directory)
-        page = write_report(settings.run.directory)
-        published = outcome.published
-        if as_json:
-            generation = (
-                {"name": published.name, "uri": published.uri, **_brief(published.manifest)}
-                if published
-                else None
-            )
-            body = {
-                "funnel": [r.__dict__ for r in rows],
-                "generation": generation,
-                "failed": outcome.failed,
-                "report": page,
-            }
-            print(json.dumps(body, indent=1))
-        else:
-            out.print(funnel_table(rows))
-            if published:
-                state = "published" if published.new else "unchanged, published before:"
-                out.print(
-                    f"\n[bold]{published.name}[/bold] {state} {published.uri}", soft_wrap=True
-                )
-            out.print(f"report {page}", soft_wrap=True)
-        _print_alarm(settings.run.directory)
-        if outcome.failed:
-            raise typer.Exit(3)
+        _print_outcome(settings.run.directory, outcome, as_json)
 
 
-def _brief(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {k: manifest[k] for k in ("rows", "tokens", "documents", "seq_len")}
+def _print_outcome(root: str, outcome: "Outcome", as_json: bool) -> None:
+    """Write the report of a run, and print its funnel and generation; exit 3 if units failed."""
+    from pipeline.cli.progress import funnel_table
+    from pipeline.report.report import write_report
+    from pipeline.run.results import run_funnel
+
+    rows, page, published = run_funnel(root), write_report(root), outcome.published
+    if as_json:
+        generation = published and {
+            "name": published.name,
+            "uri": published.uri,
+            **{k: published.manifest[k] for k in ("rows", "tokens", "documents", "seq_len")},
+        }
+        body = {
+            "funnel": [row.__dict__ for row in rows],
+            "generation": generation,
+            "failed": outcome.failed,
+            "report": page,
+        }
+        print(json.dumps(body, indent=1))
+    else:
+        out.print(funnel_table(rows))
+        if published:
+            state = "published" if published.new else "unchanged, published before:"
+            out.print(f"\n[bold]{published.name}[/bold] {state} {published.uri}", soft_wrap=True)
+        out.print(f"report {page}", soft_wrap=True)
+    _print_alarm(root)
+    if outcome.failed:
+        raise typer.Exit(3)
 
 
 def _print_plan(phases: list[Any], as_json: bool) -> None:
@@ -130,14 +132,16 @@ def _print_plan(phases: list[Any], as_json: bool) -> None:
         )
     out.print(table)
     if phases and phases[-1].pending and phases[-1].name != "pack":
-        out.print("what comes after depends on what these units write; nothing was run")
+        out.print("later phases depend on what these units write; nothing was run")
 
 
 @command()
 def calibrate(
     config: ConfigFile,
     overrides: Overrides = None,
-    sample: Annotated[int, typer.Option(help="documents to measure, about", min=100)] = 5000,
+    sample: Annotated[
+        int, typer.Option(help="number of documents to measure, approximately", min=100)
+    ] = 5000,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -148,49 +152,51 @@ def calibrate(
     reads, and a plot.
     """
     from pipeline.cli.progress import Bars
+    from pipeline.config.calibration import CALIBRATED
+    from pipeline.config.show import show
     from pipeline.engine.ray_plan import on_ray
-    from pipeline.study.calibrate import SHOWN, write_plot
     from pipeline.study.calibrate import calibrate as measure
+    from pipeline.study.calibrate import write_plot
 
-    with told():
+    with user_errors():
+        uncalibrated = load_config(config, overrides, calibrated=False)
         with Bars(err) as bars:
-            found = measure(
-                load(config, overrides or [], calibrated=False),
-                bars,
-                on_ray(address),
-                sample=sample,
-            )
-        for language, count in found.few.items():
+            measured = measure(uncalibrated, bars, on_ray(address), sample=sample)
+        for language, count in measured.few.items():
             warn(
-                f"{count} documents of language '{language}': too few for percentiles of its own, those of all stand in for it"
+                f"{count} documents of language '{language}': too few for percentiles of its own, "
+                "those of all documents are used"
             )
-        calibrated = load(config, overrides or [])
-        plot = write_plot(calibrated, found.distributions)
-        cuts = [row for row in show(calibrated) if row[2].endswith(CALIBRATED)]
+        calibrated = load_config(config, overrides)
+        plot = write_plot(calibrated, measured.distributions)
+        bounds = [setting for setting in show(calibrated) if setting.origin.endswith(CALIBRATED)]
         if as_json:
-            described = [d._asdict() | {"values": None} for d in found.distributions]
-            cut = {key: {"value": value, "origin": origin} for key, value, origin in cuts}
-            print(
-                json.dumps(
-                    {"table": found.table, "plot": plot, "scores": described, "bounds": cut},
-                    indent=1,
-                )
-            )
+            body = {
+                "table": measured.table,
+                "plot": plot,
+                "scores": [d._asdict() | {"values": None} for d in measured.distributions],
+                "bounds": {
+                    key: {"value": value, "origin": origin} for key, value, origin in bounds
+                },
+            }
+            print(json.dumps(body, indent=1))
             return
-        table = Table(
-            "score", "language", "documents", *(f"p{p}" for p in SHOWN), box=None, pad_edge=False
-        )
-        for column in table.columns[2:]:
-            column.justify = "right"
-        for d in found.distributions:
-            values = (f"{d.percentiles[p]:.4g}" for p in SHOWN)
-            table.add_row(d.score, d.language or "all", f"{d.documents:,}", *values)
-        print_wide(table)
-        for key, value, origin in cuts:
-            out.print(
-                f"{escaped(f'{key} = {value}')}  [green]# {escaped(origin)}[/green]", soft_wrap=True
-            )
-        out.print(f"{found.table}\nplot {plot}", soft_wrap=True)
+        _print_distributions(measured.distributions)
+        for key, value, origin in bounds:
+            setting = escape(f"{key} = {value}")
+            out.print(f"{setting}  [green]# {escape(origin)}[/green]", soft_wrap=True)
+        out.print(f"{measured.table}\nplot {plot}", soft_wrap=True)
+
+
+def _print_distributions(distributions: "Sequence[Distribution]") -> None:
+    from pipeline.study.calibrate import SHOWN
+
+    headings = ("score", "language", "documents", *(f"p{p}" for p in SHOWN))
+    table = number_table(*headings, text_columns=2)
+    for d in distributions:
+        values = (f"{d.percentiles[p]:.4g}" for p in SHOWN)
+        table.add_row(d.score, d.language or "all", f"{d.documents:,}", *values)
+    print_wide(table)
 
 
 @command()
@@ -233,7 +239,7 @@ def dedup(
     from pipeline.report.report import write_report
     from pipeline.run.dedup_command import configure, dedup_files
 
-    with told():
+    with user_errors():
         if not output:
             raise ConfigError("-o is empty: name the folder to write to")
         config = configure(
@@ -251,9 +257,7 @@ def dedup(
             print(json.dumps(result._asdict() | {"report": page}, indent=1))
         else:
             total = max(1, sum(result.rows.values()))
-            table = Table("rule", "rows", "share", box=None, pad_edge=False)
-            for column in table.columns[1:]:
-                column.justify = "right"
+            table = number_table("rule", "rows", "share")
             for rule, count in sorted(result.rows.items(), key=lambda item: -item[1]):
                 table.add_row(rule, f"{count:,}", f"{count / total:.1%}")
             out.print(table)

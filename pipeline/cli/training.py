@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli import AsJson, ConfigFile, Overrides, app, escaped, fail, out, print_wide, told
+from pipeline.cli import AsJson, ConfigFile, Overrides, app, fail, out, print_wide, user_errors
 
 command = partial(app.command, rich_help_panel="Training")
 
@@ -31,31 +32,30 @@ def train(
     from pipeline.config.train import load_training
     from trainer.launch import TrainingError, launch
 
-    with told():
+    with user_errors():
+        settings = load_training(config, overrides or [])
         try:
-            ended = launch(load_training(config, overrides or []), on_ray=ray)
+            ended = launch(settings, on_ray=ray)
         except TrainingError as error:
             fail(error, 1)
-        out.print(
-            f"{ended.steps:,} steps, loss {ended.loss:.4f} nats a token; {ended.reason}",
-            soft_wrap=True,
-        )
+        loss = f"loss {ended.loss:.4f} nats a token"
+        out.print(f"{ended.steps:,} steps, {loss}; {ended.reason}", soft_wrap=True)
         if ended.plot:
-            out.print(f"plot {escaped(str(ended.plot))}", soft_wrap=True)
+            out.print(f"plot {escape(str(ended.plot))}", soft_wrap=True)
 
 
 @command("why-step")
 def why_step_command(
     directory: Annotated[Path, typer.Argument(help="directory of a training", metavar="TRAINING")],
-    step: Annotated[int, typer.Argument(help="the step, as its figures name it", min=1)],
+    step: Annotated[int, typer.Argument(help="the step, as in metrics.jsonl", min=1)],
     as_json: AsJson = False,
 ) -> None:
-    """Print the rows and documents that a training step was taken on; of a spike by falling loss."""
+    """Print the rows and documents of a training step; of a loss spike by falling loss."""
     from trainer.launch import TrainingError, why_step
 
-    with told():
+    with user_errors():
         try:
-            blamed = why_step(directory, step)
+            rows = why_step(directory, step)
         except TrainingError as error:
             fail(error, 1)
         if as_json:
@@ -63,19 +63,18 @@ def why_step_command(
                 json.dumps(
                     [
                         row._asdict() | {"documents": [d._asdict() for d in documents]}
-                        for row, documents in blamed
+                        for row, documents in rows
                     ]
                 )
             )
             return
-        table = Table(
-            "generation", "row", "loss", "tokens", "document", "URL", box=None, padding=(0, 2, 0, 0)
-        )
-        for row, documents in blamed:
+        headings = ("generation", "row", "loss", "tokens", "document", "URL")
+        table = Table(*headings, box=None, padding=(0, 2, 0, 0))
+        for row, documents in rows:
             for document in documents:
                 loss = "" if row.loss is None else f"{row.loss:.3f}"
-                where = (row.generation, f"{row.row:,}", loss, f"{document.length:,}")
-                table.add_row(*where, str(document.doc_id), escaped(document.url or ""))
+                location = (row.generation, f"{row.row:,}", loss, f"{document.length:,}")
+                table.add_row(*location, str(document.doc_id), escape(document.url or ""))
         print_wide(table)
 
 
@@ -87,16 +86,18 @@ def export_model(
     output: Annotated[
         str, typer.Argument(help="folder or URL to write config.json and model.safetensors to")
     ],
-    step: Annotated[int | None, typer.Option(help="a checkpoint's step (else the newest)")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="step of the checkpoint (default: the newest)")
+    ] = None,
 ) -> None:
     """Write a checkpoint's weights as transformers loads them:
     LlamaForCausalLM.from_pretrained(OUTPUT).
     """
     from trainer.launch import TrainingError, export
 
-    with told():
+    with user_errors():
         try:
             exported = export(training, output, step=step)
         except TrainingError as error:
             fail(error, 1)
-        out.print(f"step {exported:,} written to {escaped(output)}", soft_wrap=True)
+        out.print(f"step {exported:,} written to {escape(output)}", soft_wrap=True)

@@ -1,6 +1,8 @@
 """The command line: exit codes, messages, JSON. Without Ray."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,13 @@ def test_sql_refuses_to_write_and_names_the_columns_that_there_are(finished):
     assert result.exit_code == 1 and "Expected a single SELECT statement" in result.stderr
     result = call("sql", finished[1], "SELECT rul FROM keep")
     assert result.exit_code == 1 and 'Candidate bindings: "rule"' in result.stderr
+
+
+def test_the_command_line_loads_no_heavy_library():
+    code = "import sys, pipeline.__main__; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = {"ray", "torch", "duckdb", "pyarrow", "numpy", "scipy", "pydantic", "trafilatura"}
+    heavy |= {"fsspec", "tiktoken", "streaming", "resiliparse", "datasketch", "prometheus_client"}
+    assert not heavy & {*loaded.stdout.split()}

@@ -33,6 +33,7 @@ BELOW = {
         "filters",
         "stages",
         "trainer.telemetry.feedback",
+        "trainer.telemetry.records",
         "trainer.launch",
         "trainer.config",
     ),
@@ -43,6 +44,7 @@ TRAINER = ("trainer", "stages.formats", "stages.storage")
 FORMATS = (
     *("filters", "stages/formats", "stages/storage"),
     *("trainer/telemetry/feedback.py", "trainer/config.py", "trainer/telemetry/devices.py"),
+    "trainer/telemetry/records.py",
     *("trainer/launch.py",),
 )
 

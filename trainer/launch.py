@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 class Ended(NamedTuple):
     """How a training ended: the steps in its state, the loss of the last in nats a token, why it
-    ended, and its plot, if any.
+    ended, and the records of its steps: None where another rank or machine has them.
     """
 
     steps: int
     loss: float
     reason: str
-    plot: Path | None
+    metrics: Path | None
 
 
 class TrainingError(RuntimeError):
@@ -46,7 +46,7 @@ class FinalError(TrainingError):
 
 
 def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
-    """Train, on GPUs where there are any, and plot the run. Ranks of torchrun do not use Ray.
+    """Train, on GPUs where there are any. Ranks of torchrun do not use Ray.
 
     ConfigError for a config that is wrong in itself, TrainingError for data or a model that is at
     fault.
@@ -55,7 +55,6 @@ def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
         import torch
     except ImportError:
         raise ConfigError("training needs PyTorch: pip install 'gristmill[train]'") from None
-    from trainer.telemetry.plot import plot
     from trainer.telemetry.sinks import METRICS
 
     ranked = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # by torchrun
@@ -69,10 +68,8 @@ def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
         if on_ray and not ranked
         else _here(config, "cuda" if torch.cuda.is_available() else "cpu")
     )
-    drawn = folder / "training.html"
-    if leads and (folder / METRICS).exists():  # else it lies where the workers are
-        plot(folder, drawn)
-    return Ended(**ended, plot=drawn if drawn.exists() else None)
+    metrics = folder / METRICS
+    return Ended(**ended, metrics=metrics if leads and metrics.exists() else None)
 
 
 def why_step(directory: Path, step: int) -> "list[RowDocuments]":

@@ -297,7 +297,7 @@ def collect_garbage(
     Published generations are never touched.
     """
     from pipeline.batches import gc
-    from pipeline.report.report import size
+    from pipeline.report.page import size
 
     with user_errors():
         root, before = absolute_path(run), time.time() - keep_days * 86_400 if keep_days else None

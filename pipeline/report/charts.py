@@ -1,7 +1,7 @@
-"""Charts of the report: numbers to bins, bins to inline SVG. Colours are the page's."""
+"""Charts of all pages as inline SVG: histograms, columns, lines. Colors are in page.css."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,8 +10,12 @@ from markupsafe import Markup, escape
 
 Floats = npt.NDArray[np.float64]
 BINS = 48
+Point = tuple[float, float]
 WIDTH, HEIGHT, BASELINE, TOP = 340, 128, 108, 14
+LINES_WIDTH, LINES_HEIGHT, LINES_LEFT, LINES_BASELINE = 700, 200, 56, 176
+LINE_COLORS = 5  # classes c0, c1, ... of page.css
 _LABEL_PIXELS = 34  # room that a label under an axis needs
+_MAX_POINTS = 400  # of a line: with more, each point is the mean of several, over a band
 
 
 class Histogram(NamedTuple):
@@ -122,6 +126,44 @@ def columns_svg(columns: Sequence[Column], title: str) -> Markup:
     return _figure(title, [*marks, _peak(peak)])
 
 
+def lines_svg(
+    lines: Mapping[str, Sequence[Point]],
+    title: str,
+    *,
+    ends: tuple[str, str],
+    from_zero: bool = True,
+    label: Callable[[float], str] | None = None,
+) -> Markup:
+    """Lines by name over one x axis, whose ends are labeled; empty when there is no point.
+
+    The lines have the classes c0, c1, ... `from_zero`: the y axis begins at 0.
+    """
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        return Markup("")
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    ticks = ticks_between(0.0 if from_zero else min(ys), max(ys))
+    corners = (min(xs), max(xs) if len(set(xs)) > 1 else min(xs) + 1, ticks[0], ticks[-1])
+    marks = [_y_tick(tick, _place((corners[0], tick), corners)[1], label) for tick in ticks]
+    for i, (name, line) in reversed(list(enumerate(lines.items()))):  # the first lies on top
+        marks.append(_line(name, line, corners, i % LINE_COLORS))
+    places = ((LINES_LEFT, "start"), (LINES_WIDTH, "end"))
+    for (x, anchor), text in zip(places, ends, strict=True):
+        marks.append(_text(x, LINES_HEIGHT - 6, text, anchor))
+    return _svg(LINES_WIDTH, LINES_HEIGHT, title, marks)
+
+
+def ticks_between(low: float, high: float) -> list[float]:
+    """Three to eight round numbers that take in [low, high]: multiples of 1, 2 or 5 times a power
+    of ten.
+    """
+    # or the labels of a line that hardly moves would all read alike
+    span = max(high - low, 0.05 * abs(low))
+    span = span if span > 1e-30 else 1.0
+    step = _round_step(span)
+    return [i * step for i in range(math.floor(low / step), math.ceil((low + span) / step) + 1)]
+
+
 def compact(value: float) -> str:
     """A number short enough for an axis: 1,500 as '1.5k'."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -134,13 +176,17 @@ def compact(value: float) -> str:
 
 
 def _figure(title: str, marks: Sequence[Markup]) -> Markup:
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>').format(
-        WIDTH, HEIGHT, title
-    )
-    axis = Markup('<line class="axis" x1="0" x2="{}" y1="{}" y2="{}"/>').format(
-        WIDTH, BASELINE, BASELINE
-    )
-    return head + Markup("").join(marks) + axis + Markup("</svg>")
+    return _svg(WIDTH, HEIGHT, title, [*marks, _axis_line(0, WIDTH, BASELINE)])
+
+
+def _svg(width: float, height: float, title: str, marks: Sequence[Markup]) -> Markup:
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>')
+    return head.format(width, height, title) + Markup("").join(marks) + Markup("</svg>")
+
+
+def _axis_line(left: float, right: float, y: float) -> Markup:
+    line = Markup('<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>')
+    return line.format(left, right, y)
 
 
 def _cut(total: npt.NDArray[Any]) -> int:
@@ -223,12 +269,54 @@ def _tick_values(low: float, high: float, scale: str) -> list[float]:
         powers = [0.0, *(10.0**n for n in range(0, 16))]
         inside = [p for p in powers if low <= p <= high]
         return inside if len(inside) > 1 else [low, high]
-    raw = (high - low) / 5
-    magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
+    step = _round_step(high - low)
     return [
         n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     ]
+
+
+def _round_step(span: float) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that divides a span into at most five steps."""
+    magnitude = 10.0 ** math.floor(math.log10(span / 5))
+    return next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= span / 5 * 0.999)
+
+
+def _place(point: Point, corners: tuple[float, float, float, float]) -> Point:
+    """Where a point lies in a chart of lines whose range is (left, right, low, high)."""
+    left, right, low, high = corners
+    x = LINES_LEFT + (point[0] - left) / (right - left) * (LINES_WIDTH - LINES_LEFT)
+    return x, LINES_BASELINE - (point[1] - low) / (high - low) * (LINES_BASELINE - TOP)
+
+
+def _y_tick(value: float, y: float, label: Callable[[float], str] | None) -> Markup:
+    text = _text(LINES_LEFT - 6, round(y + 4, 1), (label or compact)(value), "end")
+    return _axis_line(LINES_LEFT, LINES_WIDTH, round(y, 1)) + text
+
+
+def _line(
+    name: str, line: Sequence[Point], corners: tuple[float, float, float, float], color: int
+) -> Markup:
+    """A line; where points are bundled, of their means, over a band of their extremes."""
+    size = math.ceil(len(line) / _MAX_POINTS) or 1
+    bundles = [line[i : i + size] for i in range(0, len(line), size)]
+
+    def path(value: Callable[[list[float]], float], bundled: Sequence[Sequence[Point]]) -> str:
+        points = [(_mean([x for x, _ in b]), value([y for _, y in b])) for b in bundled]
+        return " ".join("{:.1f},{:.1f}".format(*_place(point, corners)) for point in points)
+
+    middle, shape = path(_mean, bundles), Markup("")
+    if size > 1:
+        band = Markup('<polygon class="band c{}" points="{} {}"/>')
+        shape = band.format(color, path(max, bundles), path(min, bundles[::-1]))
+    if len(bundles) == 1:
+        x, _, y = middle.partition(",")
+        shape += Markup('<circle class="dot c{}" cx="{}" cy="{}" r="2.5"/>').format(color, x, y)
+    drawn = Markup('<polyline class="line c{}" points="{}"><title>{}</title></polyline>')
+    return shape + drawn.format(color, middle, name)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _peak(peak: int, *, cut: bool = False) -> Markup:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.report.charts import Column, Floats, Histogram, binned
+from pipeline.report.page import clean
 from pipeline.report.sample import Ledger, Sample, document_row
-from pipeline.report.texts import EXCERPT, Piece, clean
+from pipeline.report.texts import EXCERPT, Piece
 from pipeline.run import dedup_plan
 from stages.dedup.dedup import EARLIER, earlier_documents
 from stages.dedup.minhash import normalize, shingle_hashes

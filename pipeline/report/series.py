@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from pipeline.batches.batch import batches, decisions
 from pipeline.controller.decide import Decision, Record, from_json
-from pipeline.report.charts import compact
-from pipeline.report.report import render_page
-from stages.storage.files import write_atomically
+from pipeline.report.charts import Point, lines_svg
+from pipeline.report.page import write_page
 from trainer.telemetry import feedback
 
-Points = list[tuple[float, float]]  # (Unix time, value), in order of time
-WIDTH, HEIGHT, LEFT, BASELINE, TOP = 700, 200, 60, 176, 12
-COLOURS = ("#1f5fd0", "#e0862c", "#2f8f5b", "#8a4fbf", "#b03a48")
+Points = list[Point]  # (Unix time, value), in order of time
 
 
 class Row(NamedTuple):
@@ -77,17 +74,20 @@ def write_report(root: str) -> str:
     """Write SERIES/report.html and return where it lies."""
     uri = f"{root.rstrip('/')}/report.html"
     data = gather(root.rstrip("/"))
-    lines = {
-        "curves": lines_svg(data.curves, "tokens"),
-        "supply": lines_svg({"supply": data.supply_hours}, "hours of supply"),
+    charts = {
+        "tokens": _chart(data.curves, "tokens"),
+        "supply": _chart({"supply": data.supply_hours}, "hours of supply"),
     }
-    write_atomically(
-        uri,
-        render_page("series.html.j2", d=data, lines=lines, colours=COLOURS).encode(
-            "utf-8", "replace"
-        ),
-    )
+    write_page(uri, "series.html.j2", d=data, charts=charts)
     return uri
+
+
+def _chart(curves: dict[str, Points], title: str) -> Markup:
+    times = [at for points in curves.values() for at, _ in points] or [0.0]
+    first, last = (
+        f"{datetime.fromtimestamp(t, UTC):%Y-%m-%d %H:%M:%S} UTC" for t in (min(times), max(times))
+    )
+    return lines_svg(curves, title, ends=(first, last))
 
 
 def _rows(begun: Sequence[Any], records: Sequence[Record]) -> list[Row]:
@@ -123,51 +123,3 @@ def _sums(points: Sequence[tuple[float, float]]) -> Points:
             (at, total := total + value),
         ]  # a step: nothing is there before all of it is
     return sums
-
-
-# --- chart ----------------------------------------------------------------------------------------
-
-
-def lines_svg(series: dict[str, Points], title: str) -> Markup:
-    """Lines over time from 0 on, one colour each; an empty figure when there is no point."""
-    points = [point for line in series.values() for point in line]
-    if not points:
-        return Markup("")
-    first, last = min(at for at, _ in points), max(at for at, _ in points)
-    high = max(value for _, value in points) or 1.0
-
-    def place(at: float, value: float) -> str:
-        x = LEFT + (at - first) / ((last - first) or 1.0) * (WIDTH - LEFT)
-        return f"{x:.1f},{BASELINE - value / high * (BASELINE - TOP):.1f}"
-
-    marks = [
-        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>').format(
-            WIDTH, HEIGHT, title
-        )
-    ]
-    for share in (0.0, 0.5, 1.0):
-        y = BASELINE - share * (BASELINE - TOP)
-        marks.append(
-            Markup('<line class="axis" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-                LEFT, WIDTH, y, y
-            )
-        )
-        marks.append(_text(LEFT - 6, y + 4, compact(share * high), "end"))
-    for (name, line), colour in zip(series.items(), COLOURS * len(series), strict=False):
-        path = " ".join(place(at, value) for at, value in line)
-        drawn = Markup(
-            '<polyline fill="none" stroke="{}" stroke-width="1.8" points="{}"><title>{}</title></polyline>'
-        )
-        marks.append(drawn.format(colour, path, name))
-    ends = ((LEFT, first, "start"), (WIDTH, last, "end"))
-    marks += [
-        _text(x, HEIGHT - 6, f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC", anchor)
-        for x, at, anchor in ends
-    ]
-    return Markup("").join([*marks, Markup("</svg>")])
-
-
-def _text(x: float, y: float, label: str, anchor: str) -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        x, y, anchor, escape(label)
-    )

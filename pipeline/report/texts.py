@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from pipeline.report.page import clean
 from pipeline.report.sample import Ledger, Sample, document_row
 from pipeline.run.query import quoted
 from stages.formats.document import sampled
@@ -131,17 +132,3 @@ def excerpt(text: str) -> str:
         if len(text) <= EXCERPT
         else text[: text.rfind(" ", EXCERPT // 2, EXCERPT)].rstrip() + " …"
     )
-
-
-# control characters have no place in HTML; bidirectional overrides would turn the page around the
-# text
-_CONTROLS = [*range(9), 11, 12, *range(14, 32), *range(127, 160)]
-_UNWANTED = dict.fromkeys([*_CONTROLS, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-
-
-def clean(text: str) -> str:
-    """A crawled string without characters that would break the page.
-
-    Escaping is the template's business.
-    """
-    return text.translate(_UNWANTED).encode("utf-8", "replace").decode()

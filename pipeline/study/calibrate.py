@@ -22,7 +22,7 @@ from pipeline.config.sections import Config
 from pipeline.engine import units
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats, binned
-from pipeline.report.report import render_page
+from pipeline.report.page import write_page
 from pipeline.run.execute import Progress, Run, StageTask, check_failures, execute, plan, run_phase
 from pipeline.run.keys import refine_plan
 from pipeline.run.phase import Phase
@@ -115,9 +115,8 @@ def write_plot(config: Config, distributions: Sequence[Distribution]) -> str:
     calibrated; returns where it lies.
     """
     charts = [(d, binned({"kept": d.values}, _bound(config, d))) for d in distributions]
-    page = render_page("calibration.html.j2", root=config.run.directory, charts=charts, shown=SHOWN)
     uri = f"{config.run.directory}/calibration.html"
-    write_atomically(uri, page.encode("utf-8", "replace"))
+    write_page(uri, "calibration.html.j2", root=config.run.directory, charts=charts, shown=SHOWN)
     return uri
 
 

@@ -30,7 +30,7 @@ from pipeline.config.sections import Config
 from pipeline.engine import units as engine
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats
-from pipeline.report.report import duration
+from pipeline.report.page import duration
 from pipeline.run.execute import STAGES, Progress, Run, execute
 from pipeline.run.results import PHASES, all_commits, store_of
 from pipeline.run.state import read_state

@@ -34,7 +34,7 @@ from trainer.telemetry.feedback import (
     read_summaries,
 )
 from trainer.telemetry.feedback_writer import Writer
-from trainer.telemetry.plot import read_metrics
+from trainer.telemetry.records import read_metrics
 
 NO_LOSS = torch.tensor([[10.0, 9.0, math.nan]], dtype=torch.float64)
 

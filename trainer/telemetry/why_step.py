@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from stages.storage.catalog import read_catalog
 from trainer.data.generations import Document, documents_of, verify_generation
 from trainer.telemetry.feedback import append_line, to_json
-from trainer.telemetry.plot import read_metrics
+from trainer.telemetry.records import read_metrics
 from trainer.telemetry.sinks import METRICS
 
 CONFIG = "config.json"

@@ -22,10 +22,10 @@ from pipeline.report.duplicates import (
     differing,
     similarities,
 )
-from pipeline.report.report import bound, percent, write_report
+from pipeline.report.page import bound, clean, percent
+from pipeline.report.report import write_report
 from pipeline.report.run_data import gather
 from pipeline.report.sample import MAX_PARTS, spread
-from pipeline.report.texts import clean
 from stages.storage.ledger import Commit
 from tests.support.inline import make_config, run_inline
 from tests.support.paths import ROOT

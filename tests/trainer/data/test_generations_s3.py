@@ -41,7 +41,7 @@ from trainer.data.generations import (
 )
 from trainer.data.loader import BatchLoader
 from trainer.telemetry.feedback import read_summaries
-from trainer.telemetry.plot import read_metrics
+from trainer.telemetry.records import read_metrics
 from trainer.telemetry.why_step import why_step
 
 SHARD = "part-00001/shard.00000.mds"

@@ -1,14 +1,12 @@
 """Where the time goes under an injected clock, the arithmetic of rates, spikes against an oracle,
-sinks, the plot.
+sinks.
 """
 
-import itertools
 import json
 import math
 import statistics
 import sys
 import types
-import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ from trainer.telemetry.devices import gpu_health, peak_flops
 from trainer.telemetry.feedback import Health, Totals, read_lines, read_summaries, resumed
 from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.meter import Meter, SourceSums, mfu, percentile, sum_by_source
-from trainer.telemetry.plot import draw, plot, read_metrics, ticks_between
+from trainer.telemetry.records import read_metrics
 from trainer.telemetry.sinks import Telemetry, console_line, flatten
 from trainer.telemetry.spikes import SpikeDetector
 
@@ -616,75 +614,3 @@ def test_tensorboard_gets_an_event_file_that_holds_the_tags(tmp_path):
     assert telemetry.lost == {}
     [events] = (tmp_path / "tensorboard").glob("events*")
     assert b"sources/cc/loss" in events.read_bytes()
-
-
-# --- the plot -------------------------------------------------------------------------------------
-
-
-@given(st.floats(-1e90, 1e90), st.floats(0, 1e90))
-def test_ticks_are_few_and_take_in_the_range(low, span):
-    high = low + span
-    ticks = ticks_between(low, high)
-    assert 3 <= len(ticks) <= 11
-    rounding = 1e-9 * (abs(low) + span)
-    assert ticks[0] <= low + rounding and ticks[-1] >= high - rounding
-    assert all(a < b for a, b in itertools.pairwise(ticks))
-
-
-VALUES = st.none() | st.floats() | st.text(max_size=2)
-
-
-@given(st.lists(st.tuples(VALUES, VALUES, VALUES), min_size=1, max_size=20))
-def test_any_record_can_be_drawn(values):
-    records = [
-        {
-            "step": i,
-            "loss": loss,
-            "tokens_per_second": rate,
-            "seconds": {
-                "data_wait": abs(wait) if isinstance(wait, float) and math.isfinite(wait) else 0.0
-            },
-        }
-        for i, (loss, rate, wait) in enumerate(values)
-    ]
-    assert "nan" not in ET.tostring(ET.fromstring(draw(records)), encoding="unicode")
-
-
-def test_the_curve_goes_through_the_data():
-    records = [
-        {"step": i, "loss": 10.0 - i, "tokens_per_second": 5.0, "seconds": {"compute": 1.0}}
-        for i in range(1, 10)
-    ]
-    svg = ET.fromstring(draw(records))
-    lines = [e.attrib["points"].split() for e in svg.iter("{http://www.w3.org/2000/svg}polyline")]
-    heights = [float(point.split(",")[1]) for point in lines[0]]
-    assert len(heights) == 9
-    assert heights == sorted(heights)  # a falling loss goes down the page
-    steps = [b - a for a, b in itertools.pairwise(heights)]
-    assert max(steps) - min(steps) < 0.2  # evenly, as the data do
-
-
-def test_a_plot_is_written_from_the_lines(tmp_path):
-    telemetry = Telemetry(tmp_path, run="r", sinks=("jsonl",))
-    for step in range(1000):
-        telemetry.step(
-            {
-                "step": step,
-                "loss": 3.0,
-                "tokens_per_second": 9.0,
-                "seconds": {"data_wait": 0.1, "compute": 0.9},
-            }
-        )
-    plot(tmp_path, tmp_path / "run.svg")
-    plot(tmp_path, tmp_path / "run.html")
-    assert (tmp_path / "run.svg").read_text() in (tmp_path / "run.html").read_text()
-    assert "10 %" in (tmp_path / "run.svg").read_text()
-    assert (tmp_path / "run.svg").stat().st_size < 100_000
-
-
-def test_a_plot_needs_steps_and_a_kind_it_knows(tmp_path):
-    with pytest.raises(ValueError, match=r"an .svg or .html file, got run.png"):
-        plot(tmp_path, "run.png")
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"st')
-    with pytest.raises(ValueError, match="holds no step"):
-        plot(tmp_path, tmp_path / "run.svg")

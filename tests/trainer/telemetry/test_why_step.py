@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from stages.pack.pack import PROVENANCE
 from trainer import loop
-from trainer.telemetry.plot import read_metrics
+from trainer.telemetry.records import read_metrics
 from trainer.telemetry.spikes import SpikeDetector
 from trainer.telemetry.why_step import (
     RowLoss,

@@ -39,6 +39,8 @@ def train(
             ended = launch(settings, on_ray=ray)
         except TrainingError as error:
             fail(error, 1)
+        loss = f"loss {ended.loss:.4f} nats a token"
+        out.print(f"{ended.steps:,} steps, {loss}; {ended.reason}", soft_wrap=True)
         if ended.metrics and (page := write_training_page(ended.metrics)):
             out.print(f"plot {escape(str(page))}", soft_wrap=True)
 

@@ -5,6 +5,7 @@ workers again.
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -101,6 +102,19 @@ def test_a_training_is_launched_and_exported(file, tmp_path):
     assert export(f"{tmp_path}/train", f"{tmp_path}/again", step=None) == 4
     with pytest.raises(TrainingError, match=r"nowhere holds checkpoints of the steps \[\]$"):
         export(f"{tmp_path}/nowhere", f"{tmp_path}/other", step=None)
+
+
+@train
+def test_the_command_prints_how_a_training_ended_and_draws_its_page(file, tmp_path):
+    from typer.testing import CliRunner
+
+    from pipeline.__main__ import app
+
+    result = CliRunner().invoke(app, ["train", str(file), "max_steps=2", "--no-ray"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"2 steps, loss \d+\.\d{4} nats a token; step 2 was reached", result.stdout)
+    page = tmp_path / "train" / "training.html"
+    assert f"plot {page}" in result.stdout and 'class="line c0"' in page.read_text()
 
 
 @train

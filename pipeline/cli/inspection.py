@@ -258,7 +258,7 @@ def ablate(
     overlap. Runs nothing.
     """
     from pipeline.study.ablate import ablate as compare
-    from pipeline.study.ablate import rows_of, without
+    from pipeline.study.ablate import comparison, without
 
     with user_errors():
         before = load_config(config, overrides)
@@ -278,7 +278,7 @@ def ablate(
         table = Table("", "before", "after", "change", box=None, pad_edge=False)
         for column in table.columns[1:]:
             column.justify = "right"
-        for what, left, right in rows_of(found):
+        for what, left, right in comparison(found):
             if left is not None and right is not None:
                 table.add_row(
                     what, f"{left:,}", f"{right:,}", f"{right - left:+,}" if left != right else ""

@@ -136,7 +136,7 @@ def test_ablate_says_what_other_bounds_would_change(finished):
     table = call(*line, "--set", "language.score=[0.9999, 1.0]").stdout
     assert "lost to language.score" in table and "a.example: 1 → 0" in table
     assert call(*line, "--drop", "languag").stderr == (
-        "error --drop languag: no filter or rule of this config; did you mean 'language'?\n"
+        "error --drop languag: this config has no such filter or rule; did you mean 'language'?\n"
     )
     assert call(*line, "run.directory=nowhere").exit_code == 1
 

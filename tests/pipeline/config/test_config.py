@@ -18,7 +18,7 @@ from pipeline.config.show import show
 from pipeline.models.benchmark_index import build_index
 from pipeline.run.execute import Run
 from pipeline.run.keys import stage_keys
-from pipeline.study import ablate
+from pipeline.study.measured import require_measured
 from stages.formats.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -559,6 +559,6 @@ def test_what_a_job_was_sent_with_is_to_ablate_what_lies_here(tmp_path, monkeypa
         state = {"config": values | {"input.paths": {"value": paths}}}
         return SimpleNamespace(root="r", state=state, setting=lambda key, default: default)
 
-    ablate._require_measured(now, ledger('["pages"]'))
+    require_measured(now, ledger('["pages"]'))
     with pytest.raises(ValueError, match=r'measured with input.paths = \["other"\]'):
-        ablate._require_measured(now, ledger('["other"]'))
+        require_measured(now, ledger('["other"]'))

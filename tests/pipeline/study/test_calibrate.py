@@ -314,7 +314,7 @@ def test_tokens_are_those_of_the_run_per_character(run):
     [
         ("c5", "did you mean 'c4'"),
         ("c4.sentence_cuont", "did you mean 'c4.sentence_count'"),
-        ("zzz", "its filters are language"),
+        ("zzz", "known: language, pii"),
     ],
 )
 def test_dropping_what_is_not_there_is_refused(run, dropped, message):

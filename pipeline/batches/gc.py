@@ -1,12 +1,12 @@
-"""What a run directory or series holds that nothing refers to any more, and its removal.
+"""Files in a run directory or series that nothing refers to any more, and their removal.
 
-Never touched: generations that the catalog lists, whoever reads them; the stores of the current
-keys; what later batches match against (documents, keep table and index). Removed are, by reason:
+Never removed: generations in the catalog; the stores of the current keys; what later batches match
+against (documents, keep table and index). Removed, by reason:
 
-    superseded      stores of keys that another configuration had; a return to it would do their work again
-    unpublished     folders of generations that the catalog does not list: a crash before its line
-    scratch         what estimates and cut-off writers have left
-    intermediate    (only if asked for) refine and pack of published batches; `why` then ends at dedup for their documents
+    superseded      stores of keys of other configurations; returning to one repeats their work
+    unpublished     generations that are not in the catalog: a crash before their line was written
+    scratch         what estimates and interrupted writers left
+    intermediate    (on request) refine and pack of published batches; `why` then ends at dedup
 """
 
 import json
@@ -24,8 +24,8 @@ _MATCHED_AGAINST = ("extract", "dedup")
 
 
 class Garbage(NamedTuple):
-    """A folder or file that can go: where it lies, why, its bytes, and the Unix time of its newest
-    part (None: unknown).
+    """A folder or file that can be removed, its size, and the Unix time of its newest file (None:
+    unknown).
     """
 
     uri: str
@@ -34,68 +34,73 @@ class Garbage(NamedTuple):
     modified: float | None
 
 
-def find(root: str, *, intermediate: bool = False) -> list[Garbage]:
-    """What can go, in the order in which it may: a crash half-way leaves a run that goes on.
+def find(
+    root: str, *, intermediate: bool = False, older_than: float | None = None
+) -> list[Garbage]:
+    """What can be removed, in a safe order: after a crash half-way the run goes on.
 
-    FileNotFoundError for no run.
+    `older_than` is a Unix time: newer files, and those of unknown age, stay. FileNotFoundError if
+    there is no run.
     """
-    if not is_series(root):
-        return [*_of_run(root), *_scratch(root), *_unpublished(root)]
-    # a batch that was cut off before its run began has no run.json, and nothing else
-    begun = [batch for batch in batches(root) if exists(f"{batch.directory}/run.json")]
-    found = [
-        item for batch in begun for item in (*_of_run(batch.directory), *_scratch(batch.directory))
-    ]
-    if intermediate:
-        found += [item for batch in begun if batch.done for item in _intermediate(batch.directory)]
-    return [*found, *_scratch(root), *_unpublished(root)]
+    if is_series(root):
+        # a batch that was cut off before its run began has no run.json, and nothing else
+        begun = [b for b in batches(root) if exists(f"{b.directory}/run.json")]
+        garbage = [g for b in begun for g in (*_superseded(b.directory), *_scratch(b.directory))]
+        if intermediate:
+            garbage += [g for b in begun if b.done for g in _intermediate(b.directory)]
+    else:
+        garbage = list(_superseded(root))
+    garbage += [*_scratch(root), *_unpublished(root)]
+    if older_than is None:
+        return garbage
+    return [g for g in garbage if g.modified is not None and g.modified < older_than]
 
 
 def collect(
     root: str, *, intermediate: bool = False, older_than: float | None = None
 ) -> list[Garbage]:
-    """Remove it, and return what was removed. Held when a run or scheduler is at work there.
-
-    `older_than` is a Unix time: what is newer, or of unknown age, stays.
-    """
+    """Remove it, and return what was removed. Raises Held while a run or scheduler works there."""
     with lease(root):
-        gone = []
-        for item in find(root, intermediate=intermediate):
-            if older_than is None or (item.modified is not None and item.modified < older_than):
-                remove_tree(item.uri)
-                gone.append(item)
-        return gone
+        garbage = find(root, intermediate=intermediate, older_than=older_than)
+        for item in garbage:
+            remove_tree(item.uri)
+    return garbage
 
 
-def _of_run(root: str) -> Iterator[Garbage]:
-    keys = {*read_state(root)["keys"].values(), *_matched_against(root)}
+def _stores(root: str) -> Iterator[tuple[str, str, str]]:
+    """Stage, key and URI of each store."""
     for stage in STAGES:
         for key in names_in(f"{root}/{stage}"):
-            if key not in keys:
-                yield _weighed(f"{root}/{stage}/{key}", "superseded")
-            else:
-                yield from _cut_off(f"{root}/{stage}/{key}")
+            yield stage, key, f"{root}/{stage}/{key}"
+
+
+def _superseded(root: str) -> Iterator[Garbage]:
+    keys = {*read_state(root)["keys"].values(), *_index_keys(root)}
+    for _, key, uri in _stores(root):
+        if key in keys:
+            yield from _interrupted_writes(uri)
+        else:
+            yield _measure(uri, "superseded")
 
 
 def _scratch(root: str) -> Iterator[Garbage]:
     for name in names_in(root):
         if ".tmp-" in name or (name.startswith("estimate-") and not is_held(f"{root}/{name}")):
-            yield _weighed(f"{root}/{name}", "scratch")
+            yield _measure(f"{root}/{name}", "scratch")
 
 
-def _cut_off(store: str) -> Iterator[Garbage]:
+def _interrupted_writes(store: str) -> Iterator[Garbage]:
     """Files under the temporary names of writers that were killed."""
     fs, path = open_fs(store)
     for name, info in fs.find(path, detail=True).items():
         if ".tmp-" in name.rpartition("/")[2]:
-            yield Garbage(
-                store + name.removeprefix(path), "scratch", info["size"] or 0, _modified(info)
-            )
+            uri = store + name.removeprefix(path)
+            yield Garbage(uri, "scratch", info["size"] or 0, _modified(info))
 
 
-def _matched_against(root: str) -> Iterator[str]:
-    """Keys of the stores that the published index names: older ones, while a run under another
-    configuration is not done.
+def _index_keys(root: str) -> Iterator[str]:
+    """Keys of the stores that the published index names: older ones, until a run under another
+    configuration has finished.
     """
     if exists(f"{root}/index.json"):
         entry = json.loads(read_bytes(f"{root}/index.json"))
@@ -104,28 +109,27 @@ def _matched_against(root: str) -> Iterator[str]:
 
 def _intermediate(root: str) -> Iterator[Garbage]:
     keys = set(read_state(root)["keys"].values())
-    for stage in STAGES:
-        for key in names_in(f"{root}/{stage}"):
-            if stage not in _MATCHED_AGAINST and key in keys:
-                yield _weighed(f"{root}/{stage}/{key}", "intermediate")
+    for stage, key, uri in _stores(root):
+        if stage not in _MATCHED_AGAINST and key in keys:
+            yield _measure(uri, "intermediate")
 
 
 def _unpublished(root: str) -> Iterator[Garbage]:
-    listed = {entry["name"] for entry in read_catalog(root)}
-    for name in names_in(f"{root}/generations") if exists(f"{root}/generations") else ():
-        if name not in listed:
-            yield _weighed(f"{root}/generations/{name}", "unpublished")
+    published = {entry["name"] for entry in read_catalog(root)}
+    for name in names_in(f"{root}/generations"):
+        if name not in published:
+            yield _measure(f"{root}/generations/{name}", "unpublished")
 
 
-def _weighed(uri: str, reason: str) -> Garbage:
+def _measure(uri: str, reason: str) -> Garbage:
     fs, path = open_fs(uri)
-    files = fs.find(path, detail=True).values() if fs.isdir(path) else [fs.info(path)]
-    times = [found for file in files if (found := _modified(file)) is not None]
+    files = list(fs.find(path, detail=True).values()) if fs.isdir(path) else [fs.info(path)]
+    times = [time for file in files if (time := _modified(file)) is not None]
     return Garbage(uri, reason, sum(file["size"] or 0 for file in files), max(times, default=None))
 
 
 def _modified(info: dict[str, object]) -> float | None:
-    """Local disks tell seconds, object stores a date."""
+    """Unix time from a file's info: local disks give seconds, object stores a date."""
     value = info.get("mtime") or info.get("LastModified")
     if isinstance(value, int | float):
         return float(value)

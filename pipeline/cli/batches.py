@@ -69,10 +69,10 @@ def schedule(
     """`gristmill batch` again and again, for as long as this process lives; one that fails is
     finished the next time.
     """
-    from pipeline.batches.batch import seconds_of
+    from pipeline.batches.batch import parse_interval
 
     with user_errors():
-        pause = seconds_of(every)
+        pause = parse_interval(every)
         settings = load_config(config, overrides)
     horizon = settings.schedule.horizon_hours
     if horizon * 3600 <= pause:
@@ -82,7 +82,7 @@ def schedule(
         try:
             with user_errors():
                 _batch(load_config(config, overrides), None, address, log, False)
-        except typer.Exit as ended:  # user_errors already; what was committed stays, and the next time goes on from there
+        except typer.Exit as ended:  # already reported; the next batch continues from what is committed
             if ended.exit_code == INTERRUPTED:
                 raise
         time.sleep(max(0.0, pause - (time.monotonic() - begun)))
@@ -128,7 +128,7 @@ def _batch(
 def decisions(run: RunFolder, as_json: AsJson = False) -> None:
     """Why each batch of a series had its size."""
     from pipeline.batches.batch import decisions as logged
-    from pipeline.controller.decide import Record, from_json
+    from pipeline.controller.records import Record, from_json
 
     with user_errors():
         lines = logged(absolute_path(run))
@@ -152,11 +152,11 @@ def replay(run: RunFolder) -> None:
     Exit 1 where this version decides otherwise.
     """
     from pipeline.batches.batch import decisions as logged
-    from pipeline.controller.decide import replay as decided_anew
+    from pipeline.controller.replay import replay as decide_again
 
     with user_errors():
         lines = logged(absolute_path(run))
-        mismatches = decided_anew(lines)
+        mismatches = decide_again(lines)
         for line, what in mismatches:
             err.print(f"decision {line}: {escape(what)}", soft_wrap=True)
         out.print(f"{len(lines)} decisions, {len({m.line for m in mismatches})} decided otherwise")
@@ -300,26 +300,14 @@ def collect_garbage(
     from pipeline.report.page import size
 
     with user_errors():
-        root, before = absolute_path(run), time.time() - keep_days * 86_400 if keep_days else None
-        if delete:
-            found = gc.collect(root, intermediate=intermediate, older_than=before)
-        else:
-            listed = gc.find(root, intermediate=intermediate)
-            found = [
-                g
-                for g in listed
-                if before is None or (g.modified is not None and g.modified < before)
-            ]
+        before = time.time() - keep_days * 86_400 if keep_days else None
+        find = gc.collect if delete else gc.find
+        garbage = find(absolute_path(run), intermediate=intermediate, older_than=before)
         if as_json:
-            print(json.dumps([g._asdict() for g in found]))
+            print(json.dumps([g._asdict() for g in garbage]))
             return
-        for g in found:
+        for g in garbage:
             out.print(f"{g.reason:12} {size(g.bytes):>8}  {escape(g.uri)}", soft_wrap=True)
-        what = (
-            "removed"
-            if delete
-            else "can go; --delete removes it"
-            if found
-            else "there is nothing to remove"
-        )
-        out.print(f"{len(found)} of {size(sum(g.bytes for g in found))}: {what}")
+        end = "can be removed with --delete" if garbage else "there is nothing to remove"
+        total = size(sum(g.bytes for g in garbage))
+        out.print(f"{len(garbage)} of {total}: {'removed' if delete else end}")

@@ -14,7 +14,7 @@ from filters.opt_out import OptOut
 from filters.pii.ner import Ner
 from filters.pii.scrub import Pii
 from filters.url_policy import UrlPolicy
-from pipeline.controller.decide import Policy
+from pipeline.controller.policy import Policy
 from stages.dedup.dedup import DedupConfig
 from stages.extract.extract import ExtractConfig
 from stages.formats.document import NamedFilter

@@ -19,7 +19,9 @@ from typing import NamedTuple, get_args
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pipeline.controller import decide
+from pipeline.controller.decide import HOUR, decide
+from pipeline.controller.policy import Policy
+from pipeline.controller.records import Generation, Inputs, PlanState, Record, State, from_json
 from pipeline.run.publish import published_to
 from pipeline.run.results import PHASES, store_of
 from pipeline.run.state import read_state
@@ -164,9 +166,9 @@ class _Reader:
             with self.reading(store.root):
                 yield from _phase(phase, store, since, batch)
 
-    def _decision(self, record: decide.Record, batches: list[str]) -> Iterator[Sample]:
+    def _decision(self, record: Record, batches: list[str]) -> Iterator[Sample]:
         decision, left = record.decision, record.inputs.inputs_left
-        for state in get_args(decide.State):
+        for state in get_args(State):
             yield Sample("decision_state", state == decision.state, {"state": state})
         yield Sample("decision_inputs", decision.inputs)
         yield Sample("decision_timestamp_seconds", record.inputs.now)
@@ -176,7 +178,7 @@ class _Reader:
                 left -= len(json.loads(read_bytes(uri))["inputs"]) if exists(uri) else 0
         yield Sample("inputs_left", left)
 
-    def _supply(self, home: str, record: decide.Record | None) -> Iterator[Sample]:
+    def _supply(self, home: str, record: Record | None) -> Iterator[Sample]:
         """What is published in `home`, what its trainers report, how long the supply lasts."""
         trainers: list[feedback.Summary] = []
         with self.reading(f"{home}/feedback"):
@@ -187,7 +189,7 @@ class _Reader:
         uri = f"{home}/catalog.jsonl"
         with self.reading(uri):
             generations = tuple(
-                decide.Generation(e["name"], e["rows"], e["tokens"]) for e in read_catalog(home)
+                Generation(e["name"], e["rows"], e["tokens"]) for e in read_catalog(home)
             )
             yield Sample("published_generations_total", len(generations))
             yield Sample("published_tokens_total", sum(g.tokens for g in generations))
@@ -197,11 +199,11 @@ class _Reader:
             yield from _demand(home, record, generations, trainers)
 
 
-def _last_decision(root: str) -> decide.Record | None:
+def _last_decision(root: str) -> Record | None:
     uri = f"{root}/decisions.jsonl"
     if not exists(uri):
         return None
-    return decide.from_json(decide.Record, read_bytes(uri).splitlines()[-1])
+    return from_json(Record, read_bytes(uri).splitlines()[-1])
 
 
 def _phase(phase: str, store: Store, since: float, batch: str) -> Iterator[Sample]:
@@ -233,13 +235,13 @@ def _phase(phase: str, store: Store, since: float, batch: str) -> Iterator[Sampl
 
 def _demand(
     home: str,
-    record: decide.Record | None,
-    generations: tuple[decide.Generation, ...],
+    record: Record | None,
+    generations: tuple[Generation, ...],
     trainers: Iterable[feedback.Summary],
 ) -> Iterator[Sample]:
-    inputs = record.inputs if record else decide.Inputs(0.0, home, (), (), (), 0)
-    before = record.decision.memory if record else decide.Memory()
-    policy = record.policy if record else decide.Policy()
+    inputs = record.inputs if record else Inputs(0.0, home, (), (), (), 0)
+    before = record.decision.memory if record else PlanState()
+    policy = record.policy if record else Policy()
     now = replace(
         inputs,
         now=time.time(),
@@ -247,12 +249,12 @@ def _demand(
         trainers=tuple(trainers),
         before=before,
     )
-    decision = decide.decide(now, policy)
+    decision = decide(now, policy)
     hours = decision.supply_hours
     numbers = {
         "demand_tokens_per_second": decision.demand_tokens_per_second,
         "supply_tokens": decision.supply_tokens,
-        "supply_seconds": None if hours is None else hours * decide.HOUR,
+        "supply_seconds": None if hours is None else hours * HOUR,
     }
     yield from _known(numbers, {})
 

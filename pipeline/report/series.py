@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from pipeline.batches.batch import batches, decisions
-from pipeline.controller.decide import Decision, Record, from_json
+from pipeline.controller.records import Decision, Record, from_json
 from pipeline.report.charts import Point, lines_svg
 from pipeline.report.page import write_page
 from trainer.telemetry import feedback

@@ -39,6 +39,7 @@ from pipeline.study.sample import Sample, draw, write_part
 from stages.formats.errors import ConfigError
 from stages.storage.files import write_atomically
 from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.parts import unit_name
 
 LONG_SECONDS = 60.0  # in a unit that takes this long, loads are negligible: it is done once
 RESAMPLES = 1000
@@ -332,7 +333,7 @@ def _by_input(phase: str, amount: Callable[[Commit], float], measured: _Measured
 
     def by_unit(phase: str, amount: Callable[[Commit], float]) -> Floats:
         amounts = {c.unit: amount(c) for c in commits[phase]}
-        return np.array([amounts.get(f"{n:06d}", 0.0) for n in range(count)])
+        return np.array([amounts.get(unit_name(n), 0.0) for n in range(count)])
 
     if _is_by_input(phase):
         return by_unit(phase, amount)

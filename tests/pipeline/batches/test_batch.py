@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.batches import batch as batching
 from pipeline.batches.batch import batches, decisions
-from pipeline.controller import decide
+from pipeline.controller.records import Record, from_json
+from pipeline.controller.replay import replay
 from pipeline.engine.lease import Held, lease
 from pipeline.inspect.verify import verify_path
 from pipeline.run import publish
@@ -123,7 +124,7 @@ def test_a_size_given_by_hand_overrules_the_decision_which_is_logged(tmp_path, l
     settings = series_config(tmp_path, listing)
     assert len(run_one_batch(settings, inputs=1).batch.inputs) == 1
     [line] = decisions(settings.run.directory)
-    record = decide.from_json(decide.Record, line)
+    record = from_json(Record, line)
     assert (record.decision.state, record.decision.inputs, record.inputs.inputs_left) == (
         "BLIND",
         4,
@@ -165,8 +166,8 @@ def test_decisions_follow_the_trainer_and_replay_identically(tmp_path, listing):
     assert (glut.decision.state, glut.batch) == ("GLUT", None)
     assert starved.decision.state == "STARVED" and 1 <= len(starved.batch.inputs) <= 3
     lines = decisions(settings.run.directory)
-    assert len(lines) == 3 and decide.replay(lines) == []
-    [mismatch] = decide.replay([lines[0].replace(b'"BLIND"', b'"GLUT"')])
+    assert len(lines) == 3 and replay(lines) == []
+    [mismatch] = replay([lines[0].replace(b'"BLIND"', b'"GLUT"')])
     assert "state was 'GLUT', is 'BLIND'" in mismatch.what
 
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.batches.batch import decisions
-from pipeline.controller import decide
+from pipeline.controller.records import Record, from_json
+from pipeline.controller.replay import replay
 from pipeline.report import series
 from stages.storage.catalog import read_catalog
 from tests.support.live_training import LIVE_TRAINING, step_records
@@ -85,12 +86,12 @@ def test_the_trainer_reads_every_row_once_across_generations_without_a_restart(l
 
 
 def test_what_the_trainer_told_decided_and_decides_again(looped):
-    records = [decide.from_json(decide.Record, line) for line in decisions(f"{looped}/series")]
+    records = [from_json(Record, line) for line in decisions(f"{looped}/series")]
     assert records[0].decision.state == "BLIND" and {
         record.decision.state for record in records[1:]
     } - {"BLIND"}
     assert any(record.decision.demand_tokens_per_second > 0 for record in records)
-    assert decide.replay(decisions(f"{looped}/series")) == []
+    assert replay(decisions(f"{looped}/series")) == []
 
 
 def test_the_report_of_the_series_shows_supply_and_demand(looped):

@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.batches.batch import batches, decisions, run_batch
 from pipeline.config.load import load
-from pipeline.controller import decide
+from pipeline.controller.replay import replay
 from pipeline.engine import lease
 from pipeline.engine.units import in_process
 from pipeline.inspect.verify import verify_path
@@ -94,7 +94,7 @@ def assert_undisturbed(series, undisturbed):
         for which in (series, undisturbed)
     )
     assert told == expected and [result.faults for result in verify_path(series)] == [[], [], []]
-    assert len(decisions(series)) >= 3 and decide.replay(decisions(series)) == []
+    assert len(decisions(series)) >= 3 and replay(decisions(series)) == []
 
 
 def run_batches(file, series):

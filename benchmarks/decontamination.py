@@ -26,7 +26,8 @@ from benchmarks.texts import documentation, leads, seeded, web_pages
 from filters import decontamination
 from filters.decontamination import Decontamination, Index
 from filters.text.view import TextView
-from pipeline.models.benchmark_index import MIN_WORDS, N, build_index, by_benchmark, sources
+from pipeline.models.benchmark_index import MIN_WORDS, N, build_index, by_benchmark
+from pipeline.models.evaluation_sets import evaluation_files
 
 MB = 1_000_000
 ITEMS = 20
@@ -105,7 +106,7 @@ def sample(archive: str) -> Iterator[Item]:
 
 def rows_by_benchmark(archive: str) -> dict[str, list[list[str]]]:
     rows: dict[str, list[list[str]]] = {}
-    for source in sources(archive):
+    for source in evaluation_files(archive):
         rows.setdefault(source.benchmark, []).extend(row for row in source.rows if row)
     return rows
 

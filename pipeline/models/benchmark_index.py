@@ -1,38 +1,33 @@
 """Build the index of evaluation sets that `filters.decontamination` compares documents with.
 
 Every text of an evaluation item that has `min_words` words is a passage: the strings of a JSON row,
-however deep, the cells of a CSV or Parquet row. Shorter ones (labels, names, most answers) say
-nothing about where they were read, and are left out, as are addresses; but a row of nothing else is
-told by how its texts stand together, the question with all answers or with one (`_arranged`). Two
-kinds of n-grams are common without being copied, and are left out as well: templates and
-instructions, found in more than `max_items` items of one set, and whatever the background texts
-hold, if any are given (text known to be free of the sets, such as statutes, scripture, or text
-older than the sets).
+however deep, the cells of a CSV or Parquet row. Shorter ones (labels, names, most answers) do not
+show where they were read, and are left out, as are URLs; but a row of short texts only is
+represented by arrangements of its texts, the question with all answers or with one
+(`_arrangements`). Two kinds of n-grams are common without being copied, and are left out as well:
+templates and instructions, which are in more than `max_items` items of one set, and the n-grams of
+the background texts, if any are given (text known to be free of the sets, such as statutes,
+scripture, or text older than the sets).
 
-Sets that quote public text hold it against that text: BoolQ's passages are paragraphs of Wikipedia,
-and an index with BoolQ condemns the articles. Whoever wants to keep those leaves such a set out.
+Sets that quote public text match that text: BoolQ's passages are paragraphs of Wikipedia, and an
+index with BoolQ rejects the articles. To keep those, leave such a set out.
 
-The same files make the same bytes, in whatever order and place they are given.
+The same files make the same bytes, in any order and place.
 """
 
-import csv
-import gzip
 import io
 import json
 import os
 import re
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
-import zstandard
 
 from filters.decontamination import (
     ARRAYS,
@@ -47,7 +42,12 @@ from filters.decontamination import (
 )
 from filters.text import ngrams
 from filters.text.ngrams import I64, U64
-from stages.read.records import zstd_pieces
+from pipeline.models.evaluation_sets import (
+    EvaluationFile,
+    evaluation_files,
+    format_of,
+    read_plain_text,
+)
 from stages.storage.digests import bytes_sha256
 
 N = 13
@@ -55,57 +55,20 @@ N = 13
 # Amendment", an answer in MMLU), of 9 still "when the Moon passes between Earth and the Sun"; no
 # text of 10 or 11 words stood in 56 MB of clean text
 MIN_WORDS = 10
-# scripts whose words are about half a word each: Burmese, Khmer; Chinese and Japanese, of whose 13
-# characters a name may be
-_HALF_WORDS = re.compile(
-    f"[\u1000-\u109f\u1780-\u17ff{''.join(f'{chr(a)}-{chr(b)}' for a, b in ngrams.WITHOUT_SPACES)}]+"
-)
 # a reading passage is repeated for each of its questions, up to 8 in LSAT; templates are in
 # hundreds of items
 MAX_ITEMS = 20
 
-_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-# names that tell a part of a set, and folders that tell nothing
-_PART = re.compile(r"(test|train|dev|val|valid|validation|eval)(-\d+-of-\d+)?")
-_PLAIN = re.compile(r"data|main|default")
+# scripts whose words are about half a word each: Burmese, Khmer; Chinese and Japanese, where 13
+# characters may be a name
+_UNSPACED = "".join(f"{chr(a)}-{chr(b)}" for a, b in ngrams.WITHOUT_SPACES)
+_HALF_WORDS = re.compile(f"[\u1000-\u109f\u1780-\u17ff{_UNSPACED}]+")
 # what harnesses write around a question, and the letters of its answers
 _HARNESS = re.compile(r"^(question|q) | (answer|a)$")
 _LETTER = re.compile("[a-j]")
-# what reading a file that is cut short, damaged or of another kind raises
-_UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, zstandard.ZstdError)
-_ADDRESS = re.compile(r"\s*[a-z]+://\S+\s*", re.IGNORECASE)
+_URL = re.compile(r"\s*[a-z]+://\S+\s*", re.IGNORECASE)
 
-
-class Source(NamedTuple):
-    """An evaluation file: the strings of its rows, in order, None for a row that could not be read."""
-
-    benchmark: str
-    name: str
-    sha256: str
-    rows: list[list[str] | None]
-
-
-class Grams(NamedTuple):
-    """N-grams of passages: fingerprint, hash of the first `min_words` words, and number of the
-    passage, each (G,).
-    """
-
-    keys: U64
-    heads: U64
-    passages: I64
-
-    def of(self, rows: npt.NDArray[np.bool_]) -> "Grams":
-        return Grams(self.keys[rows], self.heads[rows], self.passages[rows])
-
-
-class Passages(NamedTuple):
-    """Passages of a file, normalised, the row each stands in, from 1, and how many texts are too
-    short to be one.
-    """
-
-    texts: list[str]
-    rows: list[int]
-    short: int
+Bools = npt.NDArray[np.bool_]
 
 
 def build_index(
@@ -117,39 +80,40 @@ def build_index(
     min_words: int = MIN_WORDS,
     max_items: int = MAX_ITEMS,
 ) -> dict[str, Any]:
-    """Write the index of the evaluation files at `paths` (see `sources`); returns its header.
+    """Write the index of the evaluation files at `paths` (see `evaluation_files`); its header.
 
     Passages of fewer than `n` words are one n-gram each; two characters of Chinese or Japanese
-    count as a word of `min_words`. The header's `files` tell of each file, as `by_benchmark` does
-    of each set, how many rows it has, how many of them could not be read (`bad_rows`) or have no
-    passage (`empty_rows`), how many texts are too short, how many passages there are, and how many
-    of those have only common n-grams and are left out. ValueError, before any work, for an output
-    that would write over anything but an index.
+    count as a word of `min_words`. The header's `files` have for each file, as `by_benchmark` for
+    each set, the number of rows, of rows that could not be read (`bad_rows`) or have no passage
+    (`empty_rows`), of texts that are too short, of passages, and of those that have only common
+    n-grams and are left out. ValueError, before any work, for an output that would overwrite
+    anything but an index.
     """
     if not 1 <= min_words <= n:
         raise ValueError(f"min_words must be between 1 and n = {n}, got {min_words}")
     _check_output(output, [*paths, *background])
-    digests = sorted(bytes_sha256(_read(path)) for path in background)
-    by_name = {
-        (source.benchmark, source.name, source.sha256): source
-        for path in paths
-        for source in sources(path)
-    }
-    found = [by_name[name] for name in sorted(by_name)]
-    passages = [_passages(source, min_words=min_words) for source in found]
-    file = np.repeat(np.arange(len(found)), [len(p.texts) for p in passages])
-    row = np.array([row for p in passages for row in p.rows], np.int64)
-    grams = _distinct(
-        _grams([text for p in passages for text in p.texts], n=n, min_words=min_words)
-    )
-    common = _templates(grams, file, row, [s.benchmark for s in found], max_items=max_items)
-    common |= _in_background(grams, background, lengths=range(min_words, n + 1))
-    kept = grams.of(~common)
+    digests = sorted(map(_background_sha256, background))
+    by_name = {file[:3]: file for path in paths for file in evaluation_files(path)}
+    files = [by_name[name] for name in sorted(by_name)]
+    passages = [_passages_of(file, min_words=min_words) for file in files]
+    file_of = np.repeat(np.arange(len(files)), [len(p.texts) for p in passages])
+    row_of = np.array([row for p in passages for row in p.rows], np.int64)
+    texts = [text for p in passages for text in p.texts]
+    grams = _distinct(_grams_of(texts, n=n, min_words=min_words))
+    sets = _set_numbers(files)[file_of[grams.passages]]
+    common = _is_template(grams, sets, row_of, file_of, max_items=max_items)
+    common |= _is_in_background(grams, background, lengths=range(min_words, n + 1))
+    kept = grams.select(~common)
     indexed, passage, counts = np.unique(kept.passages, return_inverse=True, return_counts=True)
     if not len(indexed):
         raise ValueError(
-            f"{', '.join(paths)}: no text of {min_words} words or more that is not common, so nothing to index"
+            f"{', '.join(paths)}: no text of {min_words} words or more that is not common, "
+            "so nothing to index"
         )
+    per_file = (
+        np.bincount(numbers, minlength=len(files)).tolist()
+        for numbers in (file_of[grams.passages], file_of[kept.passages], file_of[indexed])
+    )
     header = {
         "version": VERSION,
         "normalizer": NORMALIZER,
@@ -157,9 +121,7 @@ def build_index(
         "min_words": min_words,
         "max_items": max_items,
         "background": digests,
-        "files": _summaries(
-            found, passages, file[grams.passages], file[kept.passages], file[indexed]
-        ),
+        "files": list(map(_summary, files, passages, *per_file)),
     }
     index = Index(
         header,
@@ -168,223 +130,90 @@ def build_index(
         low=(kept.keys & np.uint64(0xFFFF)).astype(np.uint16),
         passage=passage.astype(np.uint32),
         ngrams=counts.astype(np.uint32),
-        file=file[indexed].astype(np.uint32),
-        row=row[indexed].astype(np.uint32),
+        file=file_of[indexed].astype(np.uint32),
+        row=row_of[indexed].astype(np.uint32),
     )
-    _write(output, index)
+    _write_index(output, index)
     return header
 
 
+def _summary(
+    file: EvaluationFile, passages: "Passages", all_ngrams: int, ngrams: int, num_indexed: int
+) -> dict[str, Any]:
+    """The header's entry for a file."""
+    bad = file.rows.count(None)
+    counts = {
+        "rows": len(file.rows),
+        "bad_rows": bad,
+        "empty_rows": len(file.rows) - bad - len(set(passages.rows)),
+        "short_texts": passages.num_short,
+        "passages": len(passages.texts),
+        "common_passages": len(passages.texts) - num_indexed,
+        "ngrams": ngrams,
+        "common_ngrams": all_ngrams - ngrams,
+    }
+    names = {"benchmark": file.benchmark, "name": file.name, "sha256": file.sha256}
+    return {**names, "counts": counts}
+
+
 def by_benchmark(header: dict[str, Any]) -> dict[str, Counter[str]]:
-    """What the header of an index counts, per evaluation set; `files` is the number of its files."""
+    """The counts in an index's header, summed per evaluation set; `files` is their number."""
     sums: dict[str, Counter[str]] = {}
     for file in header["files"]:
         sums.setdefault(file["benchmark"], Counter()).update({"files": 1, **file["counts"]})
     return sums
 
 
-def sources(path: str) -> Iterator[Source]:
-    """The evaluation files at a path: a .jsonl, .json, .csv, .tsv or .parquet file, a folder or a
-    .tar archive of them.
-
-    Any may be packed as .gz or .zst. A file is a set called by its name without suffixes; but
-    gsm8k/test.jsonl belongs to gsm8k, and all files like mmlu/data/test/anatomy_test.csv to mmlu.
-    'NAME=PATH' makes one set, NAME, of all at a path.
-    """
-    name, _, named = path.partition("=")
-    if not named or Path(path).exists():
-        name, named = "", path
-    try:
-        members = list(_members(Path(named)))
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{named}: cannot be read ({error}); is it whole, and what its name says?"
-        ) from None
-    if not members:
-        kinds = f"{', '.join(_KINDS)}, or with .gz or .zst behind"
-        raise ValueError(
-            f"{named}: holds no evaluation file; they end in {kinds}; name a .tar archive itself, not its folder"
-        )
-    for place, data in members:
-        rows = list(_rows(place, data))
-        if not any(row is not None for row in rows):
-            raise ValueError(
-                f"{named}: of the {len(rows)} rows of {place} none could be read; is it what its name says?"
-            )
-        yield Source(name or benchmark_of(place), place.name, bytes_sha256(data), rows)
+# --- passages -------------------------------------------------------------------------------------
 
 
-def benchmark_of(place: PurePosixPath) -> str:
-    """The set that a file belongs to: by its name, or by its folder's where the file's name only
-    tells a part of a set.
-    """
-    *folders, stem = *place.parts[:-1], place.name.split(".")[0]
-    inside = [
-        folder for folder in folders if not _PART.fullmatch(folder) and not _PLAIN.fullmatch(folder)
-    ]
-    in_part = folders and _PART.fullmatch(folders[-1]) and stem.endswith(f"_{folders[-1]}")
-    return inside[-1] if inside and (in_part or _PART.fullmatch(stem)) else stem
+class Passages(NamedTuple):
+    """Normalized passages of a file, the row of each, from 1, and how many texts are too short."""
+
+    texts: list[str]
+    rows: list[int]
+    num_short: int
 
 
-def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Evaluation files, unpacked, with their places: inside the folder or archive, that folder's
-    own name in front.
-    """
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file() and _kind(file) in _KINDS:
-                yield (
-                    PurePosixPath(path.resolve().name, *file.relative_to(path).parts),
-                    _unpacked(file.name, file.read_bytes()),
-                )
-        return
-    data = _unpacked(path.name, path.read_bytes())
-    if _kind(path) == ".tar":
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for member in archive:
-                if member.isfile() and _kind(PurePosixPath(member.name)) in _KINDS:
-                    content = archive.extractfile(member)
-                    assert content is not None  # it is a file
-                    yield PurePosixPath(member.name), _unpacked(member.name, content.read())
-    elif _kind(path) in _KINDS:
-        yield PurePosixPath(path.resolve()), data
-
-
-def _kind(path: PurePath) -> str:
-    """The suffix that says what is inside, that of the packing left out."""
-    return next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst")), "").replace(
-        ".tgz", ".tar"
-    )
-
-
-def _unpacked(name: str, data: bytes) -> bytes:
-    if name.endswith((".gz", ".tgz")):
-        return gzip.decompress(data)
-    if name.endswith(".zst"):
-        return b"".join(zstd_pieces(io.BytesIO(data)))
-    return data
-
-
-def _rows(place: PurePosixPath, data: bytes) -> Iterator[list[str] | None]:
-    """The strings of each row, None for one that cannot be read."""
-    kind = _kind(place)
-    if kind == ".parquet":
-        yield from (_strings(row) for row in _parquet(place, data))
-    elif kind in (".csv", ".tsv"):
-        yield from _csv(
-            data.decode("utf-8-sig", "replace"), delimiter="," if kind == ".csv" else "\t"
-        )
-    elif kind == ".json" and (value := _json(data)) is not None:
-        yield from map(_strings, _json_rows(value))
-    else:  # .json files of many lines are common too
-        for line in data.split(b"\n"):
-            if line.strip():
-                value = _json(line)
-                yield None if value is None else _strings(value)
-
-
-def _json(data: bytes) -> Any:
-    """None for what is not JSON; null stands for no row as well."""
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _json_rows(value: Any) -> list[Any]:
-    """The rows of a file that is one JSON value: a list, an object's lists ({"train": [...],
-    "test": [...]}) or columns.
-    """
-    if isinstance(value, list):
-        return value
-    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
-    if (
-        len(lists) > 1
-        and len({len(v) for v in lists}) == 1
-        and not all(isinstance(row, dict) for v in lists for row in v)
-    ):
-        return [list(row) for row in zip(*lists, strict=True)]
-    return [row for rows in lists for row in rows] if lists else [value]
-
-
-def _csv(text: str, *, delimiter: str) -> Iterator[list[str] | None]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    while True:
-        try:
-            yield next(reader)
-        except StopIteration:
-            return
-        except csv.Error:  # a cell of more than 128 kB, which an open quote makes
-            yield None
-
-
-def _parquet(place: PurePosixPath, data: bytes) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(f"{place}: cannot be read as Parquet ({error})") from None
-    return rows
-
-
-def _strings(value: Any) -> list[str]:
-    """All strings in a row, in reading order; the keys of objects are none."""
-    found, waiting = [], [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, dict | list):
-            waiting.extend(reversed(list(value.values()) if isinstance(value, dict) else value))
-    return found
-
-
-def _passages(source: Source, *, min_words: int) -> Passages:
-    """A row that says the same twice has it once."""
-    texts: list[str] = []
-    rows: list[int] = []
-    short = 0
-    for row, strings in enumerate(source.rows, start=1):
+def _passages_of(file: EvaluationFile, *, min_words: int) -> Passages:
+    """Passages of a file; a text that a row repeats is one."""
+    passages = Passages([], [], 0)
+    num_short = 0
+    for row, strings in enumerate(file.rows, start=1):
         normalized = dict.fromkeys(
-            normalize(string) for string in strings or () if not _ADDRESS.fullmatch(string)
+            normalize(string) for string in strings or () if not _URL.fullmatch(string)
         )
         normalized.pop("", None)
-        long = [text for text in normalized if _says_enough(text, min_words)]
-        short += len(normalized) - len(long)
-        long = long or list(dict.fromkeys(_arranged(list(normalized), min_words=min_words)))
-        texts += long
-        rows += [row] * len(long)
-    return Passages(texts, rows, short)
+        long = [text for text in normalized if _is_long(text, min_words)]
+        num_short += len(normalized) - len(long)
+        long = long or list(dict.fromkeys(_arrangements(list(normalized), min_words=min_words)))
+        passages.texts.extend(long)
+        passages.rows.extend([row] * len(long))
+    return passages._replace(num_short=num_short)
 
 
-def _arranged(short: list[str], *, min_words: int) -> Iterator[str]:
+def _arrangements(short: list[str], *, min_words: int) -> Iterator[str]:
     """The texts of a row as pages have them: a question with all answers or one, plain or "a) one
-    b) two", and a blank filled.
+    b) two", and a filled blank.
 
-    The question is the first text or, as ARC's rows have it, the last; Winograd's have what follows
-    the blank there.
+    The question is the first text or, in rows of ARC, the last; in rows of Winograd the last text
+    is what follows the blank.
     """
     texts = [text for text in short if not _LETTER.fullmatch(text)]
     bare = [text for text in (_HARNESS.sub("", text) for text in texts) if text]
     for strings in (strings for strings in (texts, bare) if len(strings) > 1):
         *others, last = strings
         for question, *answers in (strings, [last, *others]):
-            for told in (answers, *([answer] for answer in answers)):
-                plain = " ".join([question, *told])
-                if _says_enough(plain, min_words):
+            for shown in (answers, *([answer] for answer in answers)):
+                plain = " ".join([question, *shown])
+                if _is_long(plain, min_words):
                     yield plain
-                    lettered = zip(ascii_lowercase, told, strict=False)
-                    yield " ".join(
-                        [question, *(f"{letter} {answer}" for letter, answer in lettered)]
-                    )
-        yield from (
-            filled for text in others if _says_enough(filled := f"{text} {last}", min_words)
-        )
+                    lettered = zip(ascii_lowercase, shown, strict=False)
+                    yield " ".join([question, *(f"{letter} {text}" for letter, text in lettered)])
+        yield from (filled for text in others if _is_long(filled := f"{text} {last}", min_words))
 
 
-def _says_enough(normalized: str, min_words: int) -> bool:
+def _is_long(normalized: str, min_words: int) -> bool:
     return _num_words(normalized) - len(_HALF_WORDS.findall(normalized)) / 2 >= min_words
 
 
@@ -392,49 +221,31 @@ def _num_words(normalized: str) -> int:
     return normalized.count(" ") + 1 if normalized else 0
 
 
-def _summaries(
-    found: list[Source], passages: list[Passages], before: I64, after: I64, indexed: I64
-) -> list[dict[str, Any]]:
-    """What the header tells of each file; `before` and `after` are the files of all n-grams and of
-    those in the index.
+# --- n-grams --------------------------------------------------------------------------------------
+
+
+class Grams(NamedTuple):
+    """N-grams of passages, each array (G,): fingerprint, hash of the first `min_words` words, and
+    number of the passage.
     """
-    every, kept, held = (
-        np.bincount(files, minlength=len(found)).tolist() for files in (before, after, indexed)
-    )
-    rows = []
-    for number, (source, (texts, places, short)) in enumerate(zip(found, passages, strict=True)):
-        bad = source.rows.count(None)
-        counts = {
-            "rows": len(source.rows),
-            "bad_rows": bad,
-            "empty_rows": len(source.rows) - bad - len(set(places)),
-            "short_texts": short,
-            "passages": len(texts),
-            "common_passages": len(texts) - held[number],
-            "ngrams": kept[number],
-            "common_ngrams": every[number] - kept[number],
-        }
-        rows.append(
-            {
-                "benchmark": source.benchmark,
-                "name": source.name,
-                "sha256": source.sha256,
-                "counts": counts,
-            }
-        )
-    return rows
+
+    keys: U64
+    heads: U64
+    passages: I64
+
+    def select(self, rows: Bools | I64) -> "Grams":
+        return Grams(self.keys[rows], self.heads[rows], self.passages[rows])
 
 
-def _grams(passages: list[str], *, n: int, min_words: int) -> Grams:
-    """N-grams of normalised passages but for those of numbers only; a passage of fewer than `n`
-    words is one.
+def _grams_of(passages: list[str], *, n: int, min_words: int) -> Grams:
+    """N-grams of normalized passages, without those of numbers only; a passage of fewer than `n`
+    words is one n-gram.
     """
     raw = "".join(f"{text} " for text in passages).encode("utf-8", "surrogatepass")
     starts, ends = ngrams.words(raw)
     hashes = ngrams.word_hashes(raw, starts, ends)
-    lettered = np.append(
-        0, np.cumsum(np.frombuffer(raw, np.uint8)[starts] > ord("9"))
-    )  # words that begin with a letter, so far
+    # words so far that begin with a letter
+    num_lettered = np.append(0, np.cumsum(np.frombuffer(raw, np.uint8)[starts] > ord("9")))
     num_words = np.array([_num_words(text) for text in passages], np.int64)
     first = np.cumsum(num_words) - num_words
     parts = [Grams(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))]
@@ -443,79 +254,84 @@ def _grams(passages: list[str], *, n: int, min_words: int) -> Grams:
         counts = num_words[numbers] - length + 1
         numbers, begin = np.repeat(numbers, counts), np.repeat(np.cumsum(counts) - counts, counts)
         at = first[numbers] + np.arange(len(numbers)) - begin
-        told = lettered[at + length] > lettered[at]
-        at, numbers = at[told], numbers[told]
+        has_letters = num_lettered[at + length] > num_lettered[at]
+        at, numbers = at[has_letters], numbers[has_letters]
         heads = ngrams.extended(hashes[at], (hashes[at + k] for k in range(1, min_words)))
         joined = ngrams.extended(heads.copy(), (hashes[at + k] for k in range(min_words, length)))
         parts.append(Grams(fingerprints(joined), heads, numbers))
-    keys, all_heads, passage = zip(*parts, strict=True)
-    return Grams(np.concatenate(keys), np.concatenate(all_heads), np.concatenate(passage))
+    return Grams(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _distinct(grams: Grams) -> Grams:
-    """In order of fingerprint, then passage; an n-gram that a passage repeats, once."""
-    order = np.lexsort((grams.passages, grams.keys))
-    keys, passages = grams.keys[order], grams.passages[order]
-    new = np.ones(len(keys), bool)
-    new[1:] = (keys[1:] != keys[:-1]) | (passages[1:] != passages[:-1])
-    return Grams(keys[new], grams.heads[order][new], passages[new])
+    """Sorted by fingerprint, then passage; an n-gram that a passage repeats, once."""
+    grams = grams.select(np.lexsort((grams.passages, grams.keys)))
+    return grams.select(_starts_of_runs(grams.keys, grams.passages))
 
 
-def _templates(
-    grams: Grams, file: I64, row: I64, benchmarks: list[str], *, max_items: int
-) -> npt.NDArray[np.bool_]:
-    """Which n-grams stand in more than `max_items` items of one set; `grams` ascend by key, then
-    passage.
+def _starts_of_runs(*columns: npt.NDArray[Any]) -> Bools:
+    """Whether each row differs in any column from the row before it."""
+    is_start = np.zeros(len(columns[0]), bool)
+    is_start[:1] = True
+    for column in columns:
+        is_start[1:] |= column[1:] != column[:-1]
+    return is_start
+
+
+def _set_numbers(files: Sequence[EvaluationFile]) -> I64:
+    numbers = {
+        name: number for number, name in enumerate(dict.fromkeys(f.benchmark for f in files))
+    }
+    return np.array([numbers[file.benchmark] for file in files])
+
+
+def _is_template(grams: Grams, sets: I64, row_of: I64, file_of: I64, *, max_items: int) -> Bools:
+    """Which n-grams are in more than `max_items` items of one set, each its row of a file.
+
+    `grams` ascend by key, then passage; `sets` are those of the n-grams.
     """
     if not len(grams.keys):
         return np.empty(0, bool)
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(benchmarks))}
-    sets = np.array([numbers[name] for name in benchmarks])[file[grams.passages]]
-    in_set = np.append(True, (grams.keys[1:] != grams.keys[:-1]) | (sets[1:] != sets[:-1]))
-    files, rows = file[grams.passages], row[grams.passages]
-    new_item = in_set | np.append(True, (files[1:] != files[:-1]) | (rows[1:] != rows[:-1]))
-    starts = np.flatnonzero(in_set)
-    many = np.add.reduceat(new_item.astype(np.int64), starts) > max_items
-    return np.isin(grams.keys, grams.keys[starts[many]])
+    starts = np.flatnonzero(_starts_of_runs(grams.keys, sets))
+    is_new_item = _starts_of_runs(grams.keys, sets, file_of[grams.passages], row_of[grams.passages])
+    is_frequent = np.add.reduceat(is_new_item.astype(np.int64), starts) > max_items
+    return np.isin(grams.keys, grams.keys[starts[is_frequent]])
 
 
-def _in_background(grams: Grams, paths: Sequence[str], *, lengths: range) -> npt.NDArray[np.bool_]:
-    """Which n-grams the background texts hold; `grams` ascend by key."""
-    held = np.zeros(len(grams.keys), bool)
-    for text in (text for path in paths for text in _background(path)):
+def _is_in_background(grams: Grams, paths: Sequence[str], *, lengths: range) -> Bools:
+    """Which n-grams the background texts contain; `grams` ascend by key."""
+    is_first_match = np.zeros(len(grams.keys), bool)
+    for text in (text for path in paths for text in _background_texts(path)):
         raw = (normalize(text) + " ").encode("utf-8", "surrogatepass")
         hashes = ngrams.word_hashes(raw, *ngrams.words(raw))
         for length in (length for length in lengths if length <= len(hashes)):
             keys = fingerprints(ngrams.ngram_hashes(hashes, length))
             first = np.searchsorted(grams.keys, keys)
-            held[first[grams.keys.take(first, mode="clip") == keys]] = True
-    # marked at the first of its rows, so for all of them
-    return np.isin(grams.keys, grams.keys[held])
+            is_first_match[first[grams.keys.take(first, mode="clip") == keys]] = True
+    return np.isin(grams.keys, grams.keys[is_first_match])
 
 
-def _background(path: str) -> Iterator[str]:
-    """Texts of a file: the whole of a .txt file, also packed; all strings of any other kind."""
-    if _kind(Path(path)) == ".txt":
-        try:
-            yield _unpacked(path, _read(path)).decode("utf-8", "replace")
-        except _UNREADABLE as error:
-            raise ValueError(
-                f"background {path}: cannot be read ({error}); is it whole, and what its name says?"
-            ) from None
+def _background_texts(path: str) -> Iterator[str]:
+    """Texts of a file: the whole of a .txt file, which may be compressed, else all its strings."""
+    if format_of(Path(path)) == ".txt":
+        yield read_plain_text(path)
     else:
-        yield from (text for source in sources(path) for row in source.rows for text in row or ())
+        yield from (t for file in evaluation_files(path) for row in file.rows for t in row or ())
 
 
-def _read(path: str) -> bytes:
+def _background_sha256(path: str) -> str:
     try:
-        return Path(path).read_bytes()
+        return bytes_sha256(Path(path).read_bytes())
     except OSError as error:
         raise ValueError(f"background {path}: cannot be read ({error}); give a file") from None
 
 
+# --- writing --------------------------------------------------------------------------------------
+
+
 def _bitmap(heads: U64) -> npt.NDArray[np.uint8]:
-    """Two bits for each hash of first words, in 16 to 32 bits of room: below 2 % of other words
-    look like one.
+    """Two bits for each hash of first words, in 16 to 32 bits of room.
+
+    Below 2 % of other words look like one of them.
     """
     size = 1 << max(3, (2 * len(np.unique(heads)) - 1).bit_length())
     bitmap = np.zeros(size, np.uint8)
@@ -525,7 +341,7 @@ def _bitmap(heads: U64) -> npt.NDArray[np.uint8]:
     return bitmap
 
 
-def _write(output: Path, index: Index) -> None:
+def _write_index(output: Path, index: Index) -> None:
     arrays = {name: getattr(index, name).astype(dtype) for name, dtype in ARRAYS.items()}
     header = index.header | {"lengths": {name: len(array) for name, array in arrays.items()}}
     encoded = json.dumps(header, sort_keys=True).encode()
@@ -540,23 +356,19 @@ def _write(output: Path, index: Index) -> None:
 
 
 def _check_output(output: Path, inputs: Sequence[str]) -> None:
+    def refusal(reason: str) -> ValueError:
+        return ValueError(f"output {output}: {reason}")
+
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(output)):
-        raise ValueError(
-            f"output {output}: is an address; write the index to a local file, and copy that"
-        )
+        raise refusal("is a URL; write the index to a local file, and copy that")
     if output.is_dir():
-        raise ValueError(
-            f"output {output}: is a folder; name the file to write, such as {output / 'benchmarks.idx'}"
-        )
-    named = [path for given in inputs for path in (given, given.partition("=")[2]) if path]
-    if output.resolve() in (Path(path).resolve() for path in named):
-        raise ValueError(
-            f"output {output}: is one of the files to read; give the index a file of its own"
-        )
+        example = output / "benchmarks.idx"
+        raise refusal(f"is a folder; name the file to write, such as {example}")
+    paths = [path for name in inputs for path in (name, name.partition("=")[2]) if path]
+    if output.resolve() in (Path(path).resolve() for path in paths):
+        raise refusal("is one of the files to read; give the index a file of its own")
     if output.exists() and not _is_index(output):
-        raise ValueError(
-            f"output {output}: there is a file that is no index of ours; name another, or remove it first"
-        )
+        raise refusal("exists and is not an index; name another file, or remove it first")
 
 
 def _is_index(path: Path) -> bool:

@@ -1,8 +1,9 @@
-"""The files of a trained model: written aside, then put in place together, the card last.
+"""Write the files of a trained model, and the card that describes it.
 
-A card lies beside its model as `<model>.json`: what it was trained on (with digests), how the text
-was normalised, under which licence, by which command, and how it does on documents held out. It
-holds no time: the same run makes the same bytes.
+The files are written under temporary names, then renamed together, the card last. A card lies
+beside its model as `<model>.json`: what it was trained on (with digests), how the text was
+normalized, the license, the command, and how it does on held-out documents. It has no time in it:
+the same run makes the same bytes.
 """
 
 import contextlib
@@ -26,11 +27,10 @@ def card_path(model: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[Path, ...]]:
-    """Temporary paths that become `outputs` on success, those that were written; the first is the
-    model.
+    """Temporary paths; those that were written become `outputs` on success. The first is the model.
 
     ValueError at once if that would replace a source, or anything but a model that has a card. The
-    old card goes before anything is replaced, so that none describes another model.
+    old card is deleted before anything is replaced, so that no card describes another model.
     """
     _check_outputs(outputs, sources)
     for output in outputs:
@@ -52,9 +52,9 @@ def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[P
 def _check_outputs(outputs: Sequence[Path], sources: Sequence[str | Path]) -> None:
     model = outputs[0]
     if re.match(r"[A-Za-z][\w+.-]*:/", str(model)):
-        address = str(model).replace(":/", "://", 1)  # pathlib had folded the slashes
+        url = str(model).replace(":/", "://", 1)  # pathlib made one slash of them
         raise ValueError(
-            f"output {address}: is no path; filters need models on a path that every worker has, so name one"
+            f"output {url}: is a URL; filters read models from a path that every worker has"
         )
     if model.is_dir():
         raise ValueError(f"output {model}: is a folder; name a file in it")
@@ -63,16 +63,18 @@ def _check_outputs(outputs: Sequence[Path], sources: Sequence[str | Path]) -> No
         for source in filter(os.path.exists, sources):
             if path.samefile(source):
                 raise ValueError(
-                    f"output {path}: is the source {source}, which it would replace; choose another name"
+                    f"output {path}: is the source {source}, which it would replace; "
+                    "choose another name"
                 )
         if not card or path.is_dir() or (path in outputs[1:] and "sentencepiece" not in card):
             raise ValueError(
-                f"output {path}: is there, and is no model of ours with its card; remove it or choose another name"
+                f"output {path}: exists, and is not a model with a card of ours; "
+                "remove it or choose another name"
             )
 
 
 def _card_beside(model: Path) -> dict[str, Any]:
-    """Empty if there is none, or none of ours."""
+    """The card of a model; empty if there is none, or it is not ours."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         card = json.loads(card_path(model).read_text(encoding="utf-8"))
         if isinstance(card, dict) and card.get("kind") in ("kenlm", "fasttext"):
@@ -101,43 +103,46 @@ def _compact(text: str) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    # the normalisers ask Unicode's tables what is a digit, an accent, a word
+    # the normalizers use Unicode's tables of digits, accents and letters
     return {p: importlib.metadata.version(p) for p in packages} | {
         "unicode": unicodedata.unidata_version
     }
 
 
 def is_held_out(text: str, *, share: float) -> bool:
-    """Whether a document is kept out of training; by its hash, so that equal ones fall on the same
-    side.
-    """
-    found = hashlib.sha256(repr(text).encode()).digest()  # repr: lone surrogates too have a hash
-    return int.from_bytes(found[:8], "big") < share * 2**64
+    """Whether a document is kept out of training; by its hash, so that equal ones stay together."""
+    # repr, because lone surrogates cannot be encoded
+    return int.from_bytes(hashlib.sha256(repr(text).encode()).digest()[:8], "big") < share * 2**64
 
 
 def check_split(
-    held: int, train: int, *, held_out: float, sources: Iterable[str | Path], of: str = ""
+    num_held_out: int,
+    num_train: int,
+    *,
+    held_out: float,
+    sources: Iterable[str | Path],
+    of: str = "",
 ) -> None:
     """ValueError unless there are documents on both sides."""
-    if not held or not train:
+    if not num_held_out or not num_train:
         in_txt = any(".txt" in Path(source).suffixes for source in sources)
         raise ValueError(
-            f"held_out = {held_out}: of {held + train} documents{of} {held} are held out and {train} left to train on; "
-            "both must be some, so give more text or another share"
-            + ("; documents in .txt are parted by blank lines" if in_txt else "")
+            f"held_out = {held_out}: of {num_held_out + num_train} documents{of} {num_held_out} "
+            f"are held out and {num_train} left to train on; both need some, so add text or choose "
+            "another share" + ("; documents in .txt are separated by blank lines" if in_txt else "")
         )
 
 
 def command_line(name: str, *arguments: Any, **options: Any) -> str:
-    """The line for a shell: an option is repeated for each item of a list, items of a tuple are
-    parted by commas.
+    """The command for a shell.
 
-    None and empty ones are left out.
+    An option is repeated for each item of a list, items of a tuple are joined by commas. None and
+    empty ones are left out.
     """
     words = ["gristmill", name, *map(str, arguments)]
     for option, value in options.items():
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and one != ():
-                text = ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and item != ():
+                text = ",".join(map(str, item)) if isinstance(item, tuple) else str(item)
                 words += [f"--{option.replace('_', '-')}", text]
     return shlex.join(words)

@@ -1,6 +1,4 @@
-"""What is read of evaluation files and counted, what is left out, and that the same files make the
-same bytes.
-"""
+"""Reading evaluation files, what is indexed and counted, and that equal files give equal bytes."""
 
 import gzip
 import io
@@ -17,7 +15,8 @@ import zstandard
 
 from filters import decontamination
 from filters.decontamination import coverage, find, load
-from pipeline.models.benchmark_index import benchmark_of, build_index, by_benchmark, sources
+from pipeline.models.benchmark_index import build_index, by_benchmark
+from pipeline.models.evaluation_sets import benchmark_of, evaluation_files
 
 QUESTION = "How many bags of flour does the old mill at the river grind in a day of rain?"
 SECOND = "Which of the two stones has to be dressed more often, the runner or the bed stone?"
@@ -86,27 +85,33 @@ def best(text: str, path: str) -> float:
 )
 def test_every_kind_of_file_gives_the_strings_of_its_rows(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
-    (source,) = sources(str(tmp_path / name))
+    (source,) = evaluation_files(str(tmp_path / name))
     assert source.benchmark == "mill"
     assert source.rows == [STRINGS]
 
 
+def test_null_in_a_list_is_a_row_without_texts(tmp_path):
+    (tmp_path / "mill.json").write_text(json.dumps([None, ROW]))
+    (source,) = evaluation_files(str(tmp_path / "mill.json"))
+    assert source.rows == [[], STRINGS]
+
+
 def test_all_splits_of_an_object_are_read(tmp_path):
     (tmp_path / "mill.json").write_text(json.dumps({"train": [ROW, ROW], "test": [ROW]}))
-    (source,) = sources(str(tmp_path / "mill.json"))
+    (source,) = evaluation_files(str(tmp_path / "mill.json"))
     assert source.rows == [STRINGS] * 3
 
 
 def test_json_of_many_lines_is_read_as_such(tmp_path):
     (tmp_path / "mill.json").write_bytes(JSONL * 2)
-    (source,) = sources(str(tmp_path / "mill.json"))
+    (source,) = evaluation_files(str(tmp_path / "mill.json"))
     assert source.rows == [STRINGS] * 2
 
 
 @pytest.mark.parametrize("name, mark", [("mill.csv", ","), ("mill.tsv", "\t")])
 def test_cells_of_a_table_are_texts(tmp_path, name, mark):
     (tmp_path / name).write_text(f'"{QUESTION}\n(in bags)"{mark}ten{mark}"{SECOND}"\r\n')
-    (source,) = sources(str(tmp_path / name))
+    (source,) = evaluation_files(str(tmp_path / name))
     assert source.rows == [[f"{QUESTION}\n(in bags)", "ten", SECOND]]
 
 
@@ -148,12 +153,12 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=reason):
-        list(sources(str(tmp_path / name)))
+        list(evaluation_files(str(tmp_path / name)))
 
 
 def test_a_path_without_a_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.jsonl: cannot be read \(.*No such file"):
-        list(sources(str(tmp_path / "nowhere.jsonl")))
+        list(evaluation_files(str(tmp_path / "nowhere.jsonl")))
 
 
 @pytest.mark.parametrize(
@@ -175,15 +180,15 @@ def test_the_set_of_a_file(place, benchmark):
 def test_a_name_before_the_path_makes_one_set(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(JSONL)
-    assert [s.benchmark for s in sources(f"mills={tmp_path}")] == ["mills", "mills"]
+    assert [s.benchmark for s in evaluation_files(f"mills={tmp_path}")] == ["mills", "mills"]
     (tmp_path / "x=y.jsonl").write_bytes(JSONL)
-    assert [s.benchmark for s in sources(str(tmp_path / "x=y.jsonl"))] == ["x=y"]
+    assert [s.benchmark for s in evaluation_files(str(tmp_path / "x=y.jsonl"))] == ["x=y"]
 
 
 # --- what is indexed ------------------------------------------------------------------------------
 
 
-def test_counts_tell_what_is_in_and_what_is_not(tmp_path):
+def test_the_counts_of_what_is_indexed_and_what_is_not(tmp_path):
     header, _ = index_of(
         tmp_path,
         ROW,
@@ -264,20 +269,20 @@ TRIVIA = [
         (TRIVIA, "Q: What is the Turkish national sport?\nA: Oil and grease wrestling (Yagli)"),
     ],
 )
-def test_a_row_of_short_texts_is_told_by_how_they_stand_together(tmp_path, row, page):
+def test_a_row_of_short_texts_is_matched_by_their_arrangements(tmp_path, row, page):
     header, path = index_of(tmp_path, row)
     assert by_benchmark(header)["mill"]["empty_rows"] == 0
     assert best(f"Before it: {page} And after it.", path) > 0.2
     assert best("\n\nIn between. ".join(row), path) == 0
 
 
-def test_a_row_with_a_passage_is_told_by_that_alone(tmp_path):
+def test_a_row_with_a_passage_is_matched_by_that_alone(tmp_path):
     header, path = index_of(tmp_path, [*COPA, QUESTION])
     assert by_benchmark(header)["mill"]["passages"] == 1
     assert best("\n".join(COPA), path) == 0
 
 
-def test_addresses_and_numbers_are_no_evidence(tmp_path):
+def test_urls_and_numbers_are_not_indexed(tmp_path):
     address = "https://example.org/one/two/three/four/five/six/seven/eight/nine/ten/eleven"
     _, path = index_of(
         tmp_path, ROW, {"source": address, "test": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"}
@@ -285,7 +290,7 @@ def test_addresses_and_numbers_are_no_evidence(tmp_path):
     assert best(f"See {address}: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15", path) == 0
 
 
-def test_ngrams_of_many_items_are_no_evidence(tmp_path):
+def test_ngrams_of_many_items_are_not_indexed(tmp_path):
     template = (
         "Is the following statement true or false, and why? Output T for true and F for false."
     )
@@ -306,7 +311,7 @@ def test_ngrams_of_many_items_are_no_evidence(tmp_path):
     assert best(template, path) == 1
 
 
-def test_ngrams_of_the_background_are_no_evidence(tmp_path):
+def test_ngrams_of_the_background_are_not_indexed(tmp_path):
     (tmp_path / "empty.txt").write_text("* * *")
     (tmp_path / "law.txt.gz").write_bytes(
         gzip.compress(f"It reads:\n{SECOND.upper()} So it reads.".encode())
@@ -327,7 +332,7 @@ def test_a_background_that_cannot_be_read_is_named(tmp_path):
             index_of(tmp_path, ROW, background=[str(path)])
 
 
-def test_nothing_to_index_is_said(tmp_path):
+def test_nothing_to_index_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"sets: no text of 10 words or more that is not common"):
         index_of(tmp_path, {"question": "too short"})
     with pytest.raises(ValueError, match=r"min_words must be between 1 and n = 5, got 8"):
@@ -359,13 +364,13 @@ def test_a_damaged_background_is_named(tmp_path):
         ("sets/../mill.jsonl", r"mill\.jsonl: is one of the files to read"),
         ("named.jsonl", r"named\.jsonl: is one of the files to read"),
         ("law.txt", r"law\.txt: is one of the files to read"),
-        ("sets/mill.jsonl", r"mill\.jsonl: there is a file that is no index of ours"),
-        ("notes.md", r"notes\.md: there is a file that is no index of ours"),
+        ("sets/mill.jsonl", r"mill\.jsonl: exists and is not an index"),
+        ("notes.md", r"notes\.md: exists and is not an index"),
         ("sets", r"sets: is a folder; name the file"),
-        ("s3://bucket/index", r"s3:/bucket/index: is an address"),
+        ("s3://bucket/index", r"s3:/bucket/index: is a URL"),
     ],
 )
-def test_an_output_that_would_write_over_something_else_is_refused_before_any_work(
+def test_an_output_that_would_overwrite_something_else_is_refused_before_any_work(
     tmp_path, monkeypatch, output, reason
 ):
     monkeypatch.chdir(tmp_path)
@@ -381,7 +386,7 @@ def test_an_output_that_would_write_over_something_else_is_refused_before_any_wo
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_an_index_may_be_written_anew(tmp_path):
+def test_an_index_may_be_written_again(tmp_path):
     assert index_of(tmp_path, ROW) == index_of(tmp_path, ROW)
 
 
@@ -394,7 +399,7 @@ def test_the_same_files_make_the_same_bytes_in_any_order_and_place(tmp_path):
         (tmp_path / place / "mill.jsonl").write_bytes(JSONL)
         (tmp_path / place / "stone.csv").write_text(f'"{SECOND}"\n"{QUESTION} Or not?"\n')
     shutil.copy(tmp_path / "here" / "mill.jsonl", tmp_path / "copy.jsonl")
-    made = []
+    indexes = []
     for number, paths in enumerate(
         (
             ["here"],
@@ -411,12 +416,12 @@ def test_the_same_files_make_the_same_bytes_in_any_order_and_place(tmp_path):
             ],
             output=output,
         )
-        made.append(output.read_bytes())
-    assert made[0] == made[1] == made[2]
-    assert made[0] != made[3]  # a file of another name
+        indexes.append(output.read_bytes())
+    assert indexes[0] == indexes[1] == indexes[2]
+    assert indexes[0] != indexes[3]  # a file of another name
 
 
-def test_the_header_tells_what_the_index_was_made_of(tmp_path):
+def test_the_header_says_what_the_index_was_built_from(tmp_path):
     header, path = index_of(tmp_path, ROW)
     stored = load(path).header
     assert {name: stored[name] for name in header} == header

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from filters import quality
 from pipeline.models import train_classifier as module
-from pipeline.models.labelled_texts import distinct, write_texts
+from pipeline.models.labeled_texts import distinct, write_texts
 from pipeline.models.train_classifier import auc, curve, threshold, train_classifier
+from pipeline.models.training_texts import Source
 from tests.support.texts import DARWIN
 
 # lines as they stand at the edges of pages
@@ -143,9 +144,8 @@ def distinct_of(folder: Path, **texts: list[str]):
             "".join(json.dumps({"text": t}) + "\n" for t in found)
         )
     read = write_texts(
-        {label: [folder / f"{label}.jsonl"] for label in texts},
+        {label: [Source(folder / f"{label}.jsonl")] for label in texts},
         folder / "t",
-        text_column="text",
         held_out=0.5,
     )
     found = distinct(read)
@@ -264,7 +264,7 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
         (
             TWO,
             {"output": "s3://b/q.ftz"},
-            "output s3://b/q.ftz: is no path; filters need models on a path",
+            "output s3://b/q.ftz: is a URL; filters read models from a path",
         ),
         (
             {"hq": ["prose.txt"], "lq": ["mine.bin"]},
@@ -279,7 +279,7 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
         (
             TWO,
             {"output": "mine.bin"},
-            "output mine.bin: is there, and is no model of ours with its card",
+            "output mine.bin: exists, and is not a model with a card of ours",
         ),
         ({"hq": ["prose.txt"]}, {}, "labels: only hq; a classifier needs two or more"),
         ({"hq": ["prose.txt"], "lq": []}, {}, "label 'lq': no source"),
@@ -296,7 +296,7 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
         (
             TWO,
             {"held_out": 1e-9},
-            "of label 'hq' that no other label has 0 are held out and 8 left .* in .txt are parted by blank lines",
+            "of label 'hq' that no other label has 0 are held out and 8 left .* in .txt are separated by blank lines",
         ),
         (
             {"hq": ["prose.txt"], "lq": ["prose.txt"]},
@@ -304,6 +304,13 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
             "of 0 documents of label 'hq' that no other label has",
         ),
         ({"hq": ["prose.txt"], "lq": ["gone.txt"]}, {}, "gone.txt: no such file"),
+        (TWO, {"where": {"language": "'en'"}}, "language='en': no label 'language'; known: hq, lq"),
+        (TWO, {"where": {"lq": "x > 1"}}, "where x > 1: selects rows of a run, and no source is"),
+        (
+            TWO,
+            {"sample": "prose.txt", "sample_where": "x"},
+            "where x: selects rows of a run, and no source is one: prose.txt",
+        ),
     ],
 )
 def test_bad_sources_are_named(texts: Path, sources: dict, options: dict, message: str) -> None:

@@ -22,7 +22,7 @@ from filters.perplexity import Perplexity
 from filters.text import ccnet
 from pipeline.__main__ import app
 from pipeline.models.model_card import is_held_out, replacing
-from pipeline.models.train_lm import find_kenlm, sample, train_lm
+from pipeline.models.train_lm import find_kenlm, sample_lines, train_lm
 from pipeline.models.training_texts import documents
 from tests.support.paths import ROOT
 from tests.support.texts import DARWIN
@@ -160,12 +160,16 @@ def test_missing_lmplz_says_how_to_get_it(prose: Path) -> None:
             {"sentencepiece": 10, "sentencepiece_model": Path("a.spm")},
             "train one or give one, not both",
         ),
-        ({"bits": 26}, "bits = 26: 1 to 25 quantise"),
+        ({"bits": 26}, r"bits = 26: must be 0 \(not quantized\) to 25"),
         ({"order": 1}, "order = 1: must be from 2 to 6"),
         ({"order": 7}, "order = 7: must be from 2 to 6"),
-        ({"order": 2, "prune": (0, 0, 1)}, "prune = 0,0,1: for order = 2 give 1 to 2 counts"),
-        ({"prune": ()}, "prune = : for order = 5 give 1 to 5 counts"),
+        ({"order": 2, "prune": (0, 0, 1)}, "prune = 0,0,1: must be 1 to 2 counts for order = 2"),
+        ({"prune": ()}, "prune = : must be 1 to 5 counts for order = 5"),
         ({"prune": (0, -1)}, "prune = 0,-1: .*0 or more"),
+        (
+            {"where": "x > 1"},
+            r"where x > 1: selects rows of a run, .*: prose\.txt; name one as RUN",
+        ),
         ({"prune": (0, 2, 1)}, "prune = 0,2,1: .*none below the one before"),
     ],
 )
@@ -202,20 +206,20 @@ def test_prune_takes_whole_numbers_only(prose: Path, prune: str) -> None:
         app, ["train-lm", str(prose), "-o", "m.bin", "--licence", "CC0-1.0", "--prune", prune]
     )
     assert result.exit_code == 2
-    assert f"--prune {prune}: write whole numbers, 0 or more, parted by commas" in result.stderr
+    assert f"--prune {prune}: write whole numbers, 0 or more, separated by commas" in result.stderr
 
 
-@pytest.mark.parametrize("name, is_told", [("prose.txt", True), ("prose.jsonl", False)])
-def test_a_text_without_blank_lines_is_told_what_parts_documents(
-    fake_kenlm: Path, name: str, is_told: bool
+@pytest.mark.parametrize("name, has_hint", [("prose.txt", True), ("prose.jsonl", False)])
+def test_the_error_for_one_document_says_what_separates_them(
+    fake_kenlm: Path, name: str, has_hint: bool
 ) -> None:
-    text = "one\ntwo\nthree\n" if is_told else '{"text": "one"}\n'
+    text = "one\ntwo\nthree\n" if has_hint else '{"text": "one"}\n'
     Path(name).write_text(text)
     with pytest.raises(
         ValueError, match=r"of 1 documents . are held out and . left to train on"
     ) as error:
         train(Path(name), kenlm_bin=fake_kenlm)
-    assert ("; documents in .txt are parted by blank lines" in str(error.value)) == is_told
+    assert ("; documents in .txt are separated by blank lines" in str(error.value)) == has_hint
 
 
 # --- what a model may replace, and what is left of one that was stopped ---------------------------
@@ -228,7 +232,9 @@ def fake_kenlm(prose: Path, tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("lmplz", "build_binary"):
         (folder / name).write_text(
-            f"#!/bin/sh\necho $$ > {tmp_path}/starting && mv {tmp_path}/starting {tmp_path}/started\nexec sleep 20\n"
+            f"#!/bin/sh\necho $$ > {tmp_path}/starting\n"
+            # until Popen has returned, the parent cannot kill this process
+            f"sleep 0.5\nmv {tmp_path}/starting {tmp_path}/started\nexec sleep 20\n"
         )
         (folder / name).chmod(0o755)
     return folder
@@ -244,19 +250,19 @@ def fake_kenlm(prose: Path, tmp_path: Path) -> Path:
         ("link.txt", "output link.txt: is the source prose.txt"),
         (
             "notes.md",
-            "output notes.md: is there, and is no model of ours with its card; remove it or choose another name",
+            "output notes.md: exists, and is not a model with a card of ours; remove it or choose another name",
         ),
-        ("data", r"output data\.json: is there, and is no model of ours"),
-        ("with", r"output with\.spm: is there, and is no model of ours"),
+        ("data", r"output data\.json: exists, and is not a model with a card"),
+        ("with", r"output with\.spm: exists, and is not a model with a card"),
         ("folder", "output folder: is a folder; name a file in it"),
         (".", r"output \.: is a folder"),
         (
             "s3://bucket/lm.bin",
-            "output s3://bucket/lm.bin: is no path; filters need models on a path that every worker has",
+            "output s3://bucket/lm.bin: is a URL; filters read models from a path that every worker has",
         ),
     ],
 )
-def test_no_model_replaces_what_is_none(fake_kenlm: Path, output: str, message: str) -> None:
+def test_a_model_replaces_nothing_but_a_model(fake_kenlm: Path, output: str, message: str) -> None:
     Path("link.txt").symlink_to("prose.txt")
     for name, text in {
         "notes.md": "x",
@@ -352,8 +358,8 @@ def test_a_sample_is_all_or_about_half_at_least_and_the_same_twice(
 ) -> None:
     text = tmp_path / "text"
     text.write_text("".join(f"line {i}\n" for i in range(300)))
-    found = sample(text, lines=lines)
-    assert found == sample(text, lines=lines)
+    found = sample_lines(text, limit=lines)
+    assert found == sample_lines(text, limit=lines)
     assert len(found) == 300 if lines >= 300 else len(found) <= lines
     assert [int(line.split()[1]) for line in found] == sorted(
         {int(line.split()[1]) for line in found}

@@ -1,6 +1,4 @@
-"""Every source gives its documents, those of a run among them, and a bad one is named with what to
-do.
-"""
+"""Documents of files and of rows of a run; errors name the source and say what to do."""
 
 import gzip
 import hashlib
@@ -13,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.models.training_texts import Source, documents, fingerprint, parsed
+from pipeline.models.training_texts import Source, check_where, documents, fingerprint, run_rows
 from stages.read import records
 from tests.support.inline import make_config, run_inline
 from tests.support.paths import ROOT
@@ -106,7 +104,7 @@ def test_a_zst_file_larger_than_a_piece_is_read_whole(
         (
             "a.txt.gz",
             PACKED["gz"][:-9],
-            r"source .*a\.txt\.gz: is cut short \(.*\); fetch or pack it again",
+            r"source .*a\.txt\.gz: is cut short \(.*\); fetch or compress it again",
         ),
         ("a.txt.gz", b"plain", r"source .*a\.txt\.gz: cannot be read \(Not a gzipped file"),
         (
@@ -152,10 +150,10 @@ def test_bad_file_is_named(tmp_path: Path, name: str, data: bytes, message: str)
 @pytest.mark.parametrize(
     "values, type",
     [
-        ([1], "int64"),
-        ([b"a"], "binary"),
-        ([["a"]], "list<element: string>"),
-        ([{"a": "b"}], "struct<a: string>"),
+        ([1], "int"),
+        ([b"a"], "bytes"),
+        ([["a"]], "list"),
+        ([{"a": "b"}], "dict"),
     ],
 )
 def test_a_parquet_column_without_text_is_named_with_its_type(
@@ -163,14 +161,14 @@ def test_a_parquet_column_without_text_is_named_with_its_type(
 ) -> None:
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
     with pytest.raises(
-        ValueError, match=rf"source .*a\.parquet: column 'text' holds {type}, not text"
+        ValueError, match=rf"source .*a\.parquet, row 1: no text in column 'text', only {type}$"
     ):
         list(documents(tmp_path / "a.parquet"))
 
 
 def test_parquet_without_the_column_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text', only \['body'\]"):
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text'; it has body; set"):
         list(documents(tmp_path / "a.parquet"))
 
 
@@ -179,7 +177,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         list(documents(tmp_path / "gone.txt"))
 
 
-def test_a_text_without_words_is_refused_when_its_entry_is_asked_for(tmp_path: Path) -> None:
+def test_a_text_without_words_has_no_entry(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n\n")
     source = Source(tmp_path / "a.txt")
     assert list(source) == []
@@ -190,21 +188,38 @@ def test_a_text_without_words_is_refused_when_its_entry_is_asked_for(tmp_path: P
 @pytest.mark.parametrize(
     "source, expected",
     [
-        ("runs/a:corpus", ("runs/a", "corpus", None)),
-        ("s3://bucket/a:documents", ("s3://bucket/a", "documents", None)),
-        ("runs/a:rejected:host!=a:b", ("runs/a", "rejected", "host!=a:b")),
+        ("runs/a:corpus", ("runs/a", "corpus")),
+        ("s3://bucket/a:documents", ("s3://bucket/a", "documents")),
         ("texts/a.jsonl", None),
         ("s3://bucket/a.jsonl", None),
     ],
 )
-def test_rows_of_a_run_are_told_from_files(source: str, expected: tuple | None) -> None:
-    assert parsed(source) == expected
+def test_rows_of_a_run_are_distinguished_from_files(source: str, expected: tuple | None) -> None:
+    assert run_rows(source) == expected
+
+
+@pytest.mark.parametrize("condition", ["quality.score<0.1", "host!=a:b", ""])
+def test_the_old_language_of_conditions_is_refused_with_the_new_option(condition: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"a source has no condition; write runs/a:rejected, and .* SQL with --where",
+    ):
+        run_rows(f"runs/a:rejected:{condition}")
+
+
+def test_a_condition_without_rows_of_a_run_is_refused() -> None:
+    check_where("language = 'en'", ["a.txt", "runs/a:corpus"])
+    check_where("", ["a.txt"])
+    with pytest.raises(
+        ValueError, match=r"where x: selects rows of a run, and no source is one: a"
+    ):
+        check_where("x", ["a.txt"])
 
 
 def test_a_file_is_a_file_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "a:b.txt").mkdir()
     (tmp_path / "a:corpus").write_text("x")
-    assert parsed(str(tmp_path / "a:corpus")) is None
+    assert run_rows(str(tmp_path / "a:corpus")) is None
 
 
 # --- rows of a run --------------------------------------------------------------------------------
@@ -248,23 +263,40 @@ def test_rows_of_a_run(run: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "condition, chosen",
+    "where, count",
     [
-        ("quality.score>=0", 3),
-        ("quality.score > 2", 0),
-        ("gopher_quality.word_count<=10", 2),
-        ("url==https://a.org/3", 1),
-        ("url!=https://a.org/3", 2),
-        ("num_chars=48", 1),
+        ('"quality.score" >= 0', 3),
+        ('"quality.score" > 2', 0),
+        ('"quality.score" > 2 OR true', 3),
+        ('"gopher_quality.word_count" <= 10 -- and a comment', 2),
+        ("url = 'https://a.org/3'", 1),
+        ("url != 'https://a.org/3'", 2),
+        ("num_chars = 48", 1),
     ],
 )
-def test_a_condition_chooses_rows(run: str, condition: str, chosen: int) -> None:
-    assert len(list(documents(f"{run}:corpus:{condition}"))) == chosen
+def test_a_condition_selects_rows(run: str, where: str, count: int) -> None:
+    assert len(list(documents(f"{run}:corpus", where=where))) == count
 
 
 def test_a_column_that_some_parts_lack_is_null_there(run: str) -> None:
-    assert list(documents(f"{run}:rejected:rejected_by==gopher_quality.word_count")) == ["short"]
-    assert list(documents(f"{run}:rejected:rejected_by==quality.score")) == []
+    rejected = f"{run}:rejected"
+    where = "rejected_by = 'gopher_quality.word_count' AND \"quality.score\" IS NULL"
+    assert list(documents(rejected, where=where)) == ["short"]
+    assert list(documents(rejected, where="rejected_by = 'quality.score'")) == []
+
+
+def test_the_entry_of_selected_rows_has_the_condition(run: str) -> None:
+    source = Source(f"{run}:corpus", where="url = 'https://a.org/3'")
+    assert list(source) == [TEXTS[3]]
+    entry = source.entry(words=5)
+    assert (entry["where"], entry["documents"]) == ("url = 'https://a.org/3'", 1)
+    assert "where" not in Source(f"{run}:corpus").entry(words=5)
+
+
+def test_a_condition_does_not_apply_to_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    source = Source(tmp_path / "a.txt", where="url = 'x'")
+    assert len(list(source)) == 2 and "where" not in source.entry(words=2)
 
 
 def test_the_entry_of_rows_is_their_texts_digest(run: str) -> None:
@@ -285,23 +317,30 @@ def test_the_entry_of_rows_is_their_texts_digest(run: str) -> None:
     "rest, message",
     [
         (":corpsu", r"no rows 'corpsu' in a run; did you mean 'corpus'\?"),
-        (":keep", r"no rows 'keep' in a run; there are corpus, documents, rejected"),
-        ("", r"is a run; say which of its rows: .*:corpus"),
-        (
-            ":corpus:quality.socre>=0.9",
-            r"no column 'quality.socre'; did you mean 'quality.score'\?",
-        ),
-        (":corpus:quality.score>=high", r"column 'quality.score' holds double, not 'high'"),
-        (":corpus:num_chars>=high", r"column 'num_chars' holds u?int\d+, not 'high'"),
-        (
-            ":corpus:quality.score",
-            r"condition 'quality.score' must be a column, one of >= .*, and a value",
-        ),
+        (":keep", r"no rows 'keep' in a run; known: corpus, rejected, documents"),
+        ("", r"is a run; name a kind of its rows: .*:corpus"),
     ],
 )
 def test_bad_rows_are_named(run: str, rest: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(documents(run + rest))
+
+
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        ('"quality.socre" >= 0.9', r"quality\.socre.*quality\.score"),
+        ("quality.score >= 0.9", r'quality.*a column with a dot is quoted: "quality.score"'),
+        ("num_chars >= 'high'", "Could not convert string 'high'"),
+        ("num_chars >=", "syntax error"),
+        ("true) UNION SELECT 'x' --", "syntax error|Parser Error"),
+        ("(COPY (SELECT 1) TO 'x.csv')", "syntax error"),
+    ],
+)
+def test_bad_conditions_are_errors_with_the_source(run: str, where: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"source .*:corpus: (?s:.*)({message})") as error:
+        list(documents(f"{run}:corpus", where=where))
+    assert f"in --where {where}" in str(error.value)
 
 
 def test_no_such_run_is_named(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-"""Texts under labels, on disk, and which of them are near-duplicates: what a classifier is trained
-and judged on.
+"""Store the labeled texts that a classifier is trained and measured on, without near-duplicates.
 
-A text that is under two labels teaches nothing, and one that is in training and held out flatters.
-So clusters of near-duplicates are cut to one copy, and those that span labels go from all of them.
-They are found as dedup finds them, by band keys (stages/minhash.py), without looking at the texts
-again: a few that are merely alike go too.
+A text under two labels teaches nothing, and one that is both in training and held out flatters the
+figures. So clusters of near-duplicates are cut to one copy, and those that span labels are dropped
+from all of them. They are found by their band keys, as in dedup (stages/dedup/minhash.py), without
+comparing the texts: a few that are merely similar are dropped too.
 """
 
 import mmap
@@ -31,10 +30,10 @@ BATCH = 1000  # documents hashed at once
 U64 = npt.NDArray[np.uint64]
 
 
-class Texts:
-    """Normalised texts by number, a line each in a file; in memory one takes 300 bytes.
+class LabeledTexts:
+    """Normalized texts by number, each a line of a file, without those that have no words.
 
-    Texts without a word are left out.
+    A text takes 300 bytes of memory.
     """
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
@@ -51,7 +50,7 @@ class Texts:
         return len(self.labels)
 
     def lines(self, numbers: Iterable[int]) -> Iterator[str]:
-        """The texts of these numbers."""
+        """The texts with these numbers."""
         with (
             self._path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
@@ -64,15 +63,12 @@ class Texts:
         number, words, documents = self.names.index(label), 0, iter(source)
         with self._path.open("ab") as file:
             while batch := list(islice(documents, BATCH)):
-                found = [(text, line) for text in batch if (line := quality.normalize(text))]
-                words += sum(line.count(" ") + 1 for _, line in found)
-                normalized = [minhash.normalize(text) for text, _ in found]
-                self.contents += [
-                    minhash.content_hash(text, n)
-                    for (text, _), n in zip(found, normalized, strict=True)
-                ]
+                pairs = [(text, line) for text in batch if (line := quality.normalize(text))]
+                normalized = [minhash.normalize(text) for text, _ in pairs]
                 self.bands += minhash.band_keys(normalized, SIGNATURE)
-                for _, line in found:
+                for (text, line), key in zip(pairs, normalized, strict=True):
+                    words += line.count(" ") + 1
+                    self.contents.append(minhash.content_hash(text, key))
                     self._ends.append(self._ends[-1] + file.write(line.encode() + b"\n"))
                     self.labels.append(number)
                     self.is_held_out.append(is_held_out(line, share=held_out))
@@ -80,19 +76,21 @@ class Texts:
 
 
 def write_texts(
-    sources: Mapping[str, Sequence[str | Path]], path: Path, *, text_column: str, held_out: float
-) -> Texts:
+    sources: Mapping[str, Sequence[Source]], path: Path, *, held_out: float
+) -> LabeledTexts:
     """Read all sources, in order of labels."""
-    texts = Texts(path, list(sources))
-    for label, names in sources.items():
-        for name in names:
-            texts.append(Source(name, text_column=text_column), label=label, held_out=held_out)
+    texts = LabeledTexts(path, list(sources))
+    for label, of_label in sources.items():
+        for source in of_label:
+            texts.append(source, label=label, held_out=held_out)
     return texts
 
 
 class Distinct(NamedTuple):
-    """Numbers of the texts that stay, ascending; how many copies went; and what pairs of labels
-    shared.
+    """Numbers of the texts that are kept, ascending, and what was dropped.
+
+    `copies` counts texts dropped for an earlier one with the same label, `shared` those of several
+    labels, by pairs of labels.
     """
 
     kept: list[int]
@@ -100,52 +98,44 @@ class Distinct(NamedTuple):
     shared: list[dict[str, Any]]
 
 
-def distinct(texts: Texts) -> Distinct:
-    """One text of each cluster of near-duplicates, the first; none of a cluster that has several
-    labels.
-    """
-    roots = _roots(texts.contents, texts.bands)
-    labels = np.frombuffer(texts.labels, np.uint16) if len(texts) else np.empty(0, np.uint16)
-    mixed = np.zeros(len(texts), bool)
-    mixed[roots[labels != labels[roots]]] = True
-    gone = mixed[roots]
-    kept = np.flatnonzero((roots == np.arange(len(roots))) & ~gone)
-    copies = len(texts) - len(kept) - int(gone.sum())
-    return Distinct(kept.tolist(), copies, _shared(roots[gone], labels[gone], texts))
+def distinct(texts: LabeledTexts) -> Distinct:
+    """The first text of each cluster of near-duplicates; none of a cluster with several labels."""
+    roots = _cluster_roots(texts.contents, texts.bands)
+    labels = np.array(texts.labels, np.uint16)
+    is_mixed = np.zeros(len(texts), bool)
+    is_mixed[roots[labels != labels[roots]]] = True
+    dropped = is_mixed[roots]
+    kept = np.flatnonzero((roots == np.arange(len(roots))) & ~dropped)
+    copies = len(texts) - len(kept) - int(dropped.sum())
+    return Distinct(kept.tolist(), copies, _shared(roots[dropped], labels[dropped], texts))
 
 
-def _roots(contents: Sequence[bytes], bands: Sequence[bytes]) -> npt.NDArray[np.int64]:
+def _cluster_roots(contents: Sequence[bytes], bands: Sequence[bytes]) -> npt.NDArray[np.int64]:
     """For each text the first one of its cluster, (n,)."""
-    everyone = np.arange(len(contents), dtype=np.uint64)
-    long = np.array([i for i, keys in enumerate(bands) if keys], np.uint64)
+    numbers = np.arange(len(contents), dtype=np.uint64)
+    with_bands = np.array([i for i, keys in enumerate(bands) if keys], np.uint64)
     # 64 of the 128 bits: among a million texts one false pair in 40 million runs
     content = np.frombuffer(b"".join(contents), "<u8").reshape(-1, 2)[:, 0]
-    keys = np.frombuffer(b"".join(bands), "<u8").reshape(len(long), SIGNATURE.num_bands)
-    nodes, found = dense_components(
-        lambda: iter(
-            [
-                _equal(content, everyone),
-                *(_equal(keys[:, b], long) for b in range(SIGNATURE.num_bands)),
-            ]
-        )
-    )
-    roots = everyone.astype(np.int64)
-    roots[nodes.astype(np.int64)] = found.astype(np.int64)
+    keys = np.frombuffer(b"".join(bands), "<u8").reshape(len(with_bands), SIGNATURE.num_bands)
+    columns = [(content, numbers), *((column, with_bands) for column in keys.T)]
+    nodes, node_roots = dense_components(lambda: (_edges(*column) for column in columns))
+    roots = numbers.astype(np.int64)
+    roots[nodes.astype(np.int64)] = node_roots.astype(np.int64)
     return roots
 
 
-def _equal(keys: U64, ids: U64) -> U64:
-    """Edges between ids of equal keys, (m, 2): each to the next one."""
+def _edges(keys: U64, ids: U64) -> U64:
+    """Edges between ids with equal keys, (m, 2): from each to the next one."""
     order = np.argsort(keys, kind="stable")
-    same = keys[order][1:] == keys[order][:-1]
-    return np.column_stack([ids[order][:-1][same], ids[order][1:][same]])
+    is_equal = keys[order][1:] == keys[order][:-1]
+    return np.column_stack([ids[order][:-1][is_equal], ids[order][1:][is_equal]])
 
 
 def _shared(
-    roots: npt.NDArray[np.int64], labels: npt.NDArray[np.uint16], texts: Texts
+    roots: npt.NDArray[np.int64], labels: npt.NDArray[np.uint16], texts: LabeledTexts
 ) -> list[dict[str, Any]]:
-    """Per pair of labels the clusters that have both, and the texts of either label in them, also
-    as shares of the label's.
+    """Per pair of labels: the clusters with both, and each label's texts in them, as count and as
+    share of the label.
     """
     clusters: dict[int, Counter[str]] = {}
     for root, label in zip(roots.tolist(), labels.tolist(), strict=True):

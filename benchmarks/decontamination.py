@@ -23,8 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.texts import documentation, leads, seeded, web_pages
-from filters import decontamination
-from filters.decontamination import Decontamination, Index
+from filters import decontamination, passage_index
+from filters.decontamination import Decontamination
+from filters.passage_index import Index
 from filters.text.view import TextView
 from pipeline.models.benchmark_index import MIN_WORDS, N, build_index, by_benchmark
 from pipeline.models.evaluation_sets import evaluation_files
@@ -84,7 +85,7 @@ def main(data: Path, *, n: int, show: bool) -> None:
             print(f"index.{name} {count:,} number")
         print(f"index.size {path.stat().st_size / MB:.1f} MB")
         print(f"index.per_ngram {path.stat().st_size / totals['ngrams']:.2f} bytes")
-        index = decontamination.load(str(path))
+        index = passage_index.load_index(str(path))
         items = list(sample(archive))
         recall(items, pages, index)
         short(archive, index)
@@ -100,7 +101,9 @@ def sample(archive: str) -> Iterator[Item]:
         rng = seeded("decontamination", name)
         for place in rng.permutation(len(rows))[:ITEMS].tolist():
             strings = list(dict.fromkeys(rows[place]))
-            indexed = any(len(decontamination.normalize(s).split()) >= MIN_WORDS for s in strings)
+            indexed = any(
+                len(passage_index.normalize_passage(s).split()) >= MIN_WORDS for s in strings
+            )
             yield Item(name, "\n".join(strings), indexed)
 
 
@@ -152,7 +155,9 @@ def short(archive: str, index: Index) -> None:
     found: dict[str, list[bool]] = {}
     for name, rows in rows_by_benchmark(archive).items():
         for row in rows:
-            counts = [len(decontamination.normalize(text).split()) for text in dict.fromkeys(row)]
+            counts = [
+                len(passage_index.normalize_passage(text).split()) for text in dict.fromkeys(row)
+            ]
             if max(counts) >= MIN_WORDS or sum(counts) < MIN_WORDS:
                 continue
             *rest, last = (text for text in dict.fromkeys(row) if not re.fullmatch("[A-E]", text))
@@ -172,7 +177,9 @@ def short(archive: str, index: Index) -> None:
 
 def best(text: str, index: Index) -> float:
     return float(
-        decontamination.coverage(decontamination.find(text, index), index).shares.max(initial=0.0)
+        decontamination.coverage(passage_index.find_matches(text, index), index).shares.max(
+            initial=0.0
+        )
     )
 
 
@@ -230,8 +237,8 @@ def speed(pages: list[str], wiki: list[str], index: Index, peer: Callable[[str],
         size = sum(len(text.encode()) for text in texts) / MB
         rounds = [
             (
-                timed(lambda: [decontamination.find(t, index) for t in texts])[0],
-                timed(lambda: [peer(t) for t in texts])[0],
+                timed(lambda texts=texts: [passage_index.find_matches(t, index) for t in texts])[0],
+                timed(lambda texts=texts: [peer(t) for t in texts])[0],
             )
             for _ in range(3)
         ]

@@ -139,10 +139,10 @@ def equality(source: Path, folder: Path) -> None:
         side = [text for text in texts if is_held_out(text, share=0.02) == held]
         path.write_text(
             "".join(
-                f"{ccnet.normalize(line)}\n"
+                f"{ccnet.normalize_line(line)}\n"
                 for text in side
                 for line in text.split("\n")
-                if ccnet.normalize(line)
+                if ccnet.normalize_line(line)
             )
         )
     lmplz = find_kenlm(None)[0]

@@ -1,13 +1,13 @@
-"""Policy over text: what a filter is, how its bounds are checked, and how one is found by name.
+"""Policy over text: what a filter is, how its bounds are checked, and how to get one by name.
 
 A filter is a frozen dataclass in `filters/<name>.py`, called <Name> in CamelCase. Every field of
 type `Bound` is a rule: its name is at once the score that `measure` returns, the Arrow column, the
 reject reason, the report row, the TOML key and the command-line override
 (`gopher_quality.word_count`). Adding a filter is one file and one word in a config.
 
-What a filter may have besides: fields of type `File` (models, lists: known by their content, not by
-their path), `notes` (names of text columns that `measure` fills), `edit` (it changes the text too;
-`edits_by` names the bounds that say how), `check` (what must hold before a run starts).
+A filter may also have fields of type `File` (models and lists, identified by their content and not
+by their path), `notes` (names of text columns that `measure` fills), `edit` (it also changes the
+text; `edits_by` names the bounds that control this) and `check` (called before a run starts).
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict
 
 from filters.suggest import did_you_mean
 
-# defaults are validated too, so that 5 written out and 5 by default are the same bound and give the
-# same stage key
+# defaults are validated too, so that an explicit 5 and a default 5 give the same bound and the same
+# stage key
 STRICT = ConfigDict(extra="forbid", validate_default=True)
 
 
 def off_is_none(value: Any) -> Any:
-    """TOML has no null: "off" stands for it."""
+    """Convert "off" to None, as TOML has no null."""
     return None if isinstance(value, str) and value == "off" else value
 
 
@@ -37,14 +37,13 @@ def _low_to_high(value: tuple[float, float] | None) -> tuple[float, float] | Non
     return value
 
 
-# [low, high], both inclusive; inf and -inf leave a side open; "off" (None) measures without
-# rejecting.
+# [low, high], both inclusive; inf and -inf for no limit; "off" (None) measures without rejecting
 Bound = Annotated[
     tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_low_to_high)
 ]
 
 
-# Paths to files or folders that every worker can read; "" when none is named.
+# Paths to files or folders that every worker can read; "" for none
 File = Annotated[str, "file"]
 Files = Annotated[tuple[str, ...], "files"]
 
@@ -52,22 +51,18 @@ Measured = dict[str, Any]  # a float per rule, then a string or None per note
 
 
 class Filter(Protocol):
-    """What every filter has. The names of `notes` and of `tallied`, those of them whose values are
-    few enough to be counted, are class variables; both are () for a filter that lacks them.
+    """The method that every filter has.
+
+    Optional class variables are `notes`, and `tallied`: the notes with few enough values to count.
     """
 
     def measure(self, view: Any) -> Measured:
-        """Score a document; total: defined for every string, one score per Bound field, in field
-        order, then the notes.
-        """
+        """One score per Bound field, in field order, then the notes; defined for every string."""
         ...
 
 
 def apply(filter: Any, view: Any) -> tuple[Any, Measured]:
-    """The document as the filter hands it on, and what it measured.
-
-    Only filters with a method `edit` change a document.
-    """
+    """The document after the filter, and its scores; only filters with `edit` change a document."""
     if hasattr(filter, "edit"):
         edited: tuple[Any, Measured] = filter.edit(view)
         return edited
@@ -75,9 +70,7 @@ def apply(filter: Any, view: Any) -> tuple[Any, Measured]:
 
 
 class Rejection(NamedTuple):
-    """Why a document was dropped: `rule` is '<filter>.<score>', `bound` the limits that `value`
-    fell outside.
-    """
+    """Why a document was dropped: the `value` of `rule`, '<filter>.<score>', is outside `bound`."""
 
     rule: str
     value: float
@@ -90,35 +83,34 @@ def rules(filter: Any) -> dict[str, tuple[float, float] | None]:
 
 
 def settings(filter: Any) -> dict[str, Any]:
-    """The fields of a filter that change what is measured, as opposed to where the limits lie;
-    files not, see `files`.
+    """The fields of a filter that change what it or later filters measure.
 
-    Limits by which a filter edits, its `edits_by`, decide what it and all filters after it measure.
+    These are all fields but bounds and files (see `files`), and the bounds that control edits.
     """
-    kept = getattr(filter, "edits_by", ())
+    edits_by = getattr(filter, "edits_by", ())
     return {
         f.name: getattr(filter, f.name)
         for f in dataclasses.fields(filter)
-        if f.name in kept or f.type not in (Bound, File, Files)
+        if f.name in edits_by or f.type not in (Bound, File, Files)
     }
 
 
 def files(section: Any) -> dict[str, tuple[str, ...]]:
-    """The paths that a filter, or any other section, reads by the names of their fields."""
-    paths = {
-        f.name: getattr(section, f.name)
-        for f in dataclasses.fields(section)
-        if f.type in (File, Files)
-    }
-    return {
-        name: found if isinstance(found, tuple) else (found,) * bool(found)
-        for name, found in paths.items()
-    }
+    """The paths that a filter, or any other section, reads, by field."""
+    paths: dict[str, tuple[str, ...]] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.type == Files:
+            paths[field.name] = value
+        elif field.type == File:
+            paths[field.name] = (value,) if value else ()
+    return paths
 
 
 def derived(filter: Any) -> dict[str, str]:
-    """The settings that only sort documents by a score, with that score: no score changes with
-    them. As percentiles allowed.
+    """The settings that only group documents by a score, with that score.
+
+    They may be given as percentiles, as they change no score.
     """
     return dict(getattr(filter, "percentiles_of", {}))
 
@@ -129,9 +121,7 @@ def notes(filter: Any) -> tuple[str, ...]:
 
 
 def first_failure(name: str, filter: Any, scores: Mapping[str, float]) -> Rejection | None:
-    """The first rule that `scores` breaks. NaN breaks every rule: a score that cannot be had is no
-    pass.
-    """
+    """The first rule that `scores` break; NaN breaks every rule."""
     for rule, bound in rules(filter).items():
         if bound is None:
             continue
@@ -142,7 +132,7 @@ def first_failure(name: str, filter: Any, scores: Mapping[str, float]) -> Reject
 
 
 def available() -> list[str]:
-    """Names of the modules in this package that hold a filter, that is, a class of their own name."""
+    """Names of the filters: modules of this package with a class of the same name."""
     modules = (m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SECTIONS)
     return sorted(
         name
@@ -151,14 +141,14 @@ def available() -> list[str]:
     )
 
 
-# policy that has a place of its own in the pipeline, and is no link of a stage's chain
-_SECTIONS = {"url_policy", "opt_out", "language", "pii", "names"}
+# policies with a fixed place in the pipeline, which cannot be listed in a stage's filters
+_SECTIONS = {"url_policy", "opt_out", "language", "pii"}
 
 
 def filter_class(name: str) -> Any:
-    """The dataclass of filter `name`; ValueError names the nearest filter when there is none."""
-    if name not in available():
-        raise ValueError(f"unknown filter '{name}'{did_you_mean(name, available())}")
+    """The dataclass of a filter; ValueError suggests a name if there is none."""
+    if name not in (names := available()):
+        raise ValueError(f"unknown filter '{name}'{did_you_mean(name, names)}")
     return getattr(importlib.import_module(f"filters.{name}"), _class_name(name))
 
 

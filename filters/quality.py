@@ -66,7 +66,7 @@ def predict(texts: Sequence[str], model: Any) -> list[dict[str, float]]:
     None for a text without a word that the model knows: of such fastText would say what it says of
     an empty line.
     """
-    lines = [line if _is_known(line, model) else "" for line in map(normalize, texts)]
+    lines = [line if _is_known(line, model) else "" for line in map(normalize_for_fasttext, texts)]
     # a list, because for a single string other builds of fastText fail under NumPy 2
     predicted = zip(*model.predict(lines, k=-1), strict=True) if lines else ()
     return [
@@ -97,7 +97,7 @@ def _probabilities(labels: Sequence[str], found: Sequence[float]) -> dict[str, f
     return exact
 
 
-def normalize(text: str) -> str:
+def normalize_for_fasttext(text: str) -> str:
     """The text as one lower-case line: fastText reads a document per line, and takes words on
     __label__ for labels.
     """

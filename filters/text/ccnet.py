@@ -74,7 +74,7 @@ _NO_MARKS = bytes(set(range(256)) - _MARKS.keys())
 # bytes above 127 are letters here: `_Characters` has put spaces around what is none
 _LONE_APOSTROPHE = re.compile(rb"'(?:(?<![\w\x80-\xff]')|(?![\w\x80-\xff]))")
 
-_HELD = 200_000  # runs or words remembered; some 20 MB
+_MAX_CACHED = 200_000  # runs or words remembered; some 20 MB
 _LONG = 24  # longer runs, those of Chinese or Thai, seldom come again
 _SHORT = 2000  # bytes; from here on counting in NumPy is worth its fixed cost
 
@@ -91,7 +91,7 @@ class Lines(NamedTuple):
 Normalizer = Callable[[str], Lines]
 
 
-def normalize(line: str) -> str:
+def normalize_line(line: str) -> str:
     """A line in WORDS, parted by single spaces."""
     return " ".join(b" ".join(words(line.replace("\n", " ")).lines).decode().split())
 
@@ -133,7 +133,7 @@ class Splitter(dict[bytes, bytes]):
     def __missing__(self, word: bytes) -> bytes:
         found: list[str] = self._processor.encode(word.decode(), out_type=str)
         cut = " ".join(_SYMBOLS.get(piece, piece) for piece in found).encode()
-        if len(self) >= _HELD:
+        if len(self) >= _MAX_CACHED:
             self.clear()
         self[word] = cut
         return cut
@@ -180,7 +180,7 @@ class _Runs(dict[str, bytes]):
         canonical = decomposed(run.lower().encode("utf-8", "replace").decode())
         folded = canonical.translate(self._characters).encode()
         if len(run) <= _LONG:
-            if len(self) >= _HELD:
+            if len(self) >= _MAX_CACHED:
                 self.clear()
             self[run] = folded
         return folded

@@ -39,7 +39,7 @@ _FMIX: dict[int, tuple[Any, list[tuple[int, int]], int]] = {
 }
 
 
-def normalize(text: str, table: U32) -> str:
+def normalize_words(text: str, table: U32) -> str:
     """Lower-case, NFD, every code point exchanged by `table` (`replacements`), white space
     collapsed.
 

@@ -29,16 +29,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from filters.decontamination import (
+from filters.passage_index import (
     ARRAYS,
     MAGIC,
     NORMALIZER,
     PROBES,
     VERSION,
     Index,
+    bitmap_bit,
     fingerprints,
-    normalize,
-    probe,
+    normalize_passage,
 )
 from filters.text import ngrams
 from filters.text.ngrams import I64, U64
@@ -181,7 +181,7 @@ def _passages_of(file: EvaluationFile, *, min_words: int) -> Passages:
     num_short = 0
     for row, strings in enumerate(file.rows, start=1):
         normalized = dict.fromkeys(
-            normalize(string) for string in strings or () if not _URL.fullmatch(string)
+            normalize_passage(string) for string in strings or () if not _URL.fullmatch(string)
         )
         normalized.pop("", None)
         long = [text for text in normalized if _is_long(text, min_words)]
@@ -301,7 +301,7 @@ def _is_in_background(grams: Grams, paths: Sequence[str], *, lengths: range) -> 
     """Which n-grams the background texts contain; `grams` ascend by key."""
     is_first_match = np.zeros(len(grams.keys), bool)
     for text in (text for path in paths for text in _background_texts(path)):
-        raw = (normalize(text) + " ").encode("utf-8", "surrogatepass")
+        raw = (normalize_passage(text) + " ").encode("utf-8", "surrogatepass")
         hashes = ngrams.word_hashes(raw, *ngrams.words(raw))
         for length in (length for length in lengths if length <= len(hashes)):
             keys = fingerprints(ngrams.ngram_hashes(hashes, length))
@@ -336,7 +336,7 @@ def _bitmap(heads: U64) -> npt.NDArray[np.uint8]:
     size = 1 << max(3, (2 * len(np.unique(heads)) - 1).bit_length())
     bitmap = np.zeros(size, np.uint8)
     for which in PROBES:
-        byte, mask = probe(heads, size=size, which=which)
+        byte, mask = bitmap_bit(heads, size=size, which=which)
         np.bitwise_or.at(bitmap, byte, mask)
     return bitmap
 

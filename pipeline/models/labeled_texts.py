@@ -63,7 +63,9 @@ class LabeledTexts:
         number, words, documents = self.names.index(label), 0, iter(source)
         with self._path.open("ab") as file:
             while batch := list(islice(documents, BATCH)):
-                pairs = [(text, line) for text in batch if (line := quality.normalize(text))]
+                pairs = [
+                    (text, line) for text in batch if (line := quality.normalize_for_fasttext(text))
+                ]
                 normalized = [minhash.normalize(text) for text, _ in pairs]
                 self.bands += minhash.band_keys(normalized, SIGNATURE)
                 for (text, line), key in zip(pairs, normalized, strict=True):

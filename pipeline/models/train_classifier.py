@@ -310,7 +310,7 @@ def _calibrate(
     def counted_texts() -> Iterator[str]:
         nonlocal words
         for text in source:
-            words += len(quality.normalize(text).split())
+            words += len(quality.normalize_for_fasttext(text).split())
             yield text
 
     scores = _scores(counted_texts(), model, labels)

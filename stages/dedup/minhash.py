@@ -72,7 +72,7 @@ def normalize(text: str) -> str:
 
     A character of Chinese or Japanese, which put no spaces between words, is a word.
     """
-    return ngrams.normalize(text, ngrams.replacements(digits="zeroed"))
+    return ngrams.normalize_words(text, ngrams.replacements(digits="zeroed"))
 
 
 def content_hash(text: str, normalized: str) -> bytes:

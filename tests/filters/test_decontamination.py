@@ -1,5 +1,5 @@
-"""Coverage is that of a slow matcher on tuples of words; trimming takes the items and leaves the
-rest; bad indexes are refused.
+"""Decontamination: coverage equals that of a slow matcher on tuples of words; trimming removes the
+items and keeps the rest; bad indexes are refused.
 """
 
 import json
@@ -15,7 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from filters import first_failure
-from filters.decontamination import MAGIC, Decontamination, _table, find, load, normalize
+from filters.decontamination import Decontamination
+from filters.passage_index import MAGIC, find_matches, load_index, normalize_passage, word_table
 from filters.text import ngrams
 from filters.text.view import TextView
 from pipeline.models.benchmark_index import build_index
@@ -51,7 +52,7 @@ def write(path: Path, rows: list) -> None:
 
 def built(folder: Path, output: Path, **options) -> str:
     build_index([str(folder)], output=output, **options)
-    load.cache_clear()
+    load_index.cache_clear()
     return str(output)
 
 
@@ -120,23 +121,23 @@ def slow_passages(item):
 
 
 def slow_arranged(texts):
-    found = []
+    passages = []
     texts = [text for text in texts if text not in list("abcdefghij")]
     bare = [re.sub("^(question|q) | (answer|a)$", "", text) for text in texts]
     for strings in (texts, bare):
         for question, answers in (
             ((strings[0], strings[1:]), (strings[-1], strings[:-1])) if len(strings) > 1 else ()
         ):
-            for told in (answers, *([answer] for answer in answers)):
-                if slow_size(" ".join([question, *told])) >= MIN_WORDS:
-                    lettered = [f"{'abcdefgh'[k]} {answer}" for k, answer in enumerate(told)]
-                    found += [" ".join([question, *told]), " ".join([question, *lettered])]
-        found += [
+            for choices in (answers, *([answer] for answer in answers)):
+                if slow_size(" ".join([question, *choices])) >= MIN_WORDS:
+                    lettered = [f"{'abcdefgh'[k]} {answer}" for k, answer in enumerate(choices)]
+                    passages += [" ".join([question, *choices]), " ".join([question, *lettered])]
+        passages += [
             f"{text} {strings[-1]}"
             for text in strings[:-1]
             if slow_size(f"{text} {strings[-1]}") >= MIN_WORDS
         ]
-    return found
+    return passages
 
 
 def slow_grams(passage):
@@ -156,7 +157,7 @@ def slow_coverage(text, sets):
         )
         common |= {gram for gram, count in counts.items() if count > MAX_ITEMS}
     words = slow_normalize(text).split()
-    held = {
+    grams_in_text = {
         tuple(words[i : i + n]) for n in range(MIN_WORDS, N + 1) for i in range(len(words) - n + 1)
     }
     passages = [
@@ -165,13 +166,15 @@ def slow_coverage(text, sets):
         for item in items
         for passage in slow_passages(item)
     ]
-    return max((len(grams & held) / len(grams) for grams in passages if grams), default=None)
+    return max(
+        (len(grams & grams_in_text) / len(grams) for grams in passages if grams), default=None
+    )
 
 
 @given(sets=SETS, data=st.data())
 @example(sets=[[["a b c"], ["a b 7 42 7"]], [["7 42 7 42 7"]]], data=None)
 @example(sets=[[["a b c"]], [["b", "42", "東", "a"]]], data=None)
-def test_coverage_is_that_of_the_slow_matcher(tmp_path_factory, sets, data):
+def test_coverage_equals_that_of_the_slow_matcher(tmp_path_factory, sets, data):
     texts = [text for items in sets for item in items for text in item]
     if data is None:
         text = "a b c 7 42 7 42 7 a b 7 42"
@@ -187,10 +190,10 @@ def test_coverage_is_that_of_the_slow_matcher(tmp_path_factory, sets, data):
         with pytest.raises(ValueError, match="nothing to index"):
             built(folder, folder / "index", **options)
     else:
-        found = measured(text.upper(), built(folder, folder / "index", **options))
-        assert found["coverage"] == pytest.approx(expected)
-        assert (found["evidence"] is None) == (expected == 0)
-        assert (found["benchmark"] is None) == (
+        scores = measured(text.upper(), built(folder, folder / "index", **options))
+        assert scores["coverage"] == pytest.approx(expected)
+        assert (scores["evidence"] is None) == (expected == 0)
+        assert (scores["benchmark"] is None) == (
             expected <= Decontamination().coverage[1]
         )  # traces drop nothing
 
@@ -210,45 +213,45 @@ def test_case_spaces_and_punctuation_do_not_hide_an_item(index, change):
 
 
 def test_a_problem_with_other_numbers_is_another_problem(index):
-    """Two of the numbers changed: no 13 words in a row without one of them but in the middle."""
+    """Two numbers changed: only in the middle are there 13 words in a row without one of them."""
     assert measured(ITEM.replace("16", "20").replace("$2", "$5"), index)["coverage"] < 0.7
 
 
 def test_an_idiom_that_an_item_quotes_is_a_small_part_of_it(index):
-    found = measured(
+    scores = measured(
         "She eats three for breakfast every morning and bakes muffins for her friends, they say.",
         index,
     )
-    assert found["coverage"] == pytest.approx(1 / 27)
-    assert first_failure("decontamination", Decontamination(index=index), found) is None
+    assert scores["coverage"] == pytest.approx(1 / 27)
+    assert first_failure("decontamination", Decontamination(index=index), scores) is None
 
 
-def test_evidence_names_the_best_match_s_set_row_and_place(index):
-    found = measured(
+def test_the_note_names_the_best_match_s_set_row_and_place(index):
+    scores = measured(
         f"{SHORT} She eats three for breakfast every morning and bakes muffins for her friends every day.",
         index,
     )
-    assert found["benchmark"] == "gsm8k"
-    # not in words of the page, which may be someone's address
-    assert found["evidence"] == f"gsm8k.jsonl:2, 1.00 of 1 n-grams, at 0 to {len(SHORT) - 1}"
-    failure = first_failure("decontamination", Decontamination(index=index), found)
+    assert scores["benchmark"] == "gsm8k"
+    # it does not quote the page, which may contain personal data
+    assert scores["evidence"] == f"gsm8k.jsonl:2, 1.00 of 1 n-grams, at 0 to {len(SHORT) - 1}"
+    failure = first_failure("decontamination", Decontamination(index=index), scores)
     assert failure is not None and failure.rule == "decontamination.coverage"
 
 
 @given(TEXTS)
 def test_measure_is_total(index, text):
     for action in ("drop", "trim"):
-        found = measured(text, index, action=action)
-        assert list(found) == ["coverage", "cut_share", *Decontamination.notes]
-        assert list(found.values()) == [0.0, 0.0, None, None]
+        scores = measured(text, index, action=action)
+        assert list(scores) == ["coverage", "cut_share", *Decontamination.notes]
+        assert list(scores.values()) == [0.0, 0.0, None, None]
 
 
 # --- words ----------------------------------------------------------------------------------------
 
 
-def test_normalize_is_the_slow_way_s_on_every_code_point():
-    """Of ideographs and unassigned ones a hundredth; but for Brahmi's kin of the second plane, and
-    marks of minor scripts.
+def test_normalization_equals_the_slow_one_on_every_code_point():
+    """All but the second plane's scripts related to Brahmi and marks of minor scripts; one in 97
+    ideographs and unassigned code points.
     """
     points = map(chr, (*range(0x11000), *range(0x12000, 0x20000), *range(0x20000, 0x110000, 97)))
     text = "".join(
@@ -256,23 +259,23 @@ def test_normalize_is_the_slow_way_s_on_every_code_point():
         for c in points
         if unicodedata.category(c)[0] != "M" or unicodedata.name(c).split()[0] in MARKED
     )
-    assert normalize(text) == slow_normalize(text)
+    assert normalize_passage(text) == slow_normalize(text)
 
 
 @given(TEXTS | st.text(alphabet="aΣİé'’أَिำิ. \u0301\u200b東ーＡ각1２-_\n"))
-def test_word_places_are_those_of_the_words(text):
-    starts, ends = ngrams.word_places(text, _table())
-    words = normalize(text).split()
-    # alone, a sigma may be a final one
+def test_word_places_match_the_words(text):
+    starts, ends = ngrams.word_places(text, word_table())
+    words = normalize_passage(text).split()
+    # in a single word, a sigma may become a final one
     alone = [
-        normalize(text[start:end])
+        normalize_passage(text[start:end])
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
     ]
     assert [word.replace("ς", "σ") for word in alone] == [word.replace("ς", "σ") for word in words]
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=20), st.integers(1, 5))
-def test_the_hash_of_an_ngram_goes_on_from_that_of_its_first_words(hashes, k):
+def test_an_ngram_hash_extends_the_hash_of_its_first_words(hashes, k):
     words = np.array(hashes, np.uint64)
     first = ngrams.ngram_hashes(words, k)[: len(words) - 5]
     longer = ngrams.extended(first.copy(), (words[i : i + len(words) - 5] for i in range(k, 6)))
@@ -292,12 +295,12 @@ HINDI = "आज प्रधान मंत्री नरेंद्र म�
         ("בְּרֵאשִׁית בָּרָא", "בראשית ברא"),
         ("❤\ufe0f 1\ufe0f\u20e3 е\ufe2eр", "1 ер"),
         ("がある", "か あ る"),
-        # vowels above part, those that are letters do not
+        # vowels above separate, those that are letters do not
         ("ภราดรภาพ และสิทธิ", "ภราดรภาพ และส ทธ"),
     ],
 )
-def test_marks_do_not_part_words_but_where_nothing_else_does(text, words):
-    assert normalize(text) == unicodedata.normalize("NFD", words)
+def test_marks_separate_words_only_in_scripts_without_spaces(text, words):
+    assert normalize_passage(text) == unicodedata.normalize("NFD", words)
 
 
 @pytest.mark.parametrize(
@@ -342,35 +345,35 @@ def test_an_item_is_found_in_any_script(tmp_path, item, page):
 # --- trimming -------------------------------------------------------------------------------------
 
 
-def test_drop_leaves_the_document_as_it_is(index):
+def test_drop_does_not_change_the_document(index):
     view = TextView(f"{PROSE}\n{ITEM}")
     assert Decontamination(index=index).edit(view)[0] is view
 
 
-def test_trim_takes_the_item_and_leaves_the_rest(index):
+def test_trim_removes_the_item_and_keeps_the_rest(index):
     before, after = PROSE.split("\n\n")
     view = TextView(f"{before}\nQ: {ITEM}\n\n{after}", "en")
-    edited, found = Decontamination(index=index, action="trim").edit(view)
+    edited, scores = Decontamination(index=index, action="trim").edit(view)
     assert edited.text == f"{before}\n\n{after}" and edited.language == "en"
-    assert found["coverage"] == 0.0
-    assert found["cut_share"] == pytest.approx(1 - len(edited.text) / len(view.text))
-    assert found["benchmark"] == "gsm8k" and found["evidence"].startswith(
+    assert scores["coverage"] == 0.0
+    assert scores["cut_share"] == pytest.approx(1 - len(edited.text) / len(view.text))
+    assert scores["benchmark"] == "gsm8k" and scores["evidence"].startswith(
         "gsm8k.jsonl:1, 1.00 of 27 n-grams, at "
     )
 
 
-def test_trim_takes_the_whole_sentence_but_no_more(index):
+def test_trim_removes_whole_sentences_and_no_more(index):
     part = OTHER[: OTHER.index("; which")]
     view = TextView(f"Here it starts. (See no.{OTHER} Here it goes on.")
     assert (
         Decontamination(index=index, action="trim").edit(view)[0].text
         == "Here it starts.\n\nHere it goes on."
     )
-    # of half the item too few n-grams are left to be cut
+    # half of the item has too few n-grams to be cut
     assert Decontamination(index=index, action="trim").edit(TextView(part))[0].text == part
 
 
-def test_trim_goes_no_further_than_200_characters_for_a_sentence_s_end(index):
+def test_trim_looks_for_a_sentence_end_within_200_characters(index):
     far = "word " * 60
     edited, _ = Decontamination(index=index, action="trim").edit(
         TextView(f"{far}so-called({OTHER[:-1]}) {far}.")
@@ -378,24 +381,24 @@ def test_trim_goes_no_further_than_200_characters_for_a_sentence_s_end(index):
     assert edited.text == f"{far.strip()}\n\n{far}."
 
 
-def test_trim_takes_what_lies_between_two_matches_along(index):
+def test_trim_removes_what_is_between_two_matches(index):
     changed = ITEM.replace("muffins", "scones").replace(" She sells", " Think of that! She sells")
-    edited, found = Decontamination(index=index, action="trim").edit(
+    edited, scores = Decontamination(index=index, action="trim").edit(
         TextView(f"{PROSE}\n{changed}")
     )
     assert edited.text == PROSE
-    assert found["evidence"].startswith("gsm8k.jsonl:1, 0.26 of 27")
+    assert scores["evidence"].startswith("gsm8k.jsonl:1, 0.26 of 27")
 
 
-def test_trim_takes_an_item_that_the_first_cut_brought_together(index):
+def test_trim_removes_an_item_that_the_first_cut_joined(index):
     head, tail = SHORT[:30], SHORT[30:]
-    edited, found = Decontamination(index=index, action="trim").edit(
+    edited, scores = Decontamination(index=index, action="trim").edit(
         TextView(f"{PROSE}\n{head}\n{OTHER}\n{tail}")
     )
-    assert edited.text == PROSE and found["coverage"] == 0.0
+    assert edited.text == PROSE and scores["coverage"] == 0.0
 
 
-def test_trim_takes_only_what_the_bound_does_not_allow(index):
+def test_trim_removes_only_what_exceeds_the_bound(index):
     view = TextView(
         "She eats three for breakfast every morning and bakes muffins for her friends, they say."
     )
@@ -407,9 +410,9 @@ def test_trim_takes_only_what_the_bound_does_not_allow(index):
 
 def test_a_document_that_is_mostly_test_items_is_dropped(index):
     filter = Decontamination(index=index, action="trim")
-    edited, found = filter.edit(TextView(f"{ITEM}\n{OTHER}\nThe end."))
+    edited, scores = filter.edit(TextView(f"{ITEM}\n{OTHER}\nThe end."))
     assert edited.text == "The end."
-    failure = first_failure("decontamination", filter, found)
+    failure = first_failure("decontamination", filter, scores)
     assert failure is not None and failure.rule == "decontamination.cut_share"
 
 
@@ -425,12 +428,12 @@ PIECES = st.lists(
 @given(PIECES)
 def test_after_trimming_nothing_is_left_to_trim(index, text):
     filter = Decontamination(index=index, action="trim", cut_share=None)
-    edited, found = filter.edit(TextView(text))
-    assert found["coverage"] <= filter.coverage[1] and 0 <= found["cut_share"] <= 1
-    assert (found["cut_share"] > 0) == (measured(text, index)["coverage"] > filter.coverage[1])
+    edited, scores = filter.edit(TextView(text))
+    assert scores["coverage"] <= filter.coverage[1] and 0 <= scores["cut_share"] <= 1
+    assert (scores["cut_share"] > 0) == (measured(text, index)["coverage"] > filter.coverage[1])
     again, second = filter.edit(edited)
     assert again is edited and second["cut_share"] == 0
-    # what is left stood there, in this order
+    # the remaining parts were in the text, in this order
     place = 0
     for line in edited.text.split("\n\n"):
         place = text.index(line, place) + len(line)
@@ -440,19 +443,19 @@ def test_after_trimming_nothing_is_left_to_trim(index, text):
 
 
 def refusal(path: str) -> str:
-    load.cache_clear()
+    load_index.cache_clear()
     with pytest.raises(ValueError) as refused:
         Decontamination(index=path).check(())
     return str(refused.value)
 
 
-def test_an_index_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_index_is_refused(tmp_path):
     assert re.search("names no file; build one with `gristmill index-benchmarks", refusal(""))
     assert re.search(r"nowhere: no such file; build one", refusal(str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize("raw", [b"", b"PAR1", MAGIC[:-1]])
-def test_another_file_is_refused(tmp_path, raw):
+def test_a_file_of_another_format_is_refused(tmp_path, raw):
     (tmp_path / "x").write_bytes(raw)
     assert "x: not an index of evaluation sets" in refusal(str(tmp_path / "x"))
 
@@ -461,7 +464,9 @@ def test_a_damaged_index_is_refused(index, tmp_path):
     raw = Path(index).read_bytes()
     for cut in (len(MAGIC), len(MAGIC) + 8, len(MAGIC) + 20, len(raw) // 2, len(raw) - 1):
         (tmp_path / "cut").write_bytes(raw[:cut])
-        assert f"cut short or damaged, its {cut:,} bytes" in refusal(str(tmp_path / "cut"))
+        assert f"cut short or damaged, the checksum of its {cut:,} bytes" in refusal(
+            str(tmp_path / "cut")
+        )
     for place in (len(MAGIC), len(MAGIC) + 9, len(raw) // 2, len(raw) - 1):
         (tmp_path / "bad").write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
         assert "cut short or damaged" in refusal(str(tmp_path / "bad"))
@@ -475,7 +480,7 @@ def test_an_index_of_another_normalizer_is_refused(index, tmp_path):
     )
     (tmp_path / "other").write_bytes(MAGIC + xxhash.xxh3_64_digest(rest) + rest)
     assert re.search(
-        r"numbers-9.*this filter reads version 1 and normalizer 'nfd-words-numbers-2'.*anew",
+        r"numbers-9.*this filter reads version 1 and normalizer 'nfd-words-numbers-2'.*again",
         refusal(str(tmp_path / "other")),
     )
 
@@ -487,14 +492,14 @@ def test_trimming_above_no_bound_is_refused(index):
 
 
 def test_all_bits_of_a_fingerprint_count(index):
-    whole = load(index)
-    assert len(find(ITEM, whole).entries) == 27
-    assert not len(find(ITEM, whole._replace(low=whole.low ^ np.uint16(1))).entries)
+    whole = load_index(index)
+    assert len(find_matches(ITEM, whole).entries) == 27
+    assert not len(find_matches(ITEM, whole._replace(low=whole.low ^ np.uint16(1))).entries)
 
 
 def test_matches_are_the_same_for_a_text_of_any_length(index):
     """Long texts have words that pass the bitmap by chance: none of them may count."""
     rng = np.random.default_rng(1)
     text = " ".join(f"w{k}" for k in rng.integers(0, 1000, 200_000))
-    assert not len(find(text, load(index)).entries)
+    assert not len(find_matches(text, load_index(index)).entries)
     assert measured(f"{text} {OTHER} {text}", index)["coverage"] == 1.0

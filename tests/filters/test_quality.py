@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filters.quality import BUNDLED, NORMALIZER, Quality, load, normalize, predict, probabilities
+from filters.quality import (
+    BUNDLED,
+    NORMALIZER,
+    Quality,
+    load,
+    normalize_for_fasttext,
+    predict,
+    probabilities,
+)
 
 ODD = [
     "",
@@ -63,7 +71,9 @@ def test_good_pages_are_told_apart_where_fasttext_says_one() -> None:
         "\n".join([PROSE] * 3)
         + " The town was founded in the nineteenth century and is known for its market.",
     )
-    bare = fasttext.load_model(MODEL).predict([normalize(better), normalize(best)], k=1)[1]
+    bare = fasttext.load_model(MODEL).predict(
+        [normalize_for_fasttext(better), normalize_for_fasttext(best)], k=1
+    )[1]
     assert [float(p) >= 1.0 for (p,) in bare] == [True, True]
     assert measured(better)["score"] != measured(best)["score"]
 
@@ -73,7 +83,9 @@ def test_measure_is_total_a_probability_or_nan(text: str) -> None:
     found = measured(text)
     assert list(found) == ["score", "likeliest"]
     if any(
-        len(load(MODEL).get_subwords(word)[1]) for word in normalize(text).split() if word != "</s>"
+        len(load(MODEL).get_subwords(word)[1])
+        for word in normalize_for_fasttext(text).split()
+        if word != "</s>"
     ):
         assert 0 <= found["score"] <= 1 and found["likeliest"] == (
             "hq" if found["score"] > 0.5 else "lq"

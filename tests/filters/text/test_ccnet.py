@@ -71,7 +71,7 @@ def test_plain_text_keeps_white_spaced_words_whole(text: str) -> None:
     ],
 )
 def test_normalize(line: str, normalized: str) -> None:
-    assert ccnet.normalize(line) == normalized
+    assert ccnet.normalize_line(line) == normalized
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_no_piece_is_a_symbol_of_kenlm(spm: str) -> None:
 
 
 def test_memory_of_words_is_bounded(spm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ccnet, "_HELD", 3)
+    monkeypatch.setattr(ccnet, "_MAX_CACHED", 3)
     splitter = ccnet.Splitter(spm)
     once = [splitter[word] for word in (b"one", b"two", b"three", b"four", b"five")]
     assert len(splitter) <= 3

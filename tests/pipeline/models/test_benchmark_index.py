@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from filters import decontamination
-from filters.decontamination import coverage, find, load
+from filters import passage_index
+from filters.decontamination import coverage
+from filters.passage_index import find_matches, load_index
 from pipeline.models.benchmark_index import build_index, by_benchmark
 from pipeline.models.evaluation_sets import benchmark_of, evaluation_files
 
@@ -53,13 +54,13 @@ def index_of(
     folder.mkdir(exist_ok=True)
     (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     header = build_index([str(folder)], output=tmp_path / "index", **options)
-    load.cache_clear()
+    load_index.cache_clear()
     return header, str(tmp_path / "index")
 
 
 def best(text: str, path: str) -> float:
-    index = load(path)
-    return float(coverage(find(text, index), index).shares.max(initial=0.0))
+    index = load_index(path)
+    return float(coverage(find_matches(text, index), index).shares.max(initial=0.0))
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -423,9 +424,9 @@ def test_the_same_files_make_the_same_bytes_in_any_order_and_place(tmp_path):
 
 def test_the_header_says_what_the_index_was_built_from(tmp_path):
     header, path = index_of(tmp_path, ROW)
-    stored = load(path).header
+    stored = load_index(path).header
     assert {name: stored[name] for name in header} == header
-    assert stored["normalizer"] == decontamination.NORMALIZER and (
+    assert stored["normalizer"] == passage_index.NORMALIZER and (
         stored["n"],
         stored["min_words"],
     ) == (13, 10)

@@ -505,7 +505,7 @@ def test_a_training_reads_evaluates_and_tells_on_the_store(config, tmp_path, url
     upload(run, url)
     told = []
     for name, where in (("disk", str(run)), ("store", url)):
-        data = replace(data_config.data, sources=(SourceConfig(where),), cache_dir=str(cache))
+        data = replace(config.data, sources=(SourceConfig(where),), cache_dir=str(cache))
         directory = tmp_path / name
         judged = EvaluationConfig(every_steps=6)
         loop.train(

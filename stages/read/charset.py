@@ -1,6 +1,4 @@
-"""Turns the bytes of a web page into text: finds the charset as browsers do, and checks that it
-fits.
-"""
+"""Decode the bytes of a web page: find the charset as browsers do, and check that it fits."""
 
 import codecs
 import re
@@ -13,9 +11,7 @@ Source = Literal["bom", "header", "meta", "detector"]
 
 
 class Decoded(NamedTuple):
-    """`text` holds no NUL and no lone surrogate; `charset` is Python's name, `source` says who
-    named it.
-    """
+    """`text` has no NUL and no lone surrogate; `charset` is Python's name, `source` its origin."""
 
     text: str
     charset: str
@@ -25,14 +21,14 @@ class Decoded(NamedTuple):
 def decode_html(payload: bytes, content_type: str | None) -> Decoded:
     """Decode a page by the first charset that fits: HTTP header, byte order mark, <meta>, detector.
 
-    A byte order mark overrules a header that contradicts it, as in browsers; the meaning of labels
-    is the WHATWG's (encoding.spec.whatwg.org: 'iso-8859-1' means windows-1252). A charset that the
-    bytes contradict is passed over; if none fits, the first known one is used, with U+FFFD for what
-    it cannot decode. Total: any bytes and any content type give a text.
+    A byte order mark overrides a header that contradicts it, as in browsers; labels have the
+    WHATWG's meaning (encoding.spec.whatwg.org: 'iso-8859-1' is windows-1252). A charset that the
+    bytes contradict is skipped; if none fits, the first known one is used, with U+FFFD for what it
+    cannot decode. Any bytes and any content type give a text.
     """
     first: tuple[str, Source] | None = None
     for charset, source in _candidates(payload, content_type):
-        text = _decode(payload, charset)
+        text = _decode_if_it_fits(payload, charset)
         if text is not None:
             return Decoded(_clean(text), charset, source)
         first = first or (charset, source)
@@ -54,28 +50,26 @@ _META_CHARSET = re.compile(
 
 def _candidates(payload: bytes, content_type: str | None) -> Iterator[tuple[str, Source]]:
     header = _HEADER_CHARSET.search(content_type or "")
-    declared = _codec(header[1]) if header else None
+    declared = _python_codec(header[1]) if header else None
     bom = next((name for mark, name in _BOMS if payload.startswith(mark)), None)
     if bom is not None and declared != bom:
-        yield (
-            bom,
-            "bom",
-        )  # a header that contradicts it is wrong: no text in another charset begins like this
+        # a header that contradicts it is wrong: no text in another charset begins like this
+        yield bom, "bom"
     if declared is not None:
         yield declared, "header"
     meta = _META_CHARSET.search(payload, 0, 2048)
-    if meta and (charset := _codec(meta[1].decode("ascii"))):
-        # bytes in which an ASCII <meta> can be read are not UTF-16, whatever it says (the standard
-        # says UTF-8, too)
+    if meta and (charset := _python_codec(meta[1].decode("ascii"))):
+        # bytes with a readable ASCII <meta> are not UTF-16, whatever it says; the standard reads
+        # them as UTF-8, too
         yield ("utf-8" if charset.startswith("utf-16") else charset), "meta"
-    yield "utf-8", "detector"  # hardly any other text is valid UTF-8
+    yield "utf-8", "detector"  # text in another charset is almost never valid UTF-8
     detected = detect_encoding(payload)
-    if detected and (charset := _codec(detected)):
+    if detected and (charset := _python_codec(detected)):
         yield charset, "detector"
 
 
-# Python's codecs of these names lack characters that the WHATWG's decoders of the same name know.
-_WIDER = {
+# Python's codecs with these names lack characters of the WHATWG's decoders with the same names.
+_SUPERSETS = {
     "shift_jis": "cp932",
     "gbk": "gb18030",
     "gb2312": "gb18030",
@@ -85,26 +79,27 @@ _WIDER = {
 }
 
 
-def _codec(label: str) -> str | None:
-    """Python's codec for a label of the WHATWG's, None for an unknown one."""
+def _python_codec(label: str) -> str | None:
+    """Python's codec for a WHATWG label, None for an unknown one."""
     name = map_encoding_to_html5(label.strip().lower(), fallback_utf8=False)
     if name is None:
         return None
     try:
-        return codecs.lookup(_WIDER.get(name, name)).name
+        return codecs.lookup(_SUPERSETS.get(name, name)).name
     except LookupError:
         return None
 
 
-# A page of UTF-8 with a broken byte (cut titles, pasted snippets) is still UTF-8: a single-byte
+# A UTF-8 page with a broken byte (cut titles, pasted snippets) is still UTF-8: a single-byte
 # charset would accept it and garble every accent. In a page that is not UTF-8 nearly every
 # character beyond ASCII is an error.
-_BROKEN_SHARE = 0.1
+_MAX_BROKEN_SHARE = 0.1
 
 
-def _decode(payload: bytes, charset: str) -> str | None:
-    """Decode strictly, but for a character cut off at the end and UTF-8 with few errors; None if it
-    does not fit.
+def _decode_if_it_fits(payload: bytes, charset: str) -> str | None:
+    """The text, None if the bytes do not fit the charset.
+
+    A character cut off at the end and a few errors in UTF-8 are allowed.
     """
     try:
         return codecs.getincrementaldecoder(charset)("strict").decode(payload, False)
@@ -113,11 +108,11 @@ def _decode(payload: bytes, charset: str) -> str | None:
             return None
     text = payload.decode("utf-8", "replace")
     beyond_ascii = len(text) - len(text.encode("ascii", "ignore"))
-    return text if text.count("�") <= _BROKEN_SHARE * beyond_ascii else None
+    return text if text.count("�") <= _MAX_BROKEN_SHARE * beyond_ascii else None
 
 
 def _clean(text: str) -> str:
-    """Arrow takes neither lone surrogates (a few decoders let them through) nor, as text, NULs."""
+    """Without lone surrogates (a few decoders pass them), which Arrow rejects, and without NULs."""
     if "\0" in text:
         text = text.replace("\0", "")
     try:

@@ -1,9 +1,8 @@
-"""Makes inputs local: what the user named becomes a list of files, and each becomes a path on this
-machine.
+"""List the input files that paths name, and make each available as a local file.
 
 Common Crawl asks for few connections and patience (commoncrawl.org/faq): connections are limited
-per node, by locks on files that every process of the node shares, and refusals are answered by
-waiting longer.
+per node, by file locks that all processes of the node share, and after a refusal the client waits
+longer.
 """
 
 import glob
@@ -40,7 +39,7 @@ SUFFIXES = (
     ".jsonl.zst",
     ".parquet",
 )
-_LISTING = ".paths.gz"
+_LISTING_SUFFIX = ".paths.gz"
 _CHUNK = 1 << 20
 _MAX_WAIT_SECONDS = 300.0
 
@@ -49,7 +48,7 @@ _MAX_WAIT_SECONDS = 300.0
 class FetchOptions:
     """How to download, politely.
 
-    `connections` is per node. `attempts` includes the first and is counted anew after each further
+    `connections` is per node. `attempts` includes the first, and starts again after each further
     MB of progress. The wait after attempt n is `backoff_seconds` x 2^(n - 1), more or less by up to
     half, at most 5 minutes. `timeout_seconds` is for connecting, and for each wait for bytes.
     """
@@ -61,41 +60,41 @@ class FetchOptions:
 
 
 class FetchError(OSError):
-    """A file could not be had; the message says which, what the server answered, how often we
-    asked, what to do.
+    """A file cannot be downloaded.
+
+    The message names the file, the server's answer, the number of attempts, and what to do.
     """
 
 
-# -- which files
-# -------------------------------------------------------------------------------------------------------
+# --- input files ----------------------------------------------------------------------------------
 
 
 def expand_inputs(paths: list[str], *, base_uri: str) -> list[str]:
     """The files that `paths` name, in that order (sorted within a folder or pattern), each once.
 
-    A path is a local file, folder (all files in it that we can read, at any depth) or pattern, the
-    same on s3://, an http address, or a listing of Common Crawl (*.paths.gz, wherever it lies),
-    whose lines are appended to `base_uri`. ValueError names a path that matches nothing.
+    A path is a local file, folder (all files with known suffixes, at any depth) or pattern, the
+    same on s3://, an http URL, or a Common Crawl listing (*.paths.gz, local or remote), whose lines
+    are appended to `base_uri`. ValueError names a path that matches nothing.
     """
-    found: dict[str, None] = {}
+    files: dict[str, None] = {}
     for path in paths:
-        matches = _expand(path, base_uri)
+        matches = _files_at(path, base_uri)
         if not matches:
             raise ValueError(
                 f"input {path!r} matches no file; folders are searched for {', '.join(SUFFIXES)}"
             )
-        found.update(dict.fromkeys(matches))
-    return list(found)
+        files.update(dict.fromkeys(matches))
+    return list(files)
 
 
-def _expand(path: str, base_uri: str) -> list[str]:
-    if path.endswith(_LISTING) and not glob.has_magic(path):
+def _files_at(path: str, base_uri: str) -> list[str]:
+    if path.endswith(_LISTING_SUFFIX) and not glob.has_magic(path):
         return [f"{base_uri.rstrip('/')}/{line.lstrip('/')}" for line in _listing_lines(path)]
     if path.startswith(("http://", "https://")):
         return [path]
     if path.startswith("s3://"):
-        return _expand_remote(path)
-    return _expand_local(path)
+        return _s3_files(path)
+    return _local_files(path)
 
 
 def _listing_lines(path: str) -> list[str]:
@@ -108,27 +107,27 @@ def _listing_lines(path: str) -> list[str]:
         return [line.strip() for line in lines if line.strip()]
 
 
-def _expand_local(path: str) -> list[str]:
-    if Path(path).is_file():  # first, so that a name with brackets is a name
+def _local_files(path: str) -> list[str]:
+    if Path(path).is_file():  # before patterns: a name may have brackets
         return [path]
     if Path(path).is_dir():
-        return _readable(str(file) for file in Path(path).rglob("*") if file.is_file())
+        return _with_known_suffix(str(file) for file in Path(path).rglob("*") if file.is_file())
     return sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
 
 
-def _expand_remote(path: str) -> list[str]:
+def _s3_files(path: str) -> list[str]:
     fs, root = open_fs(path)
     if glob.has_magic(path):
         return sorted(fs.unstrip_protocol(name) for name in fs.glob(root))
     try:
         if fs.isfile(root):
             return [path]
-        return _readable(fs.unstrip_protocol(name) for name in fs.find(root))
+        return _with_known_suffix(fs.unstrip_protocol(name) for name in fs.find(root))
     except FileNotFoundError:  # a bucket that does not exist
         return []
 
 
-def _readable(names: Iterable[str]) -> list[str]:
+def _with_known_suffix(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.lower().endswith(SUFFIXES))
 
 
@@ -137,11 +136,11 @@ def _is_http(path: str) -> bool:
 
 
 def fingerprint(path: str) -> str:
-    """Changes when the file does: size and time of a local file, size and etag on s3; an http
-    address is its own.
+    """A string that changes when the file does.
 
-    A relative path is of a file that a Ray job was sent with: each node unpacks a copy at a time of
-    its own, so its content counts. FileNotFoundError if there is no such file.
+    Size and modification time of a local file, size and ETag on s3; of an http URL the URL itself.
+    A relative path is a file sent with a Ray job, which each node unpacks at a different time: its
+    content counts. FileNotFoundError if there is no such file.
     """
     if _is_http(path):
         return path
@@ -152,33 +151,29 @@ def fingerprint(path: str) -> str:
     return f"{stat.st_size}:{stat.st_mtime_ns if os.path.isabs(path) else file_sha256(Path(path))}"
 
 
-# -- one file, made local
-# ----------------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def local_copy(path: str, *, options: FetchOptions) -> Iterator[Path]:
-    """A local path with the content of `path`: a local file itself, else a download that is removed
-    afterwards.
+    """The path of a local file itself, or of a download that is deleted afterwards.
 
-    FetchError if it cannot be had whole.
+    FetchError if it cannot be downloaded completely.
     """
     if not _is_http(path) and "://" not in path:
         yield Path(path)
         return
     suffix = "-" + Path(path.partition("?")[0]).name[-80:]
     with tempfile.NamedTemporaryFile(prefix="gristmill-", suffix=suffix) as file:
-        with _slot(options.connections):
+        with _connection_slot(options.connections):
             (_download_http if _is_http(path) else _download_object)(path, file, options)
         file.flush()
         yield Path(file.name)
 
 
 @contextmanager
-def _slot(connections: int) -> Iterator[None]:
-    """Hold one of the node's `connections` slots. A slot is a lock, not a file: a killed process
-    gives it back.
-    """
+def _connection_slot(connections: int) -> Iterator[None]:
+    """Hold one of the node's `connections` slots, a file lock: a killed process releases it."""
     folder = Path(tempfile.gettempdir()) / f"gristmill-slots-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     while True:
@@ -208,87 +203,78 @@ def _download_object(path: str, file: IO[bytes], options: FetchOptions) -> None:
         )
 
 
-# -- HTTP: ask, resume, wait
-# -------------------------------------------------------------------------------------------
+# --- HTTP with retries ----------------------------------------------------------------------------
 
-# 403 is Common Crawl's answer to those who ask too fast
+# Common Crawl answers 403 to clients that send too many requests
 _RETRY_STATUS = frozenset({403, 408, 425, 429, 500, 502, 503, 504})
 
 
 class _Failure(NamedTuple):
-    """Why an attempt ended; `wait_seconds` is what the server asked for, None if nothing."""
+    """Why an attempt failed; `wait_seconds` is what the server asked for, if anything."""
 
     reason: str
     wait_seconds: float | None = None
     final: bool = False
 
 
-class _Body(NamedTuple):
-    """What the server says of the file: `size` in bytes; `validator`, which tells this version from
-    later ones.
-    """
+class _RemoteFile(NamedTuple):
+    """What the server says about the file: its size in bytes, and a validator of this version."""
 
     size: int | None
     validator: str | None
 
 
 def _download_http(url: str, file: IO[bytes], options: FetchOptions) -> None:
-    """Write the whole of `url` to `file`.
-
-    Asks again from where a connection broke, or from the start if need be.
-    """
-    known = _Body(None, None)
+    """Write the whole of `url` to `file`, resuming after a broken connection where possible."""
+    remote = _RemoteFile(None, None)
     attempt, best = 0, 0
     with requests.Session() as session:
         while True:
             attempt += 1
-            known, failure = _attempt(session, url, file, known, options.timeout_seconds)
+            remote, failure = _request_rest(session, url, file, remote, options.timeout_seconds)
             if failure is None:
                 return
-            if (
-                file.tell() >= best + _CHUNK
-            ):  # progress: a large file over a shaky link may take many attempts
+            # progress: a large file over a bad connection may take many attempts
+            if file.tell() >= best + _CHUNK:
                 attempt, best = 1, file.tell()
             if failure.final or attempt >= options.attempts:
-                raise FetchError(_complaint(url, attempt, failure, file.tell(), known))
-            time.sleep(_wait(url, attempt, failure, options))
+                raise FetchError(_error_message(url, attempt, failure, file.tell(), remote))
+            time.sleep(_wait_seconds(url, attempt, failure, options))
 
 
-def _attempt(
-    session: requests.Session, url: str, file: IO[bytes], known: _Body, timeout: float
-) -> tuple[_Body, _Failure | None]:
-    """One request for what is missing.
+def _request_rest(
+    session: requests.Session, url: str, file: IO[bytes], remote: _RemoteFile, timeout: float
+) -> tuple[_RemoteFile, _Failure | None]:
+    """Request the missing bytes once.
 
-    Leaves `file` at the end of what is there, which may be the start again.
+    `file` is then at the end of what has arrived, which may be the start again.
     """
     headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
     start = file.tell()
-    if start and known.validator is None:
-        start = _restart(file)  # nothing shows that the file is still the same
+    if start and remote.validator is None:
+        start = _truncate(file)  # nothing shows that the file is still the same
     if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": known.validator or ""}
+        headers |= {"Range": f"bytes={start}-", "If-Range": remote.validator or ""}
     try:
         with session.get(url, headers=headers, stream=True, timeout=timeout) as response:
             if response.status_code == 416:
-                _restart(file)
-                return _Body(None, None), _Failure(
-                    "the server has less than we hold; starting again"
-                )
+                _truncate(file)
+                reason = "the server has fewer bytes than were downloaded; starting again"
+                return _RemoteFile(None, None), _Failure(reason)
             if response.status_code not in (200, 206):
-                return known, _refusal(response)
-            known = _accept(response, file, start)
-            for chunk in response.raw.stream(
-                _CHUNK, decode_content=False
-            ):  # a .gz sent as an encoding stays a .gz
+                return remote, _refusal(response)
+            remote = _seek_to_body(response, file, start)
+            # not decoded: a .gz sent with a content encoding stays a .gz
+            for chunk in response.raw.stream(_CHUNK, decode_content=False):
                 file.write(chunk)
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        return known, _Failure(f"{type(error).__name__}: {error}")
-    return known, _check_size(file, known)
+        return remote, _Failure(f"{type(error).__name__}: {error}")
+    return remote, _check_size(file, remote)
 
 
-def _accept(response: requests.Response, file: IO[bytes], start: int) -> _Body:
-    """Place `file` where this answer begins: behind what we hold if the server resumes there, else
-    at its start.
+def _seek_to_body(response: requests.Response, file: IO[bytes], start: int) -> _RemoteFile:
+    """Move `file` to where this response begins: after what has arrived if the server resumes
+    there, else to its start.
     """
     etag = response.headers.get("ETag")
     validator = (
@@ -299,33 +285,30 @@ def _accept(response: requests.Response, file: IO[bytes], start: int) -> _Body:
             response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
         )
         if span.startswith(f"{start}-"):
-            return _Body(int(total) if total.isdigit() else None, validator)
-        _restart(file)
+            return _RemoteFile(int(total) if total.isdigit() else None, validator)
+        _truncate(file)
         raise requests.RequestException(
             f"asked for bytes {start}-, got Content-Range {span!r}; starting again"
         )
-    _restart(file)
+    _truncate(file)
     length = response.headers.get("Content-Length", "")
-    return _Body(int(length) if length.isdigit() else None, validator)
+    return _RemoteFile(int(length) if length.isdigit() else None, validator)
 
 
-def _restart(file: IO[bytes]) -> int:
+def _truncate(file: IO[bytes]) -> int:
     file.seek(0)
     file.truncate()
     return 0
 
 
-def _check_size(file: IO[bytes], known: _Body) -> _Failure | None:
-    """A connection closed early may look like the end.
-
-    Without a size from the server there is nothing to check.
-    """
-    got = file.tell()
-    if known.size is None or got == known.size:
+def _check_size(file: IO[bytes], remote: _RemoteFile) -> _Failure | None:
+    """Compare with the size that the server sent: an early close may look like the end."""
+    size = file.tell()
+    if remote.size is None or size == remote.size:
         return None
-    if got > known.size:
-        _restart(file)
-    return _Failure(f"got {got:,} of {known.size:,} bytes")
+    if size > remote.size:
+        _truncate(file)
+    return _Failure(f"got {size:,} of {remote.size:,} bytes")
 
 
 def _refusal(response: requests.Response) -> _Failure:
@@ -333,24 +316,28 @@ def _refusal(response: requests.Response) -> _Failure:
     if response.status_code not in _RETRY_STATUS:
         return _Failure(status, final=True)
     after = response.headers.get("Retry-After", "")
-    return _Failure(
-        status, float(after) if after.isdigit() else None
-    )  # the form with a date is rare: own wait
+    # the form with a date is rare, and ignored
+    return _Failure(status, float(after) if after.isdigit() else None)
 
 
-def _wait(url: str, attempt: int, failure: _Failure, options: FetchOptions) -> float:
-    """Seconds before the next attempt; jitter keeps the nodes of a cluster from asking in step."""
+def _wait_seconds(url: str, attempt: int, failure: _Failure, options: FetchOptions) -> float:
+    """Seconds before the next attempt, with jitter: a cluster's nodes must not retry in step."""
     draw = random.Random(hashlib.sha256(f"{url} {attempt}".encode()).digest()).random()
     wait: float = options.backoff_seconds * 2 ** (attempt - 1) * (0.5 + draw)
     return min(max(wait, failure.wait_seconds or 0.0), _MAX_WAIT_SECONDS)
 
 
-def _complaint(url: str, attempt: int, failure: _Failure, held: int, known: _Body) -> str:
+def _error_message(
+    url: str, attempt: int, failure: _Failure, received: int, remote: _RemoteFile
+) -> str:
     advice = {
-        "status 403": "the server refuses: ask with fewer connections, later, or check your access",
+        "status 403": "the server refuses: use fewer connections, try later, or check your access",
         "status 404": "check the address",
-        "status 429": "the server is overrun: ask with fewer connections or raise backoff_seconds",
-        "status 503": "the server is overrun: ask with fewer connections or raise backoff_seconds",
+        "status 429": "the server is overloaded: use fewer connections or raise backoff_seconds",
+        "status 503": "the server is overloaded: use fewer connections or raise backoff_seconds",
     }.get(failure.reason[:10], "run again later; finished inputs are not fetched again")
-    size = "unknown" if known.size is None else f"{known.size:,}"
-    return f"cannot fetch {url}: {failure.reason}, attempt {attempt}, {held:,} of {size} bytes; {advice}"
+    size = "unknown" if remote.size is None else f"{remote.size:,}"
+    return (
+        f"cannot fetch {url}: {failure.reason}, attempt {attempt}, "
+        f"{received:,} of {size} bytes; {advice}"
+    )

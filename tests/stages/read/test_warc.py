@@ -15,7 +15,8 @@ from fastwarc.warc import ArchiveIterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.read.warc import SKIP_REASONS, ReadStats, Record, decode_body, read_records
+from stages.read.http_body import decode_body
+from stages.read.warc import SKIP_REASONS, ReadStats, Record, read_records
 
 LIMIT = 1 << 20
 PAGE = b"<!doctype html><html><body>" + b"<p>Good morning.</p>" * 40 + b"</body></html>"

@@ -1,0 +1,96 @@
+"""Undo HTTP's transfer and content encodings."""
+
+import re
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import brotli
+import zstandard
+
+
+class Body(NamedTuple):
+    """A decoded body; `problem` is a skip reason if it could not be decoded."""
+
+    data: bytes
+    problem: str | None
+
+
+def decode_body(body: bytes, headers: dict[str, str], *, limit: int) -> Body:
+    """Undo chunking and content encodings, up to `limit` + 1 bytes, which limits compression bombs.
+
+    Headers are often wrong: rebuilt records and those of Common Crawl have decoded bodies. What
+    does not decode and looks like text is kept unchanged; else the problem is 'bad_encoding'. A
+    stream that was cut gives what it has.
+    """
+    if "chunked" in headers.get("transfer-encoding", "").lower():
+        body = _dechunk(body)
+    names = [name.strip().lower() for name in headers.get("content-encoding", "").split(",")]
+    for name in reversed(names[:4]):  # more than one is rare, more than four an attack
+        if name in _NO_ENCODING or not body:
+            continue
+        try:
+            body = _DECODERS[name](body, limit)
+        except (KeyError, zlib.error, brotli.error, zstandard.ZstdError):
+            if not _looks_like_text(body):
+                return Body(b"", "bad_encoding")
+    return Body(body, None)
+
+
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
+
+
+def _dechunk(body: bytes) -> bytes:
+    """Join the chunks; bytes after the last valid chunk are kept unchanged."""
+    chunks: list[bytes] = []
+    at = 0
+    while at < len(body):
+        size = _CHUNK_SIZE.match(body, at)
+        if size is None:
+            chunks.append(body[at:])
+            break
+        length = int(size[1], 16)
+        if length == 0:
+            break
+        chunks.append(body[size.end() : size.end() + length])
+        at = size.end() + length
+        at += 2 if body.startswith(b"\r\n", at) else body.startswith(b"\n", at)
+    return b"".join(chunks)
+
+
+def _gunzip(body: bytes, limit: int) -> bytes:
+    return zlib.decompressobj(31).decompress(body, limit + 1)
+
+
+def _inflate(body: bytes, limit: int) -> bytes:
+    """'deflate' should be zlib's format, but many servers send a raw stream."""
+    try:
+        return zlib.decompressobj(15).decompress(body, limit + 1)
+    except zlib.error:
+        return zlib.decompressobj(-15).decompress(body, limit + 1)
+
+
+def _unbrotli(body: bytes, limit: int) -> bytes:
+    # the output may exceed the limit by a block
+    data: bytes = brotli.Decompressor().process(body, output_buffer_limit=limit + 1)
+    return data[: limit + 1]
+
+
+def _unzstd(body: bytes, limit: int) -> bytes:
+    # 8 MB is the window that RFC 8878 requires of readers; with a larger one a few bytes can
+    # claim gigabytes
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 23)
+    return decompressor.stream_reader(body, read_across_frames=True).read(limit + 1)
+
+
+_NO_ENCODING = frozenset({"", "identity", "none", "utf-8", "binary", "8bit", "7bit"})
+_DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
+    "gzip": _gunzip, "x-gzip": _gunzip, "deflate": _inflate, "br": _unbrotli, "zstd": _unzstd
+}  # fmt: skip
+_CONTROLS = bytes({*range(32)} - {9, 10, 12, 13, 27})
+
+
+def _looks_like_text(body: bytes) -> bool:
+    """No control characters in the first 1 kB: compressed bytes have about one in nine."""
+    head = body[:1024]
+    return len(head.translate(None, _CONTROLS)) == len(head)

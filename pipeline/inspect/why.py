@@ -1,12 +1,17 @@
 """The fate of a page: the rule that dropped it, or the training rows that it became."""
 
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
-from pipeline.report.sample import Ledger, part_uri, parts_of, read_ledger, spread
+from pipeline.report.sample import (
+    Ledger,
+    Sample,
+    open_sample,
+    part_uri,
+    parts_of,
+    read_ledger,
+)
 from pipeline.run import publish, query
 from pipeline.run.results import result_schemas
 from stages.storage.catalog import read_catalog
@@ -26,8 +31,8 @@ def why(root: str, url: str) -> list[dict[str, Any]]:
     fates = [_fate(ledger, row) for row in _documents_of(ledger, url)]
     if not fates:
         return []
-    with _measured_parts(ledger) as connection:
-        return [f | {"percentiles": _percentiles(connection, f["scores"])} for f in fates]
+    with open_sample(ledger) as sample:
+        return [f | {"percentiles": _percentiles(sample, f["scores"])} for f in fates]
 
 
 def _documents_of(ledger: Ledger, url: str) -> Iterator[dict[str, Any]]:
@@ -37,7 +42,7 @@ def _documents_of(ledger: Ledger, url: str) -> Iterator[dict[str, Any]]:
         "SELECT doc_id FROM documents WHERE list_contains($urls, url) OR source_id = $id "
         "ORDER BY doc_id"
     )
-    with query.connect(parts, _schemas(parts)) as connection:
+    with query.connect(parts, result_schemas(parts)) as connection:
         ids = query.table(connection, sql, {"urls": _variants(url), "id": url})["doc_id"]
     for doc_id in ids.to_pylist():
         row = _row(ledger, "extract", "documents", doc_id)
@@ -171,55 +176,27 @@ def _row_of_batch(store: str, kind: str, doc_id: int) -> dict[str, Any] | None:
 
 # --- percentiles ----------------------------------------------------------------------------------
 
-
-@contextmanager
-def _measured_parts(ledger: Ledger) -> Iterator[Any]:
-    """Views `documents` and `refined` of the measured documents, of a large run from a sample."""
-    commits = spread(ledger.commits["extract"], rows=lambda c: sum(c.counts.values()))
-    units = [c.unit for c in commits]
-    parts = {
-        "documents": parts_of(ledger, "extract", "documents", units),
-        "refined": [
-            *parts_of(ledger, "refine", "corpus", units),
-            *parts_of(ledger, "refine", "rejected", units),
-        ],
-    }
-    with query.connect(parts, _schemas(parts)) as connection:
-        yield connection
+_RANK = """
+SELECT 100 * (avg(({score} < $value)::INT) + avg(({score} = $value)::INT) / 2) AS rank
+FROM {table} WHERE isfinite({score})"""
 
 
-def _schemas(parts: Mapping[str, list[str]]) -> dict[str, Any]:
-    schemas = result_schemas(parts)
-    return schemas | {"refined": schemas["corpus"]}
-
-
-def _percentiles(connection: Any, scores: Mapping[str, float]) -> dict[str, float]:
+def _percentiles(sample: Sample, scores: Mapping[str, float]) -> dict[str, float]:
     """Percent of the measured documents below each score, in [0, 100]; of those that have just this
     value, half count.
     """
-    ranks: dict[str, float] = {}
     # refine repeats the scores of extract, for its documents only: a score is ranked where it was
     # measured first
-    for view in ("refined", "documents"):
-        columns = query.table(connection, f"SELECT * FROM {view} LIMIT 0").column_names
-        ranks |= _ranks(connection, view, {n: v for n, v in scores.items() if n in columns})
-    return {name: ranks[name] for name in scores if name in ranks}
+    tables = {name: table for table in ("refined", "pages") for name in sample.scores(table)}
+    ranks = {
+        name: _rank(sample, tables[name], name, value)
+        for name, value in scores.items()
+        if name in tables and math.isfinite(value)
+    }
+    return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _ranks(connection: Any, view: str, scores: Mapping[str, float]) -> dict[str, float]:
-    finite = {name: value for name, value in scores.items() if np.isfinite(value)}
-    if not finite:
-        return {}
-    counts: list[str] = []
-    for i, name in enumerate(finite):
-        column = query.quoted(name, '"') + "::DOUBLE"
-        for condition in ("true", f"{column} < $v{i}", f"{column} = $v{i}"):
-            counts.append(f"count(*) FILTER (isfinite({column}) AND {condition}) AS n{len(counts)}")
-    values = {f"v{i}": float(value) for i, value in enumerate(finite.values())}
-    [row] = query.table(connection, f"SELECT {', '.join(counts)} FROM {view}", values).to_pylist()
-    ranks = {}
-    for i, name in enumerate(finite):
-        measured, below, equal = (row[f"n{3 * i + j}"] for j in range(3))
-        if measured:
-            ranks[name] = 100 * (below / measured + equal / measured / 2)
-    return ranks
+def _rank(sample: Sample, table: str, name: str, value: float) -> float | None:
+    sql = _RANK.format(score=query.quoted(name, '"') + "::DOUBLE", table=table)
+    rank: float | None = sample.rows(sql, value=float(value))[0]["rank"]
+    return rank

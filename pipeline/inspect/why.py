@@ -21,11 +21,10 @@ from stages.storage.parts import documents, schema_of, unit_of
 
 
 def why(root: str, url: str) -> list[dict[str, Any]]:
-    """What became of every document of this URL, or of this id in the input, stage by stage; []
-    when the run never saw it.
+    """The fate of every document with this URL, or this id in the input; [] if the run has none.
 
-    `percentiles` has, for each of the `scores`, the share of the run's measured documents that lie
-    below it, in percent.
+    `percentiles` has, for each of the `scores`, the percentage of the run's measured documents
+    below it.
     """
     ledger = read_ledger(root)
     fates = [_fate(ledger, row) for row in _documents_of(ledger, url)]
@@ -69,7 +68,7 @@ def _fate(ledger: Ledger, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(row: dict[str, Any]) -> dict[str, Any]:
-    """Scores, numbers all, and the notes that filters left beside them."""
+    """Scores (numbers) and notes (strings) of filters."""
     named = {k: v for k, v in row.items() if "." in k and v is not None}
     notes = {k: v for k, v in named.items() if isinstance(v, str)}
     return {"scores": {k: v for k, v in named.items() if k not in notes}, "notes": notes}
@@ -151,9 +150,7 @@ def _row_of_part(uri: str, doc_id: int) -> dict[str, Any] | None:
 
 
 def _kept_copy(ledger: Ledger, keep: dict[str, Any]) -> dict[str, Any]:
-    """The copy that stays: a document of this run, or of the earlier batch whose `documents` are
-    named.
-    """
+    """The copy that stays, of this run or of an earlier batch, whose `documents` are then named."""
     doc_id = keep["kept_id"]
     if keep["kept_in"] is None:
         row, store = _row(ledger, "extract", "documents", doc_id), None
@@ -182,9 +179,7 @@ FROM {table} WHERE isfinite({score})"""
 
 
 def _percentiles(sample: Sample, scores: Mapping[str, float]) -> dict[str, float]:
-    """Percent of the measured documents below each score, in [0, 100]; of those that have just this
-    value, half count.
-    """
+    """Percentage of measured documents below each score; those equal to it count half."""
     # refine repeats the scores of extract, for its documents only: a score is ranked where it was
     # measured first
     tables = {name: table for table in ("refined", "pages") for name in sample.scores(table)}

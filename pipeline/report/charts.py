@@ -19,9 +19,7 @@ _MAX_POINTS = 400  # of a line: with more, each point is the mean of several, ov
 
 
 class Histogram(NamedTuple):
-    """Counts by series over bins with `edges`; `bound` as configured (None: no limit), `median` of
-    all values.
-    """
+    """Counts per bin by series; `bound` as configured (None: no limit), `median` of all values."""
 
     scale: Literal["linear", "log"]
     edges: Floats
@@ -31,7 +29,7 @@ class Histogram(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One column of a column chart: its label and its counts by series."""
+    """A column of a chart: its label and its counts by series."""
 
     label: str
     series: dict[str, int]
@@ -40,12 +38,11 @@ class Column(NamedTuple):
 def binned(
     values: Mapping[str, Floats], bound: tuple[float, float] | None = None
 ) -> Histogram | None:
-    """Bin several series over the same edges; None when there is no finite value. Infinite and NaN
-    values are left out.
+    """Bin series over the same edges; None without a finite value. Infinities and NaN are left out.
 
-    The bins are logarithmic (of 1 + value) where a few values are far above the rest, else equal,
-    one for each integer where few integers are all there is. The range takes in the bound unless
-    that would squeeze the data.
+    The bins are logarithmic (of 1 + value) where a few values are far above the rest. Else they
+    are equal, and one per integer if the values are few integers. The range includes the bound
+    unless that would squeeze the data.
     """
     # clipped, so that no difference of two values overflows
     finite = {name: v[np.isfinite(v)].clip(-1e300, 1e300) for name, v in values.items()}
@@ -116,11 +113,11 @@ def columns_svg(columns: Sequence[Column], title: str) -> Markup:
     every = math.ceil((widest * 6 + 8) / step)
     marks = []
     for i, column in enumerate(columns):
-        # few columns need not be planks: at most 40 wide
+        # at most 40 wide, however few columns there are
         width = min(40.0, step * 0.8)
-        said = ", ".join(f"{name} {count:,}" for name, count in column.series.items())
+        counts = ", ".join(f"{name} {count:,}" for name, count in column.series.items())
         stack = _stack(i * step + (step - width) / 2, width, column.series, peak)
-        marks.append(Markup("<g><title>{}: {}</title>{}</g>").format(column.label, said, stack))
+        marks.append(Markup("<g><title>{}: {}</title>{}</g>").format(column.label, counts, stack))
         if i % every == 0:
             marks.append(_text((i + 0.5) * step, HEIGHT - 6, column.label, "middle"))
     return _figure(title, [*marks, _peak(peak)])
@@ -190,10 +187,7 @@ def _axis_line(left: float, right: float, y: float) -> Markup:
 
 
 def _cut(total: npt.NDArray[Any]) -> int:
-    """The count at full height.
-
-    A bar that towers over all others (most scores have one, at 0) is cut off there.
-    """
+    """The count at full height. A bar far above all others is cut; most scores have one, at 0."""
     second, first = np.sort(np.append(total, [0, 0]))[-2:].tolist()
     return int(max(1, first if first <= 4 * second or not second else 2 * second))
 
@@ -207,9 +201,9 @@ def _axis(histogram: Histogram) -> Any:
 def _bar(histogram: Histogram, i: int, at: Any, peak: int) -> Markup:
     left, right = histogram.edges[i], histogram.edges[i + 1]
     counts = {name: counts[i] for name, counts in histogram.series.items()}
-    said = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+    shown = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
     width = max(1.0, at(right) - at(left) - 0.8)
-    label = f"{left:.4g} to {right:.4g}: {said}"
+    label = f"{left:.4g} to {right:.4g}: {shown}"
     return Markup("<g><title>{}</title>{}</g>").format(label, _stack(at(left), width, counts, peak))
 
 

@@ -11,10 +11,10 @@ from pipeline.run.query import quoted
 
 
 class Score(NamedTuple):
-    """The distribution of one score; `outside` is the share of measured documents beyond the bound,
-    NaN included.
+    """The distribution of one score.
 
-    `by_language`: the bounds of languages that have their own; `outside` knows nothing of them.
+    `outside`: share of measured documents beyond the bound, NaN included. `by_language`: bounds of
+    languages that have their own, which `outside` ignores.
     """
 
     name: str
@@ -50,9 +50,7 @@ FROM {table} WHERE {column} IS NOT NULL"""
 
 
 def _score(name: str, stage: str, ledger: Ledger, sample: Sample, column: str = "") -> Score:
-    """Drop at `rejected_by` of its own stage, not at the fate: a duplicate passed the rules that it
-    was measured by.
-    """
+    """Verdicts are those of the score's own stage: a duplicate passed the rules of extract."""
     table = "pages" if stage == "extract" else "refined"
     sql = _MEASURED.format(column=quoted(column or name, '"'), table=table)
     measured = sample.table(sql, rule=name)

@@ -1,5 +1,4 @@
-"""What the report says of duplicates: which rule took how many, the largest clusters, how alike
-copies are, who lost most.
+"""Duplicates in the report: documents per rule, cluster sizes, similarities, largest losses.
 
 Counts, cluster sizes and losses are exact, from commit records; the histogram of similarities is of
 the sampled parts.
@@ -32,11 +31,10 @@ _NAMED_BY = {"host": "host", "language": "language", "input": "warc_file"}
 
 
 class Copy(NamedTuple):
-    """A document of a cluster. `kept_in`: path of the earlier batch that holds it, None for this
-    one. `rule` that dropped it.
+    """A document of a cluster, with the rule that dropped it.
 
-    `similarity` is a Jaccard similarity measured by stage dedup, None where it measured none;
-    `text` None: not at hand.
+    `kept_in`: path of the earlier batch that has it, None for this one. `similarity`: Jaccard
+    similarity that stage dedup measured, None if it did not. `text`: None if not available.
     """
 
     url: str
@@ -47,9 +45,7 @@ class Copy(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A copy as it is shown; `similarity` is the share of word n-grams in common with the kept copy
-    (Jaccard).
-    """
+    """A copy as shown. `similarity`: share of word n-grams shared with the kept copy (Jaccard)."""
 
     url: str
     kept_in: str | None
@@ -59,9 +55,7 @@ class Member(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """A cluster of copies, `size` of them in this batch, with a few of its members, the kept copy
-    first.
-    """
+    """A cluster, `size` documents of it in this batch, and a few members, the kept copy first."""
 
     size: int
     members: list[Member]
@@ -77,9 +71,7 @@ class GroupLoss(NamedTuple):
 
 
 class Alarm(NamedTuple):
-    """Who lost too much: the first of them, how many there are in all, and of the listed ones how
-    many of each kind.
-    """
+    """Groups that lost too much: the first ones, their number, and the listed ones by kind."""
 
     ran: bool
     share: float
@@ -90,8 +82,9 @@ class Alarm(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Very many documents with an equal key: the largest bucket around a document, and the number
-    of such buckets.
+    """Very many documents with an equal key, by their first document.
+
+    `documents` are those of its largest bucket, `buckets` the number of such buckets.
     """
 
     url: str
@@ -127,7 +120,7 @@ class Duplicates:
 
 
 def read_duplicates(ledger: Ledger, sample: Sample) -> Duplicates:
-    """Read what the dedup phases left."""
+    """Read the results of the dedup phases."""
     kept = ledger.commits["dedup keep"]
     counts = _sum(c.counts for c in kept)
     return Duplicates(
@@ -169,7 +162,7 @@ def _measured(ledger: Ledger, sample: Sample) -> Similarities:
 def similarities(values: Floats) -> Histogram | None:
     """Measured similarities of dropped documents, over a range that ends at 1."""
     histogram = binned({"dropped": values}, (0.0, 1.0))
-    # the range takes in 1, but 1 is no limit
+    # 1 belongs to the range, but is not a limit
     return histogram and histogram._replace(bound=None)
 
 
@@ -193,12 +186,10 @@ def _clusters(ledger: Ledger) -> Iterator[Cluster]:
 
 
 def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
-    """The kept copy of a cluster, given some of its documents, and after it two of these that are
-    others.
-    """
+    """The kept copy of a cluster and two other documents, from the ids of some documents."""
     columns = ["kept_id", "kept_in", "rule", "similarity"]
-    found = (document_row(ledger, "dedup keep", "keep", doc_id, columns) for doc_id in ids)
-    rows = [row for row in found if row]
+    verdicts = (document_row(ledger, "dedup keep", "keep", doc_id, columns) for doc_id in ids)
+    rows = [row for row in verdicts if row]
     if not rows:
         return []
     dropped = next((r for r in rows if r["rule"] is not None), None)
@@ -228,9 +219,7 @@ def _copy(ledger: Ledger, doc_id: int, kept_in: int | None = None) -> Copy:
 
 
 def compare(copies: Sequence[Copy], *, ngram: int) -> list[Member]:
-    """Members of a cluster beside the first: similarity over whole texts, and the text around the
-    first difference.
-    """
+    """Compare copies with the first: similarity of texts, and excerpts at the first difference."""
     texts = [None if c.text is None else _BLANKS.sub(" ", clean(c.text)) for c in copies]
     shown = _excerpts(texts)
     grams = [None if c.text is None else _shingles(c.text, ngram) for c in copies]
@@ -254,10 +243,9 @@ def compare(copies: Sequence[Copy], *, ngram: int) -> list[Member]:
 
 
 def _excerpts(texts: Sequence[str | None]) -> list[list[Piece] | None]:
-    """Excerpts from shortly before the first place where any text differs from the first,
-    differences marked.
+    """Excerpts from shortly before the first difference from the first text, differences marked.
 
-    From the beginning, and nothing marked, when the first is not at hand.
+    From the beginning and without marks if the first text is not available.
     """
     first = texts[0]
     starts = (
@@ -293,7 +281,7 @@ def _first_difference(a: str, b: str) -> int:
 
 
 def _shingles(text: str, ngram: int) -> set[Any]:
-    """What stage dedup compares: hashes of word n-grams; of a text too short for one, the text."""
+    """What stage dedup compares: hashes of word n-grams, or the text if it is shorter than one."""
     normalized = normalize(text)
     return set(shingle_hashes(normalized, ngram=ngram).tolist()) or {normalized}
 
@@ -303,7 +291,7 @@ def _jaccard(a: set[Any] | None, b: set[Any] | None) -> float | None:
 
 
 def differing(before: str, after: str) -> list[Piece]:
-    """`after` in pieces, marked where its words are not those of `before`."""
+    """`after` in pieces, marked where its words differ from `before`."""
     old, new = re.split(r"([ \n])", before), re.split(r"([ \n])", after)
     codes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     if codes and codes[-1][0] == "insert":  # what came later in the other text, beyond its excerpt
@@ -315,15 +303,15 @@ def differing(before: str, after: str) -> list[Piece]:
     ]
 
 
-# --- who lost most, giant buckets -----------------------------------------------------------------
+# --- largest losses, giant buckets ----------------------------------------------------------------
 
 
 def _alarm(ledger: Ledger) -> Alarm:
     commits = ledger.commits["dedup alarm"]
-    found = list(dedup_plan.wiped(commits))
+    losses = list(dedup_plan.wiped(commits))
     first = [
-        GroupLoss(w["kind"], _name(ledger, w), w["documents"], w["dropped"])
-        for w in found[:_SOURCES]
+        GroupLoss(w["kind"], _loss_name(ledger, w), w["documents"], w["dropped"])
+        for w in losses[:_SOURCES]
     ]
     return Alarm(
         ran=bool(commits),
@@ -331,12 +319,12 @@ def _alarm(ledger: Ledger) -> Alarm:
         least=int(ledger.setting("dedup.alarm_documents", 20)),
         first=first,
         total=sum(c.rows_out for c in commits),  # a commit lists a thousand of them at most
-        kinds=dict(Counter(w["kind"] for w in found)),
+        kinds=dict(Counter(w["kind"] for w in losses)),
     )
 
 
-def _name(ledger: Ledger, wiped: Mapping[str, Any]) -> str:
-    column, example = _NAMED_BY[wiped["kind"]], wiped["example"]
+def _loss_name(ledger: Ledger, loss: Mapping[str, Any]) -> str:
+    column, example = _NAMED_BY[loss["kind"]], loss["example"]
     row = document_row(ledger, "extract", "documents", example, [column])
     if row is None:
         return f"that of document {example}"
@@ -344,9 +332,7 @@ def _name(ledger: Ledger, wiped: Mapping[str, Any]) -> str:
 
 
 def _giants(ledger: Ledger) -> list[Bucket]:
-    """A cluster of near-equal texts shares most of its band keys: its buckets have one smallest
-    document.
-    """
+    """Giant buckets by their first document: texts of a cluster share most band keys."""
     sizes: dict[int, list[int]] = {}
     for commit in ledger.commits["dedup match"]:
         for giant in commit.extra.get("giant_buckets", []):

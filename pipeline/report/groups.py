@@ -16,9 +16,7 @@ _GROUPED = ("host", "language", "charset_source", "crawl_month", "opt_out")
 
 
 class Group(NamedTuple):
-    """Documents that share something: how many are kept so far and dropped, and the rule that
-    dropped most of them.
-    """
+    """Documents with a value in common: kept so far, dropped, and the rule that dropped most."""
 
     name: str
     kept: int
@@ -31,12 +29,12 @@ class Group(NamedTuple):
 
     @property
     def lost(self) -> bool:
-        """Whether nearly all of a group of some size is gone."""
+        """Whether a group of at least MANY lost over LOST of its documents."""
         return self.total >= MANY and self.dropped > LOST * self.total
 
 
 class Ranking(NamedTuple):
-    """The first groups in some order, and what the others come to."""
+    """The first groups in some order, and totals of the others."""
 
     groups: list[Group]
     others: int = 0
@@ -70,9 +68,7 @@ FROM "by {column}" WHERE {where} ORDER BY {order}, name LIMIT {limit}"""
 
 
 def rankings(sample: Sample) -> dict[str, Ranking]:
-    """Groups by the values of columns, the largest first; hosts also by what they kept, dropped,
-    and lost.
-    """
+    """Groups by column, the largest first; hosts also by kept and dropped pages and losses."""
     for column in _GROUPED:
         where = "opt_out IS NOT NULL" if column == "opt_out" else "true"
         sample.connection.execute(_GROUP_BY.format(column=column, where=where)).fetchall()
@@ -106,8 +102,9 @@ def _ranking(
 
 
 def input_files(ledger: Ledger) -> list[Group]:
-    """Pages by input file, exact, most lost first; copies count as lost only once refine has come
-    to a file.
+    """Pages by input file, exact, largest losses first.
+
+    Copies count as lost only once refine has read a file.
     """
     paths = _input_paths(ledger.root)
     refined = {c.unit: c.rows_out for c in ledger.commits["refine"]}

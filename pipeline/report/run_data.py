@@ -26,7 +26,7 @@ from stages.storage.files import exists, read_bytes
 
 
 class Loss(NamedTuple):
-    """What one rule took: `left` documents remained after it and the ones above it."""
+    """Documents that one rule dropped; `left` remained after it and the rules above it."""
 
     rule: str
     taken: int
@@ -35,9 +35,7 @@ class Loss(NamedTuple):
 
 @dataclass
 class FunnelStage:
-    """A stage of the funnel: what it began with, the losses in order, what was left. `end` None: it
-    has not run.
-    """
+    """A stage of the funnel: start, losses in order, and end (None if it has not run)."""
 
     name: str
     unit: str
@@ -47,7 +45,7 @@ class FunnelStage:
 
 
 class Comparison(NamedTuple):
-    """What was expected of an amount, with its interval if there is one, and what it came to."""
+    """An estimated amount, with its interval if there is one, and the actual amount."""
 
     name: str
     expected: dict[str, float | None]
@@ -55,9 +53,7 @@ class Comparison(NamedTuple):
 
 
 class NoteCount(NamedTuple):
-    """A value that a filter noted ("" for none): documents measured, and those of them that this
-    filter dropped.
-    """
+    """A value that a filter noted ("" for none): measured documents, and those that it dropped."""
 
     value: str
     documents: int
@@ -179,21 +175,19 @@ def _funnel_stages(rows: Sequence[FunnelRow], ledger: Ledger) -> list[FunnelStag
 def _estimate(
     ledger: Ledger, phases: Sequence[PhaseStatus], totals: dict[str, int | None]
 ) -> list[Comparison]:
-    """RUN/estimate.json against the run, once it has ended; nothing if there is none, or one of
-    another configuration.
-    """
+    """Compare RUN/estimate.json with a finished run; [] without one of the same configuration."""
     uri = f"{ledger.root}/estimate.json"
     if ledger.state.get("stage") != "done" or not exists(uri):
         return []
-    found = json.loads(read_bytes(uri))
-    if found["keys"] != ledger.state["keys"]:
+    estimate = json.loads(read_bytes(uri))
+    if estimate["keys"] != ledger.state["keys"]:
         return []
     compared = []
-    for stage in found["stages"]:
-        mine = [p for p in phases if p.name.split()[0] == stage["stage"]]
+    for stage in estimate["stages"]:
+        phases_of_stage = [p for p in phases if p.name.split()[0] == stage["stage"]]
         for unit, real in (
-            ("core_seconds", sum(p.cpu_seconds for p in mine)),
-            ("bytes", sum(p.bytes_written for p in mine)),
+            ("core_seconds", sum(p.cpu_seconds for p in phases_of_stage)),
+            ("bytes", sum(p.bytes_written for p in phases_of_stage)),
         ):
             compared.append(
                 Comparison(f"{stage['stage']}: {unit.replace('_', '-')}", stage[unit], real)
@@ -201,7 +195,7 @@ def _estimate(
     return [
         *compared,
         Comparison(
-            "tokens", found["tokens"], (totals["tokens"] or 0) + (totals["held_out_tokens"] or 0)
+            "tokens", estimate["tokens"], (totals["tokens"] or 0) + (totals["held_out_tokens"] or 0)
         ),
     ]
 
@@ -238,7 +232,7 @@ def _totals(ledger: Ledger, rows: Sequence[FunnelRow]) -> dict[str, int | None]:
 
 
 def _notes(ledger: Ledger) -> dict[str, list[NoteCount]]:
-    """By note its values, most frequent first; notes that say nothing are left out."""
+    """Values by note, most frequent first; notes without a value are left out."""
     sums: dict[str, dict[str, NoteCount]] = {}
     for commit in [*ledger.commits["extract"], *ledger.commits["refine"]]:
         for column, tally in commit.extra.get("tallies", {}).items():
@@ -248,7 +242,7 @@ def _notes(ledger: Ledger) -> dict[str, list[NoteCount]]:
                     value, before.documents + documents, before.dropped + dropped
                 )
     return {
-        column: sorted(found.values(), key=lambda n: (-n.documents, n.value))
-        for column, found in sums.items()
-        if any(found)
+        column: sorted(values.values(), key=lambda n: (-n.documents, n.value))
+        for column, values in sums.items()
+        if any(values)
     }

@@ -22,7 +22,7 @@ from stages.storage.ledger import Commit, Store
 from stages.storage.parts import documents, unit_of
 
 MAX_PARTS = 64
-MAX_ROWS = 1_000_000  # of sampled parts together: about 300 bytes each in memory
+MAX_ROWS = 1_000_000  # of all sampled parts: about 300 bytes each in memory
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Ledger:
 def read_ledger(root: str) -> Ledger:
     """State and commits of a run under the keys that it used last.
 
-    FileNotFoundError with advice if it is none.
+    FileNotFoundError with advice if `root` is not a run.
     """
     state = read_state(root)
     return Ledger(root, state, all_commits(root, state))
@@ -183,8 +183,9 @@ def _columns(sample: Sample, table: str, names: Sequence[str]) -> str:
 
 
 def spread(commits: Sequence[Commit], *, rows: Callable[[Commit], int]) -> list[Commit]:
-    """Commits spread evenly over a run: at most MAX_PARTS of about MAX_ROWS rows together; the same
-    ones every time.
+    """At most MAX_PARTS commits spread evenly over a run, with about MAX_ROWS rows in total.
+
+    Deterministic.
     """
     if not commits:
         return []
@@ -194,13 +195,13 @@ def spread(commits: Sequence[Commit], *, rows: Callable[[Commit], int]) -> list[
 
 
 def part_uri(ledger: Ledger, phase: str, kind: str, unit: str) -> str | None:
-    """Where a committed part lies, None if there is none."""
+    """URI of a committed part, None if there is none."""
     path = f"{kind}/{unit}.parquet"
     return ledger.store(phase).uri(path) if path in ledger.outputs[phase] else None
 
 
 def parts_of(ledger: Ledger, phase: str, kind: str, units: Iterable[str]) -> list[str]:
-    """Where the committed parts of some units lie."""
+    """URIs of the committed parts of some units."""
     return [uri for unit in units if (uri := part_uri(ledger, phase, kind, unit)) is not None]
 
 

@@ -1,6 +1,4 @@
-"""The report of a series: tokens published and consumed, the supply between them, each batch as
-planned and as it came.
-"""
+"""The report of a series: tokens published and consumed, hours of supply, its batches."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,9 +16,7 @@ Points = list[Point]  # (Unix time, value), in order of time
 
 
 class Row(NamedTuple):
-    """A batch in the report; `expected` are the tokens that its plan counted on, None where nothing
-    was known of the yield.
-    """
+    """A batch; `expected` are the tokens of its plan, None where the yield was unknown."""
 
     number: int
     begun: datetime
@@ -34,7 +30,7 @@ class Row(NamedTuple):
 
 
 class SeriesData(NamedTuple):
-    """What the report shows. Curves are by name: tokens published, and consumed by each trainer."""
+    """Data of the report. `curves` by name: tokens published, and consumed by each trainer."""
 
     root: str
     curves: dict[str, Points]
@@ -71,7 +67,7 @@ def gather(root: str) -> SeriesData:
 
 
 def write_report(root: str) -> str:
-    """Write SERIES/report.html and return where it lies."""
+    """Write SERIES/report.html and return its path."""
     uri = f"{root.rstrip('/')}/report.html"
     data = gather(root.rstrip("/"))
     charts = {
@@ -91,9 +87,7 @@ def _chart(curves: dict[str, Points], title: str) -> Markup:
 
 
 def _rows(begun: Sequence[Any], records: Sequence[Record]) -> list[Row]:
-    """Each batch with the decision before it: the last one made when there were as many batches as
-    before it.
-    """
+    """Each batch with the last decision that was made before it."""
     decided = {len(record.inputs.batches) + 1: record.decision for record in records}
     rows = []
     for batch in begun:
@@ -121,5 +115,5 @@ def _sums(points: Sequence[tuple[float, float]]) -> Points:
         sums += [
             (at, total),
             (at, total := total + value),
-        ]  # a step: nothing is there before all of it is
+        ]  # a step: a batch is published as a whole
     return sums

@@ -16,16 +16,14 @@ _CONTEXT = 70  # characters on either side of a placeholder
 
 
 class Piece(NamedTuple):
-    """A stretch of shown text; `marked` if it is what the reader should see."""
+    """A piece of text; `marked` is highlighted."""
 
     text: str
     marked: bool = False
 
 
 class Entity(NamedTuple):
-    """Personal data of one kind: values replaced (exact), documents with any (sample), places in
-    scrubbed text.
-    """
+    """Personal data of one kind: replaced values (exact), documents with it (sampled)."""
 
     name: str
     values: int
@@ -34,7 +32,7 @@ class Entity(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A rejected document; `text` None when it was not kept."""
+    """A rejected document; `text` is None if it was not kept."""
 
     url: str
     value: float | None
@@ -87,9 +85,7 @@ def _in_context(text: str, start: int, end: int) -> list[Piece]:
 
 
 def examples(ledger: Ledger, sample: Sample) -> dict[str, list[Example]]:
-    """Up to three documents of every rule that rejected any, those whose text was kept before the
-    others.
-    """
+    """Up to three rejected documents per rule, those with a text first."""
     drawn = {}
     for stage, table in (("extract", "pages"), ("refine", "refined")):
         counts: Counter[str] = Counter()
@@ -121,7 +117,7 @@ def _examples_of(
         url, text = texts.get("url") or "(no URL)", texts.get("text")
         shown_text = None if text is None else excerpt(text)
         drawn.append(Example(clean(url), row["value"], row["low"], row["high"], shown_text))
-    return sorted(drawn, key=lambda e: e.text is None)[:shown]  # stable: drawn order within
+    return sorted(drawn, key=lambda e: e.text is None)[:shown]  # stable: else in order of draw
 
 
 def excerpt(text: str) -> str:

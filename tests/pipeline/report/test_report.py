@@ -325,7 +325,7 @@ def test_a_kept_copy_that_is_no_longer_there_is_named_and_nothing_is_marked(tmp_
     assert all(
         m.similarity is None and len(m.pieces) == 1 and not m.pieces[0].marked for m in copies
     )
-    assert "Its text is not at hand." in section
+    assert "Its text is not available." in section
 
 
 def test_documents_without_a_url_are_named_by_their_id(tmp_path):

@@ -17,10 +17,10 @@ quickstart: $(VENV)/.curation
 # two workers; the tests of a module, and all those that need Ray, stay on one of them
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup
 UNIT = tests/filters tests/stages tests/pipeline/config tests/pipeline/controller \
-       tests/trainer/test_config.py tests/trainer/telemetry/test_feedback.py tests/test_imports.py
+       tests/trainer/telemetry/test_feedback.py tests/test_imports.py
 
 unit: $(VENV)/.dev
-	$(PYTEST) $(UNIT) -m "not ray and not train and not kill"
+	$(PYTEST) -p tests.support.without_trainer $(UNIT) -m "not ray and not train and not kill"
 
 test: $(VENV)/.dev lmplz
 	$(PYTEST) -m "not kill"

@@ -361,7 +361,7 @@ def test_the_end_of_the_time_asks_a_training_to_save_and_waits_for_it(tmp_path):
         assert script.poll() is None
         time.sleep(0.05)
     script.send_signal(signal.SIGTERM)
-    assert script.wait(20) == 0 and Path(tmp_path, "saved").exists()
+    assert script.wait(300) == 0 and Path(tmp_path, "saved").exists()
 
 
 @pytest.mark.ray

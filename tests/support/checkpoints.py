@@ -24,7 +24,7 @@ OPTIMIZERS = {
 NOW = CheckpointConfig(asynchronous=False)
 LATER = CheckpointConfig(asynchronous=True)
 EXTRA = {"data": {"step": 2, "sources": [{"run": "a", "at": 3}]}, "schedule": None}
-PATIENCE = 60  # seconds until a test that would hang fails
+PATIENCE = 600  # seconds until a test that would hang fails
 
 
 def build(optimizer="adamw", *, config=SMALL, seed=0, shard_size=0):

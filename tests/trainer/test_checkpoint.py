@@ -380,7 +380,7 @@ def killed(tmp_path_factory):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(4 * PATIENCE)
+        worker.join(PATIENCE)
     assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * len(workers)
     return folders
 

@@ -219,7 +219,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(config, monkeypatch):
     hashes, trained, steps = checkpoint.hash_files, threading.Event(), []
 
     def slow(*args):
-        assert trained.wait(60)
+        assert trained.wait(600)
         return hashes(*args)
 
     def counted(self, batches, update=loop.Training._update):

@@ -61,7 +61,7 @@ def looped(tmp_path_factory):
         rows = sum(entry["rows"] for entry in read_catalog(settings.run.directory))
         until(lambda: len(step_records(folder)) == rows, process)
         (folder / "training" / "stop").touch()
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0
     finally:
         process.kill()
     return folder

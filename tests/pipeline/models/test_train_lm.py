@@ -234,7 +234,7 @@ def fake_kenlm(prose: Path, tmp_path: Path) -> Path:
         (folder / name).write_text(
             f"#!/bin/sh\necho $$ > {tmp_path}/starting\n"
             # until Popen has returned, the parent cannot kill this process
-            f"sleep 0.5\nmv {tmp_path}/starting {tmp_path}/started\nexec sleep 20\n"
+            f"sleep 0.5\nmv {tmp_path}/starting {tmp_path}/started\nexec sleep 600\n"
         )
         (folder / name).chmod(0o755)
     return folder
@@ -319,7 +319,7 @@ def test_sigterm_leaves_no_scratch_files(fake_kenlm: Path, tmp_path: Path) -> No
     ]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while (
                 not Path("started").exists()
                 and process.poll() is None
@@ -328,7 +328,7 @@ def test_sigterm_leaves_no_scratch_files(fake_kenlm: Path, tmp_path: Path) -> No
                 time.sleep(0.05)
             assert any(scratch.iterdir())
             process.send_signal(signal.SIGTERM)
-            assert (process.wait(30), process.stderr.read()) == (143, "")
+            assert (process.wait(300), process.stderr.read()) == (143, "")
         finally:
             process.kill()
     assert list(scratch.iterdir()) == []

@@ -309,7 +309,7 @@ def test_a_run_that_was_suspended_past_its_lease_publishes_nothing(
         published = publish(s3_bucket, local, pages)
         lines = read_bytes(f"{s3_bucket}/catalog.jsonl")
         a.send_signal(signal.SIGCONT)
-        _, said = a.communicate(timeout=60)
+        _, said = a.communicate(timeout=600)
     finally:
         a.kill()
         a.wait()

@@ -405,7 +405,7 @@ def test_dry_run_plans_without_writing(tmp_path):
 def hold_lease(folder):
     with lease(folder):
         print("held", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_a_second_run_in_the_same_directory_is_refused_naming_the_first(tmp_path):

@@ -45,7 +45,7 @@ from trainer.telemetry.records import read_metrics
 from trainer.telemetry.why_step import why_step
 
 SHARD = "part-00001/shard.00000.mds"
-PATIENCE = 120
+PATIENCE = 600  # seconds until a test that would hang fails
 
 
 def files():
@@ -210,7 +210,7 @@ def test_the_next_generation_is_copied_while_the_first_is_read(run, url, cache):
         assert {
             name for batch in next_when_published(supplied, 1) for name, _ in batch.row_ids
         } == {"gen-0001"}
-        supplied._sources[0].copying[1].join(60)
+        supplied._sources[0].copying[1].join(PATIENCE)
         assert contents(folder_of(url, "gen-0002", str(cache))) == contents(
             run / "generations" / "gen-0002"
         )
@@ -447,7 +447,7 @@ def test_a_copy_that_failed_in_the_background_is_made_when_it_is_wanted(
     proxy = faults(lambda number, method, path: 500 if broken and "gen-0002/part" in path else None)
     with BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
         found = [next_when_published(supplied, step) for step in range(2)]
-        supplied._sources[0].copying[1].join(60)
+        supplied._sources[0].copying[1].join(PATIENCE)
         assert proxy.done[500] and not contents(folder_of(url, "gen-0002", str(cache)))
         broken.clear()
         found += [next_when_published(supplied, step) for step in range(2, 7)]
@@ -466,7 +466,9 @@ def test_while_a_copy_is_under_way_the_supply_is_empty_but_not_at_its_end(
     publish(run, 12)
     upload(run, url)
     answered = threading.Event()
-    faults(lambda number, method, path: answered.wait(60) and None if "/part" in path else None)
+    faults(
+        lambda number, method, path: answered.wait(PATIENCE) and None if "/part" in path else None
+    )
     with BatchLoader(
         data_config(url, cache_dir=str(cache), at_end="stop"), rank=0, world_size=1
     ) as supplied:

@@ -538,17 +538,17 @@ def test_reading_leaves_no_shared_memory_no_worker_and_no_file_behind(published,
         batches = data.next(0)
         assert len(multiprocessing.active_children()) == workers
     del batches
-    until = time.monotonic() + 60
-    while (left := set(shared_memory()) - set(before)) and time.monotonic() < until:
-        # the loader's queues lie in reference cycles, and their feeder threads end when they come
-        # to it
+
+    def left() -> tuple[set[str], list[Any]]:
+        return set(shared_memory()) - set(before), multiprocessing.active_children()
+
+    until = time.monotonic() + 600
+    while left() != (set(), []) and time.monotonic() < until:
+        # the loader's queues lie in reference cycles, their feeder threads end some time later, and
+        # a worker that is slow to end is only signaled
         gc.collect()
         time.sleep(0.1)
-    assert (left, multiprocessing.active_children(), sorted(Path(run).rglob("*"))) == (
-        set(),
-        [],
-        files,
-    )
+    assert left() == (set(), []) and sorted(Path(run).rglob("*")) == files
 
 
 @BOTH

@@ -32,7 +32,7 @@ import xxhash
 
 from benchmarks.texts import cut, documentation, jaccard, leads, plant, seeded, shingles, web_pages
 from stages.dedup import minhash
-from stages.dedup.dedup import DedupConfig
+from stages.dedup.config import DedupConfig
 from stages.dedup.minhash import Signature
 
 PARTS = ("signatures", "recall", "scale", "peer")

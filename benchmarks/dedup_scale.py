@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,16 +27,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.watch import MB, SPAWN, ChildError, peak_bytes, watched
-from pipeline.run import dedup_plan
-from pipeline.run.execute import DEDUP
-from pipeline.run.phase import Phase
-from stages.dedup import dedup, minhash
+from pipeline.run.phase import Phase, PlanContext
+from pipeline.run.phases import PHASES, PhaseSpec
+from stages.dedup import match as dedup
+from stages.dedup import minhash
 from stages.dedup.components import estimated_bytes
-from stages.dedup.dedup import DedupConfig, Keys, lanes_of, read_edges
+from stages.dedup.config import DedupConfig
+from stages.dedup.keys import Keys, lanes_of
+from stages.dedup.match import read_edges
 from stages.dedup.minhash import U64
 from stages.dedup.shuffle import mix, sort_rows
 from stages.formats.document import POSITION_BITS, document_schema
-from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.ledger import Commit, Output, Store, Unit
 from stages.storage.parts import fixed_binary
 
 # key: a group for each (lane, key), as one would write it; cell: a group for each of our
@@ -380,16 +383,15 @@ def _ours(
     phases = {"extract": _extracted(folder)}
     root = tempfile.mkdtemp(dir=folder)
     costs, idle = [], 0
-    for name in dedup_plan.LISTINGS:
-        phase = phases[name] = Phase(name, Store(f"{root}/{name.replace(' ', '/')}"), [])
-        if dedup_plan.LISTINGS[name](dedup_plan.Plan(config, 0, phases, phase, ())).units:
+    for spec in (spec for spec in PHASES if spec.stage == "dedup"):
+        folder_of_phase = f"{root}/{spec.name.replace(' ', '/')}"
+        phase = phases[spec.name] = Phase(spec.name, Store(folder_of_phase, spec.result), [])
+        if spec.list_units(_context(config, phases, phase)).units:
             with SPAWN.Pool(workers) as pool:
                 idle = max(pool.map(_nap, range(workers), chunksize=1))
-                costs.append(_run_phase(phase, phases, config, pool))
+                costs.append(_run_phase(spec, phase, phases, config, pool))
     matched = phases["dedup match"]
-    found = checksum(
-        read_edges([matched.store.uri(c.outputs[0]["path"]) for c in matched.ordered()])
-    )
+    found = checksum(read_edges([matched.store.uri(c.output().path) for c in matched.ordered()]))
     shutil.rmtree(root)
     return costs, found, idle
 
@@ -399,20 +401,24 @@ def _extracted(folder: Path) -> Phase:
     phase = Phase("extract", store, [])
     for path in sorted((folder / "extract" / "documents").glob("*.parquet")):
         commit = Commit(path.stem, "", rows_out=pq.read_metadata(path).num_rows)
-        commit.outputs = [
-            {"path": f"documents/{path.name}", "bytes": path.stat().st_size, "sha256": path.stem}
-        ]
-        phase.units.append(Unit(path.stem, "", {}))
+        commit.outputs = [Output(f"documents/{path.name}", path.stat().st_size, path.stem)]
+        phase.units.append(Unit(path.stem, "", None))
         phase.commits[path.stem] = commit
     return phase
 
 
-def _run_phase(phase: Phase, phases: dict[str, Phase], config: DedupConfig, pool: Any) -> Cost:
+def _context(config: DedupConfig, phases: dict[str, Phase], phase: Phase) -> PlanContext:
+    settings: Any = SimpleNamespace(dedup=config, run=SimpleNamespace(seed=0))
+    return PlanContext(settings, (), phases, phase)
+
+
+def _run_phase(
+    spec: PhaseSpec, phase: Phase, phases: dict[str, Phase], config: DedupConfig, pool: Any
+) -> Cost:
     name, store = phase.name, phase.store
     start, cpu, peak = time.monotonic(), 0.0, 0
     while True:
-        plan = dedup_plan.Plan(config, 0, phases, phase, ())
-        listing = dedup_plan.LISTINGS[name](plan)
+        listing = spec.list_units(_context(config, phases, phase))
         phase.units, phase.prepare = listing.units, listing.prepare
         pending = phase.pending
         if not pending:
@@ -420,7 +426,7 @@ def _run_phase(phase: Phase, phases: dict[str, Phase], config: DedupConfig, pool
         jobs = [pool.apply_async(_measured, (step,)) for step in phase.prepare]
         ran = [job.get() for job in jobs]
         ran += pool.imap_unordered(
-            _measured, [partial(DEDUP[name], unit, config, store) for unit in pending]
+            _measured, [partial(spec.work, unit, config, store) for unit in pending]
         )
         for commit, spent, held in ran:
             cpu, peak = cpu + spent, max(peak, held)
@@ -438,7 +444,7 @@ def _rows(name: str, phase: Phase, before: dict[str, Phase]) -> int:
         return len({c.unit[:2] for c in commits}) - 1 if commits else 0
     if name == "dedup cluster":
         return sum(c.rows_out for c in before["dedup match"].ordered())
-    return int(sum(c.totals["rows"] if name == "dedup sort" else c.rows_in for c in commits))
+    return int(sum(c.result.rows if name == "dedup sort" else c.rows_in for c in commits))
 
 
 def _measured(call: Callable[[], Any]) -> tuple[Any, float, int]:

@@ -56,10 +56,8 @@ def main() -> None:
             for c in of_phase
         ]
         seconds = sum(c.cpu_seconds for c in commits)
-        tokens = sum(
-            c.totals.get("tokens", 0) + c.totals.get("held_out_tokens", 0) for c in commits
-        )
-        size = sum(o["bytes"] for c in commits for o in c.outputs)
+        tokens = sum(c.result.tokens + c.result.held_out_tokens for c in commits)
+        size = sum(o.bytes for c in commits for o in c.outputs)
         print(f"run: {seconds:.1f} core-seconds, {tokens:,.0f} tokens, {size:,} bytes", flush=True)
         for seed in range(arguments.seeds):
             gristmill(

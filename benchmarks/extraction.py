@@ -24,8 +24,8 @@ import zstandard
 from filters.language import Language
 from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
-from stages.dedup.dedup import DedupConfig
-from stages.extract.extract import ExtractConfig, ExtractPlan, extract_unit
+from stages.dedup.config import DedupConfig
+from stages.extract.extract import ExtractConfig, ExtractPlan, ExtractTask, extract_unit
 from stages.extract.extractor import Gate
 from stages.read.fetch import FetchOptions, fingerprint
 from stages.read.records import InputConfig
@@ -94,10 +94,10 @@ def stage(
         0,
     )
     with tempfile.TemporaryDirectory() as folder:
-        unit = Unit("000000", fingerprint(str(warc)), {"path": str(warc), "ordinal": 0})
+        unit = Unit("000000", fingerprint(str(warc)), ExtractTask(str(warc), 0))
         start = time.process_time()
         commit = extract_unit(unit, plan, Store(folder))
-        seconds = time.process_time() - start + commit.totals["child_cpu_seconds"]
+        seconds = time.process_time() - start + commit.cpu_seconds
         rows = pq.read_table(
             f"{folder}/documents/000000.parquet", columns=["url", "text", "rejected_by"]
         ).to_pylist()

@@ -18,8 +18,8 @@ from filters import filter_class
 from filters.language import Language
 from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
-from stages.dedup.dedup import DedupConfig
-from stages.extract.extract import ExtractConfig, ExtractPlan, extract_unit
+from stages.dedup.config import DedupConfig
+from stages.extract.extract import ExtractConfig, ExtractPlan, ExtractTask, extract_unit
 from stages.extract.extractor import Gate
 from stages.formats.document import NamedFilter
 from stages.read.fetch import FetchOptions, fingerprint
@@ -45,7 +45,7 @@ def verdicts(warc: Path, engine: str, *, gate: bool) -> dict[int, str | None]:
     )
     with tempfile.TemporaryDirectory() as folder:
         extract_unit(
-            Unit("0", fingerprint(str(warc)), {"path": str(warc), "ordinal": 0}),
+            Unit("0", fingerprint(str(warc)), ExtractTask(str(warc), 0)),
             plan,
             Store(folder),
         )

@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.watch import cpu_of_descendants
 from pipeline.config.load import load
 from pipeline.config.sections import Config
-from pipeline.engine.units import Done, in_process
+from pipeline.engine.units import UnitOutcome, in_process
 from pipeline.inspect import export
 from pipeline.run import results
 from pipeline.run.execute import execute
@@ -115,7 +115,7 @@ class Silent:
     """Progress that nobody watches."""
 
     def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None: ...
-    def advance(self, phase: str, done: Done) -> None: ...
+    def advance(self, phase: str, outcome: UnitOutcome) -> None: ...
     def end(self, phase: str) -> None: ...
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pipeline.batches.batch import batches, is_series
 from pipeline.engine.lease import is_held, lease
-from pipeline.run.execute import STAGES
+from pipeline.run.phases import STAGES
 from pipeline.run.state import read_state
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, names_in, open_fs, read_bytes, remove_tree
@@ -75,7 +75,7 @@ def _stores(root: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _superseded(root: str) -> Iterator[Garbage]:
-    keys = {*read_state(root)["keys"].values(), *_index_keys(root)}
+    keys = {*read_state(root).keys.values(), *_index_keys(root)}
     for _, key, uri in _stores(root):
         if key in keys:
             yield from _interrupted_writes(uri)
@@ -108,7 +108,7 @@ def _index_keys(root: str) -> Iterator[str]:
 
 
 def _intermediate(root: str) -> Iterator[Garbage]:
-    keys = set(read_state(root)["keys"].values())
+    keys = set(read_state(root).keys.values())
     for stage, key, uri in _stores(root):
         if stage not in _MATCHED_AGAINST and key in keys:
             yield _measure(uri, "intermediate")

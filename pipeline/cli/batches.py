@@ -82,7 +82,9 @@ def schedule(
         try:
             with user_errors():
                 _batch(load_config(config, overrides), None, address, log, False)
-        except typer.Exit as ended:  # already reported; the next batch continues from what is committed
+        except (
+            typer.Exit
+        ) as ended:  # already reported; the next batch continues from what is committed
             if ended.exit_code == INTERRUPTED:
                 raise
         time.sleep(max(0.0, pause - (time.monotonic() - begun)))

@@ -91,14 +91,14 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
 
 
 def _print_status(state: "RunStatus") -> None:
-    from pipeline.run.phase import OPTIONAL
+    from pipeline.run.phases import SPECS
 
     generation = f", generation {state.generation}" if state.generation else ""
     out.print(f"{state.run}  stage {state.stage}{generation}", soft_wrap=True)
     heads = ("phase", "done", "failed", "left", "rows in", "rows out", "rows/s", "time left")
     table = Table(*heads, box=None)
     for name, p in state.phases.items():
-        if p.units or name not in OPTIONAL:
+        if p.units or not SPECS[name].optional:
             left = "" if p.eta_seconds is None else f"{p.eta_seconds:.0f} s"
             rate = f"{p.rows_per_second:,.0f}" if p.rows_per_second else ""
             numbers = (p.done, p.failed, p.left, p.rows_in, p.rows_out)

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from pipeline.engine.units import Done
+from pipeline.engine.units import UnitOutcome
 from pipeline.run.funnel import FunnelRow, stage_bases
 from stages.storage.ledger import Commit
 
@@ -73,15 +73,15 @@ class Bars:
         rows_in = sum(c.rows_in for c in done)
         self._sums[phase] = _Sums(task, rows_in, sum(c.rows_out for c in done), rows_in)
 
-    def advance(self, phase: str, done: Done) -> None:
+    def advance(self, phase: str, outcome: UnitOutcome) -> None:
         """Count one unit that ended."""
         sums = self._sums[phase]
-        if done.commit is not None:
-            sums.rows_in += done.commit.rows_in
-            sums.rows_out += done.commit.rows_out
+        if outcome.commit is not None:
+            sums.rows_in += outcome.commit.rows_in
+            sums.rows_out += outcome.commit.rows_out
         else:
             self.console.print(
-                f"[red]failed[/red] {phase} unit {done.unit}: {done.error}", highlight=False
+                f"[red]failed[/red] {phase} unit {outcome.unit}: {outcome.error}", highlight=False
             )
         elapsed = self._bars.tasks[sums.task].elapsed or 0.0
         rate = f"{(sums.rows_in - sums.before) / elapsed:,.0f} rows/s" if elapsed else ""
@@ -120,16 +120,16 @@ class JsonLog:
         self._run, self._began[phase] = run, time.monotonic()
         self._write("begin", phase, units=units, done=len(done))
 
-    def advance(self, phase: str, done: Done) -> None:
+    def advance(self, phase: str, outcome: UnitOutcome) -> None:
         """Tell of one unit that ended."""
-        if done.commit is None:
-            self._write("failed", phase, unit=done.unit, error=done.error)
+        if outcome.commit is None:
+            self._write("failed", phase, unit=outcome.unit, error=outcome.error)
         else:
-            commit = done.commit
+            commit = outcome.commit
             self._write(
                 "done",
                 phase,
-                unit=done.unit,
+                unit=outcome.unit,
                 seconds=commit.seconds,
                 rows_in=commit.rows_in,
                 rows_out=commit.rows_out,

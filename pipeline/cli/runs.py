@@ -112,7 +112,7 @@ def _print_outcome(root: str, outcome: "Outcome", as_json: bool) -> None:
 
 
 def _print_plan(phases: list[Any], as_json: bool) -> None:
-    from pipeline.run.phase import OPTIONAL
+    from pipeline.run.phases import SPECS
 
     rows = [
         {"phase": p.name, "units": len(p.units), "pending": len(p.pending), "store": p.store.root}
@@ -124,7 +124,7 @@ def _print_plan(phases: list[Any], as_json: bool) -> None:
     table = Table("phase", "units", "done", "to do", box=None)
     table.add_column("folder", overflow="fold")
     for row, phase in zip(rows, phases, strict=True):
-        if phase.name in OPTIONAL and not phase.units:
+        if SPECS[phase.name].optional and not phase.units:
             continue
         done = len(phase.units) - len(phase.pending)
         table.add_row(

@@ -15,7 +15,7 @@ from filters.pii.ner import Ner
 from filters.pii.scrub import Pii
 from filters.url_policy import UrlPolicy
 from pipeline.controller.policy import Policy
-from stages.dedup.dedup import DedupConfig
+from stages.dedup.config import DedupConfig
 from stages.extract.extract import ExtractConfig
 from stages.formats.document import NamedFilter
 from stages.pack.pack import PackConfig

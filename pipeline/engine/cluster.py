@@ -27,9 +27,8 @@ def start(address: str | None) -> None:
             **settings,
         )
     for handler in logging.getLogger("ray.data").handlers:
-        if (
-            type(handler).__name__ == "PlainRayHandler"
-        ):  # the terminal; Ray's own log files keep everything
+        # the terminal; Ray's own log files keep everything
+        if type(handler).__name__ == "PlainRayHandler":
             handler.setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -37,18 +36,16 @@ def start(address: str | None) -> None:
 
 
 def largest_node_memory() -> int:
-    """Bytes of memory of the largest node: Ray would wait for ever for a worker that fits nowhere."""
+    """Bytes of memory of the largest node: Ray waits forever for a worker that fits on no node."""
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    found = [node["Resources"].get("memory", 0) for node in nodes if node["Alive"]]
-    return int(max(found, default=0)) or 1
+    memory = [node["Resources"].get("memory", 0) for node in nodes if node["Alive"]]
+    return int(max(memory, default=0)) or 1
 
 
 def actors_that_fit(resources: Resources, units: int) -> int:
-    """How many actors a pool may have: as many as the cluster has processors for, and no more than
-    there are units.
-    """
+    """Number of actors in a pool: as many as the cluster has processors for, at most one a unit."""
     import ray
 
     fit = int(ray.cluster_resources().get("CPU", 1) / resources.num_cpus)  # type: ignore[no-untyped-call]

@@ -1,6 +1,11 @@
-"""Second copies of units that take far longer than the others did."""
+"""Second copies of units that take far longer than the others did.
 
-import json
+Ray Data does not start a task twice because it is slow, so the driver does: when processors are
+idle, a late unit is started a second time by a task of its own. Both copies write the same bytes
+under the same names, and the first commit stands. The other copy sees the commit and ends its
+process; Ray's retry of the plan's task then returns what stands.
+"""
+
 import os
 import statistics
 import threading
@@ -11,59 +16,55 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.engine.cluster import largest_node_memory
-from pipeline.engine.units import Done, Resources, Task, commit_for, do_unit, size_of
+from pipeline.engine.units import PhaseWork, Resources, UnitOutcome, commit_for, do_unit
 from stages.storage.ledger import Unit
 
-# a unit is late when it takes so many times what its size and the median of the others' rates let
-# expect
+# a unit is late after this many times what its size and the median rate of the others predict
 LATE = 3.0
 
 
-def late(
+def late_units(
     units: Sequence[Unit], rates: Sequence[float], *, waited: float, patience: float
 ) -> list[Unit]:
-    """Units that should have ended by now, as far as those that are done can tell: by `rates`,
-    their seconds a byte.
+    """Units that should have ended by now, judged by `rates`: seconds per byte of finished units.
 
-    `waited`: seconds that each was at work, at least. None is late before `patience`, or while none
-    is done to compare with.
+    `waited` is the least time in seconds that each has been running. No unit counts as late before
+    `patience` seconds, or before any unit has finished.
     """
     rate = statistics.median(rates) if rates else float("inf")
-    return [unit for unit in units if waited > max(patience, LATE * rate * max(1, size_of(unit)))]
+    return [unit for unit in units if waited > max(patience, LATE * rate * max(1, unit.bytes))]
 
 
 @dataclass
 class _Copies:
-    """Units that have not ended, in the order of their plan; the rates of those that have; the
-    second copies at work.
-    """
+    """Unfinished units in the order of their plan, rates of finished ones, second copies running."""
 
     left: dict[str, Unit]
     rates: list[float] = field(default_factory=list)
     tasks: dict[str, Any] = field(default_factory=dict)
 
-    def settle(self, done: Done, task: Task) -> Done:
-        """Note an end, and take its second copy's word for it where that was first."""
-        unit, copy = self.left.pop(done.unit), self.tasks.pop(done.unit, None)
+    def settle(self, outcome: UnitOutcome, work: PhaseWork) -> UnitOutcome:
+        """Note how a unit ended; the outcome is that of its second copy if that one was first."""
+        unit, copy = self.left.pop(outcome.unit), self.tasks.pop(outcome.unit, None)
         if copy is not None:
-            _end(copy)
-            winner = commit_for(unit, task.store)
-            done = Done(unit.name, winner, None) if winner else done
-        if done.commit is not None:
-            self.rates.append(done.commit.seconds / max(1, size_of(unit)))
-        return done
+            _end_copy(copy)
+            commit = commit_for(unit, work.store)
+            outcome = UnitOutcome(unit.name, commit, None) if commit else outcome
+        if outcome.commit is not None:
+            self.rates.append(outcome.commit.seconds / max(1, unit.bytes))
+        return outcome
 
 
 @contextmanager
 def second_copies(
-    name: str, task: Task, units: Sequence[Unit], resources: Resources
+    name: str, work: PhaseWork, units: Sequence[Unit], resources: Resources
 ) -> Iterator[_Copies]:
     """Watch the units of a plan while the block consumes it.
 
-    Not those of a pool, whose models other workers do not have.
+    Units of an actor pool get no second copy: other workers do not have their model.
     """
     copies, stop = _Copies({unit.name: unit for unit in units}), threading.Event()
-    watch = threading.Thread(target=_watch, args=(name, task, copies, resources, stop), daemon=True)
+    watch = threading.Thread(target=_watch, args=(name, work, copies, resources, stop), daemon=True)
     if not resources.actors:
         watch.start()
     try:
@@ -73,60 +74,53 @@ def second_copies(
         if not resources.actors:
             watch.join()
         for copy in copies.tasks.values():
-            _end(copy)
+            _end_copy(copy)
 
 
 def _watch(
-    name: str, task: Task, copies: _Copies, resources: Resources, stop: threading.Event
+    name: str, work: PhaseWork, copies: _Copies, resources: Resources, stop: threading.Event
 ) -> None:
-    """Begin late units again while there is room.
+    """Start late units again while there is room.
 
-    Room left over means that all the others are at work since there was some.
+    Idle processors mean that all other units have been running since they became idle.
     """
     import ray
 
     memory = min(resources.memory, largest_node_memory())
-    again = ray.remote(num_cpus=resources.num_cpus, memory=memory, max_retries=0)(_second).options(
-        name=f"{name} again"
-    )
+    remote = ray.remote(num_cpus=resources.num_cpus, memory=memory, max_retries=0)(_run_copy)
+    remote = remote.options(name=f"{name} again")
     idle_since: float | None = None
-    while not stop.wait(min(5.0, task.patience / 4)):
-        room, now = (
-            _room(resources, memory, at_work=len(copies.left) + len(copies.tasks)),
-            time.monotonic(),
-        )
+    while not stop.wait(min(5.0, work.patience / 4)):
+        room = _free_slots(resources, memory, running=len(copies.left) + len(copies.tasks))
+        now = time.monotonic()
         idle_since = (now if idle_since is None else idle_since) if room > 0 else None
-        if idle_since is not None:
-            units = [unit for unit in list(copies.left.values()) if unit.name not in copies.tasks]
-            for unit in late(units, copies.rates, waited=now - idle_since, patience=task.patience)[
-                :room
-            ]:
-                copies.tasks[unit.name] = again.remote(
-                    Unit(*json.loads(json.dumps(unit))), task
-                )  # as the plan gives it
+        if idle_since is None:
+            continue
+        units = [unit for unit in list(copies.left.values()) if unit.name not in copies.tasks]
+        waited = now - idle_since
+        late = late_units(units, copies.rates, waited=waited, patience=work.patience)
+        for unit in late[:room]:
+            copies.tasks[unit.name] = remote.remote(unit, work)
 
 
-def _room(resources: Resources, memory: int, *, at_work: int) -> int:
-    """How many more units the cluster could take now."""
+def _free_slots(resources: Resources, memory: int, *, running: int) -> int:
+    """How many more units the cluster could run now."""
     import ray
 
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     fit = min(free.get("CPU", 0.0) / resources.num_cpus, free.get("memory", 0.0) / memory)
-    return int(min(fit, resources.parallelism - at_work) if resources.parallelism else fit)
+    return int(min(fit, resources.parallelism - running) if resources.parallelism else fit)
 
 
-def _second(unit: Unit, task: Task) -> None:
-    """The second copy of a unit. Its failure is not the unit's: the first copy is still at work,
-    and will tell.
-    """
-    with suppress(Exception), giving_way(unit, task):
-        if (
-            task.store.commit_of(unit.name) is None
-        ):  # one of another input is the first copy's to withdraw
-            do_unit(unit, task)
+def _run_copy(unit: Unit, work: PhaseWork) -> None:
+    """Run the second copy of a unit. Its failure does not count: the first copy is still running."""
+    with suppress(Exception), exit_when_committed(unit, work):
+        # a commit of another input is for the first copy to withdraw
+        if work.store.commit_of(unit.name) is None:
+            do_unit(unit, work)
 
 
-def _end(copy: Any) -> None:
+def _end_copy(copy: Any) -> None:
     import ray
 
     ray.cancel(copy, force=True)
@@ -134,16 +128,14 @@ def _end(copy: Any) -> None:
 
 
 @contextmanager
-def giving_way(unit: Unit, task: Task) -> Iterator[None]:
-    """End this process, which may hang in the block, once another copy of its unit has been
-    committed.
-    """
+def exit_when_committed(unit: Unit, work: PhaseWork) -> Iterator[None]:
+    """End this process, which may hang in the block, once another copy of the unit is committed."""
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(task.patience):
-            with suppress(OSError):  # the store is away for a moment
-                if commit_for(unit, task.store) and not ended.is_set():
+        while not ended.wait(work.patience):
+            with suppress(OSError):  # the store does not answer for a moment
+                if commit_for(unit, work.store) and not ended.is_set():
                     os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -22,8 +22,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pipeline.controller.decide import HOUR, decide
 from pipeline.controller.policy import Policy
 from pipeline.controller.records import Generation, Inputs, PlanState, Record, State, from_json
+from pipeline.run.phases import FUNNEL_PHASES, SPECS
 from pipeline.run.publish import published_to
-from pipeline.run.results import PHASES, store_of
+from pipeline.run.results import store_of
 from pipeline.run.state import read_state
 from pipeline.run.status import phase_status
 from stages.storage.catalog import read_catalog
@@ -33,7 +34,7 @@ from trainer.telemetry import feedback
 
 BATCHES = 2  # newest batches with unit metrics: the one in progress and the one before it
 # phases whose rows are documents with one outcome each; those of extract are input records
-_FUNNEL = {"extract": "extract", "dedup keep": "dedup", "refine": "refine", "pack": "pack"}
+_FUNNEL = {phase: stage for stage, phase in FUNNEL_PHASES.items()}
 # names that end in _total are counters, all others gauges
 _HELP = {
     "up": "1 if every file of the run that is needed could be read",
@@ -160,8 +161,8 @@ class _Reader:
 
     def _run(self, root: str, *, batch: str) -> Iterator[Sample]:
         state = read_state(root)
-        since = state["history"][-1]["started"]
-        for phase in PHASES:
+        since = state.started or 0.0
+        for phase in SPECS:
             store = store_of(root, state, phase)
             with self.reading(store.root):
                 yield from _phase(phase, store, since, batch)

@@ -155,10 +155,10 @@ def _kept_copy(ledger: Ledger, keep: dict[str, Any]) -> dict[str, Any]:
     if keep["kept_in"] is None:
         row, store = _row(ledger, "extract", "documents", doc_id), None
     else:
-        earlier = ledger.state["indexes"][keep["kept_in"]]
-        store = earlier["documents"]
+        earlier = ledger.state.indexes[keep["kept_in"]]
+        store = earlier.documents
         # an index of all documents may name one that was itself dropped for another
-        verdict = _row_of_batch(earlier["keep"], "keep", doc_id)
+        verdict = _row_of_batch(earlier.keep, "keep", doc_id)
         if verdict and verdict["kept_in"] is None:
             doc_id = verdict["kept_id"]
         row = _row_of_batch(store, "documents", doc_id)

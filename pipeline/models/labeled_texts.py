@@ -22,7 +22,7 @@ from pipeline.models.model_card import is_held_out
 from pipeline.models.training_texts import Source
 from stages.dedup import minhash
 from stages.dedup.components import dense_components
-from stages.dedup.dedup import DedupConfig
+from stages.dedup.config import DedupConfig
 
 SIGNATURE = DedupConfig().signature
 BATCH = 1000  # documents hashed at once

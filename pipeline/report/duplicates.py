@@ -18,7 +18,9 @@ from pipeline.report.page import clean
 from pipeline.report.sample import Ledger, Sample, document_row
 from pipeline.report.texts import EXCERPT, Piece
 from pipeline.run import dedup_plan
-from stages.dedup.dedup import EARLIER, earlier_documents
+from stages.dedup.config import EARLIER
+from stages.dedup.keep import HeavyLoss
+from stages.dedup.keys import earlier_documents
 from stages.dedup.minhash import normalize, shingle_hashes
 from stages.storage.files import exists
 from stages.storage.ledger import Commit
@@ -125,7 +127,7 @@ def read_duplicates(ledger: Ledger, sample: Sample) -> Duplicates:
     counts = _sum(c.counts for c in kept)
     return Duplicates(
         enabled=ledger.setting("dedup.enabled", True),
-        against=len(ledger.state.get("indexes", [])),
+        against=len(ledger.state.indexes),
         documents=sum(c.rows_in for c in kept),
         rules={rule: counts[rule] for rule in RULES},
         sizes=_sizes(ledger.commits["dedup elect"]),
@@ -144,7 +146,7 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
 
 
 def _sizes(elected: Sequence[Commit]) -> list[Column]:
-    sizes = _sum(c.extra.get("cluster_sizes", {}) for c in elected)
+    sizes = _sum(c.result.cluster_sizes for c in elected)
     ordered = sorted(sizes, key=lambda name: int(name.split("-")[0]))
     return [Column(name.replace("-", "–"), {"clusters": sizes[name]}) for name in ordered]
 
@@ -154,7 +156,7 @@ def _measured(ledger: Ledger, sample: Sample) -> Similarities:
     measured = sample.values("SELECT similarity FROM keep WHERE similarity IS NOT NULL")
     return Similarities(
         share=float(ledger.setting("dedup.verify_share", 0.0)),
-        measured=int(sum(c.totals.get("measured", 0) for c in kept)),
+        measured=sum(c.result.measured for c in kept),
         histogram=similarities(measured),
     )
 
@@ -176,9 +178,9 @@ def _clusters(ledger: Ledger) -> Iterator[Cluster]:
     for commit in ledger.commits[
         "dedup keep"
     ]:  # every group that has a member names some of the largest
-        for largest in commit.extra.get("largest", []):
-            sizes[largest["cluster_id"]] = largest["size"]
-            members.setdefault(largest["cluster_id"], []).extend(largest["members"])
+        for largest in commit.result.largest:
+            sizes[largest.cluster_id] = largest.size
+            members.setdefault(largest.cluster_id, []).extend(largest.members)
     for root in sorted(sizes, key=lambda r: (-sizes[r], r))[:_CLUSTERS]:
         copies = _copies(ledger, sorted(members[root])[:_COPIES])
         if copies:
@@ -208,7 +210,7 @@ def _copy(ledger: Ledger, doc_id: int, kept_in: int | None = None) -> Copy:
     if kept_in is None:
         row = document_row(ledger, "extract", "documents", doc_id, columns)
     else:
-        store = ledger.state["indexes"][kept_in]["documents"]  # RUN/extract/<key>
+        store = ledger.state.indexes[kept_in].documents  # RUN/extract/<key>
         batch = store.rsplit("/", 2)[0]
         uri = part_of(doc_id, beside=f"{store}/documents/")
         # it may have been removed since
@@ -308,10 +310,10 @@ def differing(before: str, after: str) -> list[Piece]:
 
 def _alarm(ledger: Ledger) -> Alarm:
     commits = ledger.commits["dedup alarm"]
-    losses = list(dedup_plan.wiped(commits))
+    losses = dedup_plan.heavy_losses(commits)
     first = [
-        GroupLoss(w["kind"], _loss_name(ledger, w), w["documents"], w["dropped"])
-        for w in losses[:_SOURCES]
+        GroupLoss(loss.kind, _loss_name(ledger, loss), loss.documents, loss.dropped)
+        for loss in losses[:_SOURCES]
     ]
     return Alarm(
         ran=bool(commits),
@@ -319,12 +321,12 @@ def _alarm(ledger: Ledger) -> Alarm:
         least=int(ledger.setting("dedup.alarm_documents", 20)),
         first=first,
         total=sum(c.rows_out for c in commits),  # a commit lists a thousand of them at most
-        kinds=dict(Counter(w["kind"] for w in losses)),
+        kinds=dict(Counter(loss.kind for loss in losses)),
     )
 
 
-def _loss_name(ledger: Ledger, loss: Mapping[str, Any]) -> str:
-    column, example = _NAMED_BY[loss["kind"]], loss["example"]
+def _loss_name(ledger: Ledger, loss: HeavyLoss) -> str:
+    column, example = _NAMED_BY[loss.kind], loss.example
     row = document_row(ledger, "extract", "documents", example, [column])
     if row is None:
         return f"that of document {example}"
@@ -335,8 +337,8 @@ def _giants(ledger: Ledger) -> list[Bucket]:
     """Giant buckets by their first document: texts of a cluster share most band keys."""
     sizes: dict[int, list[int]] = {}
     for commit in ledger.commits["dedup match"]:
-        for giant in commit.extra.get("giant_buckets", []):
-            sizes.setdefault(giant["smallest"], []).append(giant["documents"])
+        for giant in commit.result.giant_buckets:
+            sizes.setdefault(giant.smallest, []).append(giant.documents)
     largest = sorted(sizes, key=lambda i: (-max(sizes[i]), i))[:_BUCKETS]
     return [
         Bucket(_url(ledger, doc_id), max(sizes[doc_id]), len(sizes[doc_id])) for doc_id in largest

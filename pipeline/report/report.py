@@ -6,7 +6,7 @@ from pipeline.report.duplicates import Alarm
 from pipeline.report.groups import LOST, MANY, Ranking
 from pipeline.report.page import clean, count, number, size, write_page
 from pipeline.report.run_data import ReportData, gather
-from pipeline.run.execute import STAGES
+from pipeline.run.phases import FUNNEL_PHASES, STAGES
 
 
 def write_report(root: str) -> str:
@@ -31,7 +31,7 @@ def notices(data: ReportData) -> Iterator[tuple[str, str]]:
         if phase.done and left:
             yield "note", f"{phase.name}: {left:,} of {count(phase.units, 'unit')} are still to do."
     done = {p.name for p in data.phases if p.done}
-    missing = [s for s in STAGES[: STAGES.index(data.last) + 1] if _ENDS.get(s, s) not in done]
+    missing = [s for s in STAGES[: STAGES.index(data.last) + 1] if FUNNEL_PHASES[s] not in done]
     if missing:
         yield "note", f"Not run yet under these keys: {', '.join(missing)}."
     extract = data.phases[0]
@@ -50,9 +50,6 @@ def notices(data: ReportData) -> Iterator[tuple[str, str]]:
         yield "bad", _dropped_most(data.duplicates.alarm)
     if data.refined and not data.totals.get("documents"):
         yield "bad", "No document was kept."
-
-
-_ENDS = {"dedup": "dedup keep"}  # the phase that a stage has not run without
 
 
 def _hosts_lost(hosts: Ranking) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from pipeline.config.show import to_toml
 from pipeline.report.charts import Histogram
 from pipeline.report.distributions import Score, lengths, scores
 from pipeline.report.duplicates import Duplicates, read_duplicates
@@ -18,8 +19,7 @@ from pipeline.report.sample import Ledger, open_sample, read_ledger
 from pipeline.report.texts import Entity, Example, entities, examples
 from pipeline.run import publish
 from pipeline.run.funnel import FunnelRow, funnel
-from pipeline.run.phase import OPTIONAL
-from pipeline.run.results import PHASES
+from pipeline.run.phases import SPECS
 from pipeline.run.status import PhaseStatus, phase_status
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, read_bytes
@@ -97,26 +97,26 @@ def gather(root: str) -> ReportData:
     """Read a run into report data."""
     ledger = read_ledger(root)
     state = ledger.state
-    since = state["history"][-1]["started"]
-    phases = [phase_status(p, ledger.store(p), ledger.commits[p], since=since) for p in PHASES]
+    since = state.started or 0.0
+    phases = [phase_status(p, ledger.store(p), ledger.commits[p], since=since) for p in SPECS]
     inputs = input_files(ledger)
     ends = [p.last_commit for p in phases if p.last_commit is not None]
-    generation = state.get("generation") if state.get("stage") == "done" else None
+    generation = state.generation if state.stage == "done" else None
     rows = funnel(*(ledger.commits[p] for p in ("extract", "dedup keep", "refine", "pack")))
     totals = _totals(ledger, rows)
     with open_sample(ledger) as sample:
         return ReportData(
             root=root,
-            last=state.get("last", "pack"),
-            stage=state.get("stage", ""),
-            keys=state["keys"],
+            last=state.last,
+            stage=state.stage,
+            keys=state.keys,
             generation=generation,
             manifest=_manifest(publish.published_to(root, ledger.state), generation),
             started=_moment(since),
             last_commit=_moment(max(ends)) if ends else None,
-            settings=[(key, e["value"], e["origin"]) for key, e in state.get("config", {}).items()],
+            settings=[(key, to_toml(s.value), s.origin) for key, s in state.config.items()],
             funnel=_funnel_stages(rows, ledger),
-            phases=[p for p in phases if p.units or p.name not in OPTIONAL],
+            phases=[p for p in phases if p.units or not SPECS[p.name].optional],
             estimate=_estimate(ledger, phases, totals),
             failures=[(p.name, unit, error) for p in phases for unit, error in p.errors.items()],
             parts=(len(sample.units), sample.of),
@@ -177,10 +177,10 @@ def _estimate(
 ) -> list[Comparison]:
     """Compare RUN/estimate.json with a finished run; [] without one of the same configuration."""
     uri = f"{ledger.root}/estimate.json"
-    if ledger.state.get("stage") != "done" or not exists(uri):
+    if ledger.state.stage != "done" or not exists(uri):
         return []
     estimate = json.loads(read_bytes(uri))
-    if estimate["keys"] != ledger.state["keys"]:
+    if estimate["keys"] != ledger.state.keys:
         return []
     compared = []
     for stage in estimate["stages"]:
@@ -215,16 +215,14 @@ def _totals(ledger: Ledger, rows: Sequence[FunnelRow]) -> dict[str, int | None]:
     totals |= {"records": rows[0].count, "units": len(ledger.commits["extract"])}
     if ledger.commits["refine"]:
         totals["documents"] = sum(c.rows_out for c in ledger.commits["refine"])
-        totals["chars"] = int(
-            sum(c.totals.get("chars_out", 0) for c in ledger.commits[ledger.corpus_phase])
-        )
+        totals["chars"] = sum(c.result.chars_out for c in ledger.commits[ledger.corpus_phase])
     if packed := ledger.commits["pack"]:
-        totals["tokens"] = int(sum(c.totals["tokens"] for c in packed))
+        totals["tokens"] = sum(c.result.tokens for c in packed)
         rows_out = sum(c.rows_out for c in packed)
         totals |= {"rows": rows_out, "row_tokens": rows_out * ledger.setting("pack.seq_len", 0)}
         totals["packed_documents"] = sum(c.counts["kept"] for c in packed)
         totals["held_out"] = sum(c.counts.get("pack.held_out", 0) for c in packed)
-        totals["held_out_tokens"] = int(sum(c.totals.get("held_out_tokens", 0) for c in packed))
+        totals["held_out_tokens"] = sum(c.result.held_out_tokens for c in packed)
     return totals
 
 
@@ -235,7 +233,7 @@ def _notes(ledger: Ledger) -> dict[str, list[NoteCount]]:
     """Values by note, most frequent first; notes without a value are left out."""
     sums: dict[str, dict[str, NoteCount]] = {}
     for commit in [*ledger.commits["extract"], *ledger.commits["refine"]]:
-        for column, tally in commit.extra.get("tallies", {}).items():
+        for column, tally in commit.result.tallies.items():
             for value, (documents, dropped) in tally.items():
                 before = sums.setdefault(column, {}).get(value, NoteCount(value, 0, 0))
                 sums[column][value] = NoteCount(

@@ -4,7 +4,6 @@ At most MAX_PARTS parts, spread evenly over the run. Texts stay in the parts; th
 documents that are shown are read later, from their row groups alone.
 """
 
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pyarrow as pa
 from pipeline.report.charts import Floats
 from pipeline.run import query
 from pipeline.run.results import all_commits, corpus_phase, result_schemas, store_of
-from pipeline.run.state import read_state
+from pipeline.run.state import RunState, read_state
 from stages.storage.ledger import Commit, Store
 from stages.storage.parts import documents, unit_of
 
@@ -30,7 +29,7 @@ class Ledger:
     """A run's state and commit records, read once."""
 
     root: str
-    state: dict[str, Any]
+    state: RunState
     commits: dict[str, list[Commit]]
 
     def store(self, phase: str) -> Store:
@@ -38,11 +37,7 @@ class Ledger:
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A value of the configuration of the run; "off" is None."""
-        entry = self.state.get("config", {}).get(key)
-        if entry is None:
-            return default
-        value = tomllib.loads(f"v = {entry['value']}")["v"]
-        return None if value == "off" else value
+        return self.state.setting(key, default)
 
     def bound(self, rule: str) -> tuple[float, float] | None:
         value = self.setting(rule)
@@ -56,7 +51,7 @@ class Ledger:
         """The bounds of a rule for languages that have their own."""
         keys = [
             key
-            for key in self.state.get("config", {})
+            for key in self.state.config
             if key.startswith("per_language.") and key.endswith(f".{rule}")
         ]
         return {key.split(".")[1]: self.bound(key) for key in keys}
@@ -70,7 +65,7 @@ class Ledger:
     def outputs(self) -> dict[str, set[str]]:
         """Paths of what the units of each phase wrote."""
         return {
-            phase: {o["path"] for c in commits for o in c.outputs}
+            phase: {o.path for c in commits for o in c.outputs}
             for phase, commits in self.commits.items()
         }
 

@@ -44,8 +44,8 @@ class Example(NamedTuple):
 def entities(ledger: Ledger, sample: Sample) -> list[Entity]:
     """Personal data that was replaced, by kind, the most frequent first."""
     values: Counter[str] = Counter()
-    for commit in [*ledger.commits["refine"], *ledger.commits["refine names"]]:
-        values.update(commit.extra.get("pii", {}))
+    for commit in [*ledger.commits["refine"], *ledger.commits["refine ner"]]:
+        values.update(commit.result.pii)
     columns = sample.scores("refined")
     names = [*ledger.setting("pii.entities", []), *ledger.setting("ner.entities", [])]
     counted = [

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +17,7 @@ from pipeline.config.sections import Config
 from pipeline.engine.units import RunUnits
 from pipeline.run.execute import Progress, execute
 from pipeline.run.results import all_commits, store_of
-from pipeline.run.state import read_state
+from pipeline.run.state import RunState, read_state
 from stages.formats.errors import ConfigError
 from stages.read.fetch import FetchOptions, expand_inputs, local_copy
 from stages.read.records import InputConfig, columns_of
@@ -141,16 +141,16 @@ def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Resu
     clusters = sum(
         n
         for c in commits["dedup elect"]
-        for size, n in c.extra["cluster_sizes"].items()
+        for size, n in c.result.cluster_sizes.items()
         if size != "1"
     )
     failed = [error for errors in outcome.failed.values() for error in errors]
     return Result(dict(sorted(rows.items())), clusters, failed, f"{root}/keep.parquet")
 
 
-def _write(path: Path, root: str, commits: dict[str, list[Commit]], state: dict[str, Any]) -> None:
+def _write(path: Path, root: str, commits: dict[str, list[Commit]], state: RunState) -> None:
     documents, kept = (store_of(root, state, phase) for phase in ("extract", "dedup keep"))
-    parts = [(c.unit, documents.uri(c.outputs[0]["path"])) for c in commits["extract"]]
+    parts = [(c.unit, documents.uri(c.output().path)) for c in commits["extract"]]
     found = [
         ("cluster_id", pa.uint64()),
         ("cluster_size", pa.int64()),
@@ -191,7 +191,7 @@ def _joined(rows: pa.Table, keep: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _id_type(extracted: Sequence[Commit], uris: Sequence[str]) -> pa.DataType:
     """Integers stay integers, of the inputs' type: ids are what the table is joined by."""
-    types = {commit.extra.get("id_type", "string") for commit in extracted}
+    types = {commit.result.id_type or "string" for commit in extracted}
     found = pa.type_for_alias(types.pop()) if len(types) == 1 else pa.string()
     if not pa.types.is_integer(found):
         return pa.string()

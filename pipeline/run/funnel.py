@@ -8,7 +8,7 @@ from stages.storage.ledger import Commit
 
 @dataclass(frozen=True)
 class FunnelRow:
-    """One line of the funnel: what was there at a point (`rule` None), or what one rule took away."""
+    """One line of the funnel: the count at a point (`rule` None), or what one rule removed."""
 
     stage: str
     rule: str | None
@@ -22,9 +22,7 @@ def funnel(
     refined: Sequence[Commit],
     packed: Sequence[Commit],
 ) -> list[FunnelRow]:
-    """The way from records to tokens, summed over commit records: points, and between them the
-    losses by rule.
-    """
+    """From records to tokens, summed over commits: counts at points, and losses by rule between."""
     rows = [FunnelRow("extract", None, sum(c.rows_in for c in extracted), "records")]
     rows += _losses("extract", extracted)
     rows.append(FunnelRow("extract", None, sum(c.rows_out for c in extracted)))
@@ -36,9 +34,9 @@ def funnel(
         rows.append(FunnelRow("refine", None, sum(c.rows_out for c in refined)))
     if packed:
         rows += _losses("pack", packed)
-        rows.append(FunnelRow("pack", None, int(sum(c.totals["tokens"] for c in packed)), "tokens"))
+        rows.append(FunnelRow("pack", None, sum(c.result.tokens for c in packed), "tokens"))
         rows.append(FunnelRow("pack", None, sum(c.rows_out for c in packed), "rows"))
-        if held_out := int(sum(c.totals.get("held_out_tokens", 0) for c in packed)):
+        if held_out := sum(c.result.held_out_tokens for c in packed):
             rows.append(FunnelRow("pack", None, held_out, "held-out tokens"))
     return rows
 
@@ -56,7 +54,7 @@ def _losses(stage: str, commits: Sequence[Commit]) -> list[FunnelRow]:
 
 
 def stage_bases(rows: Sequence[FunnelRow]) -> dict[str, int]:
-    """What each stage began with: the count of the last point before its losses."""
+    """What each stage started with: the count of the last point before its losses."""
     bases: dict[str, int] = {}
     last = 0
     for row in rows:

@@ -9,7 +9,6 @@ manifest last, and the catalog is replaced only if it is what it was when the ge
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.engine.lease import Fenced, fence
+from pipeline.run.state import RunState
 from stages.formats import mds, tokens
 from stages.pack.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Split
 from stages.storage.catalog import (
@@ -60,10 +60,9 @@ class Published(NamedTuple):
     new: bool
 
 
-def published_to(root: str, state: dict[str, Any]) -> str:
+def published_to(root: str, state: RunState) -> str:
     """The directory that a run publishes to, from its run.json: its own, or that of its series."""
-    value = state["config"].get("run.catalog", {}).get("value", '""')  # as TOML
-    return str(tomllib.loads(f"catalog = {value}")["catalog"] or root)
+    return state.setting("run.catalog") or root
 
 
 def publish(
@@ -154,7 +153,7 @@ def _build(
         "name": name,
         "identity": identity,
         "rows": sum(c.rows_out for c in commits),
-        "tokens": int(sum(c.totals["tokens"] for c in commits)),
+        "tokens": sum(c.result.tokens for c in commits),
         "documents": sum(c.rows_in - c.counts.get("pack.held_out", 0) for c in commits),
         "seq_len": config.seq_len,
         "packing": config.packing,
@@ -179,8 +178,8 @@ def _held_out(
         return None
     folder.mkdir()
     return {
-        "rows": int(sum(c.totals["held_out_rows"] for c in commits)),
-        "tokens": int(sum(c.totals[HELD_OUT.tokens] for c in commits)),
+        "rows": sum(c.result.held_out_rows for c in commits),
+        "tokens": sum(c.result.held_out_tokens for c in commits),
         "documents": sum(c.counts["pack.held_out"] for c in commits),
         "seq_len": seq_len,
         **_assemble(folder, store, commits, HELD_OUT),
@@ -195,18 +194,16 @@ def _assemble(
     for part, commit in zip(names, commits, strict=True):
         (folder / part).mkdir()
         for output in commit.outputs:
-            if output["path"].startswith(f"{split.parts}/"):
-                target = folder / part / os.path.basename(output["path"])
-                _link_or_download(store.uri(output["path"]), target)
+            if output.kind == split.parts:
+                target = folder / part / os.path.basename(output.path)
+                _link_or_download(store.uri(output.path), target)
     indexes = [mds.read_index(folder / part) for part in names]
     for part in names:
         (folder / part / mds.INDEX).unlink()
     index = mds.merge_indexes(names, indexes)
     mds.write_index(folder, index)
     rows = [sum(shard["samples"] for shard in index["shards"]) for index in indexes]
-    _merge_provenance(
-        folder, (store.read_part(c, kind=f"{split.provenance}/") for c in commits), rows
-    )
+    _merge_provenance(folder, (store.read_part(c, kind=split.provenance) for c in commits), rows)
     return {
         "provenance_sha256": file_sha256(folder / "provenance.parquet"),
         "shards": [_shard(folder, entry) for entry in index["shards"]],

@@ -1,5 +1,6 @@
 """The stores, commits and rows that a run wrote under the keys that it used last."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.run import dedup_plan, query
+from pipeline.run import query
+from pipeline.run.dedup_plan import heavy_losses
 from pipeline.run.funnel import FunnelRow, funnel
-from pipeline.run.keys import store_uri
-from pipeline.run.state import read_state
+from pipeline.run.phases import FUNNEL_PHASES, PHASES, SPECS
+from pipeline.run.state import RunState, read_state
 from stages.dedup.keep import KEEP
 from stages.formats.document import corpus_schema, document_schema
 from stages.storage.ledger import Commit, Store
@@ -19,39 +21,37 @@ from stages.storage.parts import schema_of
 if TYPE_CHECKING:
     import duckdb
 
-PHASES = ("extract", *dedup_plan.LISTINGS, "refine", "refine names", "pack")
 
-
-def store_of(root: str, state: dict[str, Any], phase: str) -> Store:
+def store_of(root: str, state: RunState, phase: str) -> Store:
     """The store of a phase under the keys that the run used last."""
-    return Store(store_uri(root, state["keys"], phase))
+    return SPECS[phase].store(root, state.keys)
 
 
-def corpus_phase(root: str, state: dict[str, Any]) -> str:
-    """The phase that wrote the corpus: the one that scrubs names, if the run has it."""
-    return "refine names" if store_of(root, state, "refine names").listed_units() else "refine"
+def corpus_phase(root: str, state: RunState) -> str:
+    """The phase that wrote the corpus: entity recognition, if the run has it, else refine."""
+    return "refine ner" if store_of(root, state, "refine ner").listed_units() else "refine"
 
 
-def all_commits(root: str, state: dict[str, Any]) -> dict[str, list[Commit]]:
+def all_commits(root: str, state: RunState) -> dict[str, list[Commit]]:
     """Commits of every phase under the keys that the run used last."""
-    return {phase: store_of(root, state, phase).listed_commits() for phase in PHASES}
+    return {spec.name: store_of(root, state, spec.name).listed_commits() for spec in PHASES}
 
 
 def run_funnel(root: str) -> list[FunnelRow]:
-    """The funnel of a run as far as it has come."""
+    """The funnel of a run so far."""
     commits = all_commits(root, read_state(root))
-    return funnel(commits["extract"], commits["dedup keep"], commits["refine"], commits["pack"])
+    return funnel(*(commits[phase] for phase in FUNNEL_PHASES.values()))
 
 
 def alarm(root: str) -> str | None:
-    """A sentence on who lost nearly everything to dedup, None if nobody did; the report names them."""
+    """A sentence on who lost nearly everything to dedup, None if nobody did."""
     state = read_state(root)
-    wiped = list(dedup_plan.wiped(store_of(root, state, "dedup alarm").listed_commits()))
-    if not wiped:
+    losses = heavy_losses(store_of(root, state, "dedup alarm").listed_commits())
+    if not losses:
         return None
-    kinds = Counter(w["kind"] for w in wiped)
+    kinds = Counter(loss.kind for loss in losses)
     counted = ", ".join(f"{count:,} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
-    share = float(state["config"]["dedup.alarm_share"]["value"])
+    share = state.setting("dedup.alarm_share")
     return f"dedup dropped over {share:.0%} of the documents of {counted}; see Duplicates in the report"
 
 
@@ -96,7 +96,7 @@ def open_results(
 
 
 def result_parts(
-    root: str, state: dict[str, Any], commits: Mapping[str, Sequence[Commit]]
+    root: str, state: RunState, commits: Mapping[str, Sequence[Commit]]
 ) -> dict[str, list[str]]:
     """URIs of the parts of each kind of row that the given commits list, in order of units."""
     phases = {
@@ -108,8 +108,8 @@ def result_parts(
     parts = {}
     for name, phase in phases.items():
         store, kind = store_of(root, state, phase), name.partition("_")[0]
-        paths = (o["path"] for c in commits[phase] for o in c.outputs)
-        parts[name] = [store.uri(path) for path in paths if path.startswith(f"{kind}/")]
+        outputs = (o for c in commits[phase] for o in c.outputs)
+        parts[name] = [store.uri(o.path) for o in outputs if o.kind == kind]
     return parts
 
 
@@ -127,8 +127,9 @@ def commits_table(commits: Mapping[str, Sequence[Commit]]) -> pa.Table:
         {name: getattr(commit, name, None) for name in _COMMITS.names}
         | {
             "phase": phase,
-            "bytes_out": sum(o["bytes"] for o in commit.outputs),
-            "finished": _microseconds(commit.extra.get("finished")),
+            "bytes_out": sum(o.bytes for o in commit.outputs),
+            "totals": _totals(commit.result),
+            "finished": round(commit.finished * 1e6) if commit.finished else None,
         }
         for phase, listed in commits.items()
         for commit in listed
@@ -136,5 +137,7 @@ def commits_table(commits: Mapping[str, Sequence[Commit]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_COMMITS)
 
 
-def _microseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else round(seconds * 1e6)
+def _totals(result: Any) -> dict[str, float]:
+    """The numbers of a phase's result, by name."""
+    fields = dataclasses.asdict(result) if result is not None else {}
+    return {name: float(value) for name, value in fields.items() if isinstance(value, int | float)}

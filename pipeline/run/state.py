@@ -1,33 +1,184 @@
-"""run.json: what a run directory holds, for status, report and other readers."""
+"""run.json: what a run directory holds, for status, report and other readers.
 
+It can be derived from the configuration and the ledger; resuming never relies on it. It is written
+and decoded here and nowhere else.
+"""
+
+import dataclasses
 import json
-from typing import Any, NamedTuple
+import math
+import os
+import socket
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from stages.storage.files import read_bytes
+from pydantic import TypeAdapter, ValidationError
+
+from stages.storage.files import exists, read_bytes, write_atomically
+
+VERSION = 2  # 1 stored the settings as TOML text
+_HISTORY = 100  # invocations that are kept
 
 
-class Input(NamedTuple):
-    """An input file: its number in the run's append-only list, its path, and what identifies its
-    content.
+@dataclass(frozen=True)
+class Setting:
+    """A value of the configuration (None for "off"), and where it came from."""
+
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class IndexRef:
+    """Stores of an earlier batch that dedup compared with: its documents and its keep table."""
+
+    documents: str
+    keep: str
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One call of the command: its id, when it started (Unix seconds), and the keys it used."""
+
+    invocation: str
+    started: float
+    keys: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Process:
+    """The process that is running, by host and id."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The content of run.json.
+
+    `keys` are the stage keys used last, `files` digests of models and lists by configuration key.
+    `stage` is the phase that is running, or "done"; `last` is the stage the run was asked to reach.
     """
 
-    ordinal: int
-    path: str
-    fingerprint: str
+    invocation: str = ""
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    config: dict[str, Setting] = dataclasses.field(default_factory=dict)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    indexes: tuple[IndexRef, ...] = ()
+    history: tuple[Invocation, ...] = ()
+    stage: str = ""
+    last: str = "pack"
+    generation: str | None = None
+    process: Process | None = None
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A value of the run's configuration; None for "off"."""
+        return self.config[key].value if key in self.config else default
 
     @property
-    def bytes(self) -> int | None:
-        """Size of a file or an object; None of an http address, which would have to be asked."""
-        size = self.fingerprint.partition(":")[0]
-        return int(size) if size.isdecimal() else None
+    def started(self) -> float | None:
+        """When the last invocation started, in Unix seconds."""
+        return self.history[-1].started if self.history else None
+
+    def at_work(self, **changes: Any) -> "RunState":
+        """This state with changes, and with this process as the one that is running."""
+        return dataclasses.replace(
+            self, process=Process(socket.gethostname(), os.getpid()), **changes
+        )
+
+    def begun(self, invocation: str, keys: dict[str, str]) -> "RunState":
+        """This state with a new invocation in its history, unless it is there already."""
+        if self.invocation == invocation:
+            return self
+        entry = Invocation(invocation, round(time.time(), 3), keys)
+        return dataclasses.replace(
+            self,
+            invocation=invocation,
+            keys=keys,
+            history=(*self.history[1 - _HISTORY :], entry),
+        )
 
 
-def read_state(root: str) -> dict[str, Any]:
+def read_state(root: str) -> RunState:
     """The run.json of a run directory. FileNotFoundError with advice if it is none."""
+    uri = f"{root.rstrip('/')}/run.json"
     try:
-        state: dict[str, Any] = json.loads(read_bytes(f"{root.rstrip('/')}/run.json"))
-        return state
+        return decode_state(json.loads(read_bytes(uri)), uri)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{root} is not a run directory (it has no run.json); give the config's run.directory"
         ) from None
+
+
+def state_or_new(root: str) -> RunState:
+    """The run.json of a run directory, or an empty state if it has none yet."""
+    return read_state(root) if exists(f"{root}/run.json") else RunState()
+
+
+def write_state(root: str, state: RunState) -> None:
+    """Replace the run.json of a run directory."""
+    record = dataclasses.asdict(state) | {
+        "version": VERSION,
+        "config": {
+            key: {"value": _to_json(s.value), "origin": s.origin} for key, s in state.config.items()
+        },
+    }
+    data = json.dumps(record, indent=1, allow_nan=False).encode()
+    write_atomically(f"{root}/run.json", data)
+
+
+def decode_state(record: Mapping[str, Any], uri: str) -> RunState:
+    """A RunState from JSON; ValueError names the file if it is not one."""
+    known = {f.name for f in dataclasses.fields(RunState)}
+    fields = {name: value for name, value in record.items() if name in known}
+    try:
+        if record.get("version", 1) == 1:
+            fields |= _from_version_1(record)
+        fields["config"] = {
+            key: Setting(_from_json(entry["value"]), entry["origin"])
+            for key, entry in fields["config"].items()
+        }
+        return _STATE.validate_python(fields)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ValueError(f"{uri} is not a run.json of this version: {error}") from error
+
+
+_STATE: TypeAdapter[RunState] = TypeAdapter(RunState)
+
+
+def _from_version_1(record: Mapping[str, Any]) -> dict[str, Any]:
+    config = {}
+    for key, entry in record.get("config", {}).items():
+        value = tomllib.loads(f"value = {entry['value']}")["value"]
+        config[key] = {"value": None if value == "off" else value, "origin": entry["origin"]}
+    history = record.get("history", [])
+    return {
+        "config": config,
+        "keys": _with_ner_key(record.get("keys", {})),
+        "history": [
+            {"invocation": "", **entry, "keys": _with_ner_key(entry.get("keys", {}))}
+            for entry in history
+        ],
+        "process": record.get("pid"),
+    }
+
+
+def _with_ner_key(keys: Mapping[str, str]) -> dict[str, str]:
+    return {"ner" if name == "names" else name: key for name, key in keys.items()}
+
+
+def _to_json(value: Any) -> Any:
+    """A setting for strict JSON, which has no word for infinity."""
+    if isinstance(value, list | tuple):
+        return [_to_json(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(v) for v in value]
+    return float(value) if value in ("inf", "-inf") else value

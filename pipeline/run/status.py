@@ -7,8 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.run.results import PHASES, store_of
-from pipeline.run.state import read_state
+from pipeline.run.phases import PHASES
+from pipeline.run.results import store_of
+from pipeline.run.state import Process, read_state
+from stages.extract.extract import ExtractResult
 from stages.storage.ledger import Commit, Store
 
 
@@ -47,11 +49,11 @@ class PhaseStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run and its phases. `process` is the process id of the latest invocation."""
+    """A run and its phases. `process` is the one that is running."""
 
     run: str
     stage: str | None
-    process: int | None
+    process: Process | None
     generation: str | None
     phases: dict[str, PhaseStatus]
 
@@ -59,12 +61,13 @@ class RunStatus:
 def run_status(root: str) -> RunStatus:
     """Read the status of a run under the keys that it used last."""
     state = read_state(root)
-    since = state["history"][-1]["started"]
+    since = state.started or 0.0
     phases = {}
-    for phase in PHASES:
-        store = store_of(root, state, phase)
-        phases[phase] = phase_status(phase, store, store.listed_commits(), since=since)
-    return RunStatus(root, state.get("stage"), state.get("pid"), state.get("generation"), phases)
+    for spec in PHASES:
+        store = store_of(root, state, spec.name)
+        commits = store.listed_commits()
+        phases[spec.name] = phase_status(spec.name, store, commits, since=since)
+    return RunStatus(root, state.stage, state.process, state.generation, phases)
 
 
 def phase_status(
@@ -73,43 +76,48 @@ def phase_status(
     """The status of a phase with these commits. `since` is when the latest invocation began."""
     listed, done = store.listed_units(), {c.unit for c in commits}
     failures = {
-        unit: record
-        for unit, record in store.failures().items()
+        unit: failure
+        for unit, failure in store.failures().items()
         if unit in listed and unit not in done
     }
-    recent = [c for c in commits if c.extra["finished"] >= since] or commits
+    recent = [c for c in commits if c.finished >= since] or commits
     busy, left = wall_time(recent), len(listed) - len(done) - len(failures)
+    extracted = _extract_results(commits)
     return PhaseStatus(
         name=name,
         units=len(listed),
         done=len(done),
         failed=len(failures),
         left=left,
-        errors={unit: record["error"] for unit, record in failures.items()},
-        quarantined=sum(r.get("set_aside") == listed[unit] for unit, r in failures.items()),
+        errors={unit: failure.error for unit, failure in failures.items()},
+        quarantined=sum(f.quarantined == listed[unit] for unit, f in failures.items()),
         rows_in=sum(c.rows_in for c in commits),
         rows_out=sum(c.rows_out for c in commits),
         wall_seconds=wall_time(commits),
         cpu_seconds=sum(c.cpu_seconds for c in commits),
         bytes_read=_bytes_read(commits),
-        bytes_written=sum(o["bytes"] for c in commits for o in c.outputs),
-        lost_bytes=int(sum(c.totals.get("lost_bytes", 0) for c in commits)),
-        lost_members=int(sum(c.totals.get("lost_members", 0) for c in commits)),
-        reapplied=sum(bool(c.extra.get("reapplied")) for c in commits),
+        bytes_written=sum(o.bytes for c in commits for o in c.outputs),
+        lost_bytes=sum(r.lost_bytes for r in extracted),
+        lost_members=sum(r.lost_members for r in extracted),
+        reapplied=sum(r.reapplied for r in extracted),
         rows_per_second=sum(c.rows_in for c in recent) / busy if busy else None,
         bytes_per_second=_bytes_read(recent) / busy if busy else None,
         eta_seconds=busy / len(recent) * left if recent and left else None,
-        last_commit=max((c.extra["finished"] for c in commits), default=None),
+        last_commit=max((c.finished for c in commits), default=None),
     )
 
 
 def _bytes_read(commits: Sequence[Commit]) -> int:
-    return int(sum(c.totals.get("bytes_in", 0) for c in commits if not c.extra.get("reapplied")))
+    return sum(r.bytes_in for r in _extract_results(commits) if not r.reapplied)
+
+
+def _extract_results(commits: Sequence[Commit]) -> list[ExtractResult]:
+    return [c.result for c in commits if isinstance(c.result, ExtractResult)]
 
 
 def wall_time(commits: Iterable[Commit]) -> float:
     """Seconds in which at least one of these units was at work."""
-    return covered((c.extra["finished"] - c.seconds, c.extra["finished"]) for c in commits)
+    return covered((c.finished - c.seconds, c.finished) for c in commits)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -147,8 +147,8 @@ def ablate(before: Config, after: Config) -> Ablation:
 
 
 def _tokens_per_char(ledger: Ledger) -> float | None:
-    name = ledger.state.get("generation")
-    chars = sum(c.totals.get("chars_out", 0) for c in ledger.commits["refine"])
+    name = ledger.state.generation
+    chars = sum(c.result.chars_out for c in ledger.commits["refine"])
     catalog = read_catalog(published_to(ledger.root, ledger.state))
     tokens = next((entry["tokens"] for entry in catalog if entry["name"] == name), None)
     return tokens / chars if tokens is not None and chars else None

@@ -7,6 +7,7 @@ read from its parts. The table lands beside the run's state, where the next `gri
 it.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ from pipeline.engine import units
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats, binned
 from pipeline.report.page import write_page
-from pipeline.run.execute import Progress, Run, StageTask, check_failures, execute, plan, run_phase
-from pipeline.run.keys import refine_plan
+from pipeline.run.execute import Progress, Run, check_failures, execute, plan, run_phase
 from pipeline.run.phase import Phase
+from pipeline.run.phases import PHASES, SPECS
+from pipeline.run.plans import refine_plan
 from stages.formats.document import score_columns
 from stages.refine import refine
 from stages.storage.digests import digest
@@ -132,11 +134,10 @@ def _sampled(
     with refine's scores.
     """
     run = Run(config)
-    phases: dict[str, Phase] = {}
-    inputs = run.inputs(extend=False)
-    for name in run.tasks:
-        phases[name] = run.phase(name, phases, inputs)
-        if name == "refine":
+    phases, inputs = run.phases, run.inputs(extend=False)
+    for spec in PHASES:
+        run.read_phase(spec, inputs)
+        if spec.name == "refine":
             break
     kept = sum(c.rows_out for c in phases["dedup keep"].ordered())
     rows = sum(sum(c.counts.values()) for c in phases["extract"].ordered())
@@ -152,12 +153,12 @@ def _sampled(
     key = digest([run.keys["dedup"], refine.VERSION, measuring, config.dedup.line_level, drawing])
     store = Store(f"{run.root}/calibrate/{key}")
     phase = Phase("calibrate", store, phases["refine"].units, store.commits())
-    run.tasks["calibrate"] = StageTask(
-        "calibrate", refine.sample_unit, plan, run.tasks["refine"].resources
+    spec = dataclasses.replace(
+        SPECS["refine"], work=refine.sample_unit, plan=lambda _: plan, result=None
     )
     store.list_units(phase.units)
-    errors = run_phase(run, phase, progress, run_units)
-    check_failures(phase, errors, config.run.max_failed_share, config.run.max_failed_units)
+    errors = run_phase(run, spec, phase, progress, run_units)
+    check_failures(phase, errors, config.run.max_failed_share, config)
     commits = phase.ordered()
     return {
         kind: pa.concat_tables(

@@ -31,8 +31,9 @@ from pipeline.engine import units as engine
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats
 from pipeline.report.page import duration
-from pipeline.run.execute import STAGES, Progress, Run, execute
-from pipeline.run.results import PHASES, all_commits, store_of
+from pipeline.run.execute import Progress, Run, execute
+from pipeline.run.phases import SPECS, STAGES
+from pipeline.run.results import all_commits, store_of
 from pipeline.run.state import read_state
 from pipeline.run.status import wall_time
 from pipeline.study.sample import Sample, draw, write_part
@@ -203,14 +204,14 @@ def _timed_work(work: engine.Work, unit: Unit, plan: Any, store: Store) -> Commi
     again = first
     if first < LONG_SECONDS:
         again, wall, commit = _timed(work, unit, plan, store)
-    commit.extra["estimate"] = {"load": first - again, "cpu": again, "wall": wall}
+    commit.notes |= {"load": first - again, "cpu": again, "wall": wall}
     return commit
 
 
 def _timed(work: engine.Work, unit: Unit, plan: Any, store: Store) -> tuple[float, float, Commit]:
     cpu, began = time.process_time(), time.monotonic()
     commit = work(unit, plan, store)
-    spent = time.process_time() - cpu + commit.totals.get("child_cpu_seconds", 0.0)
+    spent = time.process_time() - cpu + commit.cpu_seconds
     return spent, time.monotonic() - began, commit
 
 
@@ -266,7 +267,7 @@ class _Phase(NamedTuple):
 
 def _whole_run(measured: _Measured, *, price: float, keys: dict[str, str]) -> Estimate:
     commits, shares = measured.sampled.commits, measured.sample.shares
-    phases = [_phase(p, measured) for p in PHASES if commits[p]]
+    phases = [_phase(p, measured) for p in SPECS if commits[p]]
 
     def stage(name: str, phases: Sequence[_Phase], start: float = 0.0) -> StageEstimate:
         seconds = [p.seconds for p in phases]
@@ -345,7 +346,7 @@ def _by_input(phase: str, amount: Callable[[Commit], float], measured: _Measured
 
 def _is_by_input(phase: str) -> bool:
     """Whether a unit of the phase is an input."""
-    return phase.split()[0] in ("extract", "refine")
+    return SPECS[phase].unit == "input"
 
 
 def _whole_units(phase: str, measured: _Measured) -> int:
@@ -377,20 +378,20 @@ def _density(commits: Sequence[Commit], phase: str, measured: _Measured) -> floa
     store = store_of(root, read_state(root), phase)
     table = pa.concat_tables(store.read_part(c) for c in commits)
     pq.write_table(table, file, compression="zstd", row_group_size=rows)
-    return float(min(1.0, file.tell() / sum(c.outputs[0]["bytes"] for c in commits)))
+    return float(min(1.0, file.tell() / sum(c.output().bytes for c in commits)))
 
 
 def _noted(what: str, commit: Commit) -> float:
-    return float(commit.extra["estimate"][what])
+    return float(commit.notes[what])
 
 
 def _bytes(commit: Commit) -> float:
-    return float(sum(o["bytes"] for o in commit.outputs))
+    return float(sum(o.bytes for o in commit.outputs))
 
 
 def _chars(commit: Commit) -> float:
-    return commit.totals.get("chars_out", 0.0)
+    return float(commit.result.chars_out)
 
 
 def _tokens(commit: Commit) -> float:
-    return commit.totals["tokens"] + commit.totals.get("held_out_tokens", 0.0)
+    return float(commit.result.tokens + commit.result.held_out_tokens)

@@ -5,7 +5,7 @@ import os
 from filters import derived, rules, settings
 from pipeline.config.digests import IRRELEVANT_KEYS, file_digests, general_key
 from pipeline.config.sections import Config, section_of
-from pipeline.config.show import show
+from pipeline.config.show import show, to_toml
 from pipeline.report.sample import Ledger
 
 # besides bounds, these sections and these keys of others change no document
@@ -21,7 +21,7 @@ def require_measured(config: Config, ledger: Ledger) -> None:
             scores = ", ".join(sorted(measured))
             raise ValueError(f"{ledger.root} did not measure '{name}'; it has scores of {scores}")
     now = {key: value for key, value, _ in show(config)}
-    then = {key: entry["value"] for key, entry in ledger.state["config"].items()}
+    then = {key: to_toml(setting.value) for key, setting in ledger.state.config.items()}
     for key in sorted(now.keys() | {key for key in then if key.startswith("per_language.")}):
         # a language without a value of its own has the value for all
         before, after = (values.get(key, values.get(general_key(key))) for values in (then, now))
@@ -32,7 +32,7 @@ def require_measured(config: Config, ledger: Ledger) -> None:
                 f"{ledger.root} measured with {key} = {before}, not {after}: only bounds can be "
                 "changed without running it"
             )
-    measured_by = ledger.state.get("files", {})
+    measured_by = ledger.state.files
     for key, content in file_digests(config).items():
         if section_of(key) not in _FREE_SECTIONS and measured_by.get(key, content) != content:
             raise ValueError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config.sections import Config
-from pipeline.run.state import Input
+from pipeline.run.inputs import Input
 from stages.formats.errors import ConfigError
 from stages.pack.pack import derive_seed
 from stages.read.fetch import local_copy

@@ -10,8 +10,9 @@ cluster that holds one loses all its documents.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +20,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+from pydantic.dataclasses import dataclass as validated
 
+from filters import STRICT
 from stages.dedup import minhash, shuffle
-from stages.dedup.dedup import CELLS, EARLIER, DedupConfig, earlier_documents
-from stages.dedup.shuffle import Layout, group_starts, merge, merge_all, mix, whole_groups
+from stages.dedup.config import CELLS, EARLIER, DedupConfig
+from stages.dedup.keys import earlier_documents
+from stages.dedup.shuffle import (
+    U64,
+    AnswerTask,
+    Layout,
+    PartitionTask,
+    group_starts,
+    merge,
+    merge_all,
+    mix,
+    whole_groups,
+)
 from stages.formats.document import sampled
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import PartRef, documents, fixed_binary, part_of, read_columns
 
-U64 = npt.NDArray[np.uint64]
 KEEP = pa.schema(
     [
         pa.field("doc_id", pa.uint64(), nullable=False),
@@ -50,7 +63,7 @@ CANDIDATES = Layout(
 LOSSES = Layout(
     width=4, lanes=1, cells=256
 )  # hash of kind and name, documents, dropped, a document
-KINDS = ("host", "language", "input")
+KINDS: tuple[Literal["host", "language", "input"], ...] = ("host", "language", "input")
 _COLUMNS = {"longest": "num_chars", "newest": "crawl_date", "first": "doc_id"}
 _WORST = np.uint64(2**64 - 1)
 _PAIRS_AT_ONCE = 512
@@ -59,19 +72,27 @@ _PAIRS_AT_ONCE = 512
 # --- rank -----------------------------------------------------------------------------------------
 
 
-def rank_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Candidates of a group. `unit.task`: {"group", "parts": [PartRef...] ([]: earlier batches),
-    "labels": shuffle URI}.
+@dataclass(frozen=True)
+class RankTask:
+    """A group of documents parts, and the URI of the shuffle of labels.
+
+    Without parts, the group stands for the documents of earlier batches.
     """
+
+    group: int
+    parts: tuple[PartRef, ...]
+    labels: str
+
+
+def rank_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Write the best candidate of a group for every cluster. The task is a RankTask."""
+    task: RankTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    labels, group = merge_all(unit.task["labels"], unit.task["group"], width=2), unit.task["group"]
+    labels = merge_all(task.labels, task.group, width=2)
     commit.rows_in = len(labels)
-    parts = [PartRef(*p) for p in unit.task["parts"]]
-    rows = (
-        [_earlier(labels, group)]
-        if not parts
-        else [_members(p, labels, group, config.keep_rule) for p in parts if len(labels)]
-    )
+    rows = [_members(p, labels, task.group, config.keep_rule) for p in task.parts if len(labels)]
+    if not task.parts:
+        rows = [_earlier(labels, task.group)]
     best = _best(np.concatenate([np.empty((0, CANDIDATES.width), np.uint64), *rows]))
     commit.rows_out = len(best)
     shuffle.write(store, "candidates", [best], CANDIDATES, commit=commit)
@@ -141,15 +162,22 @@ def _best(rows: U64) -> U64:
 # --- elect ----------------------------------------------------------------------------------------
 
 
+@validated(frozen=True, config=STRICT)
+class ElectResult:
+    """Number of clusters by size class (see `size_classes`)."""
+
+    cluster_sizes: dict[str, int] = field(default_factory=dict)
+
+
 def elect_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Winners of a partition of clusters. `unit.task`: {"shuffle", "partition", "groups": lanes to
-    answer to}.
-    """
+    """Write the winners of a partition of clusters. The task is an AnswerTask."""
+    task: AnswerTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
     sizes: Counter[str] = Counter()
     answers = [np.empty((0, 6), np.uint64)]
+    source = task.partition
     for rows in whole_groups(
-        merge(unit.task["shuffle"], unit.task["partition"], memory=config.partition_bytes)
+        merge(source.shuffle, source.partition, memory=config.partition_bytes)
     ):
         best = _best(rows)
         answers.append(_answers(rows, best))
@@ -158,10 +186,10 @@ def elect_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
         commit.rows_out += len(best)
     groups = np.concatenate(answers)
     groups = groups[np.argsort(groups[:, 0], kind="stable")]
-    borders = np.searchsorted(groups[:, 0], np.arange(1, unit.task["groups"], dtype=np.uint64))
+    borders = np.searchsorted(groups[:, 0], np.arange(1, task.groups, dtype=np.uint64))
     lanes = np.split(groups[:, 1:], borders)
-    shuffle.write(store, "verdicts", lanes, verdicts_layout(unit.task["groups"]), commit=commit)
-    commit.extra["cluster_sizes"] = dict(sizes)
+    shuffle.write(store, "verdicts", lanes, verdicts_layout(task.groups), commit=commit)
+    commit.result = ElectResult(dict(sizes))
     return commit
 
 
@@ -195,69 +223,90 @@ def size_classes(sizes: U64) -> dict[str, int]:
 # --- keep -----------------------------------------------------------------------------------------
 
 
-def keep_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """The keep table of a group's parts. `unit.task`: {"group", "parts", "labels", "verdicts":
-    shuffle URIs or None, "seed"}.
+@dataclass(frozen=True)
+class KeepTask:
+    """A group of documents parts, and the shuffles of labels and verdicts by URI (None: no dedup).
+
+    `seed` draws the documents whose similarity is measured.
     """
+
+    group: int
+    parts: tuple[PartRef, ...]
+    labels: str | None
+    verdicts: str | None
+    seed: int
+
+
+@validated(frozen=True, config=STRICT)
+class LargeCluster:
+    """A cluster, its size in documents, and some of its members in this group."""
+
+    cluster_id: int
+    size: int
+    members: list[int] = field(default_factory=list)
+
+
+@validated(frozen=True, config=STRICT)
+class KeepResult:
+    """Documents whose similarity was measured, and the largest clusters with members here."""
+
+    measured: int = 0
+    largest: tuple[LargeCluster, ...] = ()
+
+
+def keep_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Write the keep table of a group's parts. The task is a KeepTask."""
+    task: KeepTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    task = unit.task
-    labels = (
-        merge_all(task["labels"], task["group"], width=2)
-        if task["labels"]
-        else np.empty((0, 2), np.uint64)
-    )
-    verdicts = (
-        merge_all(task["verdicts"], task["group"], width=5)
-        if task["verdicts"]
-        else np.empty((0, 5), np.uint64)
-    )
+    labels, verdicts = np.empty((0, 2), np.uint64), np.empty((0, 5), np.uint64)
+    if task.labels and task.verdicts:
+        labels = merge_all(task.labels, task.group, width=2)
+        verdicts = merge_all(task.verdicts, task.group, width=5)
     counts: Counter[str] = Counter()
     losses, largest = [np.empty((0, 4), np.uint64)], _largest(verdicts)
-    for part in (PartRef(*p) for p in task["parts"]):
-        found = _kept_documents(part, ["content_hash", "host", "language", "warc_file"])
-        table = _keep_table(found, labels, verdicts)
+    measured = 0
+    for part in task.parts:
+        documents = _kept_documents(part, ["content_hash", "host", "language", "warc_file"])
+        table = _keep_table(documents, labels, verdicts)
         if config.verify_share:
             place = table.schema.get_field_index("similarity")
-            table = table.set_column(
-                place, KEEP.field(place), _similarities(table, part, config, task["seed"])
-            )
+            similarities = _similarities(table, part, config, task.seed)
+            table = table.set_column(place, KEEP.field(place), similarities)
         with store.create("keep", f"{part.unit}.parquet", outputs=commit.outputs) as path:
             pq.write_table(table, path, compression="zstd")
         counts.update(rule or "kept" for rule in table["rule"].to_pylist())
-        losses.append(_losses(found, table["keep"]))
+        losses.append(_losses(documents, table["keep"]))
         _add_members(largest, table)
         commit.rows_in += table.num_rows
-        commit.totals["measured"] = (
-            commit.totals.get("measured", 0) + table.num_rows - table["similarity"].null_count
-        )
+        measured += table.num_rows - table["similarity"].null_count
     shuffle.write(store, "losses", [_sum_losses(np.concatenate(losses))], LOSSES, commit=commit)
     commit.rows_out, commit.counts = counts["kept"], dict(sorted(counts.items()))
-    commit.extra["largest"] = [{"cluster_id": root, **cluster} for root, cluster in largest.items()]
+    commit.result = KeepResult(measured, tuple(largest.values()))
     return commit
 
 
-def _largest(verdicts: U64, count: int = 10) -> dict[int, dict[str, Any]]:
-    """The largest clusters that have members in a group, by cluster_id, for the report.
+def _largest(verdicts: U64, count: int = 10) -> dict[int, LargeCluster]:
+    """The largest clusters with members in a group, by cluster_id, for the report.
 
-    What is largest in all is here too.
+    The largest clusters of the whole batch are among those of the groups.
     """
     order = np.lexsort((verdicts[:, 0], -verdicts[:, 1].astype(np.int64)))[:count]
     roots = shuffle.unmix(verdicts[order, 0]).tolist()
     return {
-        root: {"size": size, "members": []}
+        root: LargeCluster(root, size)
         for root, size in zip(roots, verdicts[order, 1].tolist(), strict=True)
     }
 
 
-def _add_members(largest: dict[int, dict[str, Any]], table: pa.Table, count: int = 3) -> None:
+def _add_members(largest: dict[int, LargeCluster], table: pa.Table, count: int = 3) -> None:
     rows = table.filter(
         pc.is_in(table["cluster_id"], value_set=pa.array(list(largest), pa.uint64()))
     )
     for doc_id, root in zip(
         rows["doc_id"].to_pylist(), rows["cluster_id"].to_pylist(), strict=True
     ):
-        if len(largest[root]["members"]) < count:
-            largest[root]["members"].append(doc_id)
+        if len(largest[root].members) < count:
+            largest[root].members.append(doc_id)
 
 
 def _keep_table(found: pa.Table, labels: U64, verdicts: U64) -> pa.Table:
@@ -370,30 +419,43 @@ def _sum_losses(rows: U64) -> U64:
     return sums
 
 
+@validated(frozen=True, config=STRICT)
+class HeavyLoss:
+    """A host, language or input file that lost too much: documents before, dropped, one of them."""
+
+    kind: Literal["host", "language", "input"]
+    documents: int
+    dropped: int
+    example: int
+
+
+@validated(frozen=True, config=STRICT)
+class AlarmResult:
+    """Heavy losses of a partition, most dropped documents first, at most 1000."""
+
+    heavy_losses: tuple[HeavyLoss, ...] = ()
+
+
 def alarm_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Who lost too much, of a partition of losses. `unit.task`: {"shuffle", "partition"}."""
+    """Find the heavy losses of a partition. The task is a PartitionTask."""
+    task: PartitionTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    wiped = [np.empty((0, 4), np.uint64)]
-    for rows in whole_groups(
-        merge(unit.task["shuffle"], unit.task["partition"], memory=config.partition_bytes)
-    ):
+    heavy = [np.empty((0, 4), np.uint64)]
+    for rows in whole_groups(merge(task.shuffle, task.partition, memory=config.partition_bytes)):
         sums = _sum_losses(rows)
         commit.rows_in += len(sums)
-        wiped.append(sums[_too_much(sums, config)])
-    found = np.concatenate(wiped)
-    commit.rows_out = len(found)
-    found = found[
-        np.lexsort((found[:, 0] & np.uint64(3), found[:, 3], -found[:, 2].astype(np.int64)))[:1000]
-    ]
-    commit.extra["wiped"] = list(_named(found))
+        heavy.append(sums[_too_much(sums, config)])
+    losses = np.concatenate(heavy)
+    commit.rows_out = len(losses)
+    order = np.lexsort((losses[:, 0] & np.uint64(3), losses[:, 3], -losses[:, 2].astype(np.int64)))
+    commit.result = AlarmResult(
+        tuple(
+            HeavyLoss(KINDS[key & 3], *numbers) for key, *numbers in losses[order[:1000]].tolist()
+        )
+    )
     return commit
 
 
 def _too_much(sums: U64, config: DedupConfig) -> npt.NDArray[np.bool_]:
     documents, dropped = sums[:, 1].astype(np.float64), sums[:, 2].astype(np.float64)
     return (documents >= config.alarm_documents) & (dropped > config.alarm_share * documents)
-
-
-def _named(rows: U64) -> Iterator[dict[str, Any]]:
-    for key, number, dropped, example in rows.tolist():
-        yield {"kind": KINDS[key & 3], "documents": number, "dropped": dropped, "example": example}

@@ -18,7 +18,8 @@ distinct one while they are sorted for the shuffle.
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,16 +27,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+from pydantic.dataclasses import dataclass as validated
 
+from filters import STRICT
 from stages.dedup import shuffle
-from stages.dedup.dedup import CELLS, DedupConfig
+from stages.dedup.config import CELLS, DedupConfig
 from stages.dedup.minhash import normalize
-from stages.dedup.shuffle import Layout, merge
+from stages.dedup.shuffle import U64, AnswerTask, Layout, merge
 from stages.storage.files import open_parquet
 from stages.storage.ledger import Commit, Store, Unit
-from stages.storage.parts import read_columns
+from stages.storage.parts import PartRef, read_columns
 
-U64 = npt.NDArray[np.uint64]
 Piece = Literal["line", "paragraph"]
 LINES = Layout(width=2, lanes=1, cells=CELLS)  # hash, group
 CUTS = pa.schema(
@@ -86,17 +88,24 @@ def _normalized(pieces: Sequence[str]) -> list[bytes]:
     return [line.strip(b" ") for line in lines]
 
 
+@dataclass(frozen=True)
+class LinesTask:
+    """A group of documents parts, and their keep tables by URI, one per part."""
+
+    group: int
+    parts: tuple[PartRef, ...]
+    keep: tuple[str, ...]
+
+
 def lines_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Distinct hashes of a group. `unit.task`: {"group", "parts": [PartRef...], "keep": [URIs of
-    keep tables, one per part]}.
-    """
+    """Write the distinct line hashes of a group. The task is a LinesTask."""
     assert config.line_level != "off"
     commit = Commit(unit.name, unit.fingerprint)
     hashes, _ = _group_hashes(unit.task, config.line_level)
     commit.rows_in = len(hashes)
     hashes.sort()
     hashes = hashes[~_again(hashes) & (hashes != _EMPTY)]
-    rows = np.full((len(hashes), LINES.width), unit.task["group"], np.uint64)
+    rows = np.full((len(hashes), LINES.width), unit.task.group, np.uint64)
     rows[:, 0] = hashes
     del hashes  # before the rows are sorted
     commit.rows_out = len(rows)
@@ -105,26 +114,21 @@ def lines_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 
 
 def repeats_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Hashes that an earlier group has. `unit.task`: {"shuffle": URI, "partition", "groups": lanes
-    to answer to}.
-    """
+    """Write the hashes that an earlier group has. The task is an AnswerTask."""
+    task: AnswerTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    found, last = [np.empty((0, LINES.width), np.uint64)], np.empty(0, np.uint64)
-    for rows in merge(unit.task["shuffle"], unit.task["partition"], memory=config.partition_bytes):
+    later, last = [np.empty((0, LINES.width), np.uint64)], np.empty(0, np.uint64)
+    source = task.partition
+    for rows in merge(source.shuffle, source.partition, memory=config.partition_bytes):
         keys = np.append(last, rows[:, 0])
-        found.append(rows[_again(keys)[len(last) :]])
+        later.append(rows[_again(keys)[len(last) :]])
         last = keys[-1:]
         commit.rows_in += len(rows)
-    repeats = np.concatenate(found)
+    repeats = np.concatenate(later)
     repeats = repeats[np.argsort(repeats[:, 1], kind="stable")]
-    borders = np.searchsorted(repeats[:, 1], np.arange(1, unit.task["groups"], dtype=np.uint64))
-    shuffle.write(
-        store,
-        "repeats",
-        np.split(repeats, borders),
-        repeats_layout(unit.task["groups"]),
-        commit=commit,
-    )
+    borders = np.searchsorted(repeats[:, 1], np.arange(1, task.groups, dtype=np.uint64))
+    lanes = np.split(repeats, borders)
+    shuffle.write(store, "repeats", lanes, repeats_layout(task.groups), commit=commit)
     commit.rows_out = len(repeats)
     return commit
 
@@ -134,41 +138,59 @@ def repeats_layout(groups: int) -> Layout:
     return Layout(width=LINES.width, lanes=groups)
 
 
-def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Lines to cut. `unit.task`: that of `lines_unit` and {"repeats": shuffle URI}.
+@dataclass(frozen=True)
+class CutsTask:
+    """A LinesTask, and the URI of the shuffle of repeats."""
 
-    `rows_in` are documents, `rows_out` those that lose a line. Totals: lines (the empty ones too),
-    lines_cut, chars_cut.
+    lines: LinesTask
+    repeats: str
+
+
+@validated(frozen=True, config=STRICT)
+class CutsResult:
+    """Lines (empty ones included), lines cut, and characters cut."""
+
+    lines: int = 0
+    lines_cut: int = 0
+    chars_cut: int = 0
+
+
+def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
+    """Write which lines to cut. The task is a CutsTask.
+
+    `rows_in` are documents, `rows_out` those that lose a line.
     """
     assert config.line_level != "off"
+    task: CutsTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    hashes, ends = _group_hashes(unit.task, config.line_level)
-    blocks = merge(unit.task["repeats"], unit.task["group"], memory=config.partition_bytes)
+    hashes, ends = _group_hashes(task.lines, config.line_level)
+    blocks = merge(task.repeats, task.lines.group, memory=config.partition_bytes)
     cut = _copies(
         hashes, np.concatenate([np.empty(0, np.uint64), *(rows[:, 0].copy() for rows in blocks)])
     )
-    commit.totals = {"lines": len(hashes), "lines_cut": int(cut.sum()), "chars_cut": 0}
-    for (part, uri), keep in zip(unit.task["parts"], unit.task["keep"], strict=True):
+    total_chars = 0
+    for (part, uri), keep in zip(task.lines.parts, task.lines.keep, strict=True):
         rows = []
         for doc_id, text in _kept_texts(uri, keep):
             gone = np.flatnonzero(cut[ends[commit.rows_in] : ends[commit.rows_in + 1]]).tolist()
             if gone:
                 chars_cut = len(text) - len(cut_text(text, gone, config.line_level))
-                commit.totals["chars_cut"] += chars_cut
+                total_chars += chars_cut
                 rows.append({"doc_id": doc_id, "cut": gone, "chars_cut": chars_cut})
             commit.rows_in += 1
         with store.create("cuts", f"{part}.parquet", outputs=commit.outputs) as path:
             pq.write_table(pa.Table.from_pylist(rows, schema=CUTS), path, compression="zstd")
         commit.rows_out += len(rows)
+    commit.result = CutsResult(len(hashes), int(cut.sum()), total_chars)
     return commit
 
 
-def _group_hashes(task: dict[str, Any], piece: Piece) -> tuple[U64, npt.NDArray[np.int64]]:
+def _group_hashes(task: LinesTask, piece: Piece) -> tuple[U64, npt.NDArray[np.int64]]:
     """Hashes of all lines of a group's documents in order (L,), and the places where each document
     begins and ends (D + 1,).
     """
     digests, places = bytearray(), array("q", [0])
-    for (_, uri), keep in zip(task["parts"], task["keep"], strict=True):
+    for (_, uri), keep in zip(task.parts, task.keep, strict=True):
         for _, text in _kept_texts(uri, keep):
             digests += line_hashes(text, piece)
             places.append(len(digests) // 8)

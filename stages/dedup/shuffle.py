@@ -70,6 +70,22 @@ class Shuffle(NamedTuple):
         return self.per_lane * self.layout.lanes
 
 
+@dataclass(frozen=True)
+class PartitionTask:
+    """A unit's task: one partition of a shuffle, by the shuffle's URI."""
+
+    shuffle: str
+    partition: int
+
+
+@dataclass(frozen=True)
+class AnswerTask:
+    """A unit's task: a partition whose rows get an answer, sent back to `groups` groups."""
+
+    partition: PartitionTask
+    groups: int
+
+
 def mix(ids: U64) -> U64:
     """A bijection of 64-bit integers onto uniform keys (the finaliser of splitmix64, Steele et al.
 

@@ -9,7 +9,7 @@ bound is re-applied to the part of an earlier run instead of extracting again.
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as validated
 
 from filters import STRICT, Rejection, apply, first_failure, rules, settings
 from filters.language import Language
@@ -52,7 +52,7 @@ _NO_DOCUMENT = ("not_response",)
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated(frozen=True, config=STRICT)
 class ExtractConfig:
     """Settings of the extract stage.
 
@@ -94,60 +94,103 @@ class ExtractPlan:
     filters: tuple[NamedFilter, ...]
     signature: minhash.Signature
     seed: int
-    reusable_stores: tuple[
-        str, ...
-    ] = ()  # stores of the same extraction under other bounds, best first
+
+
+@dataclass(frozen=True)
+class ExtractTask:
+    """An input file, and its number in the run's list of inputs.
+
+    `reusable_stores` hold the same extraction under other bounds, newest first.
+    """
+
+    path: str
+    ordinal: int
+    reusable_stores: tuple[str, ...] = ()
+
+
+@validated(frozen=True, config=STRICT)
+class ExtractResult:
+    """What was read and kept of an input file.
+
+    `bytes_in` is the size of the file; `lost_bytes` in `lost_members` places could not be read.
+    `chars_out` are characters of the kept documents. `id_type` is the type of the source ids of
+    JSONL and Parquet inputs, "" for others. `reapplied`: the bounds were applied to stored scores.
+    """
+
+    bytes_in: int = 0
+    lost_bytes: int = 0
+    lost_members: int = 0
+    chars_out: int = 0
+    languages: dict[str, int] = field(default_factory=dict)
+    tallies: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    id_type: str = ""
+    reapplied: bool = False
 
 
 def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
-    """Do one input file: read, measure, write its part; the caller commits. `unit.task`: {"path",
-    "ordinal"}.
-    """
+    """Read one input file, measure its documents and write their part. The task is an ExtractTask."""
+    stored = _stored_rows(unit, plan)
+    if stored is not None:
+        return _apply_bounds(*stored, unit, plan, store)
+    task: ExtractTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    donated = _from_donor(unit, plan)
-    if donated is not None:
-        rows, before = donated
-        totals = {k: v for k, v in before.totals.items() if k != "child_cpu_seconds"}
-        commit.rows_in, commit.totals, commit.extra = (
-            before.rows_in,
-            totals,
-            before.extra | {"reapplied": True},
-        )
-        commit.counts = {
-            k: n for k, n in before.counts.items() if k.removeprefix("warc.") in _NO_DOCUMENT
-        }
-        _write(rows, commit, plan, store)
-        return commit
-    with local_copy(unit.task["path"], options=plan.fetch) as path:
-        commit.totals["bytes_in"] = path.stat().st_size
+    with local_copy(task.path, options=plan.fetch) as path:
         if plan.input.format in ("warc", "wet"):
-            stats, extractor = ReadStats(), _extractor(_options(plan))
-            started = extractor.cpu_seconds
-            _write(_web_rows(path, unit, plan, stats), commit, plan, store)
-            if not stats.records and stats.lost_bytes and not begins_as_warc(path):
-                raise ValueError(
-                    f"{unit.task['path']}: no WARC record in {stats.lost_bytes:,} bytes; is it one? input.format says "
-                    f"{plan.input.format}, and may be jsonl or parquet"
-                )
-            commit.rows_in = stats.records
-            commit.totals |= {"lost_bytes": stats.lost_bytes, "lost_members": stats.lost_members}
-            commit.totals["child_cpu_seconds"] = round(extractor.cpu_seconds - started, 3)
-            commit.counts |= {
-                f"warc.{r}": stats.skipped[r] for r in _NO_DOCUMENT if stats.skipped[r]
-            }
+            result = _extract_web(path, task, commit, plan, store)
         else:
-            _write(_text_rows(path, unit, plan), commit, plan, store)
-            commit.extra["id_type"] = id_type(path, plan.input)  # here, where the file is at hand
+            result = _write_documents(_text_rows(path, task, plan), commit, plan, store)
+            result = replace(result, id_type=id_type(path, plan.input))
             commit.rows_in = sum(commit.counts.values())
+        commit.result = replace(result, bytes_in=path.stat().st_size)
         _require_unchanged(unit)
     return commit
 
 
-def _require_unchanged(unit: Unit) -> None:
-    found = fingerprint(unit.task["path"])
-    if found != unit.fingerprint:
+def _extract_web(
+    path: Path, task: ExtractTask, commit: Commit, plan: ExtractPlan, store: Store
+) -> ExtractResult:
+    """Documents of a WARC or WET file; ValueError if it holds no WARC record at all."""
+    stats, extractor = ReadStats(), _extractor(_options(plan))
+    started = extractor.cpu_seconds
+    result = _write_documents(_web_rows(path, task, plan, stats), commit, plan, store)
+    if not stats.records and stats.lost_bytes and not begins_as_warc(path):
         raise ValueError(
-            f"{unit.task['path']} changed while it was read (was {unit.fingerprint}, is {found}); run again"
+            f"{task.path}: no WARC record in {stats.lost_bytes:,} bytes; input.format is "
+            f"{plan.input.format}, should it be jsonl or parquet?"
+        )
+    commit.rows_in = stats.records
+    commit.cpu_seconds = round(extractor.cpu_seconds - started, 3)  # of the child process
+    commit.counts |= {f"warc.{r}": stats.skipped[r] for r in _NO_DOCUMENT if stats.skipped[r]}
+    return replace(result, lost_bytes=stats.lost_bytes, lost_members=stats.lost_members)
+
+
+def _apply_bounds(
+    rows: list[Row], before: Commit, unit: Unit, plan: ExtractPlan, store: Store
+) -> Commit:
+    """Write rows that an earlier run measured and that were judged by other bounds here."""
+    commit = Commit(unit.name, unit.fingerprint, rows_in=before.rows_in)
+    commit.counts = {
+        rule: count
+        for rule, count in before.counts.items()
+        if rule.removeprefix("warc.") in _NO_DOCUMENT
+    }
+    result = _write_documents(rows, commit, plan, store)
+    commit.result = replace(
+        before.result,
+        chars_out=result.chars_out,
+        languages=result.languages,
+        tallies=result.tallies,
+        reapplied=True,
+    )
+    return commit
+
+
+def _require_unchanged(unit: Unit) -> None:
+    current = fingerprint(unit.task.path)
+    if current != unit.fingerprint:
+        raise ValueError(
+            f"{unit.task.path} changed while it was read (was {unit.fingerprint}, is {current}); "
+            "run again"
         )
 
 
@@ -203,7 +246,7 @@ def policy_settings(plan: ExtractPlan) -> list[Any]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _web_rows(path: Path, unit: Unit, plan: ExtractPlan, stats: ReadStats) -> Iterator[Row]:
+def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats) -> Iterator[Row]:
     for record in read_records(
         str(path), max_payload_bytes=plan.config.max_html_bytes, stats=stats
     ):
@@ -211,11 +254,11 @@ def _web_rows(path: Path, unit: Unit, plan: ExtractPlan, stats: ReadStats) -> It
             # requests, metadata and the like are counted, and that is all there is to say of them
             continue
         row: Row = {
-            "doc_id": make_doc_id(unit.task["ordinal"], record.index),
+            "doc_id": make_doc_id(task.ordinal, record.index),
             "url": record.url,
             "host": host_of(record.url),
             "crawl_date": record.date,
-            "warc_file": unit.task["path"],
+            "warc_file": task.path,
             "warc_offset": record.offset,
         }
         skipped = Page(rejected_by=f"warc.{record.skipped}") if record.skipped else None
@@ -223,14 +266,14 @@ def _web_rows(path: Path, unit: Unit, plan: ExtractPlan, stats: ReadStats) -> It
         yield _finish(row | _page_columns(page), page, plan)
 
 
-def _text_rows(path: Path, unit: Unit, plan: ExtractPlan) -> Iterator[Row]:
+def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan) -> Iterator[Row]:
     for record in read_texts(path, plan.input):
         row: Row = {
-            "doc_id": make_doc_id(unit.task["ordinal"], record.position),
+            "doc_id": make_doc_id(task.ordinal, record.position),
             "url": record.url,
             "host": host_of(record.url or ""),
             "source_id": record.source_id,
-            "warc_file": unit.task["path"],
+            "warc_file": task.path,
             "warc_offset": record.position,
         }
         page = _text_page(record, plan)
@@ -360,7 +403,10 @@ def _stored(rows: list[Row], plan: ExtractPlan) -> list[Row]:
 # --- writing and re-applying ----------------------------------------------------------------------
 
 
-def _write(rows: Iterable[Row], commit: Commit, plan: ExtractPlan, store: Store) -> None:
+def _write_documents(
+    rows: Iterable[Row], commit: Commit, plan: ExtractPlan, store: Store
+) -> ExtractResult:
+    """Write the documents part; counts go to the commit."""
     schema = document_schema(plan.filters, keys=minhash.describe(plan.signature))
     counts: Counter[str] = Counter()
     languages: Counter[str] = Counter()
@@ -376,14 +422,13 @@ def _write(rows: Iterable[Row], commit: Commit, plan: ExtractPlan, store: Store)
                 languages[row["language"] or "unknown"] += 1
                 tallies.add(row)
                 chars += row["num_chars"] if row["rejected_by"] is None else 0
-            writer.write_table(
-                pa.Table.from_pylist(_stored(_signed(batch, plan), plan), schema=schema)
-            )
+            signed = _stored(_signed(batch, plan), plan)
+            writer.write_table(pa.Table.from_pylist(signed, schema=schema))
     commit.counts |= dict(sorted(counts.items()))
     commit.rows_out = counts["kept"]
-    commit.totals["chars_out"] = chars
-    commit.extra["languages"] = dict(sorted(languages.items()))
-    commit.extra["tallies"] = tallies.counts
+    return ExtractResult(
+        chars_out=chars, languages=dict(sorted(languages.items())), tallies=tallies.counts
+    )
 
 
 def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -397,16 +442,17 @@ def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _from_donor(unit: Unit, plan: ExtractPlan) -> tuple[list[Row], Commit] | None:
-    """Rows of this unit from an earlier run with other bounds, judged anew; None when a text that
-    is needed was not kept.
+def _stored_rows(unit: Unit, plan: ExtractPlan) -> tuple[list[Row], Commit] | None:
+    """Rows of this unit from an earlier run with other bounds, judged again, and its commit.
+
+    None if there is no such run, or if it did not keep a text that is needed now.
     """
-    for root in plan.reusable_stores:
-        donor = Store(root)
-        before = donor.commit_of(unit.name)
+    for root in unit.task.reusable_stores:
+        store = Store(root, ExtractResult)
+        before = store.commit_of(unit.name)
         if before is None or before.fingerprint != unit.fingerprint:
             continue
-        rows = [_rejudge(row, plan) for row in donor.read_part(before).to_pylist()]
+        rows = [_rejudge(row, plan) for row in store.read_part(before).to_pylist()]
         if all(row["text"] is not None for row in rows if _keeps_text(row, plan)):
             return rows, before
     return None

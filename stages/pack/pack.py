@@ -10,6 +10,7 @@ alike.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as validated
 
 from filters import STRICT, File, off_is_none
 from stages.formats import tokens
@@ -43,7 +44,7 @@ PROVENANCE = pa.schema(
 )
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated(frozen=True, config=STRICT)
 class PackConfig:
     """Settings of the pack stage.
 
@@ -82,17 +83,21 @@ class CorpusPart(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Where pack leaves one side of the documents: kinds of its outputs, and the name of its total
-    of tokens.
-    """
+    """Where pack writes the documents for training, or those held out: folders of its outputs."""
 
     parts: str
     provenance: str
-    tokens: str
 
 
-TRAINING = Split("parts", "provenance", "tokens")
-HELD_OUT = Split("held_out", "held_out_provenance", "held_out_tokens")
+TRAINING = Split("parts", "provenance")
+HELD_OUT = Split("held_out", "held_out_provenance")
+
+
+class Written(NamedTuple):
+    """What was written of one split."""
+
+    rows: int = 0
+    tokens: int = 0
 
 
 def derive_seed(seed: int, purpose: str, item: str = "") -> int:
@@ -125,43 +130,64 @@ def is_held_out(text: bytes | pa.Buffer, *, share: float, seed: int) -> bool:
     return xxhash.xxh64_intdigest(text, seed=derive_seed(seed, "pack.held_out")) < share * 2.0**64
 
 
+@dataclass(frozen=True)
+class PackTask:
+    """A group of corpus parts."""
+
+    parts: tuple[CorpusPart, ...]
+
+
+@validated(frozen=True, config=STRICT)
+class PackResult:
+    """Tokens of the documents for training; tokens and rows of those held out."""
+
+    tokens: int = 0
+    held_out_tokens: int = 0
+    held_out_rows: int = 0
+
+
 def pack_unit(unit: Unit, plan: "PackPlan", store: Store) -> Commit:
-    """Do one group of corpus parts. `unit.task`: {"parts": [CorpusPart...]}.
+    """Pack one group of corpus parts. The task is a PackTask.
 
     `rows_in` are documents, counted as 'kept' for training or 'pack.held_out'; `rows_out` are
-    training rows. Totals: tokens, and where any document is held out held_out_tokens and
-    held_out_rows.
+    training rows.
     """
+    task: PackTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    training, held_out = _dealt([CorpusPart(*p) for p in unit.task["parts"]], plan, unit.name)
+    training, held_out = _deal(task.parts, plan, unit.name)
     commit.rows_in = training.num_rows + held_out.num_rows
     commit.counts = {"kept": training.num_rows}
-    commit.rows_out = _write(training, TRAINING, plan.config, commit, store)
+    written = _write_split(training, TRAINING, plan.config, commit, store)
+    held_out_written = Written()
     if held_out.num_rows:
         commit.counts["pack.held_out"] = held_out.num_rows
-        commit.totals["held_out_rows"] = _write(held_out, HELD_OUT, plan.config, commit, store)
+        held_out_written = _write_split(held_out, HELD_OUT, plan.config, commit, store)
     else:
         store.clear(HELD_OUT.parts, unit.name)
-    written = {output["path"] for output in commit.outputs}
-    for side in (TRAINING, HELD_OUT):
-        # what died here left; now and by name, for a second copy of the unit may be at work, which
-        # writes the same ones
-        for name in names_in(store.uri(side.parts, unit.name)):
-            if not name.startswith(".") and f"{side.parts}/{unit.name}/{name}" not in written:
-                store.clear(side.parts, unit.name, name)
+    commit.rows_out = written.rows
+    commit.result = PackResult(written.tokens, held_out_written.tokens, held_out_written.rows)
+    _remove_leftovers(commit, store)
     return commit
 
 
-def _write(
-    documents: pa.Table, side: Split, config: PackConfig, commit: Commit, store: Store
-) -> int:
-    """Tokenise, pack and write one side of a unit's documents; the number of rows."""
+def _remove_leftovers(commit: Commit, store: Store) -> None:
+    """Remove files of an attempt that died, by name: a second copy of the unit may be writing."""
+    written = {output.path for output in commit.outputs}
+    for split in (TRAINING, HELD_OUT):
+        for name in names_in(store.uri(split.parts, commit.unit)):
+            if not name.startswith(".") and f"{split.parts}/{commit.unit}/{name}" not in written:
+                store.clear(split.parts, commit.unit, name)
+
+
+def _write_split(
+    documents: pa.Table, split: Split, config: PackConfig, commit: Commit, store: Store
+) -> Written:
+    """Tokenize, pack and write one split of a unit's documents."""
     encoding = tokens.load_encoding(config.encoding, config.vocabulary_dir)
-    ids, urls, rows = documents["doc_id"].to_pylist(), documents["url"].to_pylist(), 0
-    tokenized = _tokenized(
-        documents["text"], encoding, config.batch_size, commit.totals, side.tokens
-    )
+    ids, urls = documents["doc_id"].to_pylist(), documents["url"].to_pylist()
+    tokenized = _tokenize(documents["text"], encoding, config.batch_size)
     pack = tokens.concatenate_and_chunk if config.packing == "concatenate" else tokens.best_fit
+    rows = num_tokens = 0
     with scratch_folder("gristmill-pack") as folder:
         spans = []
         with MDSWriter(
@@ -179,16 +205,17 @@ def _write(
                     for s in row.spans
                 ]
                 rows += 1
+                num_tokens += int(lengths.sum())
         for file in sorted((folder / "part").iterdir(), key=lambda f: (f.name == INDEX, f.name)):
-            with store.create(side.parts, commit.unit, file.name, outputs=commit.outputs) as path:
+            with store.create(split.parts, commit.unit, file.name, outputs=commit.outputs) as path:
                 path.write_bytes(file.read_bytes())
-    with store.create(side.provenance, f"{commit.unit}.parquet", outputs=commit.outputs) as path:
+    with store.create(split.provenance, f"{commit.unit}.parquet", outputs=commit.outputs) as path:
         table = pa.table(
             [list(column) for column in zip(*spans, strict=True)] or [[]] * len(PROVENANCE),
             schema=PROVENANCE,
         )
         pq.write_table(table, path, compression="zstd")
-    return rows
+    return Written(rows, num_tokens)
 
 
 class PackPlan(NamedTuple):
@@ -205,31 +232,20 @@ def columns(seq_len: int) -> dict[str, str]:
     return {"tokens": f"ndarray:uint32:{seq_len}", "spans": "ndarray:uint32"}
 
 
-def _dealt(parts: Sequence[CorpusPart], plan: PackPlan, unit: str) -> tuple[pa.Table, pa.Table]:
-    """The documents of some parts in an order drawn by the seed: those for training, and those held
-    out.
-    """
-    table = pa.concat_tables(
-        [read_columns(part.uri, ["doc_id", "url", "text"]) for part in parts]
-    ).combine_chunks()
+def _deal(parts: Sequence[CorpusPart], plan: PackPlan, unit: str) -> tuple[pa.Table, pa.Table]:
+    """The documents of some parts in an order drawn by the seed: for training, and held out."""
+    columns = ["doc_id", "url", "text"]
+    table = pa.concat_tables([read_columns(part.uri, columns) for part in parts]).combine_chunks()
     share = plan.config.held_out
     held_out = np.array(
         [is_held_out(t.as_buffer(), share=share, seed=plan.seed) for t in table["text"]], bool
     )
-    order = np.random.default_rng(derive_seed(plan.seed, "pack.documents", unit)).permutation(
-        table.num_rows
-    )
-    return table.take(pa.array(order[~held_out[order]])), table.take(
-        pa.array(order[held_out[order]])
-    )
+    rng = np.random.default_rng(derive_seed(plan.seed, "pack.documents", unit))
+    order = rng.permutation(table.num_rows)
+    training, evaluation = order[~held_out[order]], order[held_out[order]]
+    return table.take(pa.array(training)), table.take(pa.array(evaluation))
 
 
-def _tokenized(
-    texts: pa.ChunkedArray, encoding: Any, batch_size: int, totals: dict[str, float], name: str
-) -> Iterator[tokens.Tokens]:
-    """Token ids of each text; the total of that name counts them."""
-    totals[name] = 0
+def _tokenize(texts: pa.ChunkedArray, encoding: Any, batch_size: int) -> Iterator[tokens.Tokens]:
     for start in range(0, len(texts), batch_size):
-        batch = tokens.tokenize(texts.slice(start, batch_size).to_pylist(), encoding)
-        totals[name] += sum(len(ids) for ids in batch)
-        yield from batch
+        yield from tokens.tokenize(texts.slice(start, batch_size).to_pylist(), encoding)

@@ -7,12 +7,14 @@ corpus part it writes has the rows of refine's.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic.dataclasses import dataclass as validated
 
+from filters import STRICT
 from filters.pii.ner import Ner
 from filters.pii.spans import Scrubbed, Span
 from stages.storage.files import open_parquet
@@ -23,42 +25,56 @@ BATCH = 64  # documents that the model is given at once
 
 
 @dataclass(frozen=True)
-class NamesPlan:
+class NerPlan:
     """Everything a worker needs for a unit of this phase."""
 
-    names: Ner
+    ner: Ner
 
 
-def names_unit(unit: Unit, plan: NamesPlan, store: Store) -> Commit:
-    """Do one corpus part. `unit.task`: {"corpus": URI}."""
+@dataclass(frozen=True)
+class NerTask:
+    """A corpus part by URI."""
+
+    corpus: str
+
+
+@validated(frozen=True, config=STRICT)
+class NerResult:
+    """Characters of the documents, and spans by entity."""
+
+    chars_out: int = 0
+    pii: dict[str, int] = field(default_factory=dict)
+
+
+def ner_unit(unit: Unit, plan: NerPlan, store: Store) -> Commit:
+    """Replace the names in one corpus part. The task is a NerTask."""
     commit = Commit(unit.name, unit.fingerprint)
-    found: Counter[str] = Counter()
+    spans: Counter[str] = Counter()
     chars = 0
     with (
-        open_parquet(unit.task["corpus"]) as part,
+        open_parquet(unit.task.corpus) as part,
         store.create("corpus", f"{unit.name}.parquet", outputs=commit.outputs) as path,
     ):
-        schema = _schema(part.schema_arrow, plan.names)
+        schema = _schema(part.schema_arrow, plan.ner)
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in part.iter_batches(batch_size=BATCH):
-                rows = _scrubbed(batch.to_pylist(), plan.names)
+                rows = _scrubbed(batch.to_pylist(), plan.ner)
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 commit.rows_out += len(rows)
                 chars += sum(row["num_chars"] for row in rows)
-                found.update(
+                spans.update(
                     {
                         entity: sum(row[_column(entity)] for row in rows)
-                        for entity in plan.names.entities
+                        for entity in plan.ner.entities
                     }
                 )
     commit.rows_in = commit.rows_out
-    commit.totals["chars_out"] = chars
-    commit.extra["pii"] = dict(sorted((+found).items()))
+    commit.result = NerResult(chars, dict(sorted((+spans).items())))
     return commit
 
 
-def _schema(corpus: pa.Schema, names: Ner) -> pa.Schema:
-    for entity in names.entities:
+def _schema(corpus: pa.Schema, ner: Ner) -> pa.Schema:
+    for entity in ner.entities:
         corpus = corpus.append(pa.field(_column(entity), pa.int32()))
     return corpus
 
@@ -67,13 +83,13 @@ def _column(entity: str) -> str:
     return f"pii.{entity.lower()}"
 
 
-def _scrubbed(rows: list[dict[str, Any]], names: Ner) -> list[dict[str, Any]]:
+def _scrubbed(rows: list[dict[str, Any]], ner: Ner) -> list[dict[str, Any]]:
     """Rows of the model's language, or of none, without names; others as they are."""
     before = [
         Scrubbed(row["text"], [Span(**span) for span in row["pii_spans"] or ()]) for row in rows
     ]
-    readable = [i for i, row in enumerate(rows) if row["language"] in (None, names.language)]
-    after = dict(zip(readable, names.scrub_batch([before[i] for i in readable]), strict=True))
+    readable = [i for i, row in enumerate(rows) if row["language"] in (None, ner.language)]
+    after = dict(zip(readable, ner.scrub_batch([before[i] for i in readable]), strict=True))
     for i, row in enumerate(rows):
         text, spans = after.get(i, before[i])
         counts = Counter(span.entity for span in spans)
@@ -82,5 +98,5 @@ def _scrubbed(rows: list[dict[str, Any]], names: Ner) -> list[dict[str, Any]]:
             "num_chars": len(text),
             "pii_spans": [span._asdict() for span in spans],
         }
-        row |= {_column(entity): counts[entity] for entity in names.entities}
+        row |= {_column(entity): counts[entity] for entity in ner.entities}
     return rows

@@ -9,12 +9,13 @@ the same columns.
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as validated
 
 from filters import STRICT, Rejection, apply, first_failure
 from filters.pii.scrub import Pii
@@ -35,7 +36,7 @@ VERSION = 3
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated(frozen=True, config=STRICT)
 class RefineConfig:
     """Settings of the refine stage: `filters` in the order in which they are checked, then whether
     to scrub PII.
@@ -81,11 +82,31 @@ class SamplePlan:
     seed: int
 
 
+@dataclass(frozen=True)
+class RefineTask:
+    """A documents part, its keep table, and the lines to cut from it, if any, by URI."""
+
+    documents: str
+    keep: str
+    cuts: str | None = None
+
+
+@validated(frozen=True, config=STRICT)
+class RefineResult:
+    """Characters of the kept documents, PII spans by entity, and counts of the filters' tallies."""
+
+    chars_out: int = 0
+    pii: dict[str, int] = field(default_factory=dict)
+    tallies: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+
+
 def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
-    """Do one documents part. `unit.task`: {"documents": URI, "keep": URI, "cuts": URI or None}."""
+    """Refine one documents part. The task is a RefineTask."""
+    task: RefineTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    documents = _kept_copies(unit.task["documents"], unit.task["keep"])
-    cuts = _cuts(unit.task["cuts"])
+    documents = _kept_copies(task.documents, task.keep)
+    cuts = _cuts(task.cuts)
+    chars_out = 0
     schema = corpus_schema(documents.schema, plan.filters, plan.entities)
     counts: Counter[str] = Counter()
     pii: Counter[str] = Counter()
@@ -107,13 +128,10 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
             rejected.write_table(
                 pa.Table.from_pylist([r for r in rows if r["rejected_by"]], schema=schema)
             )
-            commit.totals["chars_out"] = commit.totals.get("chars_out", 0) + sum(
-                row["num_chars"] for row in kept
-            )
+            chars_out += sum(row["num_chars"] for row in kept)
     commit.rows_in, commit.rows_out = documents.num_rows, counts["kept"]
     commit.counts = dict(sorted(counts.items()))
-    commit.extra["pii"] = dict(sorted(pii.items()))
-    commit.extra["tallies"] = tallies.counts
+    commit.result = RefineResult(chars_out, dict(sorted(pii.items())), tallies.counts)
     return commit
 
 
@@ -125,21 +143,19 @@ def sample_unit(unit: Unit, plan: SamplePlan, store: Store) -> Commit:
     of rejected ones too.
     """
     commit = Commit(unit.name, unit.fingerprint)
-    documents = _kept_copies(unit.task["documents"], unit.task["keep"])
+    documents = _kept_copies(unit.task.documents, unit.task.keep)
     drawn = _drawn(documents, plan.share, plan.seed)
     identity = [pa.field("doc_id", pa.uint64()), pa.field("language", pa.string())]
     schema = pa.schema(identity + measured_fields(plan.refine.filters))
     rows = [
         _measured(row, plan.refine)[0]
-        for batch in _batches(drawn, _cuts(unit.task["cuts"]), plan.refine)
+        for batch in _batches(drawn, _cuts(unit.task.cuts), plan.refine)
         for row in batch
     ]
     with store.create("sample", f"{unit.name}.parquet", outputs=commit.outputs) as path:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
     identified = ["doc_id", "num_chars", "language", "language_score", "language_line_share"]
-    extracted = read_columns(
-        unit.task["documents"], [*identified, *score_names(unit.task["documents"])]
-    )
+    extracted = read_columns(unit.task.documents, [*identified, *score_names(unit.task.documents)])
     extracted = extracted.filter(pa.compute.is_valid(extracted["num_chars"]))
     with store.create("extracted", f"{unit.name}.parquet", outputs=commit.outputs) as path:
         pq.write_table(_drawn(extracted, plan.extracted_share, plan.seed), path, compression="zstd")

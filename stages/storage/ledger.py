@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
+
 from stages.storage.digests import digest, file_sha256
 from stages.storage.files import (
     create_only,
@@ -39,21 +42,40 @@ if TYPE_CHECKING:
 
 
 class Unit(NamedTuple):
-    """One piece of a stage's work.
+    """One piece of a phase's work.
 
-    `fingerprint` identifies its input: a commit of another input does not count.
+    `fingerprint` identifies its input: a commit with another fingerprint does not count. `task` is
+    the phase's own frozen dataclass. `bytes` is the size of the input, 0 where it is unknown: the
+    largest units start first.
     """
 
     name: str
     fingerprint: str
-    task: dict[str, Any]
+    task: Any
+    bytes: int = 0
+
+
+@validated(frozen=True)
+class Output:
+    """A file that a unit wrote: `path` below the phase's folder, size in bytes, hex sha256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+    @property
+    def kind(self) -> str:
+        """The folder of the file, such as "corpus"."""
+        return self.path.partition("/")[0]
 
 
 @dataclass
 class Commit:
     """What one unit did.
 
-    `counts` are rows by reason ('kept' included), `totals` any other sums (bytes, tokens, spans).
+    `counts` are rows by reason ("kept" included). `result` is the phase's own frozen dataclass, or
+    None. `notes` are figures that a wrapper around the work adds (`gristmill estimate`). `finished`
+    is in Unix seconds, 0.0 until the unit is committed.
     """
 
     unit: str
@@ -61,51 +83,77 @@ class Commit:
     rows_in: int = 0
     rows_out: int = 0
     counts: dict[str, int] = field(default_factory=dict)
-    totals: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-    outputs: list[dict[str, Any]] = field(default_factory=list)
+    result: Any = None
+    notes: dict[str, float | str] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    finished: float = 0.0
 
     @property
     def digest(self) -> str:
         """Identity of everything the unit wrote; equal bytes give equal digests."""
-        return digest([f"{o['path']}:{o['sha256']}" for o in self.outputs])
+        return digest([f"{o.path}:{o.sha256}" for o in self.outputs])
+
+    def output(self, kind: str = "") -> Output:
+        """The first file of a kind, or of any kind; ValueError if there is none."""
+        for output in self.outputs:
+            if kind in ("", output.kind):
+                return output
+        raise ValueError(f"unit {self.unit} wrote no file of kind '{kind}'")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a unit could not be done.
+
+    `task` is for a person to read. `quarantined` is the fingerprint of an input that killed its
+    worker too often, None for an ordinary error; `attempts` is what is known of each such death.
+    """
+
+    unit: str
+    error: str
+    task: Any = None
+    traceback: str = ""
+    quarantined: str | None = None
+    attempts: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of one stage under one key."""
+    """The folder of one phase under one key.
+
+    `result` is the type of its commits' results: without it, results are left out when commits are
+    read.
+    """
 
     root: str
+    result: type | None = None
 
     def uri(self, *parts: str) -> str:
         """URI of a file of this stage."""
         return "/".join([self.root.rstrip("/"), *parts])
 
     @contextmanager
-    def create(self, *parts: str, outputs: list[dict[str, Any]]) -> Iterator[Path]:
-        """A local path to write one output to; on success moved into place and put in `outputs`."""
+    def create(self, *parts: str, outputs: list[Output]) -> Iterator[Path]:
+        """A local path to write one output to; on success it is moved into place and recorded in
+        `outputs`.
+        """
         with output_file(self.uri(*parts)) as temporary:
             yield temporary
-            record = {
-                "path": "/".join(parts),
-                "bytes": temporary.stat().st_size,
-                "sha256": file_sha256(temporary),
-            }
-        outputs.append(record)
+            output = Output("/".join(parts), temporary.stat().st_size, file_sha256(temporary))
+        outputs.append(output)
 
     def commit(self, commit: Commit) -> None:
-        """Record that a unit is done: the last thing a unit does.
-
-        If two processes did it, the first commit stays.
+        """Record that a unit is done: the last thing a unit does. If two processes did it, the
+        first commit stays.
 
         RuntimeError if that one has another input or other bytes.
         """
         record = dataclasses.asdict(commit) | {"digest": commit.digest}
         uri = self.uri("commits", f"{commit.unit}.json")
         if not create_only(uri, json.dumps(record, indent=1).encode()):
-            first = _commit(json.loads(read_bytes(uri)))
+            first = self._decode_commit(json.loads(read_bytes(uri)))
             if (first.fingerprint, first.digest) != (commit.fingerprint, commit.digest):
                 raise RuntimeError(
                     f"{uri} was written by another run, from another input or with other bytes: "
@@ -117,9 +165,10 @@ class Store:
         """Remove a unit's commit, so that the unit will be done again."""
         remove(self.uri("commits", f"{unit}.json"))
 
-    def fail(self, unit: str, error: dict[str, Any]) -> None:
+    def fail(self, failure: Failure) -> None:
         """Record why a unit could not be done; a later success removes the record."""
-        write_atomically(self.uri("failures", f"{unit}.json"), json.dumps(error, indent=1).encode())
+        data = json.dumps(dataclasses.asdict(failure), indent=1, default=str).encode()
+        write_atomically(self.uri("failures", f"{failure.unit}.json"), data)
 
     def clear_failure(self, unit: str) -> None:
         """Remove the record of an earlier failure of a unit."""
@@ -127,7 +176,7 @@ class Store:
 
     def commits(self) -> dict[str, Commit]:
         """Commits of all units done so far, by unit, in order of name."""
-        return {record["unit"]: _commit(record) for record in self._records("commits")}
+        return {record["unit"]: self._decode_commit(record) for record in self._records("commits")}
 
     def list_units(self, units: Sequence[Unit]) -> None:
         """Record the units to do under this key; commits of other units no longer count."""
@@ -153,19 +202,22 @@ class Store:
             record = json.loads(read_bytes(self.uri("commits", f"{unit}.json")))
         except FileNotFoundError:
             return None
-        return _commit(record)
+        return self._decode_commit(record)
 
     def read_part(
         self, commit: Commit, columns: list[str] | None = None, kind: str = ""
     ) -> "pa.Table":
         """The Parquet part that a unit wrote: its first output, or the one in the folder `kind`."""
-        path = next(o["path"] for o in commit.outputs if o["path"].startswith(kind))
-        with open_parquet(self.uri(path)) as file:
+        with open_parquet(self.uri(commit.output(kind).path)) as file:
             return file.read(columns=columns)
 
-    def failures(self) -> dict[str, dict[str, Any]]:
+    def failures(self) -> dict[str, Failure]:
         """Units that failed and have not succeeded since, by name."""
-        return {record["unit"]: record for record in self._records("failures")}
+        known = {f.name for f in dataclasses.fields(Failure)}
+        return {
+            record["unit"]: Failure(**{k: v for k, v in record.items() if k in known})
+            for record in self._records("failures")
+        }
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
         names = sorted(name for name in names_in(self.uri(kind)) if name.endswith(".json"))
@@ -175,6 +227,29 @@ class Store:
         """Remove a folder of this stage if there is one: what an uncommitted unit left."""
         remove_tree(self.uri(*parts))
 
+    def _decode_commit(self, record: dict[str, Any]) -> Commit:
+        """A commit from its JSON record; ValueError if the record is not one of this phase."""
+        known = {f.name for f in dataclasses.fields(Commit)}
+        try:
+            fields = _with_typed_result(record, self.result)
+            fields["outputs"] = [Output(**output) for output in record["outputs"]]
+            if self.result is None:
+                fields["result"] = None
+            else:
+                fields["result"] = TypeAdapter(self.result).validate_python(fields["result"])
+            return Commit(**{name: fields[name] for name in known & fields.keys()})
+        except (KeyError, TypeError, ValidationError) as error:
+            raise ValueError(
+                f"{self.uri('commits')}: the commit of unit {record.get('unit')} is not of this "
+                f"version ({error}); remove it, and its unit is done again"
+            ) from error
 
-def _commit(record: dict[str, Any]) -> Commit:
-    return Commit(**{f.name: record[f.name] for f in dataclasses.fields(Commit)})
+
+def _with_typed_result(record: dict[str, Any], result: type | None) -> dict[str, Any]:
+    """The record, with `totals` and `extra` of earlier versions turned into `result`."""
+    if "extra" not in record:
+        return dict(record)
+    earlier = {**record["totals"], **record["extra"]}
+    names = {f.name for f in dataclasses.fields(result)} if result is not None else set()
+    found = {name: value for name, value in earlier.items() if name in names}
+    return {**record, "result": found, "finished": earlier.get("finished", 0.0)}

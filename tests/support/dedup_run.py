@@ -3,15 +3,15 @@ extraction.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.run import dedup_plan
-from pipeline.run.execute import DEDUP
-from pipeline.run.phase import Phase
+from pipeline.run.phase import Phase, PlanContext
+from pipeline.run.phases import PHASES
 from stages.dedup import minhash
 from stages.formats.document import document_schema
 from stages.storage.ledger import Commit, Store
@@ -60,23 +60,29 @@ def write_parts(folder: Path, parts, signature) -> Phase:
 def _unit(name):
     from stages.storage.ledger import Unit
 
-    return Unit(name, "", {})
+    return Unit(name, "", None)
 
 
 def run_dedup(folder: Path, parts, config, *, against=()):
     """All dedup phases; the phases by name."""
     phases = {"extract": write_parts(folder, parts, config.signature)}
-    for name in dedup_plan.LISTINGS:
-        phase = phases[name] = Phase(name, Store(str(folder / name.replace(" ", "/"))), [])
+    settings = SimpleNamespace(dedup=config, run=SimpleNamespace(seed=0))
+    for spec in PHASES:
+        if spec.stage != "dedup":
+            continue
+        name = spec.name
+        phase = phases[name] = Phase(
+            name, Store(str(folder / name.replace(" ", "/")), spec.result), []
+        )
         while True:
-            plan = dedup_plan.Plan(config, 0, phases, phase, against)
-            phase.units, phase.prepare, _ = dedup_plan.LISTINGS[name](plan)
+            context = PlanContext(settings, (), phases, phase, against)
+            phase.units, phase.prepare, _ = spec.list_units(context)
             if not phase.pending:
                 break
             for step in phase.prepare:
                 step()
             for unit in phase.pending:
-                phase.commits[unit.name] = DEDUP[name](unit, config, phase.store)
+                phase.commits[unit.name] = spec.work(unit, config, phase.store)
                 phase.store.commit(phase.commits[unit.name])
         phase.store.list_units(phase.units)
     return phases

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,15 +16,24 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.engine import attempts, ray_plan, stragglers
-from pipeline.engine import units as units_module
-from pipeline.engine.ray_plan import dealt, on_ray
-from pipeline.engine.stragglers import late
-from pipeline.engine.units import Resources, Task, in_process, run_one
+from pipeline.engine.ray_plan import on_ray, order_units
+from pipeline.engine.stragglers import late_units
+from pipeline.engine.units import (
+    PhaseWork,
+    Quarantined,
+    Resources,
+    UnitOutcome,
+    in_process,
+    run_unit,
+)
+from pipeline.run import execute as execution
 from pipeline.run import results
 from pipeline.run.execute import RunFailed, execute, forget_failures
+from pipeline.run.phases import PHASES
+from pipeline.run.state import read_state
 from pipeline.run.status import run_status
 from stages.extract import extract
-from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.ledger import Commit, Failure, Output, Store, Unit
 from tests.support.inline import Silent, make_config
 
 SMALL = Resources(1.0, 100_000_000)
@@ -36,8 +46,8 @@ NO_FILTERS = (
 )
 
 
-def unit(name, size=0, **task):
-    return Unit(name, "f", {"bytes": size, **task})
+def unit(name, size=0):
+    return Unit(name, "f", extract.ExtractTask(f"{name}.jsonl", 0), size)
 
 
 def note(unit, store):
@@ -60,19 +70,19 @@ def test_dealt_blocks_hold_every_unit_once_and_each_round_of_them_is_larger_than
     sizes, blocks
 ):
     units, blocks = [unit(str(n), size) for n, size in enumerate(sizes)], min(blocks, len(sizes))
-    rows, cut = dealt(units, blocks), []
+    rows, cut = order_units(units, blocks), []
     for n in range(blocks):  # the cut of ray.data.from_items
         cut.append([rows.pop(0) for _ in range(len(units) // blocks + (n < len(units) % blocks))])
     rounds = [[block[n] for block in cut if n < len(block)] for n in range(len(cut[0]))]
     in_turn = [u for one in rounds for u in one]
-    assert in_turn == sorted(units, key=lambda u: (-u.task["bytes"], int(u.name)))
+    assert in_turn == sorted(units, key=lambda u: (-u.bytes, int(u.name)))
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("blocks, order", [(10_000, "edcba"), (2, "ecadb")])
 def test_ray_begins_the_largest_units_first(ray_session, tmp_path, monkeypatch, blocks, order):
     monkeypatch.setattr(ray_plan, "MAX_BLOCKS", blocks)
-    task = Task(_noted, None, Store(str(tmp_path)), 3, "i")
+    task = PhaseWork(_noted, None, Store(str(tmp_path)), 3, "i")
     units = [unit(name, 10 * n) for n, name in enumerate("abcde")]
     ends = list(on_ray()("ordered", task, units, SMALL._replace(parallelism=1)))
     assert "".join(starts(task.store)) == order and len(ends) == 5
@@ -86,7 +96,7 @@ def test_inputs_tell_their_size(tmp_path):
     seen = {}
 
     def run_units(name, task, units, resources):
-        seen[name] = {u.name: u.task.get("bytes") for u in units}
+        seen[name] = {u.name: u.bytes for u in units}
         return in_process(name, task, units, resources)
 
     for name, count in (("a", 3), ("b", 7)):
@@ -99,15 +109,9 @@ def test_inputs_tell_their_size(tmp_path):
     execute(make_config(tmp_path, files, *NO_FILTERS), Silent(), run_units)
     assert seen["extract"] == {"000000": files[0].stat().st_size, "000001": files[1].stat().st_size}
     for phase, kind in (("refine", "extract"), ("pack", "refine")):
-        commits = results.all_commits(f"{tmp_path}/run", _state(tmp_path))[kind]
-        outputs = [
-            o for c in commits for o in c.outputs if o["path"].startswith(("documents/", "corpus/"))
-        ]
-        assert sum(seen[phase].values()) == sum(o["bytes"] for o in outputs) > 0
-
-
-def _state(folder):
-    return json.loads((folder / "run" / "run.json").read_text())
+        commits = results.all_commits(f"{tmp_path}/run", read_state(f"{tmp_path}/run"))[kind]
+        outputs = [o for c in commits for o in c.outputs if o.kind in ("documents", "corpus")]
+        assert sum(seen[phase].values()) == sum(o.bytes for o in outputs) > 0
 
 
 # --- second copies --------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ def _state(folder):
     ],
 )
 def test_a_unit_is_late_by_the_rates_of_the_others_and_its_own_size(rates, waited, expected):
-    found = late(
+    found = late_units(
         [unit("large", 100), unit("small", 10), unit("huge", 10_000)],
         rates,
         waited=waited,
@@ -135,7 +139,7 @@ def test_a_unit_is_late_by_the_rates_of_the_others_and_its_own_size(rates, waite
 @pytest.mark.ray
 @pytest.mark.kill
 def test_a_unit_that_hangs_is_begun_again_and_the_first_commit_stands(ray_session, tmp_path):
-    task = Task(
+    task = PhaseWork(
         _slow_once, None, Store(str(tmp_path)), 1, "i", patience=1.0
     )  # one attempt: second copies are none
     units = [unit(name) for name in ("hangs", "a", "b", "c")]
@@ -164,7 +168,7 @@ def _slow_once(unit, plan, store):
 @pytest.mark.ray
 @pytest.mark.kill
 def test_a_late_unit_that_ends_after_all_ends_its_second_copy(ray_session, tmp_path):
-    task = Task(_slow_twice, None, Store(str(tmp_path)), 1, "i", patience=1.0)
+    task = PhaseWork(_slow_twice, None, Store(str(tmp_path)), 1, "i", patience=1.0)
     ends = {done.unit: done for done in on_ray()("slow", task, [unit("slow"), unit("a")], SMALL)}
     assert ends["slow"].commit.rows_in == 1 and starts(task.store).count("slow") == 2
     assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}")
@@ -185,7 +189,7 @@ def _slow_twice(unit, plan, store):
 
 def test_a_copy_that_comes_second_leaves_the_outputs_of_the_first(tmp_path):
     store = Store(str(tmp_path))
-    done = run_one(unit("u"), Task(_overtaken_before_it_writes, None, store, 1, "i"))
+    done = run_unit(unit("u"), PhaseWork(_overtaken_before_it_writes, None, store, 1, "i"))
     assert done.error is None and done.commit.rows_in == 7 and store.failures() == {}
     assert (tmp_path / "kind" / "u").read_text() == "first" and len(
         list((tmp_path / "kind").iterdir())
@@ -207,7 +211,7 @@ def _overtaken_before_it_writes(unit, plan, store):
 
 def test_no_commit_vouches_for_bytes_that_another_copy_replaced(tmp_path):
     store = Store(str(tmp_path))
-    done = run_one(unit("u"), Task(_overtaken_before_it_commits, None, store, 1, "i"))
+    done = run_unit(unit("u"), PhaseWork(_overtaken_before_it_commits, None, store, 1, "i"))
     assert "other bytes" in done.error and store.commit_of("u") is None and "u" in store.failures()
 
 
@@ -215,17 +219,19 @@ def _overtaken_before_it_commits(unit, plan, store):
     mine = Commit(unit.name, unit.fingerprint)
     with store.create("kind", unit.name, outputs=mine.outputs) as path:
         path.write_text("second")
-    other = [{"path": f"kind/{unit.name}", "bytes": 5, "sha256": "0"}]
+    other = [Output(f"kind/{unit.name}", 5, "0")]
     Store(store.root).commit(Commit(unit.name, unit.fingerprint, outputs=other))
     return mine
 
 
 def test_the_failure_of_a_second_copy_is_not_the_units(tmp_path):
     store = Store(str(tmp_path))
-    stragglers._second(unit("u"), Task(_wrong, None, store, 1, "i"))
+    stragglers._run_copy(unit("u"), PhaseWork(_wrong, None, store, 1, "i"))
     assert store.failures() == {} and starts(store) == ["u"]
     store.commit(Commit("u", "other input"))
-    stragglers._second(unit("u"), Task(_noted, None, store, 1, "i"))  # the first copy's to withdraw
+    stragglers._run_copy(
+        unit("u"), PhaseWork(_noted, None, store, 1, "i")
+    )  # the first copy's to withdraw
     assert store.commit_of("u").fingerprint == "other input" and starts(store) == ["u"]
 
 
@@ -234,7 +240,7 @@ def _wrong(unit, plan, store):
     raise ValueError("wrong input")
 
 
-# --- set aside ------------------------------------------------------------------------------------
+# --- quarantine ------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -243,7 +249,7 @@ def test_a_unit_that_only_fails_beside_one_that_kills_keeps_its_own_reason(
     ray_session, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ray_plan, "MAX_BLOCKS", 1)
-    task = Task(_wrong_or_kill, None, Store(str(tmp_path)), 2, "i")
+    task = PhaseWork(_wrong_or_kill, None, Store(str(tmp_path)), 2, "i")
     ends = {
         done.unit: done
         for done in on_ray()("block", task, [unit("wrong", 2), unit("kills", 1)], SMALL)
@@ -272,7 +278,10 @@ def poisoned(tmp_path, monkeypatch):
             for n in range(9)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    monkeypatch.setattr(extract, "extract_unit", _extract_or_die)
+    phases = [
+        replace(spec, work=_extract_or_die) if spec.name == "extract" else spec for spec in PHASES
+    ]
+    monkeypatch.setattr(execution, "PHASES", phases)
 
     def configured(*overrides):
         return make_config(
@@ -286,7 +295,7 @@ _EXTRACT = extract.extract_unit
 
 
 def _extract_or_die(unit, plan, store):
-    if "bad" in unit.task["path"]:
+    if "bad" in unit.task.path:
         print("last words of", unit.name, file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     return _EXTRACT(unit, plan, store)
@@ -294,7 +303,7 @@ def _extract_or_die(unit, plan, store):
 
 @pytest.mark.ray
 @pytest.mark.kill
-def test_a_poisoned_unit_is_set_aside_with_its_evidence_until_retry(
+def test_a_poisoned_unit_is_quarantined_with_its_attempts_until_retry(
     ray_session, tmp_path, poisoned, monkeypatch
 ):
     with pytest.raises(
@@ -305,19 +314,22 @@ def test_a_poisoned_unit_is_set_aside_with_its_evidence_until_retry(
     outcome = execute(
         poisoned(*tolerant), Silent(), in_process
     )  # in this process: it is not even tried
-    assert "000000: SetAside: its worker died 3 times" in outcome.failed["extract"][0]
+    assert "000000: Quarantined: its worker died 3 times" in outcome.failed["extract"][0]
     assert outcome.published.manifest["documents"] == 9
     status = run_status(str(tmp_path / "run")).phases["extract"]
     assert "`gristmill retry`" in status.errors["000000"]
     assert (status.failed, status.quarantined) == (1, 1)
-    [record] = results.store_of(f"{tmp_path}/run", _state(tmp_path), "extract").failures().values()
+    [record] = (
+        results.store_of(f"{tmp_path}/run", read_state(f"{tmp_path}/run"), "extract")
+        .failures()
+        .values()
+    )
     assert (
-        record["task"]["path"].endswith("bad.jsonl")
-        and len({a["pid"] for a in record["attempts"]}) == 3
+        record.task["path"].endswith("bad.jsonl") and len({a["pid"] for a in record.attempts}) == 3
     )
     assert all(
         "last words of 000000" in a["log_tail"] and a["available_bytes"] > 0
-        for a in record["attempts"]
+        for a in record.attempts
     )
 
     monkeypatch.undo()
@@ -330,15 +342,15 @@ def test_a_poisoned_unit_is_set_aside_with_its_evidence_until_retry(
     assert json.loads(again.stdout)["generation"]["documents"] == 18
 
 
-def test_a_changed_input_is_no_longer_set_aside(tmp_path, poisoned):
+def test_a_changed_input_is_no_longer_quarantined(tmp_path, poisoned):
     config = poisoned("run.max_failed_share=0.5")
 
     def run_units(name, task, units, resources):
         ran.append([u.name for u in units])
         killers = [u for u in units if u.name == "000000"]
         for u in killers:
-            task.store.fail(u.name, {"unit": u.name, "error": "died", "set_aside": u.fingerprint})
-        return iter([units_module.Done(u.name, None, "died") for u in killers])
+            task.store.fail(Failure(u.name, "died", quarantined=u.fingerprint))
+        return iter([UnitOutcome(u.name, None, "died") for u in killers])
 
     ran = []
     for change in (False, True, False):
@@ -366,4 +378,4 @@ def test_what_is_known_of_a_dead_worker(tmp_path):
     elsewhere = dead | {"host": "elsewhere"}
     assert attempts.post_mortem(elsewhere) == elsewhere
     assert attempts.post_mortem(dead | {"log": "/dev/tty"})["log_tail"] == ""
-    assert "the kernel killed for memory 1 times" in str(units_module.SetAside([found, elsewhere]))
+    assert "the kernel killed it for memory 1 times" in str(Quarantined([found, elsewhere]))

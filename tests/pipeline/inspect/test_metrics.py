@@ -110,18 +110,18 @@ def test_the_numbers_are_those_of_the_files(series):
             and found["units", *labels, ("state", "left")] == 0
         )
         assert found["written_bytes_total", *labels] == sum(
-            o["bytes"] for c in commits["extract"] for o in c.outputs
+            o.bytes for c in commits["extract"] for o in c.outputs
         )
         assert (
             found["read_bytes_total", *labels]
-            == sum(c.totals["bytes_in"] for c in commits["extract"])
+            == sum(c.result.bytes_in for c in commits["extract"])
             > 0
         )
         assert found["cpu_seconds_total", *labels] == pytest.approx(
             sum(c.cpu_seconds for c in commits["extract"])
         )
         assert found["last_commit_timestamp_seconds", *labels] == max(
-            c.extra["finished"] for c in commits["extract"]
+            c.finished for c in commits["extract"]
         )
         assert found["rows_per_second", *labels] > 0
     tokens = [e["tokens"] for e in read_catalog(str(series))]

@@ -401,7 +401,7 @@ def test_who_lost_most_is_in_a_table_and_in_a_notice(tmp_path, first_batch):
 
 
 def test_giant_buckets_are_named_by_their_first_document(tmp_path, first_batch, monkeypatch):
-    monkeypatch.setattr("stages.dedup.dedup.GIANT", 2)
+    monkeypatch.setattr("stages.dedup.match.GIANT", 2)
     found, section = duplicates_of(second_batch(tmp_path, first_batch).run.directory)
     assert [(g.url, g.documents) for g in found.giants] == [
         (f"https://{ATTACK}.example/a", 4),  # the fourth is the earlier batch's

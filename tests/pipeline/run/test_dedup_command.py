@@ -21,7 +21,7 @@ import pytest
 from pipeline.engine.ray_plan import on_ray
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
-from pipeline.run import dedup_plan, results
+from pipeline.run import phases, results
 from pipeline.run.dedup_command import configure, dedup_files
 from stages.formats.errors import ConfigError
 from tests.support.inline import Silent, run_inline
@@ -499,7 +499,7 @@ def test_other_formats_are_refused(tmp_path, names, message):
 
 # --- kills ----------------------------------------------------------------------------------------
 
-PHASES = ["extract", *dedup_plan.LISTINGS]
+PHASES = [spec.name for spec in phases.PHASES if spec.stage in ("extract", "dedup")]
 
 
 class KillsDriver(Silent):

@@ -24,8 +24,10 @@ from pipeline.inspect import export, why
 from pipeline.inspect.verify import verify_path
 from pipeline.run import results
 from pipeline.run.execute import RunFailed, execute, plan
+from pipeline.run.phases import SPECS
 from pipeline.run.state import read_state
 from pipeline.run.status import run_status
+from stages.extract.extract import ExtractTask
 from tests.support.paths import ROOT
 from tests.support.processes import call_command
 from tests.support.quickstart import RecordedProgress, bytes_of, quickstart_config
@@ -61,7 +63,7 @@ def test_every_record_is_accounted_for(done):
     assert sum(c.rows_in for c in commits["pack"]) == sum(c.rows_out for c in commits["refine"])
     for commit in commits["pack"]:
         assert sum(commit.counts.values()) == commit.rows_in
-    assert outcome.published.manifest["tokens"] == sum(c.totals["tokens"] for c in commits["pack"])
+    assert outcome.published.manifest["tokens"] == sum(c.result.tokens for c in commits["pack"])
 
 
 def test_golden_funnel(done):
@@ -166,7 +168,7 @@ def test_a_changed_bound_is_reapplied_without_extracting_and_gives_the_same_byte
     )
     reapplied, _ = go(quickstart_config(folder, *changes))
     state = read_state(str(folder))
-    assert all(c.extra["reapplied"] for c in results.all_commits(str(folder), state)["extract"])
+    assert all(c.result.reapplied for c in results.all_commits(str(folder), state)["extract"])
     fresh, _ = go(quickstart_config(tmp_path / "fresh", *changes))
     ours, theirs = bytes_of(reapplied.published.uri), bytes_of(fresh.published.uri)
     assert {k: v for k, v in ours.items() if k != "manifest.json"} == {
@@ -182,7 +184,7 @@ def test_loosening_a_bound_whose_texts_were_not_kept_extracts_again(tmp_path):
     )
     go(loose, only="extract")
     [commit] = results.all_commits(str(tmp_path / "r"), read_state(str(tmp_path / "r")))["extract"]
-    assert "reapplied" not in commit.extra
+    assert not commit.result.reapplied
 
 
 def test_new_inputs_are_appended_and_old_ones_not_extracted_again(tmp_path):
@@ -338,7 +340,7 @@ def test_a_unit_that_fails_is_recorded_named_and_tried_again(tmp_path):
 
 
 def test_a_done_unit_is_not_done_again_and_a_stale_commit_is_withdrawn(tmp_path):
-    from pipeline.engine.units import Task, run_one
+    from pipeline.engine.units import PhaseWork, run_unit
     from stages.storage.ledger import Commit, Store, Unit
 
     store, calls = Store(str(tmp_path)), []
@@ -347,25 +349,30 @@ def test_a_done_unit_is_not_done_again_and_a_stale_commit_is_withdrawn(tmp_path)
         calls.append(store.commit_of(unit.name))
         return Commit(unit.name, unit.fingerprint)
 
-    task = Task(work, None, store, 1, "i")
+    task = PhaseWork(work, None, store, 1, "i")
     for fingerprint in (
         "a",
         "a",
         "a",
     ):  # more often than there are attempts: a retried task of many units
-        assert run_one(Unit("u", fingerprint, {}), task).error is None
-    assert run_one(Unit("u", "b", {}), task._replace(invocation="j")).commit.fingerprint == "b"
+        assert run_unit(Unit("u", fingerprint, ExtractTask("u", 0)), task).error is None
+    assert (
+        run_unit(
+            Unit("u", "b", ExtractTask("u", 0)), task._replace(invocation="j")
+        ).commit.fingerprint
+        == "b"
+    )
     assert calls == [None, None]  # no commit of "a" stood while "b" was at work
 
 
 @pytest.mark.kill
 @pytest.mark.ray
 def test_a_unit_that_kills_its_worker_again_and_again_is_recorded_as_failed(ray_session, tmp_path):
-    from pipeline.engine.units import Resources, Task
+    from pipeline.engine.units import PhaseWork, Resources
     from stages.storage.ledger import Store, Unit
 
-    task = Task(_die_or_work, None, Store(str(tmp_path)), 2, "i")
-    units = [Unit("bad", "f", {"die": True}), Unit("good", "f", {"die": False})]
+    task = PhaseWork(_die_or_work, None, Store(str(tmp_path)), 2, "i")
+    units = [Unit("bad", "f", ExtractTask("bad", 0)), Unit("good", "f", ExtractTask("good", 0))]
     ends = {done.unit: done for done in on_ray()("dies", task, units, Resources(1.0, 100_000_000))}
     assert "its worker died 2 times (out of memory?)" in ends["bad"].error
     assert ends["good"].commit.rows_in == 7
@@ -373,20 +380,22 @@ def test_a_unit_that_kills_its_worker_again_and_again_is_recorded_as_failed(ray_
 
 @pytest.mark.ray
 def test_a_stage_that_asks_for_more_memory_than_any_node_has_still_runs(ray_session, tmp_path):
-    from pipeline.engine.units import Resources, Task
+    from pipeline.engine.units import PhaseWork, Resources
     from stages.storage.ledger import Store, Unit
 
-    task = Task(
+    task = PhaseWork(
         _die_or_work, None, Store(str(tmp_path)), 2, "i"
     )  # Ray would wait for such a node for ever
-    [done] = on_ray()("large", task, [Unit("good", "f", {"die": False})], Resources(1.0, 10**15))
+    [done] = on_ray()(
+        "large", task, [Unit("good", "f", ExtractTask("good", 0))], Resources(1.0, 10**15)
+    )
     assert done.commit.rows_in == 7
 
 
 def _die_or_work(unit, plan, store):
     from stages.storage.ledger import Commit
 
-    if unit.task["die"]:
+    if unit.name == "bad":
         os._exit(1)
     return Commit(unit.name, unit.fingerprint, rows_in=7)
 
@@ -480,13 +489,14 @@ def _kill_during(command, run, phase, delay):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    reached = [*results.PHASES[results.PHASES.index(phase) :], "done"]
+    names = list(SPECS)
+    reached = [*names[names.index(phase) :], "done"]
     while process.poll() is None:
         try:
             state = json.loads((run / "run.json").read_bytes())
             if (
-                state.get("pid", {})
-                and state["pid"]["pid"] == process.pid
+                state.get("process")
+                and state["process"]["pid"] == process.pid
                 and state.get("stage") in reached
             ):
                 break

@@ -17,7 +17,8 @@ from pipeline.report.run_data import gather
 from pipeline.run.results import store_of
 from pipeline.run.state import read_state
 from pipeline.run.status import covered, phase_status, run_status
-from stages.storage.ledger import Commit, Store, Unit
+from stages.extract.extract import ExtractResult
+from stages.storage.ledger import Commit, Failure, Store, Unit
 from tests.support.inline import make_config, run_inline
 
 
@@ -41,10 +42,7 @@ def stores(draw):
     some, inputs = st.sets(st.sampled_from(names)), st.sampled_from("ab")
     listed = {name: draw(inputs) for name in draw(some)}
     rows, times = st.integers(0, 9), st.floats(1, 9)
-    commits = [
-        Commit(name, draw(inputs), draw(rows), extra={"finished": draw(times)})
-        for name in draw(some)
-    ]
+    commits = [Commit(name, draw(inputs), draw(rows), finished=draw(times)) for name in draw(some)]
     failed = {name: draw(st.sampled_from([None, "a", "b"])) for name in draw(some)}
     return listed, commits, failed
 
@@ -53,11 +51,11 @@ def stores(draw):
 def test_every_unit_is_in_one_state(drawn):
     listed, commits, failed = drawn
     store = empty_store()
-    store.list_units([Unit(name, fingerprint, {}) for name, fingerprint in listed.items()])
+    store.list_units([Unit(name, fingerprint, None) for name, fingerprint in listed.items()])
     for commit in commits:
         store.commit(commit)
     for name, quarantined in failed.items():
-        store.fail(name, {"unit": name, "error": "no", "set_aside": quarantined})
+        store.fail(Failure(name, "no", quarantined=quarantined))
     expected = Counter()
     for name, fingerprint in listed.items():
         if any(c.unit == name and c.fingerprint == fingerprint for c in commits):
@@ -75,13 +73,22 @@ def test_every_unit_is_in_one_state(drawn):
 
 
 def test_rates_are_of_the_latest_invocation_without_pauses():
-    store = empty_store()
-    store.list_units([Unit(f"{n:06d}", "a", {}) for n in range(6)])
+    store = Store(empty_store().root, ExtractResult)
+    store.list_units([Unit(f"{n:06d}", "a", None) for n in range(6)])
     spans = [(0.0, 10.0), (100.0, 104.0), (102.0, 106.0), (200.0, 204.0)]
     for n, (begin, end) in enumerate(spans):
-        extra = {"finished": end, "reapplied": n == 3}
-        totals = {"bytes_in": 1000}
-        store.commit(Commit(f"{n:06d}", "a", 30, 20, {}, totals, extra, [], seconds=end - begin))
+        result = ExtractResult(bytes_in=1000, reapplied=n == 3)
+        store.commit(
+            Commit(
+                f"{n:06d}",
+                "a",
+                rows_in=30,
+                rows_out=20,
+                result=result,
+                seconds=end - begin,
+                finished=end,
+            )
+        )
     status = phase_status("extract", store, store.listed_commits(), since=50.0)
     assert (status.rows_in, status.wall_seconds) == (120, 20.0)
     assert status.rows_per_second == 90 / 10 and status.eta_seconds == pytest.approx(10 / 3 * 2)

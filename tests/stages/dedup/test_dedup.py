@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.run.dedup_plan import Index
-from stages.dedup import dedup, keep
-from stages.dedup.dedup import DedupConfig, stars
+from stages.dedup import keep, match
+from stages.dedup import keys as keys_module
+from stages.dedup.config import DedupConfig
+from stages.dedup.keep import HeavyLoss
+from stages.dedup.match import stars
 from stages.storage.ledger import Store
 from tests.support.dedup_run import Doc, keep_rows, run_dedup
 from tests.support.examples import at_most
@@ -209,7 +212,7 @@ def test_keys_made_in_another_way_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"its keys are 'nfd-words-\d, 5-grams.*expected 'nfd-words-\d, 4-grams"
     ):
-        dedup.sort_unit(phases["dedup sort"].units[0], other, Store(str(tmp_path / "again")))
+        keys_module.sort_unit(phases["dedup sort"].units[0], other, Store(str(tmp_path / "again")))
 
 
 def test_keys_that_do_not_say_how_they_were_made_are_refused(tmp_path):
@@ -217,7 +220,7 @@ def test_keys_that_do_not_say_how_they_were_made_are_refused(tmp_path):
     (part,) = (p for p, _ in phases["extract"].parts())
     pq.write_table(pq.read_table(part.uri).replace_schema_metadata({}), part.uri)
     with pytest.raises(ValueError, match="its keys do not say how they were made, expected"):
-        dedup.sort_unit(phases["dedup sort"].units[0], CONFIG, Store(str(tmp_path / "again")))
+        keys_module.sort_unit(phases["dedup sort"].units[0], CONFIG, Store(str(tmp_path / "again")))
 
 
 def test_keys_of_another_number_of_bands_are_refused(tmp_path):
@@ -229,7 +232,7 @@ def test_keys_of_another_number_of_bands_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match="2 band keys a document, expected 3; rerun stage 'extract'"
     ):
-        dedup.sort_unit(phases["dedup sort"].units[0], CONFIG, Store(str(tmp_path / "again")))
+        keys_module.sort_unit(phases["dedup sort"].units[0], CONFIG, Store(str(tmp_path / "again")))
 
 
 @given(
@@ -239,8 +242,8 @@ def test_keys_of_another_number_of_bands_are_refused(tmp_path):
 def test_stars_do_not_depend_on_where_blocks_end(rows, cuts):
     ordered = np.array(sorted(set(rows)), np.uint64).reshape(-1, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dedup, "GIANT", 3)
-        whole, in_blocks = [], []
+        patch.setattr(match, "GIANT", 3)
+        whole, in_blocks = {}, {}
         one = np.concatenate([np.empty((0, 2), np.uint64), *stars(iter([ordered]), whole)])
         blocks = np.split(ordered, sorted(min(c, len(ordered)) for c in cuts))
         many = np.concatenate([np.empty((0, 2), np.uint64), *stars(iter(blocks), in_blocks)])
@@ -250,7 +253,7 @@ def test_stars_do_not_depend_on_where_blocks_end(rows, cuts):
     for key, doc_id in ordered.tolist():
         members[key].append(doc_id)
     assert one.tolist() == [[m[0], other] for m in members.values() for other in m[1:]]
-    assert [g["documents"] for g in whole] == [len(m) for m in members.values() if len(m) > 3]
+    assert list(whole.values()) == [len(m) for m in members.values() if len(m) > 3]
 
 
 def test_similarities_are_measured_where_asked_for(tmp_path):
@@ -265,7 +268,7 @@ def test_similarities_are_measured_where_asked_for(tmp_path):
     # 96 5-grams in the whole, 86 in the first 90 words, 36 in the last 40
     similarities = [keep_rows(phases)[d]["similarity"] for d in range(3)]
     assert similarities == [None, pytest.approx(86 / 96), pytest.approx(36 / 96)]
-    assert phases["dedup keep"].commits["00000"].totals["measured"] == 2
+    assert phases["dedup keep"].commits["00000"].result.measured == 2
     without = keep_rows(run_dedup(tmp_path / "none", [docs], CONFIG))
     assert [row["similarity"] for row in without.values()] == [None] * 3
 
@@ -275,8 +278,8 @@ def test_who_loses_too_much_is_named(tmp_path):
     others = [Doc(100 + n, f"text {n}", (), 1, host="good.example") for n in range(30)]
     few = [Doc(200 + n, "same", (), 1, host="small.example") for n in range(5)]
     phases = run_dedup(tmp_path, [copies + others + few], CONFIG)
-    wiped = phases["dedup alarm"].commits["00000"].extra["wiped"]
-    assert wiped == [{"kind": "host", "documents": 30, "dropped": 29, "example": 0}]
+    losses = phases["dedup alarm"].commits["00000"].result.heavy_losses
+    assert losses == (HeavyLoss("host", 30, 29, 0),)
 
 
 def test_more_files_than_a_worker_s_memory_can_read_at_once_are_refused(tmp_path):

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.dedup import lines, shuffle
-from stages.dedup.dedup import DedupConfig
+from stages.dedup.config import DedupConfig
 from stages.dedup.lines import (
     CUTS,
     LINES,
+    CutsTask,
+    LinesTask,
     cut_text,
     cuts_unit,
     line_hashes,
@@ -25,7 +27,7 @@ from stages.dedup.lines import (
     repeats_unit,
 )
 from stages.dedup.minhash import normalize
-from stages.dedup.shuffle import Source
+from stages.dedup.shuffle import AnswerTask, PartitionTask, Source
 from stages.storage.ledger import Store, Unit
 from stages.storage.parts import PartRef
 from tests.support.examples import at_most
@@ -161,7 +163,7 @@ def run_lines(folder: Path, parts, config, *, group_size=2, per_lane=1):
     found, repeated, cut = (Store(str(folder / name)) for name in ("lines", "repeats", "cuts"))
     starts = range(0, len(refs), group_size)
     tasks = [
-        {"group": n, "parts": refs[i : i + group_size], "keep": tables[i : i + group_size]}
+        LinesTask(n, tuple(refs[i : i + group_size]), tuple(tables[i : i + group_size]))
         for n, i in enumerate(starts)
     ]
     commits = {
@@ -173,8 +175,7 @@ def run_lines(folder: Path, parts, config, *, group_size=2, per_lane=1):
     planned = shuffle.plan(repeated, sources, LINES, per_lane=per_lane, identity="")
     shuffle.transpose(planned)
     partitions = [
-        {"shuffle": planned.uri, "partition": n, "groups": len(tasks)}
-        for n in range(planned.partitions)
+        AnswerTask(PartitionTask(planned.uri, n), len(tasks)) for n in range(planned.partitions)
     ]
     commits["repeats"] = [
         repeats_unit(Unit(f"{n:05d}", "", task), config, repeated)
@@ -184,7 +185,7 @@ def run_lines(folder: Path, parts, config, *, group_size=2, per_lane=1):
     back = shuffle.plan(cut, sources, repeats_layout(len(tasks)), per_lane=1, identity="")
     shuffle.transpose(back)
     commits["cuts"] = [
-        cuts_unit(Unit(f"{n:05d}", "", task | {"repeats": back.uri}), config, cut)
+        cuts_unit(Unit(f"{n:05d}", "", CutsTask(task, back.uri)), config, cut)
         for n, task in enumerate(tasks)
     ]
     rows = [
@@ -216,7 +217,7 @@ def test_what_is_cut_is_what_a_dictionary_has_seen(
     assert {row["doc_id"]: (row["cut"], row["chars_cut"]) for row in rows} == expected
     assert [row["doc_id"] for row in rows] == sorted(expected)
     totals = {
-        name: sum(c.totals[name] for c in commits["cuts"])
+        name: sum(getattr(c.result, name) for c in commits["cuts"])
         for name in ("lines", "lines_cut", "chars_cut")
     }
     kept = [d.text for part in parts for d in part if d.keep]
@@ -259,7 +260,7 @@ def test_a_document_without_text_loses_nothing(tmp_path):
 
 def test_a_keep_table_of_other_documents_is_refused(tmp_path):
     refs, tables = write_parts(tmp_path, [[Doc("a", True)], [Doc("b", True)]])
-    task = {"group": 0, "parts": refs, "keep": tables[::-1]}
+    task = LinesTask(0, tuple(refs), tuple(tables[::-1]))
     with pytest.raises(ValueError, match=r"does not list the documents of .*; rerun stage 'dedup'"):
         lines_unit(Unit("00000", "", task), DedupConfig(line_level="line"), Store(str(tmp_path)))
 

@@ -18,6 +18,8 @@ from stages.pack.pack import (
     CorpusPart,
     PackConfig,
     PackPlan,
+    PackResult,
+    PackTask,
     is_held_out,
     pack_unit,
 )
@@ -42,7 +44,7 @@ def pack(folder, texts, *, unit="00000", seed=0, **settings):
     )
     store = Store(str(folder / "pack"))
     plan = PackPlan(PackConfig(seq_len=32, shard_bytes=2048, **settings), seed)
-    task = {"parts": [CorpusPart("000000", str(folder / "corpus.parquet"), 1, "")]}
+    task = PackTask((CorpusPart("000000", str(folder / "corpus.parquet"), 1, ""),))
     return pack_unit(Unit(unit, "f", task), plan, store), store
 
 
@@ -52,7 +54,7 @@ def url_of(number):
 
 def shards(commit, kind):
     """Path and sha256 of what a unit wrote of a kind."""
-    return [[o["path"], o["sha256"]] for o in commit.outputs if o["path"].startswith(f"{kind}/")]
+    return [[o.path, o.sha256] for o in commit.outputs if o.kind == kind]
 
 
 def texts_of(commit, store, side):
@@ -86,7 +88,7 @@ def drawn_slowly(text, share, seed):
 def test_without_a_share_the_bytes_are_those_of_before_there_was_one(tmp_path, packing, expected):
     commit, store = pack(tmp_path, TEXTS, packing=packing)
     assert (digest(shards(commit, "parts")), commit.rows_out) == expected
-    assert commit.counts == {"kept": 40} and commit.totals == {"tokens": 1110}
+    assert commit.counts == {"kept": 40} and commit.result == PackResult(1110)
     assert not Path(store.uri("held_out")).exists()
 
 
@@ -99,10 +101,10 @@ def test_every_document_is_whole_on_one_side(tmp_path, packing):
         commit.counts == {"kept": len(training), "pack.held_out": len(held_out)}
         and commit.rows_in == 40
     )
-    assert commit.totals["tokens"] + commit.totals["held_out_tokens"] == 1110
+    assert commit.result.tokens + commit.result.held_out_tokens == 1110
     kept = [text for text in TEXTS if text in training.values()]
     alone, _ = pack(tmp_path / "alone", kept, packing=packing)
-    assert (alone.rows_out, alone.totals["tokens"]) == (commit.rows_out, commit.totals["tokens"])
+    assert (alone.rows_out, alone.result.tokens) == (commit.rows_out, commit.result.tokens)
 
 
 @given(

@@ -68,10 +68,10 @@ def test_names_go_from_texts_of_the_models_language_and_from_no_others(make):
 def test_a_pool_of_actors_writes_the_same_corpus(ray_session, make):
     config = make("ner.enabled=true")
     run_inline(config)
-    alone = Run(config).store("refine names").commits()
+    alone = Run(config).store("refine ner").commits()
     again = make("ner.enabled=true", f"run.directory={config.run.directory}-ray")
     execute(again, Silent(), on_ray())
-    pooled = Run(again).store("refine names").commits()
+    pooled = Run(again).store("refine ner").commits()
     assert [c.outputs for c in alone.values()] == [c.outputs for c in pooled.values()] and alone
     assert corpus(again) == corpus(config)
 
@@ -80,7 +80,7 @@ def test_names_are_no_part_of_a_run_that_does_not_ask_for_them(make):
     config = make()
     run_inline(config)
     assert "Jane Smith" in corpus(config)["en"]["text"]
-    assert not Run(config).store("refine names").commits()
+    assert not Run(config).store("refine ner").commits()
 
 
 def test_turning_names_on_scrubs_the_corpus_that_is_there_and_packs_anew(make):

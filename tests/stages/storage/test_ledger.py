@@ -1,10 +1,12 @@
 """The ledger: a commit is the last thing written, and says what was written."""
 
 import hashlib
+import json
+from dataclasses import dataclass, replace
 
 import pytest
 
-from stages.storage.ledger import Commit, Store
+from stages.storage.ledger import Commit, Failure, Output, Store
 
 
 def test_outputs_are_recorded_with_size_and_hash(tmp_path):
@@ -12,11 +14,7 @@ def test_outputs_are_recorded_with_size_and_hash(tmp_path):
     with store.create("documents", "000001.parquet", outputs=commit.outputs) as path:
         path.write_bytes(b"abc")
     assert commit.outputs == [
-        {
-            "path": "documents/000001.parquet",
-            "bytes": 3,
-            "sha256": hashlib.sha256(b"abc").hexdigest(),
-        }
+        Output("documents/000001.parquet", 3, hashlib.sha256(b"abc").hexdigest())
     ]
     assert (tmp_path / "documents" / "000001.parquet").read_bytes() == b"abc"
 
@@ -42,13 +40,13 @@ def test_commits_come_back_as_written_in_order_of_name(tmp_path):
 
 
 def test_the_first_of_two_commits_of_a_unit_stays(tmp_path):
-    store, output = Store(str(tmp_path)), {"path": "p", "sha256": "1", "bytes": 1}
+    store, output = Store(str(tmp_path)), Output("p", 1, "1")
     store.commit(Commit("000001", "f", outputs=[output], seconds=1))
     store.commit(Commit("000001", "f", outputs=[output], seconds=2))
     assert store.commit_of("000001").seconds == 1
     for other in (
         Commit("000001", "g", outputs=[output]),
-        Commit("000001", "f", outputs=[output | {"sha256": "2"}]),
+        Commit("000001", "f", outputs=[replace(output, sha256="2")]),
     ):
         with pytest.raises(
             RuntimeError,
@@ -60,14 +58,41 @@ def test_the_first_of_two_commits_of_a_unit_stays(tmp_path):
 
 def test_success_clears_an_earlier_failure(tmp_path):
     store = Store(str(tmp_path))
-    store.fail("000001", {"unit": "000001", "error": "ValueError: x"})
-    assert store.failures()["000001"]["error"] == "ValueError: x"
+    store.fail(Failure("000001", "ValueError: x"))
+    assert store.failures()["000001"].error == "ValueError: x"
     store.commit(Commit("000001", "f"))
     assert store.failures() == {}
 
 
 def test_digest_changes_with_the_bytes_and_not_with_the_time():
-    a = Commit("u", "f", outputs=[{"path": "p", "sha256": "1", "bytes": 1}], seconds=1)
-    b = Commit("u", "f", outputs=[{"path": "p", "sha256": "1", "bytes": 1}], seconds=2)
-    c = Commit("u", "f", outputs=[{"path": "p", "sha256": "2", "bytes": 1}])
+    a = Commit("u", "f", outputs=[Output("p", 1, "1")], seconds=1)
+    b = Commit("u", "f", outputs=[Output("p", 1, "1")], seconds=2)
+    c = Commit("u", "f", outputs=[Output("p", 1, "2")])
     assert a.digest == b.digest != c.digest
+
+
+@dataclass(frozen=True)
+class Total:
+    rows: int = 0
+
+
+def test_a_result_comes_back_as_its_own_type_and_a_wrong_one_is_refused(tmp_path):
+    store = Store(str(tmp_path), Total)
+    store.commit(Commit("000001", "f", result=Total(3)))
+    assert store.commit_of("000001").result == Total(3)
+    assert Store(str(tmp_path)).commit_of("000001").result is None
+    file = tmp_path / "commits" / "000001.json"
+    file.write_text(file.read_text().replace('"rows": 3', '"rows": "many"'))
+    with pytest.raises(
+        ValueError, match=r"(?s)commit of unit 000001 is not of this version .*rows"
+    ):
+        store.commit_of("000001")
+
+
+def test_commits_of_earlier_versions_are_read(tmp_path):
+    record = {"unit": "u", "fingerprint": "f", "rows_in": 1, "rows_out": 1, "counts": {}}
+    record |= {"totals": {"rows": 7.0}, "extra": {"finished": 5.0}, "outputs": []}
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "commits" / "u.json").write_text(json.dumps(record))
+    commit = Store(str(tmp_path), Total).commit_of("u")
+    assert (commit.result, commit.finished) == (Total(7), 5.0)

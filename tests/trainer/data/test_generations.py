@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.run import publish as publishing
 from stages.formats.mds import MDSWriter
-from stages.pack.pack import PROVENANCE, PackConfig, columns
+from stages.pack.pack import PROVENANCE, PackConfig, PackResult, columns
 from stages.storage.catalog import GenerationError, read_catalog
 from stages.storage.files import scratch_folder
 from stages.storage.ledger import Commit, Store
@@ -118,7 +118,7 @@ def pack_by_hand(store: Store, unit: str, rows: int) -> Commit:
         rows_in=rows,
         rows_out=rows,
         counts={"kept": rows},
-        totals={"tokens": 9.0 * rows},
+        result=PackResult(9 * rows),
     )
     with scratch_folder("pack") as folder:
         with MDSWriter(folder / "part", columns=columns(SEQ_LEN), hashes=["sha1"]) as writer:

@@ -1,4 +1,4 @@
-"""C4's rules: drop lines that are no prose, then documents with too little left."""
+"""C4's rules: drop lines that are not prose, then documents with too little text left."""
 
 import re
 from math import inf
@@ -18,40 +18,31 @@ class C4:
     arXiv:1910.10683, 2.2).
 
     The line rules follow the published code (tensorflow_datasets, c4_utils.py), which also drops
-    overlong words, policy notices and citation marks. `edit` first, then `measure`: the scores are
-    those of the text they are given. A page whose only "{" or "lorem ipsum" stands in a line that
-    `edit` drops is therefore kept.
+    overlong words, policy notices and citation marks. Scores are those of the edited text: a page
+    whose only "{" or "lorem ipsum" is in a line that `edit` drops is kept.
     """
 
-    sentence_count: Bound = (
-        5,
-        inf,
-    )  # FineWeb: 5, with lines of 3 words; c4_utils.py: 3, with lines of 5 words
+    # FineWeb: 5, with lines of 3 words; c4_utils.py: 3, with lines of 5 words
+    sentence_count: Bound = (5, inf)
     lorem_ipsum_count: Bound = (0, 0)
     curly_bracket_count: Bound = (0, 0)
-    min_line_words: int = 3  # words between white space, counted before citation marks go
+    min_line_words: int = 3  # separated by white space, citation marks included
     max_word_length: int = 1000
-    require_terminal_punctuation: bool = (
-        False  # C4: true; FineWeb: false, it costs 30 % of the tokens
-    )
-    line_phrases: tuple[str, ...] = (  # a line with one of these goes, in whatever case
-        "javascript",
-        "terms of use",
-        "privacy policy",
-        "cookie policy",
-        "uses cookies",
-        "use of cookies",
-        "use cookies",
+    # C4: true; FineWeb: false, as it costs 30 % of the tokens
+    require_terminal_punctuation: bool = False
+    # lines that contain one of these in any case are dropped
+    line_phrases: tuple[str, ...] = (
+        *("javascript", "terms of use", "privacy policy", "cookie policy"),
+        *("uses cookies", "use of cookies", "use cookies"),
     )
 
     def edit(self, view: TextView) -> tuple[TextView, Measured]:
-        """The text without the lines that C4 drops and without citation marks, and its scores;
-        `view` if all of it stays.
+        """Drop lines and citation marks, and score the rest; `view` itself if nothing changes.
 
-        Lines lose the white space at their ends, and blank lines go: paragraph breaks with them, as
-        in C4 itself.
+        White space at the ends of lines and blank lines are removed, and so are paragraph breaks,
+        as in C4 itself.
         """
-        lower = view.text.lower()  # few texts hold any phrase: ask once, not per line
+        lower = view.text.lower()  # few texts contain any phrase: search once, not per line
         phrases = [phrase for phrase in self.line_phrases if phrase in lower]
         edited = view.with_lines([self._edit_line(line, phrases) for line in view.lines])
         return edited, self.measure(edited)

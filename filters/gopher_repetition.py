@@ -10,10 +10,10 @@ from filters.text.view import TextView, ratio
 class GopherRepetition:
     """Drop repetitive documents (Rae et al. 2021, arXiv:2112.11446, A1.1 and Table A1).
 
-    A part counts as duplicate from its second occurrence on. Shares of characters are of all
-    characters, white space included. The most frequent n-gram may overlap itself ("a a a a"), so
-    its share may exceed 1; one that occurs once still counts, which only very short texts notice.
-    Every score of "" is 0.
+    A part is a duplicate from its second occurrence on. Shares of characters are of all characters,
+    white space included. The most frequent n-gram may overlap itself ("a a a a"), so its share may
+    exceed 1; it counts even if it occurs once, which matters in very short texts only. Every score
+    of "" is 0.
     """
 
     duplicate_line_ratio: Bound = (0, 0.30)

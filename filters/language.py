@@ -1,6 +1,6 @@
-"""Language of a text by a fastText model (lid.176 of Joulin et al.
+"""Identify the language of a text with a fastText model.
 
-2016, arXiv:1612.03651, unless another is named).
+The default is lid.176 (Joulin et al. 2016, arXiv:1612.03651).
 """
 
 import re
@@ -15,20 +15,17 @@ from filters import STRICT, Bound, File
 from filters.suggest import did_you_mean
 
 BUNDLED = Path(__file__).parent / "lid.176.ftz"
-# fastText's own guess settles within a few thousand characters; more only costs time
+# fastText's guess no longer changes after a few thousand characters
 MAX_CHARS = 10_000
-# Of a line shorter than this lid.176 often takes names and product codes for some other language;
-# in bytes of UTF-8, as a Chinese character says more than a letter. And a document is judged by its
-# first lines, as many as these characters hold.
+# In lines shorter than this lid.176 often takes names and product codes for another language. In
+# bytes of UTF-8, as a Chinese character carries more than a letter.
 MIN_LINE_BYTES = 40
-MAX_LINES_CHARS = 100_000
+MAX_LINES_CHARS = 100_000  # the shares of lines are those of the beginning of a document
 _LETTER = re.compile(r"[^\W\d_]")
 
 
 class Guess(NamedTuple):
-    """The most likely language (ISO 639, as the model names it; 'und' for a text without letters)
-    and its probability.
-    """
+    """A language (ISO 639, as the model names it; 'und' without letters) and its probability."""
 
     language: str
     score: float
@@ -36,14 +33,13 @@ class Guess(NamedTuple):
 
 @dataclass(frozen=True, config=STRICT)
 class Language:
-    """Keep documents in the wanted languages, identified with enough certainty.
+    """Keep documents in the allowed languages.
 
-    `model` is a fastText file (GlotLID, OpenLID, ...), "" the bundled lid.176.ftz; `allowed` names
-    the wanted languages as the model names them, empty for all; `score` bounds the probability of
-    the guess, in [0, 1] (0.65: FineWeb, arXiv:2406.17557). With `measure_lines`, `line_share` is
-    the share of the lines, of those with at least MIN_LINE_BYTES bytes and a letter, that are in
-    the document's language; 1 when there is none. Without `identify` texts have no language, and
-    nothing can be asked of it.
+    `model` is a fastText file (GlotLID, OpenLID), "" for the bundled lid.176.ftz; `allowed` lists
+    languages as the model names them, () for all; `score` bounds the probability of the guess, in
+    [0, 1] (0.65: FineWeb, arXiv:2406.17557). With `measure_lines`, `line_share` is the share of
+    lines in the document's language among those with at least MIN_LINE_BYTES bytes and a letter; 1
+    if there are none. Without `identify` texts have no language and none of this can be bounded.
     """
 
     identify: bool = True
@@ -66,13 +62,10 @@ class Language:
         return self
 
     def check(self, languages: tuple[str, ...]) -> None:
-        """ValueError when a language is wanted that the model does not know."""
+        """ValueError if the model does not know one of the languages."""
         if not self.identify or (languages == ("en",) and not self.model):
-            return  # what is bundled knows what is the default
-        labels = [
-            label.removeprefix("__label__")
-            for label in _load(self.model or str(BUNDLED)).get_labels()
-        ]
+            return  # the bundled model knows the default language
+        labels = [label.removeprefix("__label__") for label in self._classifier.get_labels()]
         for name in languages:
             if name not in labels:
                 raise ValueError(
@@ -81,53 +74,48 @@ class Language:
                 )
 
     def guess(self, text: str) -> Guess:
-        """Identify a text; total on every string."""
+        """Identify a text; defined for every string."""
         return self.guesses(text, k=1)[0]
 
     def guesses(self, text: str, *, k: int, max_chars: int = MAX_CHARS) -> list[Guess]:
-        """The k most likely languages, likeliest first; [Guess('und', 0.0)] when the text holds
-        nothing to go by.
-        """
+        """The k most likely languages, likeliest first; [Guess('und', 0.0)] without letters."""
         line = " ".join(text[:max_chars].split()).encode("utf-8", "replace").decode()
-        labels, scores = (
-            _load(self.model or str(BUNDLED)).predict(line, k=k)
-            if _LETTER.search(line)
-            else ((), ())
-        )
-        found = [
-            Guess(a.removeprefix("__label__"), min(1.0, float(b)))
-            for a, b in zip(labels, scores, strict=True)
-        ]
-        return found or [Guess("und", 0.0)]
+        guesses = []
+        if _LETTER.search(line):
+            labels, scores = self._classifier.predict(line, k=k)
+            guesses = [
+                Guess(label.removeprefix("__label__"), min(1.0, float(score)))
+                for label, score in zip(labels, scores, strict=True)
+            ]
+        return guesses or [Guess("und", 0.0)]
 
     def line_share_of(self, text: str, language: str) -> float:
-        """Share of the lines in `language`, in [0, 1]; too short ones and those without a letter
-        are left out; 1 if all are.
+        """Share of the lines in `language`, in [0, 1], among those long enough and with a letter.
+
+        1 if there are none.
         """
-        lines = [
-            " ".join(line.split())
-            for line in text[:MAX_LINES_CHARS].encode("utf-8", "replace").decode().split("\n")
-        ]
-        told = [
-            line for line in lines if len(line.encode()) >= MIN_LINE_BYTES and _LETTER.search(line)
-        ]
-        if not told:
+        beginning = text[:MAX_LINES_CHARS].encode("utf-8", "replace").decode()
+        lines = [" ".join(line.split()) for line in beginning.split("\n")]
+        lines = [x for x in lines if len(x.encode()) >= MIN_LINE_BYTES and _LETTER.search(x)]
+        if not lines:
             return 1.0
-        labels, _ = _load(self.model or str(BUNDLED)).predict(told)
-        return sum(found[:1] == [f"__label__{language}"] for found in map(list, labels)) / len(told)
+        labels, _ = self._classifier.predict(lines)
+        return sum(list(best)[:1] == [f"__label__{language}"] for best in labels) / len(lines)
 
     def probability_allowed(self, guesses: list[Guess]) -> float:
-        """Probability in [0, 1] that a text is in one of the wanted languages; 1 when all are
-        wanted.
-        """
+        """Probability in [0, 1] that a text is in an allowed language; 1 if all are allowed."""
         if not self.allowed:
             return 1.0
         return min(1.0, sum(g.score for g in guesses if g.language in self.allowed))
+
+    @property
+    def _classifier(self) -> Any:
+        return _load(self.model or str(BUNDLED))
 
 
 @lru_cache(maxsize=4)
 def _load(path: str) -> Any:
     import fasttext
 
-    fasttext.FastText.eprint = lambda *args: None  # it warns on stderr at every load
+    fasttext.FastText.eprint = lambda *args: None  # else it warns on stderr at every load
     return fasttext.load_model(path)

@@ -155,7 +155,8 @@ def _parse_index(path: str, rest: npt.NDArray[np.uint8]) -> Index:
     if made_with != {"version": VERSION, "normalizer": NORMALIZER}:
         raise ValueError(
             f"decontamination.index {path}: it has {made_with}, this filter reads version "
-            f"{VERSION} and normalizer '{NORMALIZER}'; build it again with `gristmill index-benchmarks`"
+            f"{VERSION} and normalizer '{NORMALIZER}'; "
+            "build it again with `gristmill index-benchmarks`"
         )
     arrays = []
     for name, dtype in ARRAYS.items():

@@ -1,9 +1,8 @@
-"""Perplexity of a document under a KenLM model: how unlike the model's own text it reads (CCNet,
-arXiv:1911.00359).
+"""Perplexity of a document under a KenLM model: how unlike the model's training text it is.
 
-A perplexity means something only with the model and the normaliser it came from: cut at percentiles
-of a sample of your own. It sees word salad, foreign languages and broken encodings; it hardly sees
-boilerplate.
+After CCNet (arXiv:1911.00359). Perplexities are comparable only with the same model and normalizer:
+set bounds by percentiles of a sample of your own. It detects word salad, foreign languages and
+broken encodings, but hardly any boilerplate.
 """
 
 import math
@@ -24,12 +23,13 @@ NORMALIZERS = (ccnet.WORDS, ccnet.PIECES)
 def _ordered(value: tuple[float, float] | None) -> tuple[float, float] | None:
     if value is not None and not value[0] <= value[1]:
         raise ValueError(
-            f"head ends at the first number, tail begins after the second: got [{value[0]}, {value[1]}]"
+            "head ends at the first number, tail begins after the second: "
+            f"got [{value[0]}, {value[1]}]"
         )
     return value
 
 
-# Not a Bound: it names documents, and rejects none
+# Not a Bound: it rejects no documents
 Buckets = Annotated[
     tuple[float, float] | None, BeforeValidator(off_is_none), AfterValidator(_ordered)
 ]
@@ -37,21 +37,20 @@ Buckets = Annotated[
 
 @dataclass(frozen=True, config=STRICT)
 class Perplexity:
-    """Keep documents that a language model finds neither too strange nor too predictable (Wenzek et
-    al. 2019).
+    """Keep documents that are neither too unlikely nor too predictable for a language model.
 
-    `model` is a KenLM binary with its card beside it. `perplexity` is per token, at least 1 but for
-    rounding; `worst_window` that of the worst consecutive lines with `window` tokens, line ends
-    counted, or of the document if it has fewer: a paragraph of spam in a good page. Both are NaN
-    for a text without a token. `buckets` are two perplexities (CCNet: the 33rd and 66th percentile
-    of a sample); `bucket` is head up to the first, tail above the second, and middle.
+    `model` is a KenLM binary with its card beside it. `perplexity` is per token, at least 1 except
+    for rounding. `worst_window` is that of the worst consecutive lines with `window` tokens, line
+    ends included, or of the document if it has fewer: it finds a paragraph of spam in a good page.
+    Both are NaN for a text without a token. `buckets` are two perplexities (CCNet: the 33rd and
+    66th percentile of a sample); `bucket` is head up to the first, tail above the second, else
+    middle (Wenzek et al. 2019).
     """
 
     notes: ClassVar[tuple[str, ...]] = ("bucket",)
     tallied: ClassVar[tuple[str, ...]] = ("bucket",)
-    percentiles_of: ClassVar[dict[str, str]] = {
-        "buckets": "perplexity"
-    }  # buckets may be percentiles, of this score
+    # buckets may be given as percentiles of this score
+    percentiles_of: ClassVar[dict[str, str]] = {"buckets": "perplexity"}
 
     model: File = ""
     perplexity: Bound = (0.0, math.inf)
@@ -65,9 +64,7 @@ class Perplexity:
         return {**scored._asdict(), "bucket": self._bucket(scored.perplexity)}
 
     def check(self, languages: tuple[str, ...]) -> None:
-        """That the model is there, is one that this filter can use, and is the one that its card
-        describes.
-        """
+        """ValueError unless the model exists, fits this filter, and matches its card."""
         card = model_card.read_card(self.model, kind="kenlm", normalizers=NORMALIZERS)
         model_card.check_digest(Path(self.model), card.get("sha256"), model=self.model)
         _splitter(self.model, card)
@@ -87,14 +84,13 @@ class Scored(NamedTuple):
 
 
 def score(lines: ccnet.Lines, model: Any, *, window: int) -> Scored:
-    """10 ** (-sum of the lines' log10 scores / sum of their lengths), a line's length being its
-    tokens and its end.
+    """10 ** (-sum of the lines' log10 scores / sum of their lengths), as CCNet computes it.
 
-    As CCNet computes it, but for lines without a token, which are left out: they are layout, and a
-    model that never saw an empty line would find it most surprising.
+    A line's length is its tokens and its end. Unlike in CCNet, lines without a token are left out:
+    they are layout, and very unlikely for a model that never saw an empty line.
 
-    Windows are the shortest runs of lines with `window` tokens, line ends counted: one ends with
-    each line, and one begins the document, so that every line is in some window.
+    Windows are the shortest runs of lines with `window` tokens, line ends included: one ends with
+    each line, and one begins the document, so that every line is in a window.
     """
     score_line = model.score
     log10, length, worst, first = 0.0, 0, math.nan, 0
@@ -112,9 +108,7 @@ def score(lines: ccnet.Lines, model: Any, *, window: int) -> Scored:
             worst = -log10 / length
         while length - lengths[first + 1] >= window:
             first += 1
-        here = (sums[first] - log10) / (length - lengths[first])
-        if here > worst:
-            worst = here
+        worst = max(worst, (sums[first] - log10) / (length - lengths[first]))
     if not length:
         return Scored(math.nan, math.nan)
     whole = -log10 / length
@@ -122,17 +116,16 @@ def score(lines: ccnet.Lines, model: Any, *, window: int) -> Scored:
 
 
 class Loaded(NamedTuple):
-    """A model and how text is normalised for it."""
+    """A model and the normalizer of its texts."""
 
     kenlm: Any
     normalize: ccnet.Normalizer
 
 
-@lru_cache(
-    maxsize=64
-)  # a model per language of a run, mapped into memory, which the workers of a machine share
+# up to a model per language of a run, mapped into memory, which the workers of a machine share
+@lru_cache(maxsize=64)
 def load(path: str) -> Loaded:
-    """A model that its card says can be used; once per process."""
+    """A model whose card fits this filter; once per process."""
     import kenlm
 
     card = model_card.read_card(path, kind="kenlm", normalizers=NORMALIZERS)
@@ -142,9 +135,7 @@ def load(path: str) -> Loaded:
 
 
 def _splitter(model: str, card: dict[str, Any]) -> ccnet.Splitter | None:
-    """The SentencePiece model beside a model of pieces, if the card's digest is its own; None for a
-    model of words.
-    """
+    """The SentencePiece model beside a model of pieces, checked by its digest; None for words."""
     if card["normalizer"] == ccnet.WORDS:
         return None
     path = Path(model + ".spm")

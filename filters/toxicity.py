@@ -1,9 +1,9 @@
-"""Toxic and adult text: words of a list per language, and a slot for a classifier of your own.
+"""Toxic and adult text: word lists per language, and optionally a classifier of your own.
 
-Word lists know no context: medicine and law use the same words. So what is bounded is their share
-of a text, not their presence; C4 dropped every page with one word of such a list, and lost much of
-what minorities write (Dodge et al. 2021, arXiv:2104.08758). The lists that this was made for are
-LDNOOBW's (one file per language, CC BY 4.0).
+Word lists ignore context, and medicine and law use the same words. So the bound is on their share
+of a text, not on their presence: C4 dropped every page with one listed word, and lost much text by
+minorities (Dodge et al. 2021, arXiv:2104.08758). It was made for the lists of LDNOOBW (one file per
+language, CC BY 4.0).
 """
 
 import re
@@ -24,14 +24,14 @@ from filters.text.view import TextView
 
 @dataclass(frozen=True, config=STRICT)
 class Toxicity:
-    """Keep documents with few listed words, and that a classifier does not take for toxic.
+    """Keep documents with few listed words that a classifier does not rate as toxic.
 
     `lists` is a folder with one file per language, named as the language model names it ("en",
-    "de"), one word or phrase a line; `model` a fastText model with its card beside it, whose
-    `label` is the toxic class. Either may be "". `listed_ratio` is the share of the letters and
-    digits, in [0, 1], that belong to listed words or phrases, `listed_count` the number of these,
-    repeats included; both are 0 in a language without a list. `score` is the probability of
-    `label`, in [0, 1]; 0 without a model. The note `list` names the list that was looked at.
+    "de"), with one word or phrase per line; `model` is a fastText model with its card beside it,
+    whose `label` is the toxic class. Either may be "". `listed_ratio` is the share of letters and
+    digits, in [0, 1], in listed words or phrases, `listed_count` the number of these, repeats
+    included; both are 0 in a language without a list. `score` is the probability of `label`, in
+    [0, 1]; 0 without a model. The note `list` is the language of the list used.
     """
 
     notes: ClassVar[tuple[str, ...]] = ("list",)
@@ -45,36 +45,29 @@ class Toxicity:
     score: Bound = (0.0, 0.5)
 
     def check(self, languages: tuple[str, ...]) -> None:
-        """ValueError without a list or model, when a wanted language has no list, or the model is
-        not one of ours.
-        """
+        """ValueError without lists and model, if a language has no list, or for a wrong model."""
         if not self.lists and not self.model:
             raise ValueError(
                 "name a folder of word lists (toxicity.lists), or a classifier (toxicity.model)"
             )
         if self.lists:
-            there = (
-                sorted(p.name for p in Path(self.lists).iterdir())
-                if Path(self.lists).is_dir()
-                else []
-            )
-            missing = [language for language in languages if language not in there]
+            folder = Path(self.lists)
+            names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+            missing = [language for language in languages if language not in names]
             if missing:
-                found = ", ".join(there) or "no file at all"
                 raise ValueError(
-                    f"lists = {self.lists}: no file named '{missing[0]}' for that language, only {found}"
+                    f"lists = {self.lists}: no file named '{missing[0]}' for that language, "
+                    f"only {', '.join(names) or 'no file at all'}"
                 )
         if self.model:
             Quality(model=self.model, label=self.label).check(languages)
 
     def measure(self, view: TextView) -> Measured:
-        words = _load(self.lists, view.language) if self.lists and view.language else None
+        words = _load_list(self.lists, view.language) if self.lists and view.language else None
         ratio, count = _listed(view.text, words) if words else (0.0, 0)
-        score = (
-            Quality(model=self.model, label=self.label).measure(view)["score"]
-            if self.model
-            else 0.0
-        )
+        score = 0.0
+        if self.model:
+            score = Quality(model=self.model, label=self.label).measure(view)["score"]
         return {
             "listed_ratio": ratio,
             "listed_count": float(count),
@@ -84,9 +77,7 @@ class Toxicity:
 
 
 class _Words(NamedTuple):
-    """Automata of what must stand between word borders, and of what is found anywhere; None for
-    none.
-    """
+    """Automata of the entries that match whole words, and of those that match anywhere; or None."""
 
     whole: Any
     anywhere: Any
@@ -100,7 +91,7 @@ _NO_SPACES = re.compile(
 
 
 def _listed(text: str, words: _Words) -> tuple[float, int]:
-    """Share of letters and digits that are listed, and how many words and phrases are."""
+    """Share of letters and digits in listed words and phrases, and the number of these."""
     text = text.lower()
     spelled, letters = _spelled(text)
     hits = [*_longest(words.whole, spelled), *_longest(words.anywhere, text)]
@@ -109,9 +100,7 @@ def _listed(text: str, words: _Words) -> tuple[float, int]:
 
 
 def _spelled(text: str) -> tuple[str, int]:
-    """A text's words, each between single spaces, " " if there are none; and how many characters
-    they have.
-    """
+    """A text's words, each between single spaces, " " if there are none; and their characters."""
     points = _table().take(code_points(f" {text} "))
     filled = points != _SPACE
     kept: U32 = points[filled | np.append(filled[1:], False)]
@@ -122,33 +111,31 @@ def _spelled(text: str) -> tuple[str, int]:
 
 @lru_cache(maxsize=1)
 def _table() -> U32:
-    """What a code point is to words, (0x110000,): itself if it is a letter, a digit, or a mark that
-    belongs to one (the vowel signs of Hindi or Thai are no letters), else a space.
+    """What each code point becomes, (0x110000,): itself in a word, else a space.
+
+    Words consist of letters, digits and their marks (the vowel signs of Hindi or Thai).
     """
     marks = (c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
     return replacements(digits="kept", letters="".join(marks))
 
 
 def _longest(automaton: Any, text: str) -> Iterator[str]:
-    """Entries in the text from left to right, of those that overlap the first and then the longest.
+    """Entries in the text from left to right; of overlapping ones the first, then the longest.
 
-    The automaton's own `iter_long` passes over an entry that stands within the beginning of a
-    longer one.
+    The automaton's own `iter_long` misses an entry inside the beginning of a longer one.
     """
-    found = (
-        sorted((end - length, -length, entry) for end, (length, entry) in automaton.iter(text))
-        if automaton
-        else []
-    )
+    if automaton is None:
+        return
     free = -1
-    for before, negative, entry in found:
+    matches = ((end - length, -length, entry) for end, (length, entry) in automaton.iter(text))
+    for before, negative, entry in sorted(matches):
         if before >= free:
             yield entry
             free = before - negative
 
 
 @lru_cache(maxsize=64)
-def _load(folder: str, language: str) -> _Words | None:
+def _load_list(folder: str, language: str) -> _Words | None:
     file = Path(folder, language)
     if not file.is_file():
         return None
@@ -167,7 +154,7 @@ def _letters(entry: str) -> str:
 
 
 def _automaton(patterns: set[str], *, border: int) -> Any:
-    """Neighbours share the last `border` characters of a pattern."""
+    """An automaton of patterns; adjacent matches may share the last `border` characters."""
     import ahocorasick
 
     automaton = ahocorasick.Automaton()

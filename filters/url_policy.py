@@ -1,8 +1,8 @@
 """URL policy: blocked hosts, URLs and words from list files, checked before a page is opened.
 
-List folders are in the format of the UT1 blacklists (Université Toulouse 1 Capitole): a folder per
-category, with a file `domains` (one host a line, which blocks its subdomains too) and a file `urls`
-(host/path prefixes).
+List folders have the format of the UT1 blacklists (Université Toulouse 1 Capitole): a folder per
+category, with a file `domains` (one host per line, which blocks its subdomains too) and a file
+`urls` (host/path prefixes).
 """
 
 import re
@@ -19,9 +19,7 @@ _NOT_WORD = re.compile(r"[^a-z0-9]+")
 
 
 class Blocked(NamedTuple):
-    """Why a URL is blocked: the rule ('host', 'url' or 'word') and the entry of the list that
-    matched.
-    """
+    """Why a URL is blocked: the rule ('host', 'url' or 'word') and the list entry that matched."""
 
     rule: str
     entry: str
@@ -32,18 +30,18 @@ class UrlPolicy:
     """Reject URLs by lists.
 
     `blocked_lists`: UT1 category folders, or files of hosts and URL prefixes. `blocked_words`:
-    files of words, one a line, which match whole words of the URL (letters and digits between other
-    characters), lower-cased; a phrase matches the same words in a row. All matching ignores case.
+    files of words, one per line, which match whole words of the URL (runs of letters and digits); a
+    phrase matches the same words in a row. All matching ignores case.
     """
 
     blocked_lists: Files = ()
     blocked_words: Files = ()
 
     def check(self, url: str) -> Blocked | None:
-        """The list entry that blocks a URL, or None. Total: odd URLs are inputs, not exceptions."""
+        """The list entry that blocks a URL, or None; defined for every string."""
         if not self.blocked_lists and not self.blocked_words:
             return None
-        lists = _load(self.blocked_lists, self.blocked_words)
+        lists = _load_lists(self.blocked_lists, self.blocked_words)
         host = host_of(url)
         labels = host.split(".")
         for start in range(len(labels)):
@@ -53,10 +51,10 @@ class UrlPolicy:
 
 
 def host_of(url: str) -> str:
-    """Lower-case host of a URL without port and user, "" when there is none; never raises."""
+    """Lower-case host of a URL without port and user, "" if there is none; never raises."""
     try:
         return (urlsplit(url).hostname or "").rstrip(".")
-    except ValueError:  # "http://[" and its kind
+    except ValueError:  # such as "http://["
         return ""
 
 
@@ -67,7 +65,7 @@ class _Lists(NamedTuple):
 
 
 def _blocked_path(url: str, host: str, urls: frozenset[str]) -> Blocked | None:
-    # an entry host/a/b blocks itself and what lies beneath; UT1 leaves a leading www. off
+    # an entry host/a/b blocks itself and everything below it; UT1 omits a leading www.
     path = url.lower().partition("://")[2].partition("/")[2].partition("#")[0]
     parts = re.split(r"[/?]", path) if path else []
     prefix = host.removeprefix("www.")
@@ -87,10 +85,15 @@ def _blocked_word(url: str, words: Any) -> Blocked | None:
 
 
 @lru_cache(maxsize=2)
-def _load(blocked_lists: tuple[str, ...], blocked_words: tuple[str, ...]) -> _Lists:
-    entries = {line.removeprefix("www.") for path in blocked_lists for line in _lines(_files(path))}
+def _load_lists(blocked_lists: tuple[str, ...], blocked_words: tuple[str, ...]) -> _Lists:
+    entries = {
+        line.removeprefix("www.") for path in blocked_lists for line in _entries(_list_files(path))
+    }
     words = sorted(
-        {" ".join(_NOT_WORD.sub(" ", w).split()) for w in _lines([Path(p) for p in blocked_words])}
+        {
+            " ".join(_NOT_WORD.sub(" ", w).split())
+            for w in _entries([Path(p) for p in blocked_words])
+        }
         - {""}
     )
     return _Lists(
@@ -100,18 +103,16 @@ def _load(blocked_lists: tuple[str, ...], blocked_words: tuple[str, ...]) -> _Li
     )
 
 
-def _files(path: str) -> list[Path]:
+def _list_files(path: str) -> list[Path]:
     root = Path(path)
     if not root.exists():
         raise ValueError(f"url_policy.blocked_lists: no such file or folder: {path}")
-    return (
-        sorted(p for p in root.rglob("*") if p.name in ("domains", "urls"))
-        if root.is_dir()
-        else [root]
-    )
+    if not root.is_dir():
+        return [root]
+    return sorted(p for p in root.rglob("*") if p.name in ("domains", "urls"))
 
 
-def _lines(files: list[Path]) -> set[str]:
+def _entries(files: list[Path]) -> set[str]:
     return {
         line
         for file in files

@@ -1,24 +1,26 @@
-"""Text as CCNet normalises it before a language model scores it (Wenzek et al. 2019,
-arXiv:1911.00359), a document at a time.
+"""Normalize text as CCNet does before a language model scores it.
 
-The steps, in order; a line is what "\\n" parts:
+After Wenzek et al. 2019 (arXiv:1911.00359), a document at a time. The steps, in order; lines end at
+"\\n":
 
     1  lower case
-    2  accents off: canonical decomposition (NFD), then marks of category Mn go
+    2  remove accents: canonical decomposition (NFD), then without marks of category Mn
     3  every decimal digit of any script becomes 0
-    4  Unicode punctuation becomes ASCII: „“”«» are ", ’ is ', … is three full stops (CCNet's table, `_PUNCTUATION`)
+    4  Unicode punctuation becomes ASCII (CCNet's table, `_PUNCTUATION`): „“”«» become ", ’
+       becomes ', … becomes three full stops
     5  control characters become spaces
-    6  WORDS: cut into words and marks, "don't" being one word.   PIECES: cut at white space, then by SentencePiece
+    6  WORDS: cut into words and marks ("don't" is one word)
+       PIECES: cut at white space, then by SentencePiece
 
-What differs from CCNet, and why: it deletes control characters (5), which glues the words around a
-tab together; its table has an entry for the full-width 1, a slip that can never apply, since digits
-are replaced first; it knows no WORDS, but they need no second model and are four times as fast. In
-PIECES a word's pieces do not depend on its neighbours, so that a word seen before is looked up;
-SentencePiece on whole lines gives the same but for ties, pieces never going across words.
+Differences from CCNet: it deletes control characters (5), which joins the words around a tab; its
+table has an entry for the full-width 1 that never applies, as digits are replaced first; it has no
+WORDS, but they need no second model and are four times as fast. In PIECES the pieces of a word do
+not depend on its neighbors, so they can be cached; SentencePiece on whole lines gives the same
+except for ties, as pieces never cross words.
 
-No step looks past the end of a line, so a whole text is normalised at once, as bytes, by a dozen
-passes in C: `re` is ten times slower. Only runs of characters beyond ASCII come to Python, each
-kind of run once.
+No step looks past the end of a line, so a whole text is normalized at once, as bytes, by a dozen
+passes in C: `re` is ten times slower. Only runs of characters beyond ASCII are handled in Python,
+each distinct run once.
 """
 
 import codecs
@@ -54,16 +56,10 @@ _PUNCTUATION = str.maketrans(
     | {"（": "(", "）": ")", "〈": "<", "〉": ">", "【": "[", "】": "]"}
     | dict.fromkeys(range(127, 160), " ")
 )
-# per byte: capitals, digits, controls but for "\n"
-_ASCII = bytes(
-    c + 32
-    if chr(c).isupper() and c < 128
-    else 48
-    if 48 <= c < 58
-    else 32
-    if (c < 32 and c != 10) or c == 127
-    else c
-    for c in range(256)
+# per byte: lower case, digits to 0, control characters except "\n" to spaces
+_ASCII = bytes.maketrans(
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZ" + b"0123456789" + bytes({*range(32), 127} - {10}),
+    b"abcdefghijklmnopqrstuvwxyz" + b"0" * 10 + b" " * 32,
 )
 _MARKS = {
     c: (bytes([c]), b" %c " % c)
@@ -71,18 +67,16 @@ _MARKS = {
     if not chr(c).isalnum() and chr(c) not in "_'"
 }
 _NO_MARKS = bytes(set(range(256)) - _MARKS.keys())
-# bytes above 127 are letters here: `_Characters` has put spaces around what is none
+# bytes above 127 are letters here: `_Characters` has put spaces around all other characters
 _LONE_APOSTROPHE = re.compile(rb"'(?:(?<![\w\x80-\xff]')|(?![\w\x80-\xff]))")
 
-_MAX_CACHED = 200_000  # runs or words remembered; some 20 MB
-_LONG = 24  # longer runs, those of Chinese or Thai, seldom come again
-_SHORT = 2000  # bytes; from here on counting in NumPy is worth its fixed cost
+_MAX_CACHED = 200_000  # runs or words in a cache; about 20 MB
+_LONG = 24  # longer runs, as of Chinese or Thai, are rarely repeated
+_SHORT = 2000  # bytes; for longer texts NumPy counts faster
 
 
 class Lines(NamedTuple):
-    """The lines of a text in UTF-8, tokens parted by spaces, one or more; and how many tokens each
-    has, none maybe.
-    """
+    """The lines of a text in UTF-8, their tokens separated by spaces, and the numbers of tokens."""
 
     lines: list[bytes]
     tokens: list[int]
@@ -92,12 +86,12 @@ Normalizer = Callable[[str], Lines]
 
 
 def normalize_line(line: str) -> str:
-    """A line in WORDS, parted by single spaces."""
+    """A line in WORDS, separated by single spaces."""
     return " ".join(b" ".join(words(line.replace("\n", " ")).lines).decode().split())
 
 
 def words(text: str) -> Lines:
-    """A text in WORDS; total: lone surrogates become question marks."""
+    """A text in WORDS; lone surrogates become question marks."""
     raw = _folded(text, WORDS)
     for mark in set(raw.translate(None, _NO_MARKS)):
         raw = raw.replace(*_MARKS[mark])
@@ -122,7 +116,7 @@ def plain(text: str) -> Lines:
 
 
 class Splitter(dict[bytes, bytes]):
-    """The pieces of a word by a SentencePiece model, parted by spaces; words are remembered."""
+    """A cache of the pieces of words by a SentencePiece model, separated by spaces."""
 
     def __init__(self, model: str) -> None:
         import sentencepiece
@@ -131,20 +125,20 @@ class Splitter(dict[bytes, bytes]):
         self._processor = sentencepiece.SentencePieceProcessor(model_file=model)
 
     def __missing__(self, word: bytes) -> bytes:
-        found: list[str] = self._processor.encode(word.decode(), out_type=str)
-        cut = " ".join(_SYMBOLS.get(piece, piece) for piece in found).encode()
+        pieces: list[str] = self._processor.encode(word.decode(), out_type=str)
+        cut = " ".join(_SYMBOLS.get(piece, piece) for piece in pieces).encode()
         if len(self) >= _MAX_CACHED:
             self.clear()
         self[word] = cut
         return cut
 
 
-# KenLM takes these for its own: lmplz refuses them
+# KenLM's own symbols, which lmplz refuses in text
 _SYMBOLS = {"<s>": "< s >", "</s>": "< / s >", "<unk>": "< unk >"}
 
 
 def _folded(text: str, kind: str) -> bytes:
-    """Steps 1 to 5, in UTF-8; for WORDS, marks beyond ASCII already stand between spaces."""
+    """Steps 1 to 5, in UTF-8; for WORDS, with spaces around marks beyond ASCII."""
     if "Σ" in text:
         text = text.lower()  # at the end of a word it is ς, and a run may end within a word
     return text.encode("ascii", _error_handler(kind)).translate(_ASCII)
@@ -152,8 +146,9 @@ def _folded(text: str, kind: str) -> bytes:
 
 @lru_cache(maxsize=2)
 def _error_handler(kind: str) -> str:
-    """`str.encode` finds the runs beyond ASCII, several times as fast as `re`; this name tells it
-    to replace them by `_Runs`.
+    """The name of an error handler with which `str.encode` replaces runs beyond ASCII by `_Runs`.
+
+    Several times as fast as `re`.
     """
     runs = _Runs(kind)
 
@@ -167,8 +162,9 @@ def _error_handler(kind: str) -> str:
 
 
 class _Runs(dict[str, bytes]):
-    """Runs of characters beyond ASCII as normalised. NFD needs no more context: an ASCII character
-    ends every sequence.
+    """A cache of runs of characters beyond ASCII, normalized.
+
+    NFD needs no more context, as an ASCII character ends every sequence.
     """
 
     def __init__(self, kind: str) -> None:
@@ -187,9 +183,7 @@ class _Runs(dict[str, bytes]):
 
 
 class _Characters(dict[int, str]):
-    """What becomes of a character of a decomposed run: a table for `str.translate` that fills
-    itself.
-    """
+    """A table for `str.translate` of the characters of decomposed runs; filled on demand."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -1,9 +1,8 @@
-"""Hashes of word n-grams: a text normalised, cut into words and hashed with NumPy, without a Python
-object per word.
+"""Hashes of word n-grams, computed with NumPy and without a Python object per word.
 
-Dedup (`stages.minhash`) and decontamination share it; what counts as the same word differs, and is
-a table for each. The hash of an n-gram grows by a word at a time, so that of its first k words is
-met on the way to it.
+Dedup (`stages.dedup.minhash`) and decontamination share this; each has its own table of characters
+that decides which words are equal. The hash of an n-gram is computed word by word, so the hash of
+its first k words is an intermediate result.
 
 Arrays: W words.
 """
@@ -40,10 +39,10 @@ _FMIX: dict[int, tuple[Any, list[tuple[int, int]], int]] = {
 
 
 def normalize_words(text: str, table: U32) -> str:
-    """Lower-case, NFD, every code point exchanged by `table` (`replacements`), white space
-    collapsed.
+    """Lower-case, decompose, replace every code point by `table` (see `replacements`).
 
-    A character of Chinese or Japanese, which put no spaces between words, is a word.
+    White space is collapsed. A character of Chinese or Japanese, which have no spaces between
+    words, is a word.
     """
     canonical = decomposed(text.lower())
     points: U32 = table.take(code_points(canonical))
@@ -56,11 +55,10 @@ def normalize_words(text: str, table: U32) -> str:
 
 
 def decomposed(text: str) -> str:
-    """NFD piece by piece: CPython sorts a run of combining marks in quadratic time, an hour for a
-    page of nothing else.
+    """NFD piece by piece, as CPython takes quadratic time for a run of combining marks.
 
-    Only marks in runs longer than any in writing (Unicode's UAX 15 says 30) can end up in another
-    order.
+    (An hour for a page of nothing else.) Only marks in runs longer than any in real text (30, by
+    Unicode's UAX 15) can end up in a different order.
     """
     parts, start = [], 0
     while start < len(text):
@@ -73,7 +71,7 @@ def decomposed(text: str) -> str:
 
 
 def code_points(text: str) -> U32:
-    """The code points of a text, lone surrogates among them."""
+    """The code points of a text, including lone surrogates."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
@@ -83,9 +81,9 @@ def replacements(
 ) -> U32:
     """What each code point of a decomposed text becomes, (0x110000,).
 
-    A letter stays, a combining mark goes (0), a decimal digit stays or becomes 0 by `digits`, the
-    characters of `inside_words` go too ("don't" is "dont"), those of `letters` stay, and everything
-    else is a space.
+    Letters and the characters of `letters` stay; combining marks and the characters of
+    `inside_words` are removed (0; "don't" becomes "dont"); decimal digits stay or become '0';
+    everything else becomes a space.
     """
     points = np.arange(0x110000, dtype=np.uint32)
     characters = points.view("<U1")
@@ -100,30 +98,26 @@ def replacements(
 
 
 def words(raw: bytes) -> tuple[I64, I64]:
-    """Places where the words of a normalised text begin and end, each (W,); the text ends in a
-    space.
-    """
+    """Where the words of a normalized text begin and end, each (W,); the text ends in a space."""
     ends = np.flatnonzero(np.frombuffer(raw, np.uint8) == _SPACE)
     starts = np.append(0, ends + 1)[:-1]
-    filled = ends > starts  # not so in an empty document, or one that was cut behind a space
+    filled = ends > starts  # false in an empty document, or one that was cut after a space
     return starts[filled], ends[filled]
 
 
 def word_hashes(raw: bytes, starts: I64, ends: I64) -> U64:
-    """Hash of each word (W,): the sum of its blocks of 8 bytes, the last one filled up with zeros,
-    mixed with their places.
+    """Hash of each word (W,): the sum of its zero-padded 8-byte blocks, mixed with their index.
 
-    Words of up to 8 bytes never collide, longer ones as 64-bit random numbers do. A dict of xxh64
-    by word took 4 times as long.
+    Words of up to 8 bytes never collide, longer ones like 64-bit random numbers. A dict of xxh64 by
+    word took 4 times as long.
     """
     blocks = (ends - starts + 7) >> 3
     first = np.cumsum(blocks) - blocks
     place = np.arange(blocks.sum()) - np.repeat(first, blocks)
     at = np.repeat(starts, blocks) + 8 * place
     excess = np.maximum(at + 8 - np.repeat(ends, blocks), 0).astype(np.uint64)
-    everywhere: U64 = np.ndarray(
-        len(raw), "<u8", raw + bytes(7), strides=(1,)
-    )  # the 8 bytes from every place on
+    # the 8 bytes from every position on
+    everywhere: U64 = np.ndarray(len(raw), "<u8", raw + bytes(7), strides=(1,))
     values = everywhere[at] & (np.uint64(2**64 - 1) >> (np.uint64(8) * excess))
     mixed = fmix(values ^ (place.astype(np.uint64) * _JOIN), bits=64)
     hashes: U64 = np.add.reduceat(mixed, first)
@@ -137,9 +131,7 @@ def ngram_hashes(hashes: U64, n: int) -> U64:
 
 
 def extended(joined: U64, following: Iterable[U64]) -> U64:
-    """Hashes of n-grams, made longer in place by the word hashes that follow, one array for each
-    further word.
-    """
+    """Extend n-gram hashes, in place, by the hashes of the following words: an array per word."""
     for word in following:
         joined *= _JOIN
         joined ^= joined >> np.uint64(29)
@@ -148,7 +140,7 @@ def extended(joined: U64, following: Iterable[U64]) -> U64:
 
 
 def fmix(hashes: U64, *, bits: Literal[32, 64]) -> Any:
-    """MurmurHash3's finaliser, on 64 bits or on the low 32."""
+    """MurmurHash3's finalizer, on 64 bits or on the low 32."""
     dtype, rounds, last = _FMIX[bits]
     mixed = hashes.astype(dtype)
     for shift, multiplier in rounds:
@@ -159,8 +151,9 @@ def fmix(hashes: U64, *, bits: Literal[32, 64]) -> Any:
 
 
 def word_places(text: str, table: U32) -> tuple[I64, I64]:
-    """Where each word of `normalize(text, table)` begins and ends in the text itself, each (W,);
-    slower than normalising.
+    """Where each word of the normalized text begins and ends in the text itself, each (W,).
+
+    Slower than `normalize_words`.
     """
     distinct, which = np.unique(code_points(text), return_inverse=True)
     lengths = np.array(
@@ -178,15 +171,13 @@ def word_places(text: str, table: U32) -> tuple[I64, I64]:
 
 
 def _spaced(points: U32) -> U32:
-    """The text with a space before and after every character of a script that has none."""
+    """The text with spaces around every character of a script without spaces."""
     borders = _borders(points)
     return np.insert(points, borders, _SPACE) if len(borders) else points
 
 
 def _borders(points: U32) -> I64:
-    """Places before and behind characters of scripts without spaces; a place between two of them
-    once.
-    """
+    """Positions before and after each character of scripts without spaces, each one once."""
     if not (points >= WITHOUT_SPACES[0][0]).any():
         return np.empty(0, np.int64)
     alone = np.zeros(len(points) + 1, bool)

@@ -1,8 +1,7 @@
-"""One document, tokenised once: the lazy view that all filters share.
+"""The view of a document that all filters share: everything is computed once, on first use.
 
-Filters that each tokenise for themselves spend half their time doing so. Everything here is
-computed on first use and kept. No part of it can fail: "", lone surrogates and unassigned code
-points are text like any other.
+Filters that each tokenize for themselves spend half their time on it. Everything is defined for
+every string, including "", lone surrogates and unassigned code points.
 """
 
 import re
@@ -16,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Unicode's Sentence_Terminal, as the inside of a [...] pattern; FineWeb looks for it at the ends of
-# lines. The marks of the planes beyond the basic one (Brahmi, Chakma, ...) are left out: it decided
-# no page of wcxb-500.
+# lines. Marks beyond the basic plane (Brahmi, Chakma) are left out: they changed no page of
+# wcxb-500.
 SENTENCE_TERMINAL = (
     "!.?\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a\u104b\u1362\u1367\u1368\u166e"
     "\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8-\u1aab\u1b5a\u1b5b\u1b5e\u1b5f\u1b7d\u1b7e\u1c3b\u1c3c\u1c7e\u1c7f"
@@ -25,21 +24,23 @@ SENTENCE_TERMINAL = (
     "\ua9c9\uaa5d-\uaa5f\uaaf0\uaaf1\uabeb\ufe52\ufe56\ufe57\uff01\uff0e\uff1f\uff61"
 )
 
-# \s and the marks that never sit inside a word, as plain ranges: re turns these into one bitmap,
-# but not \s or \w, and \w would cut Indic words at their vowel signs. "_" is a mark at an edge and
-# a letter inside a word.
+# \s and the marks that are never inside a word, as plain ranges: re compiles these to one bitmap,
+# but not \s or \w, and \w would cut Indic words at their vowel signs. "_" is a mark at the edge of
+# a word and a letter inside it.
 _SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _MARK = (
-    r"!-/:-@\[-`{-~\xa1-\xa9\xab-\xb1\xb4\xb6-\xb8\xbb\xbf\u055d-\u055f\u0589\u060c\u061b\u061f\u066a\u06d4\u0964\u0965"
-    r"\u2010\u2012-\u2bff\u3001-\u3020\u3030\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufffc\ufffd\U0001f000-\U0001faff"
+    r"!-/:-@\[-`{-~\xa1-\xa9\xab-\xb1\xb4\xb6-\xb8\xbb\xbf"
+    r"\u055d-\u055f\u0589\u060c\u061b\u061f\u066a\u06d4\u0964\u0965\u2010\u2012-\u2bff"
+    r"\u3001-\u3020\u3030\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\ufffc\ufffd"
+    r"\U0001f000-\U0001faff"
 )
 _RUN = rf"[^{_SPACE}{_MARK}]++"
 _CLITIC_END = rf"(?:[stmdSTMD]|re|ve|ll)(?![^{_SPACE}{_MARK}])"
 
-# After spaCy's English rules, with which datatrove counts words: on web text 99 % of the tokens are
-# the same, at a small part of the cost. Known differences: "don't" is don + 't, not do + n't (as
-# many tokens and characters); no lists of abbreviations ("Mr."), units ("5km") or emoticons;
-# "and/or" and "a=b" are always cut.
+# Like spaCy's English rules, with which datatrove counts words: on web text 99 % of the tokens are
+# the same, at a fraction of the cost. Known differences: "don't" is don + 't, not do + n't (the
+# same number of tokens and characters); no lists of abbreviations ("Mr."), units ("5km") or
+# emoticons; "and/or" and "a=b" are always cut.
 _WORD = re.compile(
     rf"""
       (?: (?<! [^{_SPACE}] ) [-/\\~@]++ )?+ {_RUN}          # --help  /etc  ~/x  @name
@@ -54,13 +55,14 @@ _WORD = re.compile(
     re.VERBOSE,
 )
 
-# A terminal mark, what closes after it, a gap, and something that goes on; no abbreviation, initial
-# or ellipsis before it. Chinese and Japanese leave no gap.
+# A terminal mark, closing quotes or brackets, a gap, and more text; no abbreviation, initial or
+# ellipsis before it. Chinese and Japanese leave no gap.
 _SENTENCE_BREAK = re.compile(
     rf"""
     [{SENTENCE_TERMINAL}]
     (?<! \b[A-Za-z]\. ) (?<! \.\. )
-    (?<! \b(?:Mr|Ms|Dr|St|Jr|Co|vs)\. ) (?<! \b(?:Mrs|Inc|Ltd|Gen|Sen|Rep|Gov|Jan|Feb|Mar|Apr|Aug|Sep|Oct|Nov|Dec)\. )
+    (?<! \b(?:Mr|Ms|Dr|St|Jr|Co|vs)\. )
+    (?<! \b(?:Mrs|Inc|Ltd|Gen|Sen|Rep|Gov|Jan|Feb|Mar|Apr|Aug|Sep|Oct|Nov|Dec)\. )
     (?: ["'”’»)\]]*+ [^\S\n]++ (?=[^\s{SENTENCE_TERMINAL}])
       | (?<=[。！？｡]) (?=[^\s。！？｡]) )
     """,
@@ -69,27 +71,23 @@ _SENTENCE_BREAK = re.compile(
 
 
 class Repeats(NamedTuple):
-    """Parts seen before in the document, the first of each kind not counted: how many, and their
-    characters.
-    """
+    """Repeated parts of a document, without their first occurrences: number and characters."""
 
     number: int
     chars: int
 
 
 class Ngrams(NamedTuple):
-    """The n-grams that occur at least twice: where each starts (ascending, in words), and which one
-    it is.
-    """
+    """The n-grams that occur at least twice: start of each (ascending, in words), and its id."""
 
     starts: NDArray[np.int64]
     kinds: NDArray[np.int64]
 
 
 class TextView:
-    """A document and what can be read off it; treat as immutable.
+    """A document with lazily computed properties; treat it as immutable.
 
-    `language` as identified, None if it was not.
+    `language` is None if it was not identified.
     """
 
     def __init__(self, text: str, language: str | None = None) -> None:
@@ -98,10 +96,9 @@ class TextView:
         self._ngrams: list[Ngrams] = []
 
     def with_lines(self, lines: Sequence[str | None]) -> "TextView":
-        """The document with these in place of its lines, stripped; None drops one. `self` if that
-        changes nothing.
+        """The document with its lines replaced and stripped; None drops a line.
 
-        Lines that stay are not tokenised again.
+        `self` if that changes nothing. Unchanged lines are not tokenized again.
         """
         text = "\n".join(line for line in lines if line is not None).strip()
         if text == self.text:
@@ -116,10 +113,7 @@ class TextView:
 
     @cached_property
     def words(self) -> list[str]:
-        """Words and punctuation marks, in order: the text without its white space.
-
-        An ellipsis is one mark.
-        """
+        """Words and punctuation marks, in order, an ellipsis as one mark; without white space."""
         return list(chain.from_iterable(self.line_words))
 
     @cached_property
@@ -129,14 +123,12 @@ class TextView:
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """The different words, in order of first appearance: test a property here once, then weigh
-        by `word_counts`.
-        """
+        """The distinct words, in order of first appearance; see `word_counts` for their numbers."""
         return list(self._numbered[0])
 
     @cached_property
     def word_ids(self) -> NDArray[np.int64]:
-        """For each word its place in the vocabulary."""
+        """For each word its position in the vocabulary."""
         return self._numbered[1]
 
     @cached_property
@@ -146,7 +138,7 @@ class TextView:
 
     @cached_property
     def word_counts(self) -> NDArray[np.int64]:
-        """For each word of the vocabulary how often it occurs."""
+        """For each word of the vocabulary its number of occurrences."""
         return np.bincount(self.word_ids, minlength=len(self.vocabulary))
 
     @cached_property
@@ -156,14 +148,12 @@ class TextView:
 
     @cached_property
     def word_ends(self) -> NDArray[np.int64]:
-        """Characters of the first i words together, i = 0..number of words; words i..j hold ends[j]
-        - ends[i].
-        """
+        """Characters of the first i words, i = 0..number of words; words i..j: ends[j] - ends[i]."""
         return np.concatenate(([0], np.cumsum(self.word_lengths[self.word_ids])))
 
     @cached_property
     def lines(self) -> list[str]:
-        """Lines that are not blank, white space at their ends kept."""
+        """Lines that are not blank, with the white space at their ends."""
         return [line for line in self.text.splitlines() if line and not line.isspace()]
 
     @cached_property
@@ -182,15 +172,15 @@ class TextView:
 
     @cached_property
     def sentence_count(self) -> int:
-        """Sentences; every line starts one."""
+        """Number of sentences; every line starts one."""
         return len(self.lines) + len(_SENTENCE_BREAK.findall(self.text)) if self.lines else 0
 
     def repeated_ngrams(self, n: int) -> Ngrams:
-        """The word n-grams that occur at least twice: exact, no hashing.
+        """The word n-grams that occur at least twice; exact, without hashing.
 
-        An n-gram can occur twice only if both its (n-1)-grams do, so each n looks at what the one
-        before it left over: of the median web page a tenth at n = 3, a fiftieth at n = 5, nothing
-        at n = 10.
+        An n-gram can occur twice only if both its (n-1)-grams do, so each n looks only at the
+        result for n - 1: of the median web page a tenth at n = 3, a fiftieth at n = 5, nothing at
+        n = 10.
         """
         if not self._ngrams:
             twice = self.word_counts[self.word_ids] > 1
@@ -205,8 +195,9 @@ class TextView:
         return self._ngrams[n - 1]
 
     def top_ngram_chars(self, n: int) -> int:
-        """Characters of the most frequent n-gram, spaces within it included, times its count; the
-        first of equals.
+        """Characters, with inner spaces, of the most frequent n-gram, times its count.
+
+        Of equally frequent n-grams the first.
         """
         if len(self.words) < n:
             return 0
@@ -219,9 +210,7 @@ class TextView:
         return int(self.word_ends[start + n] - self.word_ends[start] + n - 1) * times
 
     def repeated_ngram_chars(self, n: int) -> int:
-        """Characters, without spaces, in n-grams seen before; read from left to right, so that none
-        counts twice.
-        """
+        """Characters, without spaces, in repeated n-grams, from left to right and without overlap."""
         starts, kinds = self.repeated_ngrams(n)
         chars = free = 0
         seen: set[int] = set()
@@ -240,7 +229,7 @@ class TextView:
 
 
 def ratio(part: float, whole: float) -> float:
-    """part / whole, and 0 where there is no whole."""
+    """part / whole; 0 if `whole` is 0."""
     return float(part / whole) if whole else 0.0
 
 
@@ -248,8 +237,8 @@ def _repeats(parts: list[str]) -> Repeats:
     if len(set(parts)) == len(parts):
         return Repeats(0, 0)
     seen: set[str] = set()
-    again = [part for part in parts if part in seen or seen.add(part)]  # type: ignore[func-returns-value]
-    return Repeats(len(again), sum(map(len, again)))
+    repeated = [part for part in parts if part in seen or seen.add(part)]  # type: ignore[func-returns-value]
+    return Repeats(len(repeated), sum(map(len, repeated)))
 
 
 def _occurring_twice(starts: NDArray[np.int64], keys: NDArray[np.int64]) -> Ngrams:

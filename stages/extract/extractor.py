@@ -1,12 +1,12 @@
-"""Main text out of HTML, in a child process that the kernel kills when a page takes too long.
+"""Extract the main text of HTML in a child process that the kernel kills if a page takes too long.
 
-Pages are hostile: some take the parser minutes, some its memory, some crash it. So decoding, the
+Pages are hostile: some take the parser minutes, some all memory, some crash it. So decoding, the
 gate and the extraction of each page run in a child, under a timer whose default action ends the
 process, and under a memory limit. The parent sees the pipe close, records the page as rejected, and
-starts the next child; the neighbours lose nothing. The timer counts CPU time, so that a busy
+starts the next child; other pages are not affected. The timer counts CPU time, so that a busy
 machine does not change which pages time out.
 
-Run as `python -m stages.extract.extractor`, it is that child.
+`python -m stages.extract.extractor` runs that child.
 """
 
 import json
@@ -27,7 +27,7 @@ from filters import STRICT
 from filters.language import Language
 from filters.opt_out import in_html
 
-# wall-clock backstop for a page that waits instead of working, as a multiple of its CPU time
+# wall-clock limit for a page that waits instead of working, as a multiple of the CPU time limit
 WALL_FACTOR = 20
 # characters of a page's plain text that the gate identifies the language by
 GATE_CHARS = 4_000
@@ -35,7 +35,7 @@ GATE_CHARS = 4_000
 
 @dataclass(frozen=True, config=STRICT)
 class TrafilaturaOptions:
-    """Arguments of trafilatura.extract (Barbaresi 2021, ACL demo 15); the library's own defaults.
+    """Arguments of trafilatura.extract (Barbaresi 2021, ACL demo 15), with its own defaults.
 
     FineWeb sets favor_precision; on the 500 pages of WCXB's development sample that costs word-F1
     (see the README).
@@ -66,12 +66,12 @@ class ResiliparseOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class Gate:
-    """Drop, before the expensive extraction, pages that would be dropped after it.
+    """Drop pages before the expensive extraction that would be dropped after it.
 
-    resiliparse renders the whole page as plain text (a few milliseconds). The page goes on when the
-    probability that this text is in a wanted language reaches `language_probability`, and it has at
-    least `min_words` words: boilerplate counts in, so the main text has fewer. The rate at which
-    this drops what would have been kept is in the README.
+    resiliparse renders the whole page as plain text (a few milliseconds). The page passes if the
+    probability that this text is in an allowed language reaches `language_probability`, and if it
+    has at least `min_words` words, boilerplate included, so the main text has fewer. The README
+    says how many pages this drops that would have been kept.
     """
 
     enabled: bool = True
@@ -81,10 +81,7 @@ class Gate:
 
 @dataclass(frozen=True, config=STRICT)
 class ExtractorOptions:
-    """What the child needs to know.
-
-    `cpu_seconds` bounds a page, `memory_bytes` the child's address space.
-    """
+    """Settings of the child: `cpu_seconds` limits a page, `memory_bytes` the address space."""
 
     engine: Literal["trafilatura", "resiliparse"]
     trafilatura: TrafilaturaOptions
@@ -98,8 +95,9 @@ class ExtractorOptions:
 
 
 class Page(NamedTuple):
-    """What became of a page. `text` is None when `rejected_by` says why; `value` is the measure it
-    failed on, if any.
+    """The result of a page: its text, or None and the rule that rejected it.
+
+    `value` is the measure that failed `bound`, if any.
     """
 
     text: str | None = None
@@ -114,8 +112,9 @@ class Page(NamedTuple):
 
 
 class Extractor:
-    """A killable child that turns pages into text; it is started on first use and replaced when it
-    dies or grows old.
+    """A killable child that extracts text from pages.
+
+    It is started on first use, and replaced when it dies or has served `recycle_after` pages.
     """
 
     def __init__(self, options: ExtractorOptions) -> None:
@@ -125,8 +124,8 @@ class Extractor:
         self._served = 0
 
     def extract(self, payload: bytes, *, content_type: str, url: str) -> Page:
-        """Decode a page and extract its main text. Never raises on account of the page."""
-        child = self._ready()
+        """Decode a page and extract its main text. No page makes it raise."""
+        child = self._running_child()
         assert child.stdin and child.stdout
         self._served += 1
         try:
@@ -139,7 +138,7 @@ class Extractor:
         except BrokenPipeError:
             answer = None
         if answer is None:
-            return self._post_mortem(child)
+            return self._page_of_dead_child(child)
         meta = json.loads(answer[0])
         self.cpu_seconds += meta.pop("cpu_seconds")
         return Page(**meta, text=None if meta["rejected_by"] else answer[1].decode())
@@ -151,9 +150,9 @@ class Extractor:
             self._child.communicate()
         self._child, self._served = None, 0
 
-    def _ready(self) -> "subprocess.Popen[bytes]":
+    def _running_child(self) -> "subprocess.Popen[bytes]":
         if self._child is not None and self._served >= self.options.recycle_after:
-            self.close()  # parsers leak; a fresh process is the only sure cure
+            self.close()  # parsers leak memory; only a new process frees it for certain
         if self._child is None:
             self._child = subprocess.Popen(
                 [
@@ -170,7 +169,7 @@ class Extractor:
             )
         return self._child
 
-    def _post_mortem(self, child: "subprocess.Popen[bytes]") -> Page:
+    def _page_of_dead_child(self, child: "subprocess.Popen[bytes]") -> Page:
         code = child.wait()
         self._child, self._served = None, 0
         if -code in (signal.SIGPROF, signal.SIGALRM):
@@ -181,10 +180,11 @@ class Extractor:
                 bound=(0.0, self.options.cpu_seconds),
             )
         if code > 0 or -code in (signal.SIGKILL, signal.SIGTERM):
-            # the child catches whatever a page raises: this is the machine's fault (out of memory,
-            # a broken install)
+            # the child catches all exceptions of a page: this is the machine (out of memory, a
+            # broken install)
             raise RuntimeError(
-                f"the extractor's child ended with exit code {code}: out of memory, or it cannot start"
+                f"the extractor's child ended with exit code {code}: "
+                "out of memory, or it cannot start"
             )
         return Page(rejected_by="extract.crash", value=float(code))
 
@@ -205,7 +205,7 @@ def _receive(pipe: IO[bytes]) -> tuple[bytes, bytes] | None:
 
 
 def serve(options: ExtractorOptions) -> None:
-    """The child's loop: one page in, one answer out, until the parent closes the pipe."""
+    """Run the child: answer one page after the other until the parent closes the pipe."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     engine = _engine(options)
@@ -231,9 +231,7 @@ def _extract(
         return _page(payload, request, options, engine)
     except MemoryError:
         return Page(rejected_by="extract.memory", value=float(options.memory_bytes))
-    except (
-        Exception
-    ):  # whatever the parsers raise on a hostile page, it is that page's fate and no one else's
+    except Exception:  # parsers raise anything on hostile pages; only this page is rejected
         return Page(rejected_by="extract.error")
 
 
@@ -259,7 +257,7 @@ def _page(payload: bytes, request: dict[str, str], options: ExtractorOptions, en
 def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
     from resiliparse.extract.html2text import extract_plain_text
 
-    # noscript: forums of the Discourse kind put all their text there
+    # noscript: Discourse and similar forums put all their text there
     plain = extract_plain_text(
         html, preserve_formatting=False, main_content=False, alt_texts=False, noscript=True
     )
@@ -293,11 +291,11 @@ def _engine(options: ExtractorOptions) -> Any:
     from trafilatura import extract
     from trafilatura.deduplication import LRUCache
 
-    logging.disable(logging.CRITICAL)  # it logs per page what we store per page
+    logging.disable(logging.CRITICAL)  # it logs for each page what we store for each page
     arguments = asdict(options.trafilatura)
     deduplicate = arguments.pop("deduplicate")
-    # a cache of its own for each page: the library's default one is shared, and makes a page depend
-    # on those before it
+    # a new cache for each page: the library's default cache is shared, and makes a page depend on
+    # earlier ones
     return lambda html: extract(
         html, deduplicate=LRUCache(maxsize=4096) if deduplicate else False, **arguments
     )

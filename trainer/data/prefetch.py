@@ -13,80 +13,79 @@ from trainer.data.rows import Batch, RowRef, read_batch
 
 
 def read_ahead(
-    places: Iterator[list[RowRef]], *, ahead: int, workers: int, timeout: float
+    refs: Iterator[list[RowRef]], *, ahead: int, workers: int, timeout: float
 ) -> Iterator[Batch]:
-    """The micro-batches of `places`, in order, `ahead` of them being read in a thread or in
-    `workers` processes.
+    """The micro-batches of `refs` in order, `ahead` of them in flight.
 
-    `places` is drawn from in the caller's thread. A batch that is not there within `timeout`
-    seconds, or whose worker died, raises queue.Empty or RuntimeError: torch's DataLoader has no
-    narrower one. Dropping the iterator ends the reading.
+    They are read in a thread or, if `workers` > 0, in that many processes; `refs` is always
+    advanced in the caller's thread. queue.Empty or RuntimeError (torch's DataLoader has no narrower
+    one) if a batch takes longer than `timeout` seconds or its worker died. Drop the iterator to
+    stop reading.
     """
     if workers == 0:
-        return _ThreadLoader(places, ahead=ahead, timeout=timeout)
+        return _ThreadLoader(refs, ahead=ahead, timeout=timeout)
     loader = DataLoader(
-        _Rows(),
-        sampler=places,  # an iterator, once: each of its items is what a worker is asked for
+        _RowDataset(),
+        sampler=refs,  # an iterator, consumed once: each item is what a worker reads
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         num_workers=workers,
         prefetch_factor=math.ceil(ahead / workers),
         timeout=timeout,
-        # it draws a seed for the workers; not from the run's random state
+        # DataLoader draws a seed for the workers: not from the random state of the run
         generator=torch.Generator(),
     )
     return iter(loader)
 
 
-class _Rows(Dataset[Batch]):
-    """What workers run: an index is a list of places."""
+class _RowDataset(Dataset[Batch]):
+    """Runs in the workers; its indices are lists of RowRef."""
 
-    def __getitem__(self, places: list[RowRef]) -> Batch:
-        return read_batch(places)
+    def __getitem__(self, refs: list[RowRef]) -> Batch:
+        return read_batch(refs)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 class _ThreadLoader:
-    """Reads micro-batches `ahead` in one daemon thread, which cannot keep the process alive;
-    queue.Empty when one is late.
-    """
+    """Reads in one daemon thread, so a read that hangs cannot keep the process alive."""
 
-    def __init__(self, places: Iterator[list[RowRef]], *, ahead: int, timeout: float) -> None:
-        self._places, self._ahead, self._timeout = places, ahead, timeout
-        self._todo: queue.SimpleQueue[list[RowRef] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+    def __init__(self, refs: Iterator[list[RowRef]], *, ahead: int, timeout: float) -> None:
+        self._refs, self._ahead, self._timeout = refs, ahead, timeout
+        self._requests: queue.SimpleQueue[list[RowRef] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
         self._pending = 0
         threading.Thread(
-            target=_read_all, args=(self._todo, self._done), name="rows", daemon=True
+            target=_read_requests, args=(self._requests, self._results), name="rows", daemon=True
         ).start()
 
     def __iter__(self) -> "_ThreadLoader":
         return self
 
     def __next__(self) -> Batch:
-        while self._pending < self._ahead and (places := next(self._places, None)) is not None:
-            self._todo.put(places)
+        while self._pending < self._ahead and (refs := next(self._refs, None)) is not None:
+            self._requests.put(refs)
             self._pending += 1
         if self._pending == 0:
             raise StopIteration
-        batch = self._done.get(timeout=self._timeout)
+        result = self._results.get(timeout=self._timeout)
         self._pending -= 1
-        if isinstance(batch, Exception):
-            raise batch
-        return batch
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def __del__(self) -> None:
-        self._todo.put(None)
+        self._requests.put(None)
 
 
-def _read_all(
-    todo: "queue.SimpleQueue[list[RowRef] | None]", done: "queue.SimpleQueue[Batch | Exception]"
+def _read_requests(
+    requests: "queue.SimpleQueue[list[RowRef] | None]",
+    results: "queue.SimpleQueue[Batch | Exception]",
 ) -> None:
-    while (places := todo.get()) is not None:
+    while (refs := requests.get()) is not None:
         try:
-            done.put(read_batch(places))
-        except Exception as error:  # for the training thread to raise
-            done.put(error)
+            results.put(read_batch(refs))
+        except Exception as error:  # raised in the training thread
+            results.put(error)

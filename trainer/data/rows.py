@@ -1,13 +1,11 @@
-"""Rows of published generations by number: their order in an epoch, reading them, reading them
-ahead.
+"""Step 2 of a row's way to the loss: read rows of published generations from their MDS shards.
 
-The one place that imports mosaicml-streaming. Of it we take the shuffle ("py1e") and the readers of
-its shards, and leave out the StreamingDataset around them, for what it does when something goes
-wrong (0.13.0): a missing or broken shard ends an epoch without a word or hangs it, padding repeats
-rows, a killed run leaves shared memory behind, its constructor is a collective, and its position is
-a count of samples that knows nothing of a second generation. Here a row is asked for by generation
-and number. What is asked for either comes or raises; no shared memory, locks or collectives are
-needed to read it.
+Of mosaicml-streaming (0.13.0) this uses the shard readers, and `order` the shuffle. Its
+StreamingDataset is not used because of how it fails: a missing or broken shard ends an epoch
+silently or hangs it, padding repeats rows, a killed run leaves shared memory behind, its
+constructor is a collective, and its position is a count of samples that does not know a second
+generation. Here a row is read by generation and number: it is returned or an error is raised, and
+reading needs no shared memory, locks or collectives.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,23 +23,10 @@ from trainer.data.generations import folder_of
 from trainer.data.streaming import import_streaming
 
 
-class Batch(NamedTuple):
-    """A micro-batch, int64 on the CPU. `sources` are runs and `row_ids` (generation, row in it), one
-    per row.
-
-    `tokens` [rows, seq_len]; `documents` [rows, seq_len] is the index within its row of each
-    token's document, -1 for fill.
-    """
-
-    tokens: torch.Tensor
-    documents: torch.Tensor
-    sources: list[str]
-    row_ids: list[tuple[str, int]]
-
-
 class RowRef(NamedTuple):
-    """A row of a generation that has `rows` of them; `cache` is where a run on an object store is
-    copied to (`stage`).
+    """Where to read a row: row `row` of a generation that has `rows` rows.
+
+    `cache` is the folder to which generations of a run on an object store are copied (`stage`).
     """
 
     run: str
@@ -51,52 +36,76 @@ class RowRef(NamedTuple):
     cache: str = ""
 
 
-def read_batch(places: Sequence[RowRef]) -> Batch:
-    """These rows as a micro-batch.
+class RowRange(NamedTuple):
+    """Rows that a step took of a generation: [start, stop) of its `epoch_order`."""
 
-    GenerationError for one that cannot be read or whose spans do not fit in it.
+    generation: str
+    epoch: int
+    start: int
+    stop: int
+
+
+class Batch(NamedTuple):
+    """A micro-batch, int64 on the CPU.
+
+    `tokens` [rows, seq_len]; `documents` [rows, seq_len] is the index of each token's document
+    within its row, -1 for fill. Per row, `sources` has its run and `row_ids` (generation, row).
     """
-    samples = [_read_row(place) for place in places]
+
+    tokens: torch.Tensor
+    documents: torch.Tensor
+    sources: list[str]
+    row_ids: list[tuple[str, int]]
+
+
+def read_batch(refs: Sequence[RowRef]) -> Batch:
+    """Read rows as a micro-batch.
+
+    GenerationError for a row that cannot be read or whose document spans exceed its length.
+    """
+    samples = [_read_row(ref) for ref in refs]
     tokens = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
     documents = np.full(tokens.shape, -1, np.int64)
     for row, sample in zip(documents, samples, strict=True):
         ids = np.repeat(np.arange(len(sample["spans"])), sample["spans"])
         row[: len(ids)] = ids
-    row_ids = [(place.generation, place.row) for place in places]
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(documents),
-        [place.run for place in places],
-        row_ids,
+        [ref.run for ref in refs],
+        [(ref.generation, ref.row) for ref in refs],
     )
 
 
-def _read_row(place: RowRef) -> dict[str, Any]:
+def _read_row(ref: RowRef) -> dict[str, Any]:
     file: object = mds.INDEX
     try:
-        shards = _shards(place.run, place.generation, place.rows, place.cache)
-        shard = int(np.searchsorted(shards.starts, place.row, "right")) - 1
+        shards = _open_shards(ref.run, ref.generation, ref.rows, ref.cache)
+        shard = int(np.searchsorted(shards.starts, ref.row, "right")) - 1
         file = shards.entries[shard]["raw_data"]["basename"]
-        sample: dict[str, Any] = shards.read(shard, place.row - int(shards.starts[shard]))
+        sample: dict[str, Any] = shards.read(shard, ref.row - int(shards.starts[shard]))
     except (OSError, ValueError, LookupError) as error:
-        found, do = repr(error), "restore the generation from a copy, and resume"
         raise generation_error(
-            place.generation, str(file), expected=f"row {place.row}", found=found, do=do
+            ref.generation,
+            str(file),
+            expected=f"row {ref.row}",
+            found=repr(error),
+            do="restore the generation from a copy, and resume",
         ) from error
     length, covered = len(sample["tokens"]), int(sample["spans"].sum(dtype=np.int64))
     if covered > length:
-        do = "restore the generation from a copy, and train with verify = 'full'"
-        expected = f"spans of row {place.row} within {length} tokens"
         raise generation_error(
-            place.generation, str(file), expected=expected, found=f"{covered} tokens", do=do
+            ref.generation,
+            str(file),
+            expected=f"spans of row {ref.row} within {length} tokens",
+            found=f"{covered} tokens",
+            do="restore the generation from a copy, and train with verify = 'full'",
         )
     return sample
 
 
 class _Shards:
-    """The shards of a generation as streaming's readers. A row is two small reads; nothing is kept
-    open.
-    """
+    """The shards of a generation. A row costs two small reads; no file is kept open."""
 
     def __init__(self, folder: Path, rows: int) -> None:
         import_streaming()
@@ -110,18 +119,16 @@ class _Shards:
                 f"the index has {self.starts[-1]} rows and had {rows} when it was verified"
             )
         self._readers = [reader_from_json(str(folder), None, entry) for entry in self.entries]
-        self._raw: set[int] = set()  # shards known to lie there uncompressed
+        self._unpacked: set[int] = set()
 
     def read(self, shard: int, row: int) -> Any:
-        if shard not in self._raw:
+        if shard not in self._unpacked:
             self._unpack(self.entries[shard])
-            self._raw.add(shard)
+            self._unpacked.add(shard)
         return self._readers[shard].get_item(row)
 
     def _unpack(self, entry: Mapping[str, Any]) -> None:
-        """Put the raw form of a compressed shard beside it, where StreamingDataset would, and in
-        one rename.
-        """
+        """Write the raw form of a compressed shard beside it, where StreamingDataset would."""
         from streaming.base.compression import decompress
 
         raw, zipped = entry["raw_data"], entry["zip_data"]
@@ -133,10 +140,10 @@ class _Shards:
             raise ValueError(
                 f"{zipped['basename']} unpacks to {len(data)} bytes, the index says {raw['bytes']}"
             )
-        with output_file(str(path)) as temporary:  # several workers may come here at once
+        with output_file(str(path)) as temporary:  # several workers may unpack at the same time
             temporary.write_bytes(data)
 
 
 @lru_cache(maxsize=64)
-def _shards(run: str, generation: str, rows: int, cache: str) -> _Shards:
+def _open_shards(run: str, generation: str, rows: int, cache: str) -> _Shards:
     return _Shards(folder_of(run, generation, cache), rows)

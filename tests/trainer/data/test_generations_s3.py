@@ -210,7 +210,7 @@ def test_the_next_generation_is_copied_while_the_first_is_read(run, url, cache):
         assert {
             name for batch in next_when_published(supplied, 1) for name, _ in batch.row_ids
         } == {"gen-0001"}
-        supplied._sources[0].copying[1].join(PATIENCE)
+        supplied._sources[0].copies.threads[1].join(PATIENCE)
         assert contents(folder_of(url, "gen-0002", str(cache))) == contents(
             run / "generations" / "gen-0002"
         )
@@ -447,7 +447,7 @@ def test_a_copy_that_failed_in_the_background_is_made_when_it_is_wanted(
     proxy = faults(lambda number, method, path: 500 if broken and "gen-0002/part" in path else None)
     with BatchLoader(data_config(url, cache_dir=str(cache)), rank=0, world_size=1) as supplied:
         found = [next_when_published(supplied, step) for step in range(2)]
-        supplied._sources[0].copying[1].join(PATIENCE)
+        supplied._sources[0].copies.threads[1].join(PATIENCE)
         assert proxy.done[500] and not contents(folder_of(url, "gen-0002", str(cache)))
         broken.clear()
         found += [next_when_published(supplied, step) for step in range(2, 7)]

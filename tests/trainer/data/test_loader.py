@@ -292,10 +292,10 @@ def test_the_state_is_that_of_the_batch_handed_out_not_of_what_is_read_ahead(pub
 def test_steps_come_in_order_and_a_closed_supply_gives_none(published):
     one = BatchLoader(data_config(published(30)), rank=0, world_size=1)
     one.next(0)
-    with pytest.raises(ValueError, match="asked for step 2, but the supply stands at 1"):
+    with pytest.raises(ValueError, match="asked for step 2, but the loader stands at 1"):
         one.next(2)
     one.close()
-    with pytest.raises(ValueError, match="this supply is closed"):
+    with pytest.raises(ValueError, match="this loader is closed"):
         one.next(1)
 
 

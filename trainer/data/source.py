@@ -1,0 +1,147 @@
+"""One source of training data: its generations, its position, and its part of a checkpoint."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from stages.storage.catalog import generation_error, read_catalog
+from stages.storage.digests import bytes_sha256
+from trainer.config import DataConfig, SourceConfig
+from trainer.data.copies import Copies
+from trainer.data.generations import Manifest, verify_generation
+from trainer.data.order import I64, OrderSlice, Position, epoch_order
+from trainer.data.ranks import Ranks
+from trainer.data.rows import RowRange, RowRef
+
+
+class Source:
+    """The generations of a run, in reading order.
+
+    `generations` were verified, `position` is how far rows are planned (not how far they are used),
+    `num_planned` counts the planned rows since the weights of sources last changed.
+    """
+
+    def __init__(self, config: SourceConfig, data: DataConfig, ranks: Ranks) -> None:
+        self.run, self.weight = config.run, config.weight
+        self.generations: list[Manifest] = []
+        self.position = Position()
+        self.num_planned = 0
+        self.copies = Copies(config.run, data, ranks)
+        self._config, self._data, self._ranks = config, data, ranks
+        self._saved: list[tuple[str, str]] = []  # what a checkpoint had begun to read
+        self._order = np.empty(0, np.int64)
+        self._order_key: tuple[int, int] | None = None  # (index of the generation, epoch)
+        self._order_digest = ""
+
+    def extend(self) -> list[Manifest]:
+        """Verify and append the generations that were published since the last call. Collective."""
+        entries = self._ranks.agree(lambda: self._catalog_entries() if self._ranks.leads else [])
+        known = len(self.generations)
+        for entry in entries[known:]:
+            # generations that a resumed run has finished are not hashed again
+            is_read = len(self.generations) < self.position.gen_index
+            skip_hashes = not self._ranks.leads or (is_read and self._data.at_end != "repeat")
+            mode = "quick" if skip_hashes else self._data.verify
+            cache = self._data.cache_dir
+            verify = partial(verify_generation, self.run, entry, mode=mode, cache=cache)
+            self.generations.append(self._ranks.agree(verify))
+        return self.generations[known:]
+
+    def row_refs(self, slices: Sequence[OrderSlice]) -> Iterator[RowRef]:
+        """The rows of the slices, in order."""
+        for epoch, index, start, stop in slices:
+            generation = self.generations[index]
+            for row in self._epoch_order(index, epoch)[start:stop].tolist():
+                yield RowRef(self.run, generation.name, generation.rows, row, self._data.cache_dir)
+
+    def row_ranges(self, slices: Sequence[OrderSlice]) -> list[RowRange]:
+        """The slices by the names of their generations."""
+        return [
+            RowRange(self.generations[index].name, epoch, start, stop)
+            for epoch, index, start, stop in slices
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """The position, for a checkpoint."""
+        epoch, index, rows = self.position
+        begun = [[m.name, m.sha256] for m in self.generations[: index + 1]]
+        name, sha256 = begun[-1] if begun else (None, None)
+        return {
+            "generation": name,
+            "manifest_sha256": sha256,
+            "order": self._order_digest if self._order_key == (index, epoch) else None,
+            "generations": begun,
+            "epoch": epoch,
+            "rows": rows,
+            "drawn": self.num_planned,
+            "weight": self.weight,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; call before `extend`."""
+        self._saved = [(name, sha256) for name, sha256 in state["generations"]]
+        self.position = Position(state["epoch"], max(0, len(self._saved) - 1), state["rows"])
+        self.num_planned = state["drawn"]
+
+    def check_order(self, state: Mapping[str, Any]) -> None:
+        """GenerationError if rows have another order than when the checkpoint was saved.
+
+        Another version of NumPy or streaming may shuffle differently.
+        """
+        if state["order"] is None:
+            return
+        self._epoch_order(self.position.gen_index, self.position.epoch)
+        if self._order_digest != state["order"]:
+            raise generation_error(
+                state["generation"],
+                "order of rows",
+                expected=state["order"],
+                found=self._order_digest,
+                do="resume with the versions of numpy and streaming that the run began with",
+            )
+
+    def _epoch_order(self, index: int, epoch: int) -> I64:
+        """The order of a generation; the last one is kept in memory, 8 bytes a row."""
+        if self._order_key != (index, epoch):
+            seed, nodes = self._data.shuffle_seed, self._data.canonical_nodes
+            self._order = epoch_order(self.generations[index], epoch, seed=seed, nodes=nodes)
+            self._order_key = (index, epoch)
+            self._order_digest = bytes_sha256(self._order.tobytes())[:16]
+        return self._order
+
+    def _catalog_entries(self) -> list[dict[str, Any]]:
+        """The catalog's entries of this source, checked against what was read so far."""
+        entries, names = read_catalog(self.run), self._config.generations
+        if names:
+            by_name = {entry["name"]: entry for entry in entries}
+            missing = [name for name in names if name not in by_name]
+            if missing and self._data.at_end != "wait":
+                raise generation_error(
+                    missing[0],
+                    "catalog.jsonl",
+                    expected="its entry",
+                    found=", ".join(by_name) or "none",
+                    do="correct `generations`, or publish it",
+                )
+            entries = [by_name[name] for name in itertools.takewhile(by_name.__contains__, names)]
+        self._check_unchanged(entries)
+        return entries
+
+    def _check_unchanged(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        known = [(manifest.name, manifest.sha256) for manifest in self.generations]
+        seen = known if len(known) > len(self._saved) else self._saved
+        listed = [f"{entry['name']} with {entry['manifest_sha256']}" for entry in entries]
+        for index, (name, sha256) in enumerate(seen):
+            actual = listed[index] if index < len(listed) else "none"
+            if actual != f"{name} with {sha256}":
+                raise generation_error(
+                    name,
+                    "manifest_sha256 in catalog.jsonl",
+                    expected=f"{name} with {sha256}, as this run has read it",
+                    found=actual,
+                    do="restore the published one, or start a new training: another order would "
+                    "repeat rows and lose others",
+                )

@@ -1,4 +1,4 @@
-"""What the GPU can do at best, and how it is. Neither torch nor a GPU is needed to ask."""
+"""Peak speed and health of a GPU; needs neither torch nor a GPU."""
 
 import functools
 import re
@@ -8,8 +8,8 @@ from typing import Any
 from trainer.telemetry.feedback import Health
 
 # Dense BF16 on tensor cores, FLOP/s, by the device's full name: a MIG slice ("… MIG 1g.10gb") or a
-# model with fewer units (H800, H20, GH200) must not pass for the whole. NVIDIA prints most figures
-# with 2:4 sparsity, twice these.
+# model with fewer units (H800, H20, GH200) must not match the full device. NVIDIA quotes most
+# numbers with 2:4 sparsity, which are twice these.
 PEAK_FLOPS = {
     # SXM5; "H100 Tensor Core GPU" data sheet: 1,979 TFLOPS with sparsity
     r"NVIDIA H100 \d+GB HBM3": 989e12,
@@ -23,44 +23,43 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense BF16 for a name as `torch.cuda.get_device_name()` gives it; None for a device
-    not in PEAK_FLOPS.
-    """
+    """FLOP/s of dense BF16 by `torch.cuda.get_device_name()`; None for an unknown device."""
     return next(
         (peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, device_name)), None
     )
 
 
 def gpu_health(uuid: str) -> Health | None:
-    """How a GPU is, by nvidia-ml-py; None without that package, a driver or such a GPU.
+    """Memory, load, temperature and power of a GPU, from nvidia-ml-py.
 
-    `uuid` as `torch.cuda.get_device_properties(i).uuid` prints it: NVML counts GPUs that
-    CUDA_VISIBLE_DEVICES hides, so torch's index would name another one. Takes about a millisecond:
-    for the lines of feedback, not for each step.
+    None without that package, a driver or that GPU. `uuid` is that of
+    `torch.cuda.get_device_properties(i)`: NVML also counts GPUs that CUDA_VISIBLE_DEVICES hides, so
+    torch's index could name another GPU. Takes about a millisecond: call it per line of feedback,
+    not per step.
     """
     try:
         import pynvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
         return None
     try:
-        gpu = _handle(uuid)
+        gpu = _gpu_handle(uuid)
     except pynvml.NVMLError:
         return None
 
-    def asked(function: Callable[[Any], Any]) -> Any:
+    def query(function: Callable[[Any], Any]) -> Any:
         try:
             return function(gpu)
         except pynvml.NVMLError:
-            return None  # passively cooled, virtual or MIG devices do not tell everything
+            return None  # passively cooled, virtual and MIG devices do not report everything
 
-    memory = asked(pynvml.nvmlDeviceGetMemoryInfo)
-    rates = asked(pynvml.nvmlDeviceGetUtilizationRates)
-    milliwatts = asked(pynvml.nvmlDeviceGetPowerUsage)
+    memory = query(pynvml.nvmlDeviceGetMemoryInfo)
+    rates = query(pynvml.nvmlDeviceGetUtilizationRates)
+    milliwatts = query(pynvml.nvmlDeviceGetPowerUsage)
     return Health(
         memory_used_bytes=None if memory is None else int(memory.used),
         memory_total_bytes=None if memory is None else int(memory.total),
         utilisation=None if rates is None else rates.gpu / 100,
-        temperature_celsius=asked(
+        temperature_celsius=query(
             lambda handle: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
         ),
         power_watts=None if milliwatts is None else milliwatts / 1000,
@@ -68,7 +67,7 @@ def gpu_health(uuid: str) -> Health | None:
 
 
 @functools.cache
-def _handle(uuid: str) -> Any:
+def _gpu_handle(uuid: str) -> Any:
     import pynvml
 
     pynvml.nvmlInit()  # once a process; loading the driver's library takes tens of milliseconds

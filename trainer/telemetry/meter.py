@@ -1,22 +1,23 @@
-"""Where a run's time goes, what it yields, and who is told. Torch is not needed to measure.
+"""Measure where a run's time goes and what it yields; needs no torch.
 
-Every second belongs to one part: waiting for data, checkpoint, evaluation, restart, or compute, which is the rest.
+Every second belongs to one part: data wait, checkpoint, evaluation, restart, or compute (the rest).
     tokens/s                 tokens / seconds of all parts
     tokens/s without stalls  tokens / seconds of compute
     data-wait share          data wait / (data wait + compute)
-    goodput                  compute of the steps in the state now / time since the first start; what a restart threw away,
-                             replays and the time between incarnations are lost
-    MFU                      tokens/s × FLOP per token / peak FLOP/s (PaLM, arXiv:2204.02311, appendix B)
-Rates are over the last WINDOW steps and the time since. A GPU works ahead of Python, so the parts are right only if a step
-ends by waiting for it, as reading the loss does.
+    goodput                  compute of the steps in the current state / time since the first start
+    MFU                      tokens/s × FLOP per token / peak FLOP/s (PaLM, arXiv:2204.02311, B)
+Work that a restart threw away, replayed steps and the time between attempts lower the goodput.
+Rates cover the last WINDOW steps and the time since. A GPU works ahead of Python, so the parts are
+right only if a step ends by waiting for it, as reading the loss does.
 """
 
 import math
+import operator
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from trainer.telemetry.feedback import Health, Report, Source, State, Totals
 
@@ -25,8 +26,9 @@ Part = Literal["compute", "data_wait", "checkpoint", "evaluation", "restart"]
 
 
 class SourceSums(NamedTuple):
-    """What was trained on of one source: rows by generation, tokens, and the sum of the loss over
-    its targets.
+    """Sums over what was trained on from one source.
+
+    `rows` are by generation, `loss_sum` is in nats over all `targets`.
     """
 
     rows: Mapping[str, int]
@@ -36,7 +38,7 @@ class SourceSums(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step: seconds by part since the step before, tokens of all ranks, what it took by source."""
+    """One step: seconds by part since the previous step, tokens of all ranks, sums by source."""
 
     seconds: Mapping[str, float]
     tokens: int
@@ -44,10 +46,7 @@ class Step(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What the window says; None where it says nothing.
-
-    Shares are in [0, 1], percentiles over steps by nearest rank.
-    """
+    """Rates over the window, None if unknown. Shares are in [0, 1], percentiles by nearest rank."""
 
     tokens_per_second: float | None
     tokens_per_second_without_stalls: float | None
@@ -59,11 +58,10 @@ class Rates(NamedTuple):
 
 
 class Meter:
-    """Times the parts of a run and counts what they yield. `totals` is what the run had come to
-    (feedback.resumed).
+    """Times the parts of a run and counts tokens and rows.
 
-    Parts may be nested: a second belongs to the innermost. Wrap what comes before the first step in
-    part("restart").
+    `totals` are those of the run so far (feedback.resumed). Parts may be nested: a second belongs
+    to the innermost. Wrap everything before the first step in part("restart").
     """
 
     def __init__(
@@ -73,37 +71,39 @@ class Meter:
         window: int = WINDOW,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._before = Totals() if totals is None else totals
-        self._totals = self._before
+        self._before = self._totals = Totals() if totals is None else totals
         self._sources = sum_by_source(
-            [{name: _taken(known) for name, known in self._before.sources.items()}]
+            [
+                {name: SourceSums(known["rows"], known["tokens"], 0.0, 0)}
+                for name, known in self._before.sources.items()
+            ]
         )
         self._clock = clock
-        self._start = self._since = clock()
-        self._inside: list[Part] = ["compute"]
-        self._open: dict[str, float] = {}
+        self._start = self._last = clock()
+        self._parts: list[Part] = ["compute"]  # the open ones, innermost last
+        self._seconds = Counter[str]()  # by part, since the last step
         self._window: deque[Step] = deque(maxlen=window)
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
-        """The time of the block goes to this part."""
-        self._book()
-        self._inside.append(name)
+        """Count the time of the block to this part."""
+        self._count_time()
+        self._parts.append(name)
         try:
             yield
         finally:
-            self._book()
-            self._inside.pop()
+            self._count_time()
+            self._parts.pop()
 
     def step(self, *, tokens: int, sources: Mapping[str, SourceSums] | None = None) -> Step:
         """End a step.
 
-        `sources`, over all ranks, may come every few steps for those since, but before a
-        checkpoint's.
+        `sources`, over all ranks, may be given every few steps for the steps since, but has to be
+        given before a checkpoint.
         """
-        self._book()
-        step = Step(self._open, tokens, sources or {})
-        self._open = {}
+        self._count_time()
+        step = Step(dict(self._seconds), tokens, sources or {})
+        self._seconds.clear()
         self._window.append(step)
         self._sources = sum_by_source([self._sources, step.sources])
         total = self._totals
@@ -117,36 +117,30 @@ class Meter:
 
     @property
     def totals(self) -> Totals:
-        """What the run has come to, for its checkpoint."""
-        wall = (
-            max(self._before.wall_seconds, self._before.useful_seconds)
-            + self._clock()
-            - self._start
-        )
+        """The totals of the run, for its checkpoint."""
+        before = max(self._before.wall_seconds, self._before.useful_seconds)
+        wall = before + self._clock() - self._start
         sources = {
-            name: {"rows": dict(taken.rows), "tokens": taken.tokens}
-            for name, taken in self._sources.items()
+            name: {"rows": dict(sums.rows), "tokens": sums.tokens}
+            for name, sums in self._sources.items()
         }
         return self._totals._replace(wall_seconds=wall, sources=sources)
 
     def rates(self) -> Rates:
-        """Rates of the window.
-
-        While no step ends, as in a wait for supply, tokens/s falls with each call.
-        """
-        self._book()
+        """Rates over the window. While no step ends, as in a wait for data, tokens/s falls."""
+        self._count_time()
         tokens = sum(step.tokens for step in self._window)
-        wait, compute, every = (
-            _seconds(part, self._window) for part in ("data_wait", "compute", None)
-        )
-        waited, now = self._open.get("data_wait", 0.0), sum(self._open.values())
-        shares = [_share(step) for step in self._window]
+        wait = sum(step.seconds.get("data_wait", 0.0) for step in self._window)
+        compute = sum(step.seconds.get("compute", 0.0) for step in self._window)
+        seconds = sum(sum(step.seconds.values()) for step in self._window)
+        open_wait, open_seconds = self._seconds["data_wait"], sum(self._seconds.values())
+        shares = [_data_wait_share(step) for step in self._window]
         totals = self.totals
         return Rates(
-            tokens_per_second=_ratio(tokens, every + now),
+            tokens_per_second=_ratio(tokens, seconds + open_seconds),
             tokens_per_second_without_stalls=_ratio(tokens, compute),
             step_seconds=_ratio(wait + compute, len(self._window)),
-            data_wait_share=_ratio(wait + waited, wait + waited + compute),
+            data_wait_share=_ratio(wait + open_wait, wait + open_wait + compute),
             data_wait_p50=percentile(shares, 50),
             data_wait_p99=percentile(shares, 99),
             goodput=_ratio(totals.useful_seconds, totals.wall_seconds),
@@ -155,7 +149,7 @@ class Meter:
     def report(
         self, state: State, *, mfu: float | None, health: Health | None, budget: int | None
     ) -> Report:
-        """What the feedback's next line says."""
+        """The next line of feedback."""
         rates, totals = self.rates(), self.totals
         recent = sum_by_source(step.sources for step in self._window)
         return Report(
@@ -170,75 +164,53 @@ class Meter:
             goodput=rates.goodput,
             wall_seconds=totals.wall_seconds,
             restarts=totals.restarts,
-            sources={
-                name: _source(taken, recent.get(name)) for name, taken in self._sources.items()
-            },
+            sources={name: _source(sums, recent.get(name)) for name, sums in self._sources.items()},
             health=health,
             budget=budget,
         )
 
-    def _book(self) -> None:
+    def _count_time(self) -> None:
         now = self._clock()
-        inside = self._inside[-1]
-        self._open[inside] = self._open.get(inside, 0.0) + now - self._since
-        self._since = now
+        self._seconds[self._parts[-1]] += now - self._last  # type: ignore[assignment]
+        self._last = now
 
 
 def sum_by_source(parts: Iterable[Mapping[str, SourceSums]]) -> dict[str, SourceSums]:
-    """The sum over steps or ranks, by source."""
-    sums: dict[str, SourceSums] = {}
-    for name, more in (item for part in parts for item in part.items()):
-        known = sums.get(name, SourceSums({}, 0, 0.0, 0))
-        rows = {
-            key: known.rows.get(key, 0) + more.rows.get(key, 0) for key in (*known.rows, *more.rows)
-        }
-        loss_sum, targets = known.loss_sum + more.loss_sum, known.targets + more.targets
-        sums[name] = SourceSums(rows, known.tokens + more.tokens, loss_sum, targets)
-    return sums
+    """The sums over steps or ranks, by source."""
+    totals: dict[str, SourceSums] = {}
+    for name, sums in (item for part in parts for item in part.items()):
+        rows, *numbers = totals.get(name, SourceSums({}, 0, 0.0, 0))
+        rows = {key: rows.get(key, 0) + sums.rows.get(key, 0) for key in (*rows, *sums.rows)}
+        totals[name] = SourceSums(rows, *map(operator.add, numbers, sums[1:]))
+    return totals
 
 
 def mfu(
     tokens_per_second: float | None, *, flops_per_token: float, peak: float | None
 ) -> float | None:
-    """Model FLOP utilisation, in [0, 1]: tokens/s × FLOP per token / `peak`, the FLOP/s of all
-    devices together.
+    """Model FLOP utilization in [0, 1]; None if the rate or the peak is unknown.
 
-    Recomputed activations are no useful FLOP and do not count. None when the peak is unknown, as it
-    is for float32.
+    `peak` is the FLOP/s of all devices together; it is unknown for float32. Recomputed activations
+    are not useful FLOP and do not count.
     """
-    return (
-        None
-        if tokens_per_second is None or peak is None
-        else tokens_per_second * flops_per_token / peak
-    )
+    if tokens_per_second is None or peak is None:
+        return None
+    return tokens_per_second * flops_per_token / peak
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The smallest value that at least `percent` of the values do not exceed; None without any."""
+    """The smallest value that `percent` of the values do not exceed; None if there are none."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
 
 
-def _taken(known: Mapping[str, Any]) -> SourceSums:
-    return SourceSums(known["rows"], known["tokens"], 0.0, 0)
-
-
-def _source(taken: SourceSums, recent: SourceSums | None) -> Source:
-    newest = max(
-        taken.rows, key=lambda name: (len(name), name), default=""
-    )  # gen-10000 comes after gen-9999
+def _source(sums: SourceSums, recent: SourceSums | None) -> Source:
+    # by length first: gen-10000 comes after gen-9999
+    newest = max(sums.rows, key=lambda name: (len(name), name), default="")
     loss = recent.loss_sum / recent.targets if recent and recent.targets else None
-    return Source(newest, dict(taken.rows), taken.tokens, loss)
+    return Source(newest, dict(sums.rows), sums.tokens, loss)
 
 
-def _seconds(part: str | None, steps: Iterable[Step]) -> float:
-    """Of one part, or of all."""
-    return sum(
-        sum(step.seconds.values()) if part is None else step.seconds.get(part, 0.0)
-        for step in steps
-    )
-
-
-def _share(step: Step) -> float:
+def _data_wait_share(step: Step) -> float:
     wait, compute = step.seconds.get("data_wait", 0.0), step.seconds.get("compute", 0.0)
     return wait / (wait + compute) if wait else 0.0
 

@@ -1,4 +1,4 @@
-"""Where the figures of a training go: console, JSON lines, TensorBoard, W&B, MLflow."""
+"""Where training metrics go: console, JSON lines, TensorBoard, W&B, MLflow."""
 
 import json
 import logging
@@ -18,59 +18,56 @@ SINKS = ("console", "jsonl", "tensorboard", "wandb", "mlflow")
 
 
 class Sink(Protocol):
-    """Takes the record of a step."""
+    """Receives the record of each step."""
 
     def step(self, record: Record) -> None: ...
     def close(self) -> None: ...
 
 
 class Telemetry:
-    """Tells each sink about each step. For rank 0.
+    """Writes the record of each step to every sink; used on rank 0.
 
-    A record holds "step" and numbers by name, or by name within a part or source: {"step": 7,
+    A record has "step" and numbers by name, or by name within a part or source: {"step": 7,
     "loss": 3.1, "seconds": {"compute": 0.5}, "sources": {"cc": {"loss": 3.2}}}. `sinks` are names
-    of SINKS; the files go to `folder`, which is local. ValueError for another name or a remote
-    folder, ImportError when one needs a package that is not there. A sink that fails later is
-    dropped, its error kept in `lost`: no dashboard may stop a training.
+    in SINKS; files go to `folder`, which has to be local. ValueError for another name or a remote
+    folder, ImportError if a sink's package is not installed. A sink that fails later is dropped and
+    its error kept in `failed`: no dashboard may stop a training.
     """
 
     def __init__(
         self, folder: str | Path, *, run: str, sinks: Sequence[str] = ("console", "jsonl")
     ) -> None:
         if unknown := set(sinks) - set(SINKS):
-            raise ValueError(
-                f"no sink of telemetry is named {sorted(unknown)}; there are {list(SINKS)}"
-            )
+            raise ValueError(f"unknown telemetry sinks {sorted(unknown)}; available: {list(SINKS)}")
         if "://" in str(folder):
             raise ValueError(
-                f"telemetry appends to files, which {folder} cannot; name a local folder (feedback may be remote)"
+                f"telemetry cannot append to files in {folder}; use a local folder "
+                "(feedback may be remote)"
             )
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._sinks = {name: _open(name, Path(folder), run) for name in SINKS if name in sinks}
-        self.lost: dict[str, str] = {}
+        self._sinks = {name: _open_sink(name, Path(folder), run) for name in SINKS if name in sinks}
+        self.failed: dict[str, str] = {}
 
     def step(self, record: Record) -> None:
-        """Tell all sinks."""
-        self._each(lambda sink: sink.step(record))
+        """Write a record to all sinks."""
+        self._for_each(lambda sink: sink.step(record))
 
     def close(self) -> None:
         """Flush and close all sinks."""
-        self._each(lambda sink: sink.close())
+        self._for_each(lambda sink: sink.close())
 
-    def _each(self, tell: Callable[[Sink], None]) -> None:
+    def _for_each(self, action: Callable[[Sink], None]) -> None:
         for name, sink in list(self._sinks.items()):
             try:
-                tell(sink)
-            except Exception as error:  # each dashboard has errors of its own
+                action(sink)
+            except Exception as error:  # each dashboard has its own error types
                 del self._sinks[name]
-                self.lost[name] = repr(error)
-                _LOG.warning("telemetry to %r is lost: %r", name, error)
+                self.failed[name] = repr(error)
+                _LOG.warning("telemetry to %r stopped: %r", name, error)
 
 
 def flatten(record: Record, prefix: str = "") -> dict[str, float]:
-    """The numbers of a record, names of parts and sources joined by "/"; what is no number is left
-    out.
-    """
+    """The numbers in a record, with nested names joined by "/"."""
     numbers: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
@@ -83,13 +80,13 @@ def flatten(record: Record, prefix: str = "") -> dict[str, float]:
 
 
 def console_line(record: Record) -> str:
-    """A record in one line. What is None is "unknown", what is not in the record is left out."""
-    said = [
-        f"{name} {_shown(record[key], shape)}"
-        for key, (name, shape) in _COLUMNS.items()
+    """A record in one line; None is shown as "unknown", missing keys are left out."""
+    columns = [
+        f"{label} {'unknown' if record[key] is None else form.format(record[key])}"
+        for key, (label, form) in _COLUMNS.items()
         if key in record
     ]
-    return "  ".join([*said, "SPIKE"] if record.get("spike") else said)
+    return "  ".join([*columns, "SPIKE"] if record.get("spike") else columns)
 
 
 _COLUMNS = {
@@ -111,12 +108,8 @@ _COLUMNS = {
 }
 
 
-def _shown(value: Any, shape: str) -> str:
-    return "unknown" if value is None else shape.format(value)
-
-
-def _open(name: str, folder: Path, run: str) -> Sink:
-    opened: dict[str, Callable[[], Sink]] = {
+def _open_sink(name: str, folder: Path, run: str) -> Sink:
+    sinks: dict[str, Callable[[], Sink]] = {
         "console": Console,
         "jsonl": lambda: _JsonLines(folder / METRICS),
         "tensorboard": lambda: _TensorBoard(folder / "tensorboard"),
@@ -124,27 +117,23 @@ def _open(name: str, folder: Path, run: str) -> Sink:
         "mlflow": lambda: _MLflow(run),
     }
     try:
-        return opened[name]()
+        return sinks[name]()
     except ImportError as error:
         raise ImportError(
-            f"telemetry to {name!r}: {error}; install it or take {name!r} out of the sinks"
+            f"telemetry to {name!r}: {error}; install it or remove {name!r} from the sinks"
         ) from error
 
 
 class Console:
-    """A line every ten seconds, and for each spike."""
+    """Prints a line every `every_seconds`, and for each spike."""
 
     def __init__(
         self, *, every_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         import rich.console
 
-        self._console, self._every, self._clock = (
-            rich.console.Console(highlight=False, soft_wrap=True),
-            every_seconds,
-            clock,
-        )
-        self._next = clock()
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._every, self._clock, self._next = every_seconds, clock, clock()
 
     def step(self, record: Record) -> None:
         if self._clock() >= self._next or record.get("spike"):
@@ -156,29 +145,24 @@ class Console:
 
 
 def follow_metrics(path: Path, sink: Sink, ended: threading.Event) -> None:
-    """Tell a sink each record that another process appends to a metrics file from now on, until it
-    has `ended`.
-    """
-    at = path.stat().st_size if path.exists() else 0
+    """Pass on each record that another process appends to a metrics file, until `ended` is set."""
+    offset = path.stat().st_size if path.exists() else 0
     last = False
     while not last:
         last = ended.wait(0.5)
         if path.exists():
             with open(path, "rb") as file:
-                at = file.seek(
-                    at if at <= path.stat().st_size else 0
-                )  # a restart without a checkpoint begins it anew
+                # a restart without a checkpoint starts the file again
+                offset = file.seek(offset if offset <= path.stat().st_size else 0)
                 for line in file:
-                    if line.endswith(b"\n"):  # else it is still being written
-                        at += len(line)
-                        with suppress(ValueError):  # the half line that a kill left
+                    if line.endswith(b"\n"):  # otherwise it is still being written
+                        offset += len(line)
+                        with suppress(ValueError):  # a partial line, left by a kill
                             sink.step(json.loads(line))
 
 
 class _JsonLines:
-    """A line per step. After a restart steps come again: the last line of a step is the one in the
-    state.
-    """
+    """Appends a line per step. A restart repeats steps: the last line of a step counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)

@@ -1,4 +1,4 @@
-"""Detect loss spikes."""
+"""Detect spikes of the loss."""
 
 import math
 from collections import deque
@@ -8,10 +8,10 @@ from trainer.telemetry.meter import WINDOW
 
 
 class SpikeDetector:
-    """Finds losses that lie `sigmas` standard deviations above the mean of the last `window`.
+    """Finds losses `sigmas` standard deviations above the mean of the last `window` losses.
 
-    A spike joins the window, so that a level the loss stays at ceases to be one. A checkpoint keeps
-    `losses`.
+    A spike enters the window, so a level at which the loss stays is no spike for long. `losses` go
+    into a checkpoint.
     """
 
     def __init__(
@@ -26,10 +26,9 @@ class SpikeDetector:
         return list(self._losses)
 
     def observe(self, loss: float) -> bool:
-        """Whether this loss is a spike: never before the window is full, always when it is not
-        finite.
+        """Add a loss; whether it is a spike. Never before the window is full.
 
-        A loss that is not finite does not join the window.
+        A loss that is not finite always is one, and does not enter the window.
         """
         if not math.isfinite(loss):
             return True
@@ -41,5 +40,5 @@ class SpikeDetector:
         count = len(self._losses)
         mean = sum(self._losses) / count
         variance = sum((loss - mean) * (loss - mean) for loss in self._losses) / max(1, count - 1)
-        # a constant loss deviates by rounding alone
+        # the last term: a constant loss deviates by rounding only
         return mean + self._sigmas * math.sqrt(variance) + 1e-9 * abs(mean)

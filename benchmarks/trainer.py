@@ -44,9 +44,8 @@ from trainer.config import (
     SourceConfig,
 )
 from trainer.model.llama import INIT_STD, Transformer, flops_per_token
-from trainer.model.loss import IGNORE
 from trainer.model.optim import make_optimizer
-from trainer.model.packing import next_tokens
+from trainer.model.packing import IGNORE, next_tokens
 from trainer.model.parallel import (
     clip_grad_norm,
     join_ranks,

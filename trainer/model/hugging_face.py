@@ -17,14 +17,13 @@ def to_hugging_face(
     max_positions: int = 2048,
     end_of_text: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights (whole tensors) under Llama's names, and its config.json. ValueError when names
-    are missing or unknown.
+    """The weights (whole tensors) under Llama's names, and the content of config.json.
 
-    Names alone differ: queries and keys are rotated by halves, as transformers does, so that
-    nothing is permuted.
+    Only names differ: queries and keys are rotated by halves, as in transformers, so nothing is
+    permuted. ValueError if names are missing or unknown.
     """
     names = _llama_names(config)
-    _same_names(names.keys(), state_dict.keys())
+    _check_names(names.keys(), state_dict.keys())
     tensors = {theirs: state_dict[ours] for ours, theirs in names.items()}
     return tensors, {
         "architectures": ["LlamaForCausalLM"],
@@ -53,18 +52,15 @@ def to_hugging_face(
 def from_hugging_face(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Our state dict and config from a Llama's; ValueError for what this model cannot express
-    (scaled RoPE, biases, …).
+    """Our state dict and config from a Llama's.
+
+    ValueError for settings that this model does not have, such as scaled RoPE and biases.
     """
-    ours = _config_from(config)
+    ours = _model_config(config)
     names = _llama_names(ours)
-    found = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (ours.tie_embeddings and name == "lm_head.weight")
-    }
-    _same_names(set(names.values()), found.keys())
-    return {name: found[theirs] for name, theirs in names.items()}, ours
+    expected = set(names.values())
+    _check_names(expected, tensors.keys() - ({"lm_head.weight"} if ours.tie_embeddings else set()))
+    return {name: tensors[theirs] for name, theirs in names.items()}, ours
 
 
 def save_hugging_face(
@@ -75,12 +71,10 @@ def save_hugging_face(
     max_positions: int = 2048,
     end_of_text: int | None = None,
 ) -> None:
-    """Write config.json and model.safetensors, which transformers loads by
-    `from_pretrained(folder)`.
-    """
+    """Write config.json and model.safetensors for transformers' `from_pretrained(folder)`."""
     from safetensors.torch import save_file
 
-    tensors, described = to_hugging_face(
+    tensors, settings = to_hugging_face(
         state_dict, config, max_positions=max_positions, end_of_text=end_of_text
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +83,7 @@ def save_hugging_face(
         folder / "model.safetensors",
         {"format": "pt"},
     )
-    (folder / "config.json").write_text(json.dumps(described, indent=2))
+    (folder / "config.json").write_text(json.dumps(settings, indent=2))
 
 
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -123,21 +117,21 @@ def _llama_names(config: ModelConfig) -> dict[str, str]:
     return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in (outside | blocks).items()}
 
 
-def _same_names(expected: Set[str], found: Set[str]) -> None:
-    if expected != found:
-        missing, unknown = sorted(expected - found), sorted(found - expected)
+def _check_names(expected: Set[str], actual: Set[str]) -> None:
+    if expected != actual:
+        missing, unknown = sorted(expected - actual), sorted(actual - expected)
         raise ValueError(
             f"weights do not fit the config: missing {missing[:3]}, unknown {unknown[:3]}"
         )
 
 
-def _config_from(config: Mapping[str, Any]) -> ModelConfig:
-    rope = config.get("rope_parameters") or {}  # transformers 5; before, rope_theta stood outside
+def _model_config(config: Mapping[str, Any]) -> ModelConfig:
+    rope = config.get("rope_parameters") or {}  # transformers 5; earlier, rope_theta is outside
     scaling = config.get("rope_scaling") or (
         {} if rope.get("rope_type", "default") == "default" else rope
     )
     heads = config["num_attention_heads"]
-    foreign = {
+    unsupported = {
         "model_type": config["model_type"] != "llama",
         "rope_scaling": bool(scaling) and scaling.get("rope_type", "default") != "default",
         "attention_bias": config.get("attention_bias", False),
@@ -146,10 +140,8 @@ def _config_from(config: Mapping[str, Any]) -> ModelConfig:
         "head_dim": (config.get("head_dim") or config["hidden_size"] // heads) * heads
         != config["hidden_size"],
     }
-    if any(foreign.values()):
-        raise ValueError(
-            f"config.json: this model cannot express its {[key for key, differs in foreign.items() if differs]}"
-        )
+    if keys := [key for key, is_set in unsupported.items() if is_set]:
+        raise ValueError(f"config.json: this model does not support its {keys}")
     return ModelConfig(
         vocab_size=config["vocab_size"],
         dim=config["hidden_size"],

@@ -1,4 +1,4 @@
-"""Optimisers over sharded parameters, and the learning rate as a pure function of the step."""
+"""Optimizers over sharded parameters, and the learning rate as a pure function of the step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -14,18 +14,17 @@ from trainer.config import OptimizerConfig, ScheduleConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimiser of a model that is already sharded, in two groups: with weight decay and
-    without.
+    """The optimizer of a model that is already sharded.
 
-    Decay is of the matrices of blocks and of an untied head. Norms and the embedding, also as a
-    tied head, have none: decay makes embeddings small and so their gradients large (OLMo 2,
-    arXiv:2501.00656, 3.3). AdamW and Adafactor decay apart from the gradient by lr x weight_decay;
-    SGD's is the L2 penalty of torch. Adafactor's `lr` is relative to the RMS of each parameter:
-    1e-2 is usual. It takes neither betas nor momentum.
+    Weight decay applies to the matrices of blocks and of an untied head, not to norms and the
+    embedding, even if it is the head: decay makes embeddings small and so their gradients large
+    (OLMo 2, arXiv:2501.00656, 3.3). In AdamW and Adafactor it is decoupled, lr x weight_decay; in
+    SGD it is torch's L2 penalty. Adafactor's `lr` is relative to the RMS of each parameter (1e-2 is
+    common), and betas and momentum do not apply to it.
     """
-    groups = _groups(model, config.weight_decay)
+    groups = _parameter_groups(model, config.weight_decay)
     if config.name == "adamw":
-        # fused: one kernel per group in place of a dozen; on CPUs the plain loop, which every
+        # fused: one kernel per group instead of a dozen; on CPUs the plain loop, which every
         # version of torch has
         fused = next(model.parameters()).device.type == "cuda"
         return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
@@ -35,24 +34,24 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def learning_rate(step: int, total_steps: int, config: ScheduleConfig, base_lr: float) -> float:
-    """The learning rate of a step, counted from 0: up linearly in `warmup_steps`, then down to
-    `min_ratio` at the last step.
+    """The learning rate of a step, counted from 0.
 
-    "cosine" and "linear" fall from there on, "wsd" (Hägele et al. 2024, arXiv:2405.18392) stays and
-    falls linearly in the last `decay_share` of the steps. Later steps stay at the minimum.
-    `total_steps` 0, an end not known: after warm-up it stays.
+    It rises linearly in `warmup_steps`, then falls to `min_ratio` at the last step and stays there.
+    "cosine" and "linear" fall right after the warm-up, "wsd" (Hägele et al. 2024, arXiv:2405.18392)
+    linearly in the last `decay_share` of the steps. With `total_steps` 0 (no known end) the rate is
+    constant after the warm-up.
     """
-    done = step + 1  # so that the first step is not wasted on a rate of 0
+    done = step + 1  # so that the first step does not have a rate of 0
     if done <= config.warmup_steps:
         return base_lr * done / config.warmup_steps
     if total_steps == 0:
         return base_lr
-    falls_from = config.warmup_steps
+    start = config.warmup_steps
     if config.name == "wsd":
-        falls_from = max(falls_from, round(total_steps * (1 - config.decay_share)))
-    fallen = min(max(0.0, (done - falls_from) / max(1, total_steps - falls_from)), 1.0)
-    left = (1 + math.cos(math.pi * fallen)) / 2 if config.name == "cosine" else 1 - fallen
-    return base_lr * (config.min_ratio + (1 - config.min_ratio) * left)
+        start = max(start, round(total_steps * (1 - config.decay_share)))
+    progress = min(max(0.0, (done - start) / max(1, total_steps - start)), 1.0)
+    factor = (1 + math.cos(math.pi * progress)) / 2 if config.name == "cosine" else 1 - progress
+    return base_lr * (config.min_ratio + (1 - config.min_ratio) * factor)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
@@ -62,17 +61,16 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 class Adafactor(Optimizer):
-    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5) that works on FSDP2's
-    parameters.
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5) for FSDP2 parameters.
 
-    The second moment of a matrix is kept as means over its rows and columns: of the *global*
-    matrix, wherever its rows lie. No momentum. Updates are clipped at an RMS of `clip` and scaled
-    by lr x max(RMS of the parameter, `least_scale`); decay is apart, by lr x weight_decay. torch's
-    own fails on DTensors (2.13: in-place on a partial norm).
+    The second moment of a matrix is kept as means over the rows and columns of the *global* matrix.
+    No momentum. Updates are clipped at an RMS of `clip` and scaled by lr x max(RMS of the
+    parameter, `least_scale`); weight decay is decoupled, lr x weight_decay. torch's own fails on
+    DTensors (2.13: in-place on a partial norm).
 
-    A step takes two all-reduces, over the ranks that share a copy, of a few numbers per column. It
-    overwrites gradients. ValueError for parameters that are sharded otherwise than by rows, or over
-    different groups.
+    A step takes two all-reduces of a few numbers per column, over the ranks that share a copy, and
+    overwrites gradients. ValueError for parameters that are not sharded by rows, or are sharded
+    over different groups of ranks.
     """
 
     def __init__(
@@ -109,26 +107,21 @@ class Adafactor(Optimizer):
             if p.grad is not None
         ]
         if pieces:
-            ranks = _one_group(pieces)
-            # what a rank needs of the others' rows goes in two messages for all parameters, not
-            # several for each
-            for piece, total in zip(
-                pieces, _summed([piece.sums() for piece in pieces], ranks), strict=True
-            ):
+            ranks = _common_group(pieces)
+            # two messages for all parameters, instead of several for each
+            totals = _sum_over_ranks([piece.sums() for piece in pieces], ranks)
+            for piece, total in zip(pieces, totals, strict=True):
                 piece.grad_to_update(total)
-            for piece, total in zip(
-                pieces, _summed([piece.update_square() for piece in pieces], ranks), strict=True
-            ):
+            totals = _sum_over_ranks([piece.update_square() for piece in pieces], ranks)
+            for piece, total in zip(pieces, totals, strict=True):
                 piece.apply(total)
         return loss
 
 
 class _Piece:
-    """The rows of one parameter that this rank holds, and its part in a step: sums, grad_to_update,
-    update_square, apply.
+    """This rank's rows of one parameter; a step calls its methods in the order given here.
 
-    A vector is treated alike, with a second moment for each entry in place of means over rows and
-    columns.
+    A vector has a second moment for each entry instead of means over rows and columns.
     """
 
     def __init__(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -137,16 +130,13 @@ class _Piece:
         self.values, self.grad = _local(parameter), _local(parameter.grad)
         self.factored = parameter.ndim == 2
         if not state:
-            state.update(_first_state(parameter, self.values))
+            state.update(_zero_state(parameter, self.values))
         state["step"] += 1
-        self.weight_of_new = (
-            float(state["step"]) ** -group["decay_power"]
-        )  # 1 - beta2, which is 0 at first
+        # 1 - beta2, which is 1 at the first step
+        self.weight_of_new = float(state["step"]) ** -group["decay_power"]
 
     def sums(self) -> Tensor:
-        """[sum of squared values] and, of a matrix, [sum of its row means, sum of squared gradients
-        by column …].
-        """
+        """[sum of squares]; for a matrix also [sum of row means, squared gradients by column …]."""
         squares = self.grad.square()
         value_square = self.values.square().sum().reshape(1)
         if not self.factored:
@@ -185,21 +175,19 @@ class _Piece:
         self.values.sub_(self.grad.mul_(scale))
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (decayed if parameter.ndim >= 2 and "embedding" not in name else plain).append(parameter)
+        (decayed if parameter.ndim >= 2 and "embedding" not in name else others).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": others, "weight_decay": 0.0},
     ]
 
 
-def _first_state(parameter: Tensor, values: Tensor) -> dict[str, Any]:
-    """Zeros; those by row lie as the parameter does, so that a checkpoint moves them to another
-    number of ranks.
-    """
+def _zero_state(parameter: Tensor, values: Tensor) -> dict[str, Any]:
+    """Zeros; those by row are sharded like the parameter, for checkpoints on other rank counts."""
     state: dict[str, Any] = {"step": torch.tensor(0.0)}
     if parameter.ndim != 2:
         return state | {"square": torch.zeros_like(parameter)}
@@ -221,12 +209,13 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _one_group(pieces: list[_Piece]) -> dist.ProcessGroup | None:
-    """The ranks that hold one copy of the parameters between them; None when each is whole here."""
+def _common_group(pieces: list[_Piece]) -> dist.ProcessGroup | None:
+    """The ranks that share one copy of the parameters; None if each parameter is whole here."""
     groups = {_shard_group(piece.parameter) for piece in pieces}
     if len(groups) > 1:
         raise ValueError(
-            "Adafactor: parameters are sharded over different groups of ranks; shard all of them over one mesh"
+            "Adafactor: parameters are sharded over different groups of ranks; "
+            "shard all of them over one mesh"
         )
     return groups.pop()
 
@@ -241,12 +230,13 @@ def _shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
         return None
     if len(sharded) > 1 or parameter.placements[sharded[0]] != Shard(0):
         raise ValueError(
-            f"Adafactor: a parameter is placed as {parameter.placements}; shard its dimension 0, once"
+            f"Adafactor: a parameter is placed as {parameter.placements}; "
+            "shard its dimension 0, once"
         )
     return parameter.device_mesh.get_group(sharded[0])
 
 
-def _summed(parts: list[Tensor], ranks: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+def _sum_over_ranks(parts: list[Tensor], ranks: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
     """Each part, summed over ranks in one all-reduce."""
     if ranks is None:
         return tuple(parts)

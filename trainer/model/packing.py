@@ -1,33 +1,29 @@
-"""Targets, positions and attention masks of rows that several documents share."""
+"""Targets and positions of rows into which several documents are packed.
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+B rows, S positions. `documents` (B, S) is the index of each token's document in its row, -1 for
+fill.
+"""
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from trainer.model.loss import IGNORE
-
-Mask = Tensor | BlockMask | None
+IGNORE = -100  # target of a position that predicts nothing
 
 
 def packed_documents(documents: Tensor) -> Tensor | None:
-    """None when every row is one document without fill, else `documents`. Looks at the values: call
-    it on the CPU's copy.
+    """`documents`, or None if every row is one document without fill.
+
+    It looks at the values: call it on a tensor on the CPU.
     """
     return None if bool((documents == 0).all()) else documents
 
 
 def next_tokens(tokens: Tensor, documents: Tensor | None) -> Tensor:
-    """Targets (B, S): the next token of the same document, IGNORE at its last token and in fill."""
+    """Targets (B, S): the next token of the same document; IGNORE at its last token and in fill."""
     targets = torch.full_like(tokens, IGNORE)
-    targets[:, :-1] = (
-        tokens[:, 1:]
-        if documents is None
-        else tokens[:, 1:].masked_fill(~_has_next(documents), IGNORE)
-    )
+    targets[:, :-1] = tokens[:, 1:]
+    if documents is not None:
+        targets[:, :-1].masked_fill_(~_has_next(documents), IGNORE)
     return targets
 
 
@@ -37,43 +33,18 @@ def row_targets(documents: Tensor) -> Tensor:
 
 
 def num_targets(documents: Tensor) -> int:
-    """How many positions of the batch predict a token; what the step's loss is divided by, summed
-    over ranks.
-    """
+    """How many positions of a batch predict a token; summed over ranks it divides a step's loss."""
     return int(row_targets(documents).sum())
 
 
+def token_positions(documents: Tensor) -> Tensor:
+    """(B, S): the position of each token in its document."""
+    position = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.zeros_like(position)
+    starts[:, 1:] = position[:, 1:] * (documents[:, 1:] != documents[:, :-1])
+    return position - starts.cummax(1).values
+
+
 def _has_next(documents: Tensor) -> Tensor:
-    """(B, S - 1): whether a position and the next are of one document."""
+    """(B, S - 1): whether a position and the next one are in the same document."""
     return (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
-
-
-def _positions(documents: Tensor) -> Tensor:
-    """(B, S): the place of each token in its document."""
-    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    starts = torch.zeros_like(place)
-    starts[:, 1:] = place[:, 1:] * (documents[:, 1:] != documents[:, :-1])
-    return place - starts.cummax(1).values
-
-
-def _mask(documents: Tensor | None, attention: str) -> Mask:
-    """Causal within documents, made once for all blocks; None for plain causal attention."""
-    if documents is None:
-        return None
-    if attention == "sdpa":
-        causal = torch.ones(
-            documents.shape[1], documents.shape[1], dtype=torch.bool, device=documents.device
-        ).tril()
-        return (documents[:, None, :, None] == documents[:, None, None, :]) & causal
-
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents[row, query] == documents[row, key])
-
-    rows, length = documents.shape
-    make = create_block_mask if documents.device.type == "cpu" else _compiled(create_block_mask)
-    return make(sees, rows, None, length, length, device=documents.device)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)

@@ -1,6 +1,4 @@
-"""Apply FSDP2, checkpointing and compilation to a plain model from outside, and the sums over ranks
-that training needs.
-"""
+"""Apply FSDP2, activation checkpointing and compilation to a plain model; sums over ranks."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -28,19 +26,17 @@ _T = TypeVar("_T")
 
 
 def join_ranks(device: str) -> None:
-    """Join the process group of torchrun's environment, or start a group of one; leave one that Ray
-    or a test has joined.
+    """Join the process group of torchrun's environment, or start a group of one rank.
 
-    `device` is "cpu" or "cuda". One rank takes the same code as many: FSDP over a group of one
-    costs next to nothing.
+    Does nothing if Ray or a test has already joined one. `device` is "cpu" or "cuda". One rank runs
+    the same code as many: FSDP over a group of one costs almost nothing.
     """
     if dist.is_initialized():
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = (
-        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    )  # gloo for checkpoints, which gather on the CPU
+    # gloo is for checkpoints too, which gather on the CPU
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
@@ -48,16 +44,17 @@ def join_ranks(device: str) -> None:
 
 
 def make_mesh(config: ParallelConfig, *, device: str) -> DeviceMesh:
-    """One dimension, "shard", or with HSDP two, "replicate" and "shard". Groups of neighbouring
-    ranks share a copy.
+    """A mesh of one dimension, "shard", or for HSDP of two, "replicate" and "shard".
 
-    ValueError when `shard_size` does not divide the number of ranks.
+    Neighboring ranks share a copy of the model. ValueError if `shard_size` does not divide the
+    number of ranks.
     """
     ranks = dist.get_world_size()
     size = config.shard_size or ranks
     if ranks % size:
         raise ValueError(
-            f"parallel.shard_size {size} does not divide {ranks} ranks; set it to 0 or to the GPUs of a node"
+            f"parallel.shard_size {size} does not divide {ranks} ranks; "
+            "set it to 0 or to the GPUs of a node"
         )
     if size == ranks:
         return init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
@@ -65,20 +62,20 @@ def make_mesh(config: ParallelConfig, *, device: str) -> DeviceMesh:
 
 
 def parallelize(model: Transformer, config: ParallelConfig, mesh: DeviceMesh) -> Transformer:
-    """Checkpoint, compile and shard each block, then shard the rest. In place; `model` may be on
-    the meta device.
+    """Checkpoint, compile and shard each block, then shard the rest, in place.
 
-    Weights, gradients as accumulated and their reduction are float32; with "bf16" blocks compute in
-    bfloat16, from a copy that each all-gather makes. Order matters: compilation sees the
-    checkpoint, FSDP's hooks stay outside of both. Build the optimiser afterwards: it must hold the
-    sharded parameters. Gradients are averaged over ranks, so scale the loss by their number.
+    `model` may be on the meta device. Weights, accumulated gradients and their reduction are
+    float32; with "bf16" blocks compute in bfloat16, from a copy that each all-gather makes. Order
+    matters: compilation sees the checkpoint, FSDP's hooks stay outside of both. Create the
+    optimizer afterwards: it must hold the sharded parameters. Gradients are averaged over ranks, so
+    scale the loss by their number.
     """
     for block in model.blocks:
         _wrap_forward(block, config)
     if config.compile:
         model.loss_and_gradient = torch.compile(model.loss_and_gradient)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    # inputs are not cast: the tables of rotary embedding must stay float32
+    # inputs are not cast: the tables of the rotary embedding must stay float32
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -91,11 +88,10 @@ def parallelize(model: Transformer, config: ParallelConfig, mesh: DeviceMesh) ->
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """The global gradient norm before clipping, 0-dim, on every rank; gradients are scaled down to
-    `max_norm` (0: never).
+    """Scale gradients down to `max_norm` (0: never); the global norm before that, 0-dim.
 
-    Collective. Does not sync with the GPU. A norm that is not finite leaves gradients that are not:
-    look before stepping.
+    Collective; does not sync with the GPU. Gradients are not finite if the norm is not: check it
+    before the optimizer's step.
     """
     parameters = list(parameters)
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -106,9 +102,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def sum_over_ranks(*values: Tensor | float, device: str | torch.device = "cpu") -> Tensor:
-    """The sums of 0-dim tensors or numbers over all ranks, float64 (len(values),), in one
-    collective. Does not sync.
-    """
+    """Sums of 0-dim tensors or numbers over all ranks, float64 (len(values),); does not sync."""
     total = torch.stack(
         [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values]
     )
@@ -117,27 +111,25 @@ def sum_over_ranks(*values: Tensor | float, device: str | torch.device = "cpu") 
     return total
 
 
-def from_rank_0(make: Callable[[], _T]) -> _T:
-    """What rank 0 makes, or its error, on every rank: all then take the same rows, and none waits
-    for one that failed.
-    """
+def from_rank_0(action: Callable[[], _T]) -> _T:
+    """Run `action` on rank 0 only; its result, or its error, on every rank."""
     if not dist.is_initialized():
-        return make()
-    answer: list[Any] = [None, None]
+        return action()
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            answer[0] = make()
-        except Exception as error:  # whatever it is: the other ranks wait
-            answer[1] = error
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    made: _T = answer[0]
-    return made
+            outcome[0] = action()
+        except Exception as error:  # any error, since the other ranks wait
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: _T = outcome[0]
+    return result
 
 
-# what is dear to compute again; norms, rotations and the product of SwiGLU are not
-_SAVED = {
+# expensive to compute again; norms, rotations and the product of SwiGLU are not
+_SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -148,30 +140,29 @@ _SAVED = {
 
 
 def _keep_matmuls(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _wrap_forward(block: nn.Module, config: ParallelConfig) -> None:
-    """Replace `block.forward`, not the block: parameters keep their names, and FSDP's hooks run
-    outside.
-    """
+    """Replace `block.forward`, not the block: names stay, and FSDP's hooks stay outside."""
     if config.activation_checkpointing != "none":
-        kept: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if config.activation_checkpointing == "selective":
-            kept["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         # nothing in a block draws random numbers
         block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **kept
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
         )
     if config.compile:
         block.forward = torch.compile(block.forward)
 
 
 def _shard_again_after_evaluation(model: Transformer) -> None:
-    """Give up the whole weights outside of blocks when no backward pass will.
+    """Free the gathered weights outside of blocks if no backward pass will.
 
-    FSDP keeps the root's from forward to backward. Without one `parameters()` would go on naming
-    whole copies, and whatever the optimiser or a checkpoint writes would not reach them.
+    FSDP keeps the root's from forward to backward. Without a backward pass `parameters()` would
+    still name the gathered copies, and what the optimizer or a checkpoint writes would not reach
+    them.
     """
 
     def shard(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -179,10 +170,10 @@ def _shard_again_after_evaluation(model: Transformer) -> None:
             model.reshard()  # type: ignore[operator]
 
     def loss(tokens: Tensor, documents: Tensor | None) -> Loss:
-        found = whole_loss(tokens, documents)
-        shard(model, (), found.sum)
-        return found
+        result = model_loss(tokens, documents)
+        shard(model, (), result.sum)
+        return result
 
-    whole_loss = model.loss
+    model_loss = model.loss
     model.loss = loss  # type: ignore[method-assign]
     model.register_forward_hook(shard)

@@ -1,5 +1,7 @@
-"""The model with its optimiser, and the gradients of a global batch: torch and nothing else, which
-a benchmark can run alone.
+"""Step 4 of a row's way to the loss: the gradients of a global batch.
+
+It needs only torch, so that a benchmark can run it alone. The batches come from `data.loader`; the
+loss is computed by `llama.Transformer.loss`; `loop` makes the update.
 """
 
 from collections.abc import Sequence
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class StepSums(NamedTuple):
-    """What `accumulate` found: tokens without fill, targets and nats of each run over all ranks,
-    float64 (runs, 3).
+    """Sums of a step.
 
-    `row_nats` are this rank's, by micro-batch, (micro_batch_rows,) each.
+    `by_run` has tokens without fill, targets and nats of each run over all ranks, float64 (runs,
+    3); `row_nats` are this rank's by micro-batch, (micro_batch_rows,) each.
     """
 
     by_run: Tensor
@@ -32,7 +34,7 @@ class StepSums(NamedTuple):
 
 
 def build(config: TrainConfig, device: str) -> tuple[Transformer, Optimizer]:
-    """The model, sharded and initialised by the seed, and its optimiser."""
+    """The model, sharded and initialized from the seed, and its optimizer."""
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, config.parallel, make_mesh(config.parallel, device=device))
@@ -44,11 +46,10 @@ def build(config: TrainConfig, device: str) -> tuple[Transformer, Optimizer]:
 def accumulate(
     model: Transformer, batches: "Sequence[Batch]", runs: Sequence[str], *, device: str
 ) -> StepSums:
-    """Gradients of the global batch's mean loss, this rank's part of it given, which is of these
-    `runs`.
+    """Compute the gradients of the global batch's mean loss from this rank's part of it.
 
-    Collective; does not wait for the device. FSDP averages gradients over ranks: each rank's sum is
-    scaled by their number.
+    `runs` are all sources that the batches may come from. Collective; does not wait for the device.
+    FSDP averages gradients over ranks, so each rank's sum is scaled by their number.
     """
     targets = sum_over_ranks(sum(num_targets(batch.documents) for batch in batches), device=device)
     scale = (dist.get_world_size() / targets.clamp(min=1)).float().squeeze()
@@ -62,17 +63,17 @@ def accumulate(
         )
         (loss.sum * scale).backward()  # type: ignore[no-untyped-call]
         counts = torch.stack([(batch.documents >= 0).sum(1), row_targets(batch.documents)], dim=1)
-        figures = torch.cat([to_device(counts, device).double(), loss.rows[:, None]], dim=1)
-        by_run.index_add_(
-            0, to_device(torch.tensor([runs.index(run) for run in batch.sources]), device), figures
-        )
+        sums = torch.cat([to_device(counts, device).double(), loss.rows[:, None]], dim=1)
+        indices = torch.tensor([runs.index(run) for run in batch.sources])
+        by_run.index_add_(0, to_device(indices, device), sums)
         row_nats.append(loss.rows)
     dist.all_reduce(by_run)
     return StepSums(by_run, row_nats)
 
 
 def to_device(tensor: Tensor, device: str) -> Tensor:
-    """To the device without waiting for it: a copy from memory that is not pinned comes after all
-    work that it has been given.
+    """Copy to the device without waiting for it.
+
+    The memory is pinned: otherwise the copy waits until the device has done all its work.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor

@@ -16,13 +16,13 @@ from tests.support.examples import at_most
 torch = pytest.importorskip("torch")
 
 from trainer.config import PRESETS, ModelConfig
+from trainer.model import attention, packing
 from trainer.model import llama as model_module
 from trainer.model import loss as loss_module
-from trainer.model import packing
 from trainer.model.hugging_face import from_hugging_face, save_hugging_face, to_hugging_face
 from trainer.model.llama import Transformer, flops_per_token, num_parameters
-from trainer.model.loss import IGNORE, loss_and_gradient
-from trainer.model.packing import next_tokens, num_targets, packed_documents
+from trainer.model.loss import loss_and_gradient
+from trainer.model.packing import IGNORE, next_tokens, num_targets, packed_documents
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 
@@ -140,11 +140,9 @@ def test_flex_attention_compiled_is_sdpa():
         pytest.skip("torch compiles for CPUs by a C++ compiler, and there is none")
     _, documents = packed([[40, 30, 50], [100]], fill=8)
     q, k, v = (torch.randn(2, heads, documents.shape[1], 16) for heads in (4, 2, 2))
-    expected = model_module._attend(q, k, v, packing._mask(documents, "sdpa"))
-    mask = packing._mask(documents, "flex")
-    found = packing._compiled(model_module.flex_attention)(
-        q, k, v, block_mask=mask, enable_gqa=True
-    )
+    expected = attention.attend(q, k, v, attention.attention_mask(documents, "sdpa"))
+    mask = attention.attention_mask(documents, "flex")
+    found = attention.compiled(attention.flex_attention)(q, k, v, block_mask=mask, enable_gqa=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -226,7 +224,7 @@ def test_positions_restart_with_each_document(spans):
         [at for span in [*row, documents.shape[1] - sum(row)] for at in range(span)]
         for row in spans
     ]
-    assert packing._positions(documents).tolist() == expected
+    assert packing.token_positions(documents).tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""Start a training: by Ray Train, on this machine or a cluster; or in this process, alone or as one
-rank of torchrun.
+"""Start a training: with Ray Train, in this process alone, or as one rank of torchrun.
 
-The one file that knows Ray Train. Workers are restarted from the last checkpoint when one dies. Of
-what Ray offers, its own checkpoints and reports are not used: ours lie in the training's folder,
-and its reports are a barrier that keeps rank 0's alone.
+The only file that imports ray.train. Ray restarts workers from the last checkpoint when one dies.
+Its own checkpoints and reports are not used: ours are in the training's folder, and Ray's reports
+are a barrier that keeps only rank 0's.
 """
 
 import json
@@ -27,8 +26,9 @@ if TYPE_CHECKING:
 
 
 class Ended(NamedTuple):
-    """How a training ended: the steps in its state, the loss of the last in nats a token, why it
-    ended, and the records of its steps: None where another rank or machine has them.
+    """How a training ended: steps, loss of the last in nats per token, and why.
+
+    `metrics` is the file of step records, None if another rank or machine has it.
     """
 
     steps: int
@@ -38,18 +38,17 @@ class Ended(NamedTuple):
 
 
 class TrainingError(RuntimeError):
-    """The training could not go on; what its checkpoints hold stays."""
+    """The training could not go on; its checkpoints remain."""
 
 
 class FinalError(TrainingError):
-    """One that all ranks met alike, and would meet again."""
+    """An error of all ranks that a restart would meet again."""
 
 
 def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
-    """Train, on GPUs where there are any. Ranks of torchrun do not use Ray.
+    """Train, on GPUs if there are any. Ranks of torchrun do not use Ray.
 
-    ConfigError for a config that is wrong in itself, TrainingError for data or a model that is at
-    fault.
+    ConfigError for a wrong config, TrainingError for a fault of the data or the model.
     """
     try:
         import torch
@@ -57,39 +56,38 @@ def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
         raise ConfigError("training needs PyTorch: pip install 'gristmill[train]'") from None
     from trainer.telemetry.sinks import METRICS
 
-    ranked = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # by torchrun
-    leads = not ranked or os.environ["RANK"] == "0"
+    is_rank = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # set by torchrun
+    leads = not is_rank or os.environ["RANK"] == "0"
     folder = Path(config.directory)
     if leads:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / STOP).unlink(missing_ok=True)  # meant for an earlier run
-    ended = (
-        _on_ray(config)
-        if on_ray and not ranked
-        else _here(config, "cuda" if torch.cuda.is_available() else "cpu")
-    )
+        (folder / STOP).unlink(missing_ok=True)  # left by an earlier run
+    if on_ray and not is_rank:
+        result = _train_on_ray(config)
+    else:
+        result = _train_as_rank(config, "cuda" if torch.cuda.is_available() else "cpu")
     metrics = folder / METRICS
-    return Ended(**ended, metrics=metrics if leads and metrics.exists() else None)
+    return Ended(**result, metrics=metrics if leads and metrics.exists() else None)
 
 
 def why_step(directory: Path, step: int) -> "list[RowDocuments]":
-    """The rows that a step was taken on, and their documents (see trainer.blame).
+    """The rows of a step and their documents (see trainer.telemetry.why_step).
 
-    TrainingError when they cannot be told.
+    TrainingError if they are unknown.
     """
-    from trainer.telemetry import why_step as blame
+    from trainer.telemetry import why_step as module
 
     try:
-        return blame.why_step(directory, step)
+        return module.why_step(directory, step)
     except (LookupError, OSError, ValueError) as error:
         raise TrainingError(str(error)) from error
 
 
 def export(training: str, output: str, *, step: int | None) -> int:
-    """Write a checkpoint's weights, the newest or that of `step`, for transformers; the step.
+    """Write the weights of a checkpoint, the newest or that of `step`, for transformers; its step.
 
-    `training` is its directory, or the folder or URL of its checkpoints. TrainingError if there is
-    none or it is damaged.
+    `training` is the directory of a training, or the folder or URL of its checkpoints.
+    TrainingError if there is no such checkpoint or it is damaged.
     """
     from trainer.checkpoint_files import CheckpointError, committed
     from trainer.export import export_hugging_face
@@ -100,35 +98,32 @@ def export(training: str, output: str, *, step: int | None) -> int:
         config = json.loads(Path(training, CONFIG).read_bytes())
         folder = config["checkpoint"]["folder"] or f"{training}/checkpoints"
     try:
-        found = committed(folder)
-        chosen = max(found, default=None) if step is None else step
-        if chosen not in found:
-            raise TrainingError(
-                f"{folder} holds checkpoints of the steps {list(found)}{f', none of {step}' if step else ''}"
-            )
-        export_hugging_face(found[chosen], output)
+        folders = committed(folder)
+        if step is None:
+            step = max(folders, default=None)
+        if step not in folders:
+            missing = f", none of {step}" if step else ""
+            raise TrainingError(f"{folder} holds checkpoints of the steps {list(folders)}{missing}")
+        export_hugging_face(folders[step], output)
     except (CheckpointError, ValueError) as error:
         raise TrainingError(str(error)) from error
-    return chosen
+    return step
 
 
-def _here(
+def _train_as_rank(
     config: TrainConfig, device: str, preempted: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Train as this rank: how it ended, as plain values."""
+    """Train in this process; the fields of loop.Result."""
     from stages.storage.catalog import GenerationError
     from trainer.checkpoint_files import CheckpointError
     from trainer.loop import Diverged, Training
 
-    with ExitStack() as opened:
+    with ExitStack() as resources:
         try:
-            training = Training(config, opened, device=device, preempted=preempted)
+            training = Training(config, resources, device=device, preempted=preempted)
         except ValueError as error:
             raise FinalError(str(error)) from error
-        except (
-            CheckpointError,
-            OSError,
-        ) as error:  # a store that does not answer may do so the next time
+        except (CheckpointError, OSError) as error:  # a store may answer the next time
             raise TrainingError(str(error)) from error
         try:
             return training.run()._asdict()
@@ -141,19 +136,18 @@ def _here(
 # --- Ray Train ------------------------------------------------------------------------------------
 
 
-def _on_ray(config: TrainConfig) -> dict[str, Any]:
-    """Train by Ray Train on the cluster of $RAY_ADDRESS, as `ray job submit` sets it, else on this
-    machine.
-    """
+def _train_on_ray(config: TrainConfig) -> dict[str, Any]:
+    """Train on the cluster of $RAY_ADDRESS, which `ray job submit` sets, or on this machine."""
     counts, on_gpus = worker_counts(config), _start_ray(config.ray.gpus)
-    _check_room(config, counts[0], on_gpus)
+    _check_resources(config, counts[0], on_gpus)
     import ray.train
 
-    api: Any = ray.train  # of whose two interfaces type checkers see the old one
-    sinks = tuple(sink for sink in config.telemetry.sinks if sink != "console")  # see _shown
+    api: Any = ray.train  # type checkers see the older of its two interfaces
+    # the console is this process's, see _console_metrics
+    sinks = tuple(sink for sink in config.telemetry.sinks if sink != "console")
     quiet = replace(config, telemetry=replace(config.telemetry, sinks=sinks))
-    trainer = _trainer(counts)(
-        _worker,
+    trainer = _trainer_class(counts)(
+        _train_worker,
         train_loop_config={"config": quiet, "device": "cuda" if on_gpus else "cpu"},
         scaling_config=api.ScalingConfig(
             num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
@@ -167,98 +161,104 @@ def _on_ray(config: TrainConfig) -> dict[str, Any]:
             failure_config=api.FailureConfig(config.ray.max_failures),
         ),
     )
-    with _shown(config), _stoppable(config):
+    with _console_metrics(config), _stop_on_signals(config):
         try:
-            ended: dict[str, Any] = trainer.fit().return_value
+            result: dict[str, Any] = trainer.fit().return_value
         except api.TrainingFailedError as error:
-            raise TrainingError(_cause(error)) from error
-    if "fault" in ended:
-        raise TrainingError(ended["fault"])
-    return ended
+            raise TrainingError(_first_cause(error)) from error
+    if "fault" in result:
+        raise TrainingError(result["fault"])
+    return result
 
 
 def worker_counts(config: TrainConfig) -> list[int]:
-    """The numbers of workers that Ray may take, rising.
+    """The numbers of workers that Ray may start, ascending.
 
-    ConfigError when none in the range divides the global batch.
+    ConfigError if none in the range divides the global batch.
     """
-    least, most, data = (
-        config.ray.min_workers or config.ray.workers,
-        config.ray.workers,
-        config.data,
+    ray, rows, micro_rows = (
+        config.ray,
+        config.data.global_batch_rows,
+        config.data.micro_batch_rows,
     )
-    fitting = valid_rank_counts(data.global_batch_rows, data.micro_batch_rows)
-    counts = [count for count in fitting if least <= count <= most]
+    valid = valid_rank_counts(rows, micro_rows)
+    counts = [n for n in valid if (ray.min_workers or ray.workers) <= n <= ray.workers]
     if not counts:
         raise ConfigError(
-            f"ray.workers = {most}, ray.min_workers = {config.ray.min_workers}: {data.global_batch_rows} rows in micro-batches "
-            f"of {data.micro_batch_rows} divide among {', '.join(map(str, fitting))} workers; take one of these"
+            f"ray.workers = {ray.workers}, ray.min_workers = {ray.min_workers}: {rows} rows in "
+            f"micro-batches of {micro_rows} divide among {', '.join(map(str, valid))} workers; "
+            "take one of these"
         )
     return counts
 
 
 @contextmanager
-def _stoppable(config: TrainConfig) -> Iterator[None]:
-    """SIGTERM and Ctrl-C of this process ask the workers to save and end; it then waits for them,
-    unless it is asked again.
+def _stop_on_signals(config: TrainConfig) -> Iterator[None]:
+    """On SIGTERM or Ctrl-C, ask the workers to save and end, and wait for them.
+
+    A second signal ends this process at once.
     """
 
-    def ask(*_: object) -> None:
+    def request_stop(*_: object) -> None:
         Path(config.directory, STOP).touch()
-        print("the workers are asked to save and to end; once more: end at once", file=sys.stderr)
-        for number, handler in before.items():
+        print("asked the workers to save and end; repeat to end at once", file=sys.stderr)
+        restore()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals = (signal.SIGTERM, signal.SIGINT)
+    handlers = {number: signal.signal(number, request_stop) for number in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 @contextmanager
-def _shown(config: TrainConfig) -> Iterator[None]:
-    """The figures of the workers on this console: their own output is lost among Ray's."""
+def _console_metrics(config: TrainConfig) -> Iterator[None]:
+    """Print the workers' metrics on this console: their own output is lost among Ray's."""
     from trainer.telemetry.sinks import METRICS, Console, follow_metrics
 
-    ended = threading.Event()
-    thread = threading.Thread(
-        target=follow_metrics, args=(Path(config.directory, METRICS), Console(), ended)
-    )
-    if "console" in config.telemetry.sinks:
-        thread.start()
+    if "console" not in config.telemetry.sinks:
+        yield
+        return
+    ended, path = threading.Event(), Path(config.directory, METRICS)
+    thread = threading.Thread(target=follow_metrics, args=(path, Console(), ended))
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        if thread.ident is not None:
-            thread.join()
+        thread.join()
 
 
-def _check_room(config: TrainConfig, workers: int, on_gpus: bool) -> None:
-    """Ray would wait without a word for workers that this machine has no room for; a cluster may
-    grow.
+def _check_resources(config: TrainConfig, workers: int, on_gpus: bool) -> None:
+    """ConfigError if this machine has too few CPUs or GPUs, for which Ray would wait silently.
+
+    Clusters are not checked, since they may grow.
     """
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
         return
-    room: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for name, each in (("CPU", config.ray.cpus_per_worker), ("GPU", float(on_gpus))):
-        if workers * each > room.get(name, 0):
+    resources: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, per_worker in (("CPU", config.ray.cpus_per_worker), ("GPU", float(on_gpus))):
+        needed, available = workers * per_worker, resources.get(name, 0)
+        if needed > available:
             raise ConfigError(
-                f"{workers} workers want {workers * each:g} {name}, and there are {room.get(name, 0):g}; change the section ray"
+                f"{workers} workers need {needed:g} {name}, and there are {available:g}; "
+                "change the section ray"
             )
 
 
 def _start_ray(gpus: str) -> bool:
-    """Connect or start; whether workers take GPUs."""
+    """Connect to Ray or start it; whether workers use GPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault(
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600"
-    )  # importing torch can take longer than the 60 s given
+    # importing torch can take longer than the default of 60 s
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     import ray
 
@@ -273,58 +273,51 @@ def _start_ray(gpus: str) -> bool:
     return gpus == "yes" or (gpus == "auto" and bool(ray.cluster_resources().get("GPU")))  # type: ignore[no-untyped-call]
 
 
-def _trainer(counts: Sequence[int]) -> Any:
-    """TorchTrainer, but for what its public interface leaves no room for; with Ray 2.60 this is
-    where it lies.
-    """
+def _trainer_class(counts: Sequence[int]) -> Any:
+    """TorchTrainer with two changes that its public interface does not allow (Ray 2.60)."""
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
-    class Dividing(ElasticScalingPolicy):
-        """Ray would take any number of workers in a range."""
+    class DividingScalingPolicy(ElasticScalingPolicy):
+        """Uses only `counts`: Ray would use any number of workers in the range."""
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
-            room = super()._count_possible_workers(reserved_resources)
-            return max((count for count in counts if count <= room), default=0)
+            possible = super()._count_possible_workers(reserved_resources)
+            return max((count for count in counts if count <= possible), default=0)
 
     class Trainer(TorchTrainer):
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             scaling: Any = self.scaling_config
             if scaling.elasticity_enabled:
-                parts["scaling_policy"] = Dividing(scaling)
+                parts["scaling_policy"] = DividingScalingPolicy(scaling)
             return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
 
         def _register_sigint_handler(self, controller: Any) -> None:
-            """Ray's would end the workers before they have saved."""
+            """No handler: Ray's would end the workers before they have saved."""
 
     return Trainer
 
 
-def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs. What another start would meet again is returned: to raise it would
-    start all anew.
-    """
+def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train as a worker of Ray. A FinalError is returned: Ray restarts workers that raise."""
     import ray.train
     import torch
 
-    if settings["device"] == "cpu":  # Ray allows torch a thread for each CPU reserved, which is one
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
-        )
+    if settings["device"] == "cpu":  # Ray gives torch one thread per reserved CPU
+        local_workers = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_workers))
+
+    def preempted() -> bool:
+        return ray.train.get_preemption_info() is not None
+
     try:
-        return _here(
-            settings["config"],
-            settings["device"],
-            lambda: ray.train.get_preemption_info() is not None,
-        )
+        return _train_as_rank(settings["config"], settings["device"], preempted)
     except FinalError as error:
         return {"fault": str(error)}
 
 
-def _cause(error: Exception) -> str:
-    """What went wrong first, without Ray's frames; ranks that lost their neighbours say so only
-    after one that has a reason.
-    """
+def _first_cause(error: Exception) -> str:
+    """The first worker's error, without Ray's frames; errors of ours go before lost connections."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     ours = [failure for failure in failures if "TrainingError" in repr(failure)]
     return str((ours or failures)[0])

@@ -1,16 +1,18 @@
-"""The training loop: pure torch, the same under torchrun, Ray Train and pytest.
+"""Step 5 of a row's way to the loss: the training loop, in plain torch.
 
-A step: this rank's micro-batches, gradients of the loss summed over the global batch and divided by
-its number of targets, one update. A loss or gradient that is not finite never reaches the
-optimiser. Everything a restart needs is in a checkpoint, so that the steps after it are those that
-would have come.
+It is the same under torchrun, Ray Train and pytest. A step: this rank's micro-batches
+(`data.loader`), gradients of the global batch's mean loss (`model.step`), one update. A loss or
+gradient that is not finite never reaches the optimizer. A checkpoint has everything that a restart
+needs to take exactly the steps that would have followed.
 """
 
+import itertools
 import json
 import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -41,18 +43,16 @@ from trainer.telemetry.sinks import METRICS, Telemetry
 from trainer.telemetry.spikes import SpikeDetector
 from trainer.telemetry.why_step import CONFIG, SPIKES, RowLoss, log_spike
 
-MAX_BAD_STEPS = 10  # in a row, before a run that only makes NaN gives up
-LOOK_EVERY = 10  # steps between two questions whether the machine is about to be taken away
+MAX_BAD_STEPS = 10  # consecutive steps without a finite loss before a run gives up
+PREEMPTION_CHECK_STEPS = 10  # steps between two checks whether this machine will be taken away
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many consecutive steps had a loss or gradient that is not finite."""
 
 
 class Result(NamedTuple):
-    """How a training ended: the steps in its state, the loss of the last, in nats a token, and why
-    it ended.
-    """
+    """How a training ended: steps in its state, loss of the last in nats per token, and why."""
 
     steps: int
     loss: float
@@ -60,14 +60,15 @@ class Result(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """One step's figures over all ranks: loss in nats a target, gradient norm before clipping, what
-    it took by source.
+    """A step over all ranks.
+
+    Loss in nats per target, gradient norm before clipping, and sums by source.
     """
 
     loss: float
     grad_norm: float
     sources: dict[str, SourceSums]
-    spike: bool
+    is_spike: bool
 
     @property
     def is_finite(self) -> bool:
@@ -75,19 +76,18 @@ class StepResult(NamedTuple):
 
 
 class Training:
-    """One incarnation of a training: what it holds, and its steps, from the newest checkpoint in
-    the folder if there is one.
+    """One attempt at a training, from the newest checkpoint in its folder if there is one.
 
-    `device` is "cpu" or "cuda"; one process a device. `preempted`, asked on all ranks alike, tells
-    whether a machine is about to be taken away. GenerationError for data that is not what was
-    published, CheckpointError when no checkpoint can be used, ValueError for a config that does not
-    fit either: on all ranks alike. What is opened is closed with `opened`.
+    `device` is "cpu" or "cuda"; one process per device. `preempted` returns whether a machine will
+    soon be taken away, the same on all ranks. What it opens is closed with `resources`. On all
+    ranks alike: GenerationError for data that is not what was published, CheckpointError if no
+    checkpoint can be used, ValueError for a config that fits neither.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        opened: ExitStack,
+        resources: ExitStack,
         *,
         device: str,
         preempted: Callable[[], bool] = lambda: False,
@@ -102,23 +102,21 @@ class Training:
         saved = self.checkpoints.latest()
         extra = saved.extra if saved else {}
         self.step = self.saved_at = saved.step if saved else 0
-        # first the data, which can be wrong in ways that a model's minutes of set-up should not
-        # hide
+        # the data first: its faults should show before the minutes that a model's set-up takes
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        self.loader = opened.enter_context(
+        self.loader = resources.enter_context(
             BatchLoader(config.data, rank=rank, world_size=ranks, state=extra.get("supply"))
         )
         self.runs = list(dict.fromkeys(source.run for source in config.data.sources))
-        told = config.evaluation
         self.evaluation = (
-            Evaluation(told, config.data, rank=rank, world_size=ranks, device=device)
-            if told.every_steps
+            Evaluation(config.evaluation, config.data, rank=rank, world_size=ranks, device=device)
+            if config.evaluation.every_steps
             else None
         )
         self.writer: Writer | None = None
         self.telemetry: Telemetry | None = None
         self.previous: feedback.Summary | None = None
-        from_rank_0(lambda: self._open(opened, fresh=saved is None))
+        from_rank_0(lambda: self._open_outputs(resources, fresh=saved is None))
         before = feedback.Totals(**extra["totals"]) if saved else None
         self.meter = Meter(feedback.resumed(before, self.previous, now=time.time()))
         self.spikes = SpikeDetector(extra.get("losses", ()))
@@ -126,38 +124,24 @@ class Training:
             self.model, self.optimizer = build(config, device)
             if saved:
                 self.checkpoints.load(saved, self.model, self.optimizer)
-        self.loss, self.bad_steps, self.warned = (self.spikes.losses or [math.nan])[-1], 0, False
-        self.scores: Scores | None = None  # of the step before, if it was time for them
-        self.health: feedback.Health | None = None  # as it was told last
-        self.signalled = False
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # elsewhere Python takes no handlers
+        self.loss = (self.spikes.losses or [math.nan])[-1]
+        self.bad_steps, self.was_preempted, self.stop_requested = 0, False, False
+        self.scores: Scores | None = None  # of the last step, if it was evaluated
+        self.health: feedback.Health | None = None  # as last reported
+        # in other threads Python does not allow signal handlers
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                opened.callback(signal.signal, number, signal.signal(number, self._on_signal))
-
-    def _on_signal(self, *_: object) -> None:
-        self.signalled = True
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # who asks twice does not want to wait
-
-    def _asked_to_stop(self) -> bool:
-        """Whether any rank was, as when its machine is taken away: then all save and end at the
-        same step.
-        """
-        asked = self.signalled or (self.leads and (self.folder / STOP).exists())
-        return bool(sum_over_ranks(float(asked), device=self.device) > 0)
+                resources.callback(signal.signal, number, signal.signal(number, self._on_signal))
 
     def run(self) -> Result:
         """Train until `max_steps`, the end of the data, SIGTERM, Ctrl-C, or a file "stop".
 
-        Diverged when only NaN comes.
+        Diverged if no step has a finite loss any more.
         """
-        reason, state = "a fault", "failed"
+        state: feedback.State = "failed"
         try:
-            self._tell("running")
-            reason, state = self._steps(), "stopped"
+            self._write_feedback("running")
+            reason, state = self._run_steps(), "stopped"
             if self.step > self.saved_at:
                 self._save()
             self.checkpoints.finish()
@@ -166,125 +150,97 @@ class Training:
                 self.writer.close(self._report(state))
         return Result(self.step, self.loss, reason)
 
-    def _steps(self) -> str:
-        """Step after step; why they ended."""
+    def _run_steps(self) -> str:
+        """Train step by step; why it ended."""
         if 0 < self.config.max_steps <= self.step:
             return f"step {self.step} had been reached before"
         while not self.config.max_steps or self.step < self.config.max_steps:
-            batches = self._next()
+            batches = self._next_batches()
             if batches:
-                self._tell_step(self._update(batches))
-            if self._asked_to_stop():
+                self._record_step(self._update(batches))
+            if self._should_stop():
                 return "it was asked to stop"
             if not batches:
                 return "the data ended"
-            due = self.step % self.config.checkpoint.every_steps == 0 or (
-                self.step % LOOK_EVERY == 0 and self._is_warned()
+            is_due = self.step % self.config.checkpoint.every_steps == 0 or (
+                self.step % PREEMPTION_CHECK_STEPS == 0 and self._is_newly_preempted()
             )
-            if due and not self.bad_steps:
+            if is_due and not self.bad_steps:
                 self._save()
         return f"step {self.config.max_steps} was reached"
 
-    def _is_warned(self) -> bool:
-        """Whether it is now told, for the first time, that a machine is about to be taken away."""
-        before, self.warned = self.warned, self.preempted()
-        return self.warned and not before
-
-    def _next(self) -> list[Batch]:
-        """The micro-batches of the next step; [] when there are none, and waiting is over or not
-        wanted.
-        """
+    def _next_batches(self) -> list[Batch]:
+        """The micro-batches of the next step; [] at the end of the data, after waiting if set."""
         with self.meter.part("data_wait"):
             while not (batches := self.loader.next(self.step)):
-                while self.loader.should_wait() and not self._asked_to_stop():
+                while self.loader.should_wait() and not self._should_stop():
                     if self.loader.poll():
                         break
-                    self._tell("waiting", when_due=True)
+                    self._write_feedback("waiting", when_due=True)
                 else:
                     return []
-        if (
-            largest := max(int(batch.tokens.max()) for batch in batches)
-        ) >= self.config.model.vocab_size:
+        largest = max(int(batch.tokens.max()) for batch in batches)
+        if largest >= self.config.model.vocab_size:
             raise GenerationError(
-                f"token {largest} exceeds model.vocab_size = {self.config.model.vocab_size}; enlarge it"
+                f"token {largest} exceeds model.vocab_size = {self.config.model.vocab_size}; "
+                "enlarge it"
             )
         return batches
 
     def _update(self, batches: Sequence[Batch]) -> StepResult:
-        """One step, counted whether or not its update was fit to be made."""
-        rate = learning_rate(
-            self.step, self.config.max_steps, self.config.schedule, self.config.optimizer.lr
-        )
+        """Take one step, which counts even if it did not change the weights."""
+        config = self.config
+        rate = learning_rate(self.step, config.max_steps, config.schedule, config.optimizer.lr)
         set_learning_rate(self.optimizer, rate)
         sums = accumulate(self.model, batches, self.runs, device=self.device)
-        norm = clip_grad_norm(self.model.parameters(), self.config.optimizer.clip_norm)
-        update = self._figures(sums, norm)
-        if update.is_finite and not (update.spike and self.config.skip_spikes):
+        norm = clip_grad_norm(self.model.parameters(), config.optimizer.clip_norm)
+        result = self._step_result(sums, norm)
+        if result.is_finite and not (result.is_spike and config.skip_spikes):
             self.optimizer.step()
-        self.bad_steps = 0 if update.is_finite else self.bad_steps + 1
+        self.bad_steps = 0 if result.is_finite else self.bad_steps + 1
         if self.bad_steps == MAX_BAD_STEPS:
             raise Diverged(
-                f"{MAX_BAD_STEPS} steps in a row up to {self.step + 1} had no finite loss or gradient: lower optimizer.lr"
+                f"{MAX_BAD_STEPS} steps in a row up to {self.step + 1} had no finite loss or "
+                "gradient: lower optimizer.lr"
             )
         self.optimizer.zero_grad()
-        self.step, self.loss = self.step + 1, update.loss
-        if update.spike:
+        self.step, self.loss = self.step + 1, result.loss
+        if result.is_spike:
             rows = _row_losses(batches, sums.row_nats)
             if self.leads:
-                log_spike(self.folder, self.step, update.loss, rows)
-        return update
+                log_spike(self.folder, self.step, result.loss, rows)
+        return result
 
-    def _figures(self, sums: StepSums, norm: Tensor) -> StepResult:
-        """In numbers, which waits for the device: here a step ends."""
+    def _step_result(self, sums: StepSums, norm: Tensor) -> StepResult:
+        """The step as Python numbers, which waits for the device: here a step ends."""
         *flat, grad_norm = torch.cat([sums.by_run.flatten(), norm.double().reshape(1)]).tolist()
         sources = {}
         for run, tokens, targets, nats in zip(
             self.runs, flat[::3], flat[1::3], flat[2::3], strict=True
         ):
-            rows: dict[str, int] = {}
-            for drawn in self.loader.row_ranges[run]:
-                rows[drawn.generation] = rows.get(drawn.generation, 0) + drawn.stop - drawn.start
-            sources[run] = SourceSums(rows, int(tokens), nats, int(targets))
-        loss = sum(taken.loss_sum for taken in sources.values()) / max(
-            1, sum(taken.targets for taken in sources.values())
-        )
+            rows = Counter[str]()
+            for part in self.loader.row_ranges[run]:
+                rows[part.generation] += part.stop - part.start
+            sources[run] = SourceSums(dict(rows), int(tokens), nats, int(targets))
+        nats = sum(source.loss_sum for source in sources.values())
+        loss = nats / max(1, sum(source.targets for source in sources.values()))
         return StepResult(loss, grad_norm, sources, self.spikes.observe(loss))
 
-    def _evaluate(self) -> Scores | None:
-        every = self.config.evaluation.every_steps
-        if self.evaluation is None or self.step % every:
-            return None
-        with self.meter.part("evaluation"):
-            return self.evaluation.run(self.model)
+    # --- stop and save ----------------------------------------------------------------------------
 
-    def _tell_step(self, update: StepResult) -> None:
-        self.scores = self._evaluate()
-        tokens = sum(taken.tokens for taken in update.sources.values())
-        step = self.meter.step(tokens=tokens, sources=update.sources)
-        if self.telemetry:
-            sources = {
-                name: {"loss": t.loss_sum / max(1, t.targets), "tokens": t.tokens}
-                for name, t in update.sources.items()
-            }
-            figures = {
-                "step": self.step,
-                "loss": update.loss,
-                "grad_norm": update.grad_norm,
-                "tokens": tokens,
-            }
-            rate = self.optimizer.param_groups[0]["lr"]
-            more = {
-                "lr": rate,
-                "spike": update.spike,
-                "mfu": self._mfu(),
-                "seconds": step.seconds,
-                "sources": sources,
-            }
-            more |= {"restarts": self.meter.totals.restarts, "data": self.loader.row_ranges}
-            health = self.health._asdict() if self.health else {}
-            scores: dict[str, float] = self.scores.figures() if self.scores else {}
-            self.telemetry.step(figures | more | self.meter.rates()._asdict() | health | scores)
-        self._tell("running", when_due=True)
+    def _on_signal(self, *_: object) -> None:
+        self.stop_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    def _should_stop(self) -> bool:
+        """Whether any rank was asked to stop: all then end at the same step. Collective."""
+        requested = self.stop_requested or (self.leads and (self.folder / STOP).exists())
+        return bool(sum_over_ranks(float(requested), device=self.device) > 0)
+
+    def _is_newly_preempted(self) -> bool:
+        """Whether a machine will be taken away, and was not going to be at the last check."""
+        before, self.was_preempted = self.was_preempted, self.preempted()
+        return self.was_preempted and not before
 
     def _save(self) -> None:
         with self.meter.part("checkpoint"):
@@ -297,82 +253,111 @@ class Training:
             self.checkpoints.save(self.step, self.model, self.optimizer, extra, metric=metric)
         self.saved_at = self.step
 
-    def _tell(self, state: feedback.State, *, when_due: bool = False) -> None:
+    # --- evaluate and report ----------------------------------------------------------------------
+
+    def _evaluate(self) -> Scores | None:
+        if self.evaluation is None or self.step % self.config.evaluation.every_steps:
+            return None
+        with self.meter.part("evaluation"):
+            return self.evaluation.run(self.model)
+
+    def _record_step(self, result: StepResult) -> None:
+        self.scores = self._evaluate()
+        tokens = sum(sums.tokens for sums in result.sources.values())
+        step = self.meter.step(tokens=tokens, sources=result.sources)
+        if self.telemetry:
+            record = {
+                "step": self.step,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "tokens": tokens,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "spike": result.is_spike,
+                "mfu": self._mfu(),
+                "seconds": step.seconds,
+                "sources": {
+                    name: {"loss": sums.loss_sum / max(1, sums.targets), "tokens": sums.tokens}
+                    for name, sums in result.sources.items()
+                },
+                "restarts": self.meter.totals.restarts,
+                "data": self.loader.row_ranges,
+            }
+            health = self.health._asdict() if self.health else {}
+            scores: dict[str, float] = self.scores.figures() if self.scores else {}
+            self.telemetry.step(record | self.meter.rates()._asdict() | health | scores)
+        self._write_feedback("running", when_due=True)
+
+    def _write_feedback(self, state: feedback.State, *, when_due: bool = False) -> None:
         if self.writer and (not when_due or self.writer.due()):
             self.writer.write(self._report(state))
 
-    def _report(self, state: Any) -> feedback.Report:
+    def _report(self, state: feedback.State) -> feedback.Report:
         if self.device == "cuda":
             self.health = gpu_health(str(torch.cuda.get_device_properties(0).uuid))
-        rows = max(0, self.config.max_steps - self.step) * self.config.data.global_batch_rows
-        budget = (
-            rows * self.loader.seq_len if self.config.max_steps and self.loader.seq_len else None
-        )
+        seq_len, budget = self.loader.seq_len, None
+        if self.config.max_steps and seq_len:
+            steps = max(0, self.config.max_steps - self.step)
+            budget = steps * self.config.data.global_batch_rows * seq_len
         return self.meter.report(state, mfu=self._mfu(), health=self.health, budget=budget)
 
     def _mfu(self) -> float | None:
-        if (
-            self.device != "cuda"
-            or self.config.parallel.precision != "bf16"
-            or self.loader.seq_len is None
-        ):
+        seq_len = self.loader.seq_len
+        if self.device != "cuda" or self.config.parallel.precision != "bf16" or seq_len is None:
             return None
         peak = peak_flops(torch.cuda.get_device_name())
-        whole = peak and peak * dist.get_world_size()
-        flops = flops_per_token(self.config.model, self.loader.seq_len)
-        return mfu(self.meter.rates().tokens_per_second, flops_per_token=flops, peak=whole)
+        return mfu(
+            self.meter.rates().tokens_per_second,
+            flops_per_token=flops_per_token(self.config.model, seq_len),
+            peak=peak and peak * dist.get_world_size(),
+        )
 
-    def _open(self, opened: ExitStack, *, fresh: bool) -> None:
-        """On rank 0: hold the folder, and begin to tell.
+    def _open_outputs(self, resources: ExitStack, *, fresh: bool) -> None:
+        """On rank 0: lock the folder, and open metrics and feedback.
 
-        What another training than this has left in it is put aside.
+        A `fresh` training renames the metrics that another one has left in the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        _hold(opened, self.folder)
-        known = (self.folder / METRICS).exists()
+        _lock_folder(resources, self.folder)
+        had_metrics = (self.folder / METRICS).exists()
         if fresh:
             for name in (METRICS, SPIKES):
                 if (self.folder / name).exists():
                     (self.folder / name).replace(self.folder / f"{name}.old")
-        told = self.config.telemetry
-        where = told.feedback or f"{self.config.data.sources[0].run.rstrip('/')}/feedback"
+        config, name = self.config.telemetry, self.folder.resolve().name
+        folder = config.feedback or f"{self.config.data.sources[0].run.rstrip('/')}/feedback"
         self.writer = Writer(
-            where, trainer=told.name or self.folder.resolve().name, every_seconds=told.every_seconds
+            folder, trainer=config.name or name, every_seconds=config.every_seconds
         )
-        self.previous = self.writer.previous if known else None
-        self.telemetry = Telemetry(
-            self.folder, run=self.folder.resolve().name, sinks=("jsonl", *told.sinks)
-        )
-        opened.callback(self.telemetry.close)
+        self.previous = self.writer.previous if had_metrics else None
+        self.telemetry = Telemetry(self.folder, run=name, sinks=("jsonl", *config.sinks))
+        resources.callback(self.telemetry.close)
         (self.folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
 
 
 def train(config: TrainConfig, *, device: str) -> Result:
-    """Train from where the folder stands to the end. Raises what Training does."""
-    with ExitStack() as opened:
-        return Training(config, opened, device=device).run()
+    """Train from the newest checkpoint in the folder to the end; raises what Training does."""
+    with ExitStack() as resources:
+        return Training(config, resources, device=device).run()
 
 
 def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[RowLoss]:
-    """The rows of all ranks with the loss of each, in nats a target; for the rare step that needs
-    them.
-    """
-    mine = []
+    """The rows of all ranks and the loss of each in nats per target; called for spikes only."""
+    losses = []
     for batch, nats in zip(batches, row_nats, strict=True):
         means = (nats.cpu() / row_targets(batch.documents).clamp(min=1)).tolist()
-        mine += [
-            RowLoss(run, *place, mean)
-            for run, place, mean in zip(batch.sources, batch.row_ids, means, strict=True)
+        losses += [
+            RowLoss(run, *row_id, mean)
+            for run, row_id, mean in zip(batch.sources, batch.row_ids, means, strict=True)
         ]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return [row for rows in everyone for row in rows]
+    all_losses: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_losses, losses)
+    return list(itertools.chain(*all_losses))
 
 
-def _hold(opened: ExitStack, folder: Path) -> None:
-    """Lock the folder until `opened` closes: two trainers would remove each other's checkpoints."""
+def _lock_folder(resources: ExitStack, folder: Path) -> None:
+    """Lock the folder: two trainers would remove each other's checkpoints."""
     try:
-        opened.enter_context(try_lock(folder / "lock"))
+        resources.enter_context(try_lock(folder / "lock"))
     except BlockingIOError:
         raise ValueError(
             f"{folder}: another training is at work here; wait for it, or set another directory"

@@ -250,7 +250,7 @@ def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(
             load_training(file, ["ray.max_failures=-1"]), on_ray=True
         )  # which would be tried for ever
     with pytest.raises(
-        ConfigError, match=r"2 workers want 200 CPU, and there are \d+; change the section ray"
+        ConfigError, match=r"2 workers need 200 CPU, and there are \d+; change the section ray"
     ):
         launch(load_training(file, ["ray.cpus_per_worker=100"]), on_ray=True)
 

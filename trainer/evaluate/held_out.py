@@ -1,8 +1,7 @@
-"""Evaluation during training: the loss on rows that `pack` held out, and multiple-choice questions
-(trainer/cloze.py).
+"""Evaluation during training: loss on rows that `pack` held out, and multiple-choice questions.
 
-Every forward pass is a collective under FSDP, so all ranks make the same number of them, some of
-fill alone.
+Every forward pass is a collective under FSDP, so all ranks make the same number of them, some with
+nothing but fill.
 """
 
 import logging
@@ -28,8 +27,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Scores(NamedTuple):
-    """Loss in nats a held-out target, over all sources (None: nothing is held out) and by run;
-    cloze by the name of its file.
+    """Results of an evaluation.
+
+    `loss` in nats per held-out target over all sources (None if nothing is held out), `sources` by
+    run, `cloze` by the name of the file of questions.
     """
 
     loss: float | None
@@ -37,25 +38,22 @@ class Scores(NamedTuple):
     cloze: dict[str, ClozeScore]
 
     def figures(self) -> dict[str, float]:
-        """For telemetry: held_out/loss, held_out/perplexity, held_out/RUN/loss, cloze/NAME/accuracy
-        and Cloze's other fields.
-        """
-        found = {f"held_out/{run.lstrip('/')}/loss": loss for run, loss in self.sources.items()}
+        """For telemetry: held_out/loss, held_out/perplexity, held_out/RUN/loss, cloze/NAME/…"""
+        figures = {f"held_out/{run.lstrip('/')}/loss": loss for run, loss in self.sources.items()}
         if self.loss is not None:
-            found |= {
-                "held_out/loss": self.loss,
-                "held_out/perplexity": float(np.exp(np.float64(self.loss))),
-            }
-        return found | {
-            f"cloze/{name}/{key}": x
-            for name, cloze in self.cloze.items()
-            for key, x in cloze._asdict().items()
+            figures["held_out/loss"] = self.loss
+            figures["held_out/perplexity"] = float(np.exp(np.float64(self.loss)))
+        return figures | {
+            f"cloze/{name}/{key}": value
+            for name, score in self.cloze.items()
+            for key, value in score._asdict().items()
         }
 
 
 class EvalRows(NamedTuple):
-    """int64 [rows, seq_len]: two as in a Batch, and the number of the ending whose token comes
-    next, -1 for none.
+    """int64 [rows, seq_len] each: `tokens` and `documents` as in a Batch.
+
+    `endings` is the number of the ending to which the next token belongs, -1 for none.
     """
 
     tokens: Tensor
@@ -64,12 +62,11 @@ class EvalRows(NamedTuple):
 
 
 class Evaluation:
-    """What a run is judged by, read and checked once, by rank 0. Making one is a collective, as is
-    `run`.
+    """Evaluates a model on rows and questions that rank 0 reads and checks once. All is collective.
 
-    As long as a source has published nothing, what is held out and the tokenizer are looked up at
-    the next `run` instead. ConfigError for a file of questions that cannot be asked,
-    GenerationError for rows that are not what was published.
+    If a source has not published anything yet, rows and tokenizer are read at a later `run`.
+    ConfigError for a wrong file of questions, GenerationError for rows that are not what was
+    published.
     """
 
     def __init__(
@@ -78,29 +75,27 @@ class Evaluation:
         self._config, self._data, self._device = config, data, device
         self._rank, self._world = rank, world_size
         self._questions = from_rank_0(lambda: read_questions(config.cloze, config.cloze_questions))
-        self._rows = self._prepared()
+        self._rows = self._read_rows()
 
-    def _prepared(self) -> "_Prepared | None":
-        made = from_rank_0(lambda: _prepare(self._config, self._data, self._questions))
-        if made and self._rank == 0 and self._config.held_out_rows and not made.held_out:
+    def _read_rows(self) -> "_RowSets | None":
+        rows = from_rank_0(lambda: _read_row_sets(self._config, self._data, self._questions))
+        if rows and self._rank == 0 and self._config.held_out_rows and not rows.held_out:
             _LOG.warning(
                 "no source has held anything out: there is no held-out loss; set pack.held_out"
             )
-        return made
+        return rows
 
     @torch.no_grad()
     def run(self, model: Transformer) -> Scores:
-        """The scores of a model; its weights, gradients and mode, and the random state, stay as
-        they are.
-        """
-        self._rows = self._rows or self._prepared()
+        """Score a model; its weights, gradients and mode and the random state do not change."""
+        self._rows = self._rows or self._read_rows()
         if self._rows is None:
             return Scores(None, {}, {})
         training = model.training
         model.eval()
-        sums = [x for rows in self._rows.held_out.values() for x in self._nats(model, rows)]
+        sums = [x for rows in self._rows.held_out.values() for x in self._sum_loss(model, rows)]
         cloze = {
-            name: self._cloze(model, rows, self._questions[name])
+            name: self._score_cloze(model, rows, self._questions[name])
             for name, rows in self._rows.cloze.items()
         }
         model.train(training)
@@ -110,62 +105,62 @@ class Evaluation:
         sources = dict(zip(self._rows.held_out, (nats / targets).tolist(), strict=True))
         return Scores(float(nats.sum() / targets.sum()), sources, cloze)
 
-    def _nats(self, model: Transformer, rows: EvalRows) -> Tensor:
+    def _sum_loss(self, model: Transformer, rows: EvalRows) -> Tensor:
         """This rank's nats and targets, float64 (2,)."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for tokens, documents, _ in self._mine(rows, size=self._data.micro_batch_rows):
+        for tokens, documents, _ in self._rank_batches(rows, size=self._data.micro_batch_rows):
             loss = model.loss(tokens, documents)
             sums += torch.stack([loss.sum, loss.targets])
         return sums
 
-    def _cloze(
+    def _score_cloze(
         self, model: Transformer, rows: EvalRows, questions: Sequence[Question]
     ) -> ClozeScore:
         likelihoods = torch.zeros(
             sum(len(q.endings) for q in questions), dtype=torch.float64, device=self._device
         )
-        # a row at a time: its logits exist all at once, 0.8 GB for 2,048 tokens in float32
-        for tokens, documents, endings in self._mine(rows, size=1):
-            logits_BSV, asked = model(tokens, documents), endings >= 0
+        # one row at a time: all its logits exist at once, 0.8 GB for 2,048 tokens in float32
+        for tokens, documents, endings in self._rank_batches(rows, size=1):
+            logits_BSV, is_scored = model(tokens, documents), endings >= 0
             nats = F.cross_entropy(
-                logits_BSV[asked].float(), next_tokens(tokens, documents)[asked], reduction="none"
+                logits_BSV[is_scored].float(),
+                next_tokens(tokens, documents)[is_scored],
+                reduction="none",
             )
-            likelihoods.index_add_(0, endings[asked], -nats.double())
+            likelihoods.index_add_(0, endings[is_scored], -nats.double())
         return score_answers(questions, sum_over_ranks(*likelihoods, device=self._device).tolist())
 
-    def _mine(self, rows: EvalRows, *, size: int) -> Iterator[EvalRows]:
-        # one shape for each use, and never `packed_documents`: of a compiled block every other kind of
-        # batch is a graph more
+    def _rank_batches(self, rows: EvalRows, *, size: int) -> Iterator[EvalRows]:
+        # one shape for each use, and never `packed_documents`: a compiled block needs another graph
+        # for every other kind of batch
         for batch in rank_batches(rows, size=size, rank=self._rank, world_size=self._world):
             yield EvalRows(*(part.to(self._device) for part in batch))
 
 
 def rank_batches(rows: EvalRows, *, size: int, rank: int, world_size: int) -> Iterator[EvalRows]:
-    """A rank's micro-batches, all of `size` rows, and as many for every rank: what is short is
-    fill.
-    """
-    short = -len(rows.tokens) % (size * world_size)
+    """A rank's micro-batches of `size` rows, as many for every rank, padded with rows of fill."""
+    padding = -len(rows.tokens) % (size * world_size)
     parts = (
-        F.pad(part, (0, 0, 0, short), value=fill)
+        F.pad(part, (0, 0, 0, padding), value=fill)
         for part, fill in zip(rows, (0, -1, -1), strict=True)
     )
     return map(EvalRows, *(torch.split(part, size)[rank::world_size] for part in parts))
 
 
-class _Prepared(NamedTuple):
+class _RowSets(NamedTuple):
     held_out: dict[str, EvalRows]  # by run
     cloze: dict[str, EvalRows]  # by name
 
 
-def _prepare(
+def _read_row_sets(
     config: EvaluationConfig, data: DataConfig, questions: Mapping[str, Sequence[Question]]
-) -> _Prepared | None:
-    """None as long as a source has published nothing."""
-    listed = {source.run: _listed(source) for source in data.sources}
-    if not all(listed.values()):
+) -> _RowSets | None:
+    """None if a source has not published anything yet."""
+    entries_by_run = {source.run: _catalog_entries(source) for source in data.sources}
+    if not all(entries_by_run.values()):
         return None
     held_out = {}
-    for run, entries in listed.items() if config.held_out_rows > 0 else ():
+    for run, entries in entries_by_run.items() if config.held_out_rows > 0 else ():
         part = next(
             filter(None, (verify_held_out(run, entry, cache=data.cache_dir) for entry in entries)),
             None,
@@ -180,33 +175,31 @@ def _prepare(
             )
     cloze = {}
     if questions:
-        from stages.formats.tokens import (
-            load_encoding,  # for questions alone a trainer needs tiktoken
-        )
+        from stages.formats.tokens import load_encoding  # a trainer needs tiktoken only here
 
-        run, entries = next(iter(listed.items()))
+        run, entries = next(iter(entries_by_run.items()))
         shape = verify_generation(run, entries[0], mode="quick", cache=data.cache_dir)
         encoding = load_encoding(shape.tokenizer)
         cloze = {
-            name: pack_endings(name, asked, encoding, seq_len=shape.seq_len)
-            for name, asked in questions.items()
+            name: pack_endings(name, of_file, encoding, seq_len=shape.seq_len)
+            for name, of_file in questions.items()
         }
-    return _Prepared(held_out, cloze)
+    return _RowSets(held_out, cloze)
 
 
-def _listed(source: SourceConfig) -> list[dict[str, Any]]:
-    named = {entry["name"]: entry for entry in read_catalog(source.run)}
-    return [named[name] for name in source.generations or named if name in named]
+def _catalog_entries(source: SourceConfig) -> list[dict[str, Any]]:
+    by_name = {entry["name"]: entry for entry in read_catalog(source.run)}
+    return [by_name[name] for name in source.generations or by_name if name in by_name]
 
 
 def pack_endings(
     name: str, questions: Sequence[Question], encoding: Any, *, seq_len: int
 ) -> EvalRows:
-    """Each ending after its context as a document of its own, packed as in training; a long context
-    loses its beginning.
+    """Pack each ending after its context as one document, as in training.
 
-    Context and ending are tokenised apart: by a vocabulary that splits before spaces they have the
-    same tokens together. ConfigError for an ending that does not fit in a row.
+    A context that is too long is cut at its beginning. Context and ending are tokenized separately:
+    in a vocabulary that splits before spaces their tokens are the same together. ConfigError for an
+    ending that does not fit in a row.
     """
     from stages.formats.tokens import best_fit
 
@@ -216,7 +209,8 @@ def pack_endings(
         for ending in (encoding.encode_ordinary(f" {ending}") for ending in question.endings):
             if len(ending) >= seq_len:
                 raise ConfigError(
-                    f"evaluation.cloze: {name}: question {number} has an ending longer than a row, {seq_len} tokens"
+                    f"evaluation.cloze: {name}: question {number} has an ending longer than a row, "
+                    f"{seq_len} tokens"
                 )
             documents.append(np.array([*context, *ending][-seq_len:], np.uint32))
             lengths.append(len(ending))

@@ -102,7 +102,7 @@ def test_a_question_is_put_in_the_prompt_of_its_benchmark(tmp_path, form):
 def test_a_line_that_is_no_question_is_named_with_what_is_wrong(tmp_path, row, why):
     file = write(tmp_path / "some.jsonl", ARC, "", row)
     with pytest.raises(
-        ConfigError, match=rf"^evaluation.cloze: \S+some.jsonl: line 3 is no question: .*{why}"
+        ConfigError, match=rf"^evaluation.cloze: \S+some.jsonl: line 3 is not a question: .*{why}"
     ):
         read_questions([file], 9)
     assert len(read_questions([file], 1)["some"]) == 1  # beyond what is asked nothing is judged
@@ -114,7 +114,7 @@ def test_files_that_hold_no_questions_or_share_a_name_are_refused(tmp_path):
     for rows, count in (((), 9), ((ARC,), 0)):
         with pytest.raises(
             ConfigError,
-            match=f"holds no question, or evaluation.cloze_questions = {count} asks none",
+            match=f"has no questions, or evaluation.cloze_questions = {count}",
         ):
             read_questions([write(tmp_path / "empty.jsonl", *rows)], count)
     with pytest.raises(ConfigError, match=r"two of a/arc.jsonl, b/arc.json have one name"):
@@ -176,7 +176,8 @@ def test_the_real_files_are_read_whole_or_refused(corpus, tmp_path):
             asked |= read_questions([str(file)], 10_000)
         except ConfigError as error:
             assert re.search(
-                "line 1 is no question: (it has neither 'endings'|'query' is missing)", str(error)
+                "line 1 is not a question: (it has neither 'endings'|'query' is missing)",
+                str(error),
             )
             refused.append(file.stem)
     counts = {name: len(questions) for name, questions in asked.items()}

@@ -551,7 +551,7 @@ def test_a_remote_folder_is_refused():
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_sink_that_is_not_installed_says_so_at_the_start(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=f"telemetry to '{name}'.*install it or take"):
+    with pytest.raises(ImportError, match=f"telemetry to '{name}'.*install it or remove"):
         Telemetry(tmp_path, run="r", sinks=(name,))
 
 

@@ -1,17 +1,20 @@
-"""How fast does the trainer step? Tokens/s of a GPU, MFU and memory, beside bare torch and beside
-rows of many documents.
+"""Measure the trainer's speed: tokens/s of a GPU, MFU and memory, compared with plain torch.
 
     python -m benchmarks.trainer [--quick] [--only 1B 3B] [--parts bare attention loader] …
     torchrun --nproc-per-node 8 -m benchmarks.trainer --rows 8 --checkpointing none …
 
-A step is the loop's: `accumulate`, clipping, a look at the loss, the update (BF16, AdamW). It needs
-torch and NumPy alone; the part `loader` the full installation. MFU is PaLM's (`flops_per_token`),
-with attention counted whole even where rows are packed.
+A step is the loop's: `accumulate`, clipping, reading the loss, the update (BF16, AdamW). It needs
+torch, NumPy and pydantic; the part `loader` needs the full installation. MFU is PaLM's
+(`flops_per_token`), which counts attention in full even if rows are packed.
 
-speed      always: our step on whole rows, with the least activation checkpointing that fits, and as many rows as fit
-bare       the same layers without FSDP, with weights, gradients and AdamW in BF16, cross-entropy of whole logits: a ceiling
-attention  rows packed of documents, by SDPA with a mask and by FlexAttention; whole rows by other kernels than torch prefers
-loader     the share of the time that waits for data: a generation on the local disk against rows in memory
+speed      always: our step on whole rows, with the least activation checkpointing that fits, and as
+           many rows as fit
+bare       the same layers without FSDP, with weights, gradients and AdamW in BF16 and cross-entropy
+           of all logits at once: an upper bound
+attention  rows of several documents, by SDPA with a mask and by FlexAttention; whole rows by other
+           kernels than those torch prefers
+loader     the share of time that waits for data: a generation on the local disk against rows in
+           memory
 """
 
 import argparse
@@ -57,19 +60,18 @@ from trainer.model.step import accumulate
 from trainer.telemetry.devices import peak_flops
 from trainer.telemetry.meter import Meter, mfu
 
-PEERS = """published, other hardware: llm-foundry on 8 to 16 H100 80 GB, BF16, 2048 tokens a row (scripts/train/benchmarking)
-  1.3B 45,455 tokens/s/GPU  MFU 41.8 %    2.7B 24,142 tokens/s/GPU  MFU 43.7 %    6.7B 10,643 tokens/s/GPU  MFU 46.4 %"""
+PEERS = """published, other hardware: llm-foundry on 8 to 16 H100 80 GB, BF16, 2048 tokens a row
+(scripts/train/benchmarking)
+  1.3B 45,455 tokens/s/GPU  MFU 41.8 %
+  2.7B 24,142 tokens/s/GPU  MFU 43.7 %
+  6.7B 10,643 tokens/s/GPU  MFU 46.4 %"""
 PARTS = ("bare", "attention", "loader")
-MICRO_TOKENS = {
-    "3B": 16_384,
-    "8B": 4096,
-}  # of a micro-batch to begin with, about what 140 GB hold; others 32,768
-LEAST_TOKENS = (
-    4096  # of a micro-batch: with less, computing activations again is the better way to make room
-)
-DOCUMENT_TOKENS = (
-    700  # of a document on average, about a web page's main text; lengths are drawn geometrically
-)
+# of a micro-batch at the start, about what fits in 140 GB; others 32,768
+MICRO_TOKENS = {"3B": 16_384, "8B": 4096}
+# of a micro-batch: below it, recomputing activations is the better way to save memory
+LEAST_TOKENS = 4096
+# of a document on average, about a web page's main text; lengths are geometrically distributed
+DOCUMENT_TOKENS = 700
 WARM_UP = 2  # steps, which compile and allocate
 KERNELS = {
     "cuDNN": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
@@ -78,7 +80,7 @@ KERNELS = {
 
 
 class Rows(NamedTuple):
-    """A micro-batch as trainer.data.Batch, whose module needs the full installation."""
+    """A micro-batch like trainer.data.rows.Batch, whose module needs the full installation."""
 
     tokens: Tensor
     documents: Tensor
@@ -87,8 +89,9 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What to measure: `micro` micro-batches of `rows` rows a step on each GPU, packed of documents
-    or (0) whole.
+    """What to measure: `micro` micro-batches of `rows` rows per step on each GPU.
+
+    Rows have documents of `document_tokens` tokens on average; 0 is one document without fill.
     """
 
     model: ModelConfig
@@ -102,9 +105,7 @@ class Case:
 
 
 class Speed(NamedTuple):
-    """What a GPU gave. `wait_share` of the time it waited for data; `peak_bytes` of memory were
-    allocated.
-    """
+    """Result of a case: tokens/s of a GPU, share of time waiting for data, peak memory."""
 
     case: Case
     tokens_per_second: float
@@ -139,7 +140,7 @@ def measure(case: Case, step: Step, draw: Draw) -> Speed:
 
 
 def our_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Any], device: str) -> None:
-    """As in trainer.loop: it looks at loss and norm before it updates, which waits for the device."""
+    """As in trainer.loop: it reads loss and norm before the update, which waits for the device."""
     sums = accumulate(model, batches, batches[0].sources[:1], device=device)
     norm = clip_grad_norm(model.parameters(), 1.0)
     torch.cat([sums.by_run.flatten(), norm.double().reshape(1)]).tolist()
@@ -164,10 +165,10 @@ def bare_step(
 
 
 def make(case: Case, *, wrapped: bool) -> tuple[Transformer, Optimizer]:
-    """As trainer.step.build, but with weights drawn where they lie: those that go by the seed take
-    10 s a billion.
+    """Like trainer.model.step.build, but weights are drawn on the device.
 
-    Random, not zeros: on those a GPU draws less power, and runs faster than it ever will.
+    Weights from the seed take 10 s per billion. They are random, because with zeros a GPU draws
+    less power and runs faster than it does in training.
     """
     with torch.device("meta"):
         model = Transformer(case.model)
@@ -197,10 +198,10 @@ def in_memory(case: Case) -> Draw:
 
 
 def fitting(case: Case, step: Step, *, least_rows: int = 1) -> Speed | None:
-    """Measured with as many rows as fit: halved while memory runs out, None below `least_rows`; a
-    step keeps its tokens.
+    """Measure with as many rows as fit: halved while memory runs out, None below `least_rows`.
 
-    OutOfMemoryError with several ranks, as some may have had room and now wait for the others.
+    A step keeps its tokens. OutOfMemoryError with several ranks, since other ranks may have had
+    enough memory and wait.
     """
     while case.rows >= least_rows:
         try:
@@ -213,8 +214,9 @@ def fitting(case: Case, step: Step, *, least_rows: int = 1) -> Speed | None:
 
 
 def clear() -> None:
-    """Free the last model, also after an error, and compile anew: sizes seen to change are compiled
-    as unknowns, and slower.
+    """Free the last model, also after an error, and forget what was compiled.
+
+    Sizes that change between calls would be compiled as dynamic, which is slower.
     """
     gc.collect()
     torch.compiler.reset()
@@ -223,7 +225,7 @@ def clear() -> None:
 
 
 def wait_for(device: str) -> None:
-    """Until every rank is here, and its device has done all it was given."""
+    """Wait for all ranks and their devices."""
     sum_over_ranks(0.0, device=device)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -302,14 +304,13 @@ def line(label: str, speed: Speed, ours: Speed | None = None) -> str:
         if ours
         else ""
     )
-    how = f"{case.rows} rows x {case.micro} micro-batches, {case.parallel.activation_checkpointing}, {seconds:.3f} s a step, {memory}"
+    shape = f"{case.rows} rows x {case.micro} micro-batches"
+    how = f"{shape}, {case.parallel.activation_checkpointing}, {seconds:.3f} s a step, {memory}"
     return f"{label}: {speed.tokens_per_second:,.0f} tokens/s/GPU  MFU {shown}  ({how}){ratio}"
 
 
 def loader(label: str, speed: Speed) -> None:
-    """The trainer's own supply of whole rows, from a generation just written: from the page cache,
-    that is.
-    """
+    """Whole rows from the trainer's loader: a generation just written, so from the page cache."""
     from trainer.data.loader import BatchLoader
 
     case, batch = speed.case, speed.case.rows * speed.case.micro
@@ -318,11 +319,12 @@ def loader(label: str, speed: Speed) -> None:
         config = DataConfig(
             (SourceConfig(folder),), global_batch_rows=batch, micro_batch_rows=case.rows
         )
-        with BatchLoader(config, rank=0, world_size=1) as supply:
-            read = measure(case, our_step, supply.next)
+        with BatchLoader(config, rank=0, world_size=1) as batches:
+            read = measure(case, our_step, batches.next)
     say(line(f"{label}, from disk", read, speed))
     say(
-        f"{label}: waits for data {read.wait_share:.3%} of the time from disk, {speed.wait_share:.3%} from memory"
+        f"{label}: waits for data {read.wait_share:.3%} of the time from disk, "
+        f"{speed.wait_share:.3%} from memory"
     )
 
 

@@ -23,7 +23,7 @@ def read_ahead(
     stop reading.
     """
     if workers == 0:
-        return _ThreadLoader(refs, ahead=ahead, timeout=timeout)
+        return _read_in_thread(refs, ahead=ahead, timeout=timeout)
     loader = DataLoader(
         _RowDataset(),
         sampler=refs,  # an iterator, consumed once: each item is what a worker reads
@@ -49,35 +49,28 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-class _ThreadLoader:
-    """Reads in one daemon thread, so a read that hangs cannot keep the process alive."""
-
-    def __init__(self, refs: Iterator[list[RowRef]], *, ahead: int, timeout: float) -> None:
-        self._refs, self._ahead, self._timeout = refs, ahead, timeout
-        self._requests: queue.SimpleQueue[list[RowRef] | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
-        self._pending = 0
-        threading.Thread(
-            target=_read_requests, args=(self._requests, self._results), name="rows", daemon=True
-        ).start()
-
-    def __iter__(self) -> "_ThreadLoader":
-        return self
-
-    def __next__(self) -> Batch:
-        while self._pending < self._ahead and (refs := next(self._refs, None)) is not None:
-            self._requests.put(refs)
-            self._pending += 1
-        if self._pending == 0:
-            raise StopIteration
-        result = self._results.get(timeout=self._timeout)
-        self._pending -= 1
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def __del__(self) -> None:
-        self._requests.put(None)
+def _read_in_thread(refs: Iterator[list[RowRef]], *, ahead: int, timeout: float) -> Iterator[Batch]:
+    """Read in one daemon thread: a read that hangs cannot keep the process alive."""
+    requests: queue.SimpleQueue[list[RowRef] | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+    threading.Thread(
+        target=_read_requests, args=(requests, results), name="rows", daemon=True
+    ).start()
+    num_pending = 0
+    try:
+        while True:
+            while num_pending < ahead and (batch_refs := next(refs, None)) is not None:
+                requests.put(batch_refs)
+                num_pending += 1
+            if num_pending == 0:
+                return
+            result = results.get(timeout=timeout)
+            num_pending -= 1
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:
+        requests.put(None)  # ends the thread
 
 
 def _read_requests(

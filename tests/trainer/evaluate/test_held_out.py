@@ -97,7 +97,7 @@ def config(tmp_path):
 def build():
     return loop.build(
         TrainConfig(
-            directory="",
+            directory="unused",
             model=SMALL,
             parallel=ParallelConfig("fp32"),
             optimizer=OptimizerConfig(lr=0.1),

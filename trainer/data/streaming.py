@@ -9,46 +9,40 @@ from typing import Any
 
 
 def import_streaming() -> Any:
-    """The module `streaming`, also where torchvision is absent or does not match torch. Takes 6-20
-    s the first time.
+    """The module `streaming`, also if torchvision is missing or does not fit torch.
 
-    `import streaming` loads its vision datasets, and these load torchvision. With CPU torch and a
-    CUDA wheel of torchvision that raises "operator torchvision::nms does not exist". We read no
-    images: where the real torchvision does not import, empty modules stand in for it while
-    streaming is imported, and no longer, so that nothing else in the process takes them for the
-    real ones.
+    Takes 6-20 s the first time. `import streaming` loads its vision datasets, which load
+    torchvision; with CPU torch and a CUDA wheel of torchvision that raises "operator
+    torchvision::nms does not exist". We read no images: if the real torchvision does not import,
+    empty modules replace it while streaming is imported, and only then, so that no other code takes
+    them for the real ones.
     """
     if "streaming" in sys.modules:
         return sys.modules["streaming"]
+    stand_ins: dict[str, ModuleType] = {}
     try:
         importlib.import_module("torchvision")
-    except (
-        ImportError,
-        RuntimeError,
-        OSError,
-    ):  # absent; another torch's operators; another CUDA's libraries
-        with_stand_ins = _torchvision_stand_ins()
-    else:
-        with_stand_ins = {}
-    sys.modules.update(with_stand_ins)
+    # missing; operators of another torch; libraries of another CUDA
+    except (ImportError, RuntimeError, OSError):
+        stand_ins = _torchvision_stand_ins()
+    sys.modules.update(stand_ins)
     try:
         return importlib.import_module("streaming")
     finally:
-        for name in with_stand_ins:
+        for name in stand_ins:
             del sys.modules[name]
 
 
 def _torchvision_stand_ins() -> dict[str, ModuleType]:
-    """Just the names that streaming 0.13.0's vision/base.py imports."""
+    """The names that streaming 0.13.0's vision/base.py imports."""
     names = (
         "torchvision",
         "torchvision.datasets",
         "torchvision.transforms",
         "torchvision.transforms.functional",
     )
-    modules = {
-        name: module_from_spec(ModuleSpec(name, None)) for name in names
-    }  # transformers asks for a __spec__
+    # with a spec, which transformers looks at
+    modules = {name: module_from_spec(ModuleSpec(name, None)) for name in names}
     modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
     modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
     return modules

@@ -17,7 +17,8 @@ class Ranks:
 
     def __init__(self, rank: int, gather: Callable[[Any], list[Any]] | None = None) -> None:
         self._rank, self._gather = rank, gather or _gather_objects
-        self.leads = rank == 0 or len(self._gather(None)) == 1
+        is_alone = len(self._gather(None)) == 1  # on every rank, as it is a collective
+        self.leads = rank == 0 or is_alone
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective."""

@@ -1,10 +1,8 @@
-"""What is seen of a run while it works: by a person a bar per phase and the funnel at its end, by a
-log collector JSON lines.
-"""
+"""Shows the progress of a run: bars and a funnel for people, JSON lines for log collectors."""
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TextIO
@@ -20,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pipeline.cli import number_table
 from pipeline.engine.units import UnitOutcome
 from pipeline.run.funnel import FunnelRow, stage_bases
 from stages.storage.ledger import Commit
@@ -30,7 +29,7 @@ class _Sums:
     task: TaskID
     rows_in: int = 0
     rows_out: int = 0
-    before: int = 0  # rows of units that an earlier run had done: no part of this run's rate
+    before: int = 0  # rows of units that an earlier run did: they do not count in the rate
 
     @property
     def kept(self) -> str:
@@ -38,9 +37,9 @@ class _Sums:
 
 
 class Bars:
-    """Bars on a terminal: units, documents a second, share kept, time left.
+    """Shows a bar per phase on a terminal: units, rows per second, share kept, time left.
 
-    Silent when the console is no terminal.
+    Shows only failures if the console is no terminal.
     """
 
     def __init__(self, console: Console) -> None:
@@ -66,7 +65,7 @@ class Bars:
         self._bars.stop()
 
     def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
-        """Start a phase of `units`, of which `done` were committed before."""
+        """Start the bar of a phase; `done` are the commits of an earlier run."""
         task = self._bars.add_task(
             phase, total=units, completed=len(done), rate="", kept="", failed=""
         )
@@ -74,7 +73,7 @@ class Bars:
         self._sums[phase] = _Sums(task, rows_in, sum(c.rows_out for c in done), rows_in)
 
     def advance(self, phase: str, outcome: UnitOutcome) -> None:
-        """Count one unit that ended."""
+        """Count a unit that ended."""
         sums = self._sums[phase]
         if outcome.commit is not None:
             sums.rows_in += outcome.commit.rows_in
@@ -89,17 +88,17 @@ class Bars:
         self._bars.update(sums.task, advance=1, rate=rate, kept=kept)
 
     def end(self, phase: str) -> None:
-        """Close a phase."""
+        """Stop the bar of a phase."""
         self._bars.stop_task(self._sums[phase].task)
 
 
 class JsonLog:
-    """A JSON object a line: phases begin and end, units are done or failed, a run stops on an
-    error.
+    """Writes one JSON object per line and event: begin and end of a phase, done and failed of a
+    unit, stopped of a run that ends with an error.
 
     Each has time (ISO 8601, UTC), level ("info" or "error"), run, stage, phase, unit, event,
-    seconds, error, null where there is none; those of units that are done also rows_in and
-    rows_out, a phase's begin also units, and done: those of them that an earlier run did.
+    seconds and error, null where they do not apply. "done" also has rows_in and rows_out; "begin"
+    has units, and done: the number of units that an earlier run completed.
     """
 
     def __init__(self, stream: TextIO, run: str) -> None:
@@ -114,14 +113,12 @@ class JsonLog:
             self._write("stopped", error=f"{type(error).__name__}: {error}")
 
     def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
-        """Tell of a phase of `units`, of which `done` were committed before; `run` is its
-        directory, of a batch the batch's.
-        """
+        """Log the start of a phase; `run` is the directory of the run, or of the batch."""
         self._run, self._began[phase] = run, time.monotonic()
         self._write("begin", phase, units=units, done=len(done))
 
     def advance(self, phase: str, outcome: UnitOutcome) -> None:
-        """Tell of one unit that ended."""
+        """Log that a unit ended."""
         if outcome.commit is None:
             self._write("failed", phase, unit=outcome.unit, error=outcome.error)
         else:
@@ -136,7 +133,7 @@ class JsonLog:
             )
 
     def end(self, phase: str) -> None:
-        """Tell of the end of a phase."""
+        """Log the end of a phase."""
         self._write("end", phase, seconds=round(time.monotonic() - self._began.pop(phase), 3))
 
     def _write(
@@ -157,26 +154,16 @@ class JsonLog:
 
 
 def funnel_table(rows: Sequence[FunnelRow]) -> Table:
-    """The funnel for a terminal; shares are of what the stage began with."""
-    table = Table(box=None, pad_edge=False)
-    for name, justify in (
-        ("stage", "left"),
-        ("rule", "left"),
-        ("count", "right"),
-        ("share", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    base: Mapping[str, int] = stage_bases(rows)
+    """The funnel as a table; shares are of the rows that a stage began with."""
+    table = number_table("stage", "rule", "count", "share", text_columns=2)
+    for column in table.columns:
+        column.no_wrap = True
+    totals = stage_bases(rows)
     for row in rows:
         if row.rule is None:
-            table.add_row(
-                row.stage, f"[bold]= {row.unit}[/bold]", f"[bold]{row.count:,}[/bold]", ""
-            )
+            unit, count = f"[bold]= {row.unit}[/bold]", f"[bold]{row.count:,}[/bold]"
+            table.add_row(row.stage, unit, count, "")
         else:
-            table.add_row(
-                "",
-                f"  − {row.rule}",
-                f"{row.count:,}",
-                f"{row.count / max(1, base[row.stage]):.1%}",
-            )
+            share = f"{row.count / max(1, totals[row.stage]):.1%}"
+            table.add_row("", f"  − {row.rule}", f"{row.count:,}", share)
     return table

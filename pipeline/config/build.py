@@ -28,7 +28,7 @@ def build(name: str, cls: Any, raw: Any, origins: dict[str, str]) -> Any:
         # as JSON, since strict dataclasses accept no dicts or lists of Python
         return TypeAdapter(cls).validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        raise _validation_error(name, cls, error.errors()[0], origins) from error
+        raise _validation_error(name, error.errors()[0], origins) from error
 
 
 def check_known(key: str, known: Collection[str], kind: str, origins: dict[str, str]) -> None:
@@ -62,15 +62,10 @@ def _dataclasses_in(key: str, type_: Any, value: Any) -> Iterator[tuple[str, Any
             yield from _dataclasses_in(f"{key}[{number}]", get_args(type_)[0], item)
 
 
-def _validation_error(
-    name: str, cls: Any, error: ErrorDetails, origins: dict[str, str]
-) -> ConfigError:
+def _validation_error(name: str, error: ErrorDetails, origins: dict[str, str]) -> ConfigError:
     key = name
     for part in error["loc"]:
-        if isinstance(part, int):
-            key += f"[{part}]"
-        elif part in _field_names(cls):  # others are of pydantic, such as the member of a union
-            key = _join(key, part)
+        key = f"{key}[{part}]" if isinstance(part, int) else _join(key, part)
     if error["type"] == "missing":
         return error_at(key, " is missing", origins)
     message = error["msg"].removeprefix("Value error, ")
@@ -78,16 +73,6 @@ def _validation_error(
         message += did_you_mean(error["input"], re.findall(r"'(.+?)'", error["ctx"]["expected"]))
     value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
     return error_at(key, f"{value}: {message}", origins)
-
-
-def _field_names(cls: Any) -> set[str]:
-    names = set()
-    for field, type_ in get_type_hints(cls).items():
-        names.add(field)
-        inner = get_args(type_)[0] if get_origin(type_) is tuple else type_
-        if dataclasses.is_dataclass(inner):
-            names |= _field_names(inner)
-    return names
 
 
 def _join(prefix: str, field: str) -> str:

@@ -4,10 +4,9 @@ import dataclasses
 import glob
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from filters import derived, files
-from pipeline.config.sections import SECTIONS, Config, section_of
+from pipeline.config.sections import Config, general_key, section_of
 from pipeline.config.show import show
 from stages.storage.digests import digest, file_sha256
 
@@ -23,12 +22,10 @@ IRRELEVANT_KEYS = frozenset(
 
 def files_of(config: Config) -> Iterator[tuple[str, str]]:
     """(key, path) of every model and list that this configuration uses."""
-    for name in SECTIONS:
-        yield from _files_of_section(name, getattr(config, name))
-    for name in (*config.extract.filters, *config.refine.filters):
-        yield from _files_of_section(name, config.filters[name])
-        for language, variant in config.per_language.get(name, {}).items():
-            yield from _files_of_section(f"per_language.{language}.{name}", variant)
+    for name, section in config.in_use():
+        for field, paths in files(section).items():
+            for path in paths:
+                yield f"{name}.{field}", path
 
 
 def file_digests(config: Config) -> dict[str, str]:
@@ -48,11 +45,6 @@ def file_digests(config: Config) -> dict[str, str]:
         for key, content in digests.items()
         if content != digests.get(general_key(key), "")
     }
-
-
-def general_key(key: str) -> str:
-    """The key for all languages that 'per_language.de.perplexity.model' overrides; else ''."""
-    return ".".join(key.split(".")[2:]) if key.startswith("per_language.") else ""
 
 
 def measured_with(config: Config, name: str) -> str:
@@ -87,12 +79,6 @@ def selection_settings(config: Config) -> dict[str, str]:
         for key, value, _ in show(config)
         if section_of(key) in sections and key.rpartition(".")[2] not in IRRELEVANT_KEYS
     }
-
-
-def _files_of_section(prefix: str, section: Any) -> Iterator[tuple[str, str]]:
-    for field, paths in files(section).items():
-        for path in paths:
-            yield f"{prefix}.{field}", path
 
 
 def _named_hashes(root: Path) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ class Table(NamedTuple):
     documents: dict[str, int]
     quantiles: dict[str, dict[str, list[float]]]
     made_with: dict[str, str]
-    drawn_by: dict[str, str] = {}
+    drawn_by: dict[str, str] = {}  # noqa: RUF012
 
     @property
     def languages(self) -> list[str]:

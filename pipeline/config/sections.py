@@ -1,7 +1,7 @@
 """The sections of a pipeline configuration: the dataclasses that stages and filters define."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -82,6 +82,17 @@ class Config:
         """The filters of a stage in order."""
         return tuple(self.named(name) for name in names)
 
+    def in_use(self) -> Iterator[tuple[str, Any]]:
+        """(name, instance) of every section and of the filters that a stage names; then of what
+        replaces them for a language, named as in 'per_language.de.c4'.
+        """
+        names = (*SECTIONS, *self.extract.filters, *self.refine.filters)
+        for name in names:
+            yield name, self.filters[name] if name in self.filters else getattr(self, name)
+        for name, variants in self.per_language.items():
+            for language, variant in variants.items() if name in names else ():
+                yield f"per_language.{language}.{name}", variant
+
 
 SECTIONS: dict[str, Any] = {
     name: type_ for name, type_ in get_type_hints(Config).items() if dataclasses.is_dataclass(type_)
@@ -97,3 +108,8 @@ def section_of(key: str) -> str:
     """The section that a key belongs to: 'perplexity' for 'per_language.de.perplexity.model'."""
     parts = key.split(".")
     return parts[2] if parts[0] == "per_language" else parts[0]
+
+
+def general_key(key: str) -> str:
+    """The key for all languages that 'per_language.de.perplexity.model' overrides; else ''."""
+    return ".".join(key.split(".")[2:]) if key.startswith("per_language.") else ""

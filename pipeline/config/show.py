@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipeline.config.sections import SECTIONS, Config
+from pipeline.config.sections import Config, general_key
 
 
 class Setting(NamedTuple):
@@ -17,18 +17,16 @@ class Setting(NamedTuple):
     origin: str
 
 
-def show(config: Config, *, used: bool = True) -> Iterator[Setting]:
-    """Every key of a configuration; with `used` only those of the filters that a stage names."""
-    active = {*config.extract.filters, *config.refine.filters}
-    sections = {name: getattr(config, name) for name in SECTIONS}
-    sections |= {name: f for name, f in config.filters.items() if name in active or not used}
-    for name, section in sections.items():
+def show(config: Config) -> Iterator[Setting]:
+    """Every key of the sections and filters in use; for a language only those that differ."""
+    values: dict[str, Any] = {}
+    for name, section in config.in_use():
         for key, value in _leaves(name, section):
-            yield Setting(key, to_toml(value), config.origins.get(key, "default"))
-    for name, variants in config.per_language.items():
-        if name in sections:
-            for language, variant in variants.items():
-                yield from _overridden(config, name, sections[name], language, variant)
+            general = general_key(key)
+            if general not in values or value != values[general]:
+                values[key] = value
+                origin = config.origins.get(key, config.origins.get(general, "default"))
+                yield Setting(key, to_toml(value), origin)
 
 
 def to_toml(value: Any) -> str:
@@ -44,18 +42,6 @@ def to_toml(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     return f"[{', '.join(to_toml(v) for v in value)}]"
-
-
-def _overridden(
-    config: Config, name: str, section: Any, language: str, variant: Any
-) -> Iterator[Setting]:
-    """The settings that a language has other than all languages."""
-    general = dict(_leaves(name, section))
-    for key, value in _leaves(name, variant):
-        if value != general[key]:
-            full = f"per_language.{language}.{key}"
-            origin = config.origins.get(full, config.origins.get(key, "default"))
-            yield Setting(full, to_toml(value), origin)
 
 
 def _leaves(prefix: str, section: Any) -> Iterator[tuple[str, Any]]:

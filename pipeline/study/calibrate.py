@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from filters import rules
 from pipeline.config import percentiles
 from pipeline.config.calibration import CALIBRATED
-from pipeline.config.digests import general_key, measured_with, selection_settings, texts_made_with
-from pipeline.config.sections import Config
+from pipeline.config.digests import measured_with, selection_settings, texts_made_with
+from pipeline.config.sections import Config, general_key
 from pipeline.engine import units
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats, binned

@@ -3,8 +3,8 @@
 import os
 
 from filters import derived, rules, settings
-from pipeline.config.digests import IRRELEVANT_KEYS, file_digests, general_key
-from pipeline.config.sections import Config, section_of
+from pipeline.config.digests import IRRELEVANT_KEYS, file_digests
+from pipeline.config.sections import Config, general_key, section_of
 from pipeline.config.show import show, to_toml
 from pipeline.report.sample import Ledger
 

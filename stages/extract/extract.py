@@ -2,7 +2,7 @@
 
 Per record: URL policy and opt-out headers, then (in a killable child) decoding, the gate and the
 main text, then language, the heuristics' scores and the MinHash band keys. Every page gets a row;
-`rejected_by` says which rule dropped it. Scores are stored whatever the verdict, so that a changed
+`rejected_by` says which rule dropped it. Scores are stored in any case, so that a changed
 bound is re-applied to the part of an earlier run instead of extracting again.
 """
 
@@ -83,7 +83,7 @@ class ExtractConfig:
 
 @dataclass(frozen=True)
 class ExtractPlan:
-    """Everything a worker needs for a unit of this stage; paths are absolute, filters are in order."""
+    """Everything a worker needs for a unit; paths are absolute, filters are in order."""
 
     config: ExtractConfig
     input: InputConfig
@@ -128,7 +128,7 @@ class ExtractResult:
 
 
 def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
-    """Read one input file, measure its documents and write their part. The task is an ExtractTask."""
+    """Read an input file, measure its documents and write their part (an ExtractTask)."""
     stored = _stored_rows(unit, plan)
     if stored is not None:
         return _apply_bounds(*stored, unit, plan, store)
@@ -150,7 +150,7 @@ def _extract_web(
     path: Path, task: ExtractTask, commit: Commit, plan: ExtractPlan, store: Store
 ) -> ExtractResult:
     """Documents of a WARC or WET file; ValueError if it holds no WARC record at all."""
-    stats, extractor = ReadStats(), _extractor(_options(plan))
+    stats, extractor = ReadStats(), _extractor(_extractor_options(plan))
     started = extractor.cpu_seconds
     result = _write_documents(_web_rows(path, task, plan, stats), commit, plan, store)
     if not stats.records and stats.lost_bytes and not begins_as_warc(path):
@@ -195,10 +195,9 @@ def _require_unchanged(unit: Unit) -> None:
 
 
 def content_settings(plan: ExtractPlan) -> list[Any]:
-    """What decides the text and the scores of a page, as opposed to the policy on them: the first
-    half of the stage key.
+    """The settings that decide a page's text and scores: the first half of the stage key.
 
-    Models and lists are not in it by path: whoever makes the key adds their digests.
+    Models and lists are not in it by path: the caller adds their digests.
     """
     resources = {
         "num_cpus",
@@ -227,8 +226,9 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
 
 
 def policy_settings(plan: ExtractPlan) -> list[Any]:
-    """What is applied to stored text and scores: bounds, signatures, the kept sample: the second
-    half of the stage key.
+    """The settings applied to stored text and scores: the second half of the stage key.
+
+    Bounds, signatures, the kept sample.
     """
     return [
         [
@@ -251,7 +251,7 @@ def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats
         str(path), max_payload_bytes=plan.config.max_html_bytes, stats=stats
     ):
         if record.skipped in _NO_DOCUMENT:
-            # requests, metadata and the like are counted, and that is all there is to say of them
+            # requests and metadata records are only counted
             continue
         row: Row = {
             "doc_id": make_doc_id(task.ordinal, record.index),
@@ -262,8 +262,8 @@ def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats
             "warc_offset": record.offset,
         }
         skipped = Page(rejected_by=f"warc.{record.skipped}") if record.skipped else None
-        page = skipped or _refused(record, plan) or _page(record, plan)
-        yield _finish(row | _page_columns(page), page, plan)
+        page = skipped or _policy_rejection(record, plan) or _page(record, plan)
+        yield _measured_row(row | _page_columns(page), page, plan)
 
 
 def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan) -> Iterator[Row]:
@@ -277,10 +277,10 @@ def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan) -> Iterator[Row
             "warc_offset": record.position,
         }
         page = _text_page(record, plan)
-        yield _finish(row | _page_columns(page), page, plan)
+        yield _measured_row(row | _page_columns(page), page, plan)
 
 
-def _refused(record: Record, plan: ExtractPlan) -> Page | None:
+def _policy_rejection(record: Record, plan: ExtractPlan) -> Page | None:
     blocked = plan.url_policy.check(record.url)
     if blocked is not None:
         return Page(rejected_by=f"url_policy.{blocked.rule}")
@@ -293,7 +293,7 @@ def _refused(record: Record, plan: ExtractPlan) -> Page | None:
 def _page(record: Record, plan: ExtractPlan) -> Page:
     if record.kind == "text":
         return Page(text=record.payload.decode("utf-8", "replace").replace("\0", ""))
-    page = _extractor(_options(plan)).extract(
+    page = _extractor(_extractor_options(plan)).extract(
         record.payload, content_type=record.headers.get("content-type", ""), url=record.url
     )
     return page if page.opt_out else page._replace(opt_out=in_headers(record.headers))
@@ -313,7 +313,7 @@ def _page_columns(page: Page) -> Row:
     return {name: getattr(page, name) for name in names}
 
 
-def _finish(row: Row, page: Page, plan: ExtractPlan) -> Row:
+def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:
     if page.rejected_by is not None:
         low, high = page.bound or (None, None)
         return row | _verdict_columns(page.rejected_by, page.value, low, high)
@@ -341,7 +341,7 @@ def _language_columns(text: str, language: Language) -> Row:
 
 
 def _judge(row: Row, plan: ExtractPlan) -> Row:
-    """Apply the policy to a measured row: verdict, and its text if kept or sampled."""
+    """Apply the policy to a measured row: its verdict, and its text only if kept or sampled."""
     verdict = _verdict(row, plan)
     if verdict is None:
         return row | dict.fromkeys(
@@ -383,7 +383,7 @@ def _verdict_columns(rule: str, value: float | None, low: float | None, high: fl
     }
 
 
-def _signed(rows: list[Row], plan: ExtractPlan) -> list[Row]:
+def _with_signatures(rows: list[Row], plan: ExtractPlan) -> list[Row]:
     """Content hashes and band keys of the kept rows, all at once."""
     kept = [row for row in rows if row["rejected_by"] is None]
     normalized = [minhash.normalize(row["text"]) for row in kept]
@@ -394,7 +394,7 @@ def _signed(rows: list[Row], plan: ExtractPlan) -> list[Row]:
     return rows
 
 
-def _stored(rows: list[Row], plan: ExtractPlan) -> list[Row]:
+def _with_stored_text(rows: list[Row], plan: ExtractPlan) -> list[Row]:
     if plan.config.keep_text:
         return rows
     return [row | {"text": None} for row in rows]
@@ -422,7 +422,7 @@ def _write_documents(
                 languages[row["language"] or "unknown"] += 1
                 tallies.add(row)
                 chars += row["num_chars"] if row["rejected_by"] is None else 0
-            signed = _stored(_signed(batch, plan), plan)
+            signed = _with_stored_text(_with_signatures(batch, plan), plan)
             writer.write_table(pa.Table.from_pylist(signed, schema=schema))
     commit.counts |= dict(sorted(counts.items()))
     commit.rows_out = counts["kept"]
@@ -468,7 +468,7 @@ def _keeps_text(row: Row, plan: ExtractPlan) -> bool:
 
 def _rejudge(row: Row, plan: ExtractPlan) -> Row:
     if row["num_chars"] is None:
-        return row  # rejected before it was measured: no bound of a filter had a say
+        return row  # rejected before it was measured: no filter's bound was applied
     if row["text"] is None:
         verdict = _verdict(row, plan)
         if verdict is None:
@@ -480,7 +480,7 @@ def _rejudge(row: Row, plan: ExtractPlan) -> Row:
 # --- per-process state ----------------------------------------------------------------------------
 
 
-def _options(plan: ExtractPlan) -> ExtractorOptions:
+def _extractor_options(plan: ExtractPlan) -> ExtractorOptions:
     return ExtractorOptions(
         engine=plan.config.engine,
         trafilatura=plan.config.trafilatura,

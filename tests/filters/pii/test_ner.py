@@ -40,7 +40,7 @@ BITS = [
 TEXTS = st.lists(st.sampled_from(BITS), max_size=12).map("".join) | st.text(max_size=30)
 
 
-def test_a_model_that_is_not_there_is_asked_for_by_name() -> None:
+def test_a_missing_model_is_named_with_how_to_install_it() -> None:
     with pytest.raises(
         ValueError, match=r"'en_no_such' is not an installed spaCy package: install it"
     ):
@@ -76,7 +76,7 @@ def test_a_name_ends_where_a_placeholder_begins(
     ] == left
 
 
-def test_each_hit_looks_only_at_what_is_kept_near_it() -> None:
+def test_each_hit_looks_only_at_protected_ranges_near_it() -> None:
     class Counted(list[tuple[int, int]]):
         looked = 0
 
@@ -98,7 +98,7 @@ def test_each_hit_looks_only_at_what_is_kept_near_it() -> None:
     assert kept.looked < 20 * len(kept)
 
 
-def test_what_is_kept_is_asked_for_once_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protected_ranges_are_computed_once_per_line(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     kept = ner._protected_ranges
 
@@ -137,7 +137,7 @@ def test_names_become_placeholders_and_all_spans_move() -> None:
 
 
 @needs_model
-def test_only_the_entities_asked_for() -> None:
+def test_only_the_configured_entities_are_replaced() -> None:
     assert (
         Ner(entities=("LOCATION",)).scrub("Jane Doe met Angela Merkel in Berlin.").text
         == "Jane Doe met Angela Merkel in <LOCATION>."
@@ -154,7 +154,7 @@ def test_a_model_of_another_language_is_refused() -> None:
 @needs_model
 @at_most(40)
 @given(st.lists(TEXTS, max_size=4))
-def test_twice_is_once_and_a_batch_is_its_documents(texts: list[str]) -> None:
+def test_scrubbing_twice_changes_nothing_and_a_batch_equals_its_documents(texts: list[str]) -> None:
     documents = [Pii().scrub(text) for text in texts]
     once = Ner().scrub_batch(documents)
     assert Ner().scrub_batch([Scrubbed(text, []) for text, _ in once]) == [
@@ -170,7 +170,7 @@ def test_twice_is_once_and_a_batch_is_its_documents(texts: list[str]) -> None:
 
 
 @needs_model
-def test_an_error_tells_nothing_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_does_not_quote_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: object, texts: list[str]) -> None:
         raise KeyError(texts)
 

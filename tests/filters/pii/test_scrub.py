@@ -1,4 +1,4 @@
-"""Pii: what is found and what stays, placeholders and their spans, and Presidio's bare recognisers
+"""Pii: what is found and what stays, placeholders and their spans, and Presidio's bare recognizers
 as the oracle.
 """
 
@@ -178,7 +178,7 @@ def test_a_value_becomes_its_placeholder(entity: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("text, left", PARTS)
-def test_values_go_and_what_stands_beside_them_stays(text: str, left: str) -> None:
+def test_values_are_replaced_and_the_text_beside_them_stays(text: str, left: str) -> None:
     short = {"P": "PHONE_NUMBER", "E": "EMAIL_ADDRESS", "I": "IP_ADDRESS", "C": "CREDIT_CARD"}
     scrubbed = Pii().scrub(text).text
     assert (
@@ -186,7 +186,7 @@ def test_values_go_and_what_stands_beside_them_stays(text: str, left: str) -> No
     )
 
 
-def test_a_region_s_own_way_of_writing_is_known() -> None:
+def test_a_region_s_own_formats_are_known() -> None:
     for number in (
         "8-800-555-35-35",
         "8 (495) 123-45-67",
@@ -200,7 +200,7 @@ def test_a_region_s_own_way_of_writing_is_known() -> None:
 
 
 @pytest.mark.parametrize("text", STAYS)
-def test_what_is_no_ones_stays(text: str) -> None:
+def test_values_that_belong_to_nobody_stay(text: str) -> None:
     assert Pii().scrub(text) == (text, [])
 
 
@@ -252,7 +252,7 @@ def test_bare_digits_need_a_word_near_them(text: str, expected: str) -> None:
         ("4111 1111 1111 1111 0827", "<CREDIT_CARD> 0827"),
     ],
 )
-def test_what_is_glued_to_a_value_stays(text: str, expected: str) -> None:
+def test_text_that_touches_a_value_stays(text: str, expected: str) -> None:
     assert Pii().scrub(text).text == expected
 
 
@@ -267,12 +267,12 @@ def test_spans_count_what_was_replaced_and_not_what_was_there() -> None:
     assert Counter(span.entity for span in spans) == {"EMAIL_ADDRESS": 2, "IP_ADDRESS": 1}
 
 
-def test_only_the_entities_asked_for() -> None:
+def test_only_the_configured_entities_are_replaced() -> None:
     scrubbed = Pii(entities=("EMAIL_ADDRESS",)).scrub("a@b.org 93.184.216.34")
     assert scrubbed.text == "<EMAIL_ADDRESS> 93.184.216.34"
 
 
-def test_a_higher_score_asks_for_more_than_a_phone_number_alone() -> None:
+def test_a_higher_min_score_requires_a_context_word() -> None:
     text = "(212) 555-0147 is the shop. At night, call (212) 555-0148."
     assert (
         Pii(min_score=0.7).scrub(text).text
@@ -314,13 +314,13 @@ def test_scrubbing_twice_changes_nothing_and_spans_hold_placeholders(text: str) 
     assert scrubbed.spans == sorted(scrubbed.spans, key=lambda s: s.start)
 
 
-def test_a_label_that_a_replacement_sets_free_is_heard_on_the_line_below() -> None:
+def test_a_label_exposed_by_a_replacement_counts_on_the_line_below() -> None:
     scrubbed = Pii().scrub("DE89 3704 0044 0532 0130 00phone:\n1.212.555.01470")
     assert scrubbed.text == "<IBAN_CODE>phone:\n<PHONE_NUMBER>"
 
 
 @pytest.mark.parametrize("entity, value", FOUND)
-def test_surrogates_stand_for_what_placeholders_do(
+def test_surrogates_replace_the_same_values_as_placeholders(
     surrogates: Pii, entity: str, value: str
 ) -> None:
     scrubbed = surrogates.scrub(f"Zürich,\nask for {value}, please\n")
@@ -338,7 +338,7 @@ def test_scrubbing_twice_changes_nothing_with_surrogates(surrogates: Pii, text: 
 
 @at_most(50)
 @given(TEXTS)
-def test_what_stands_between_the_spans_is_what_stood_there(text: str) -> None:
+def test_the_text_between_the_spans_is_unchanged(text: str) -> None:
     scrubbed = Pii().scrub(text)
     rest, at = [], 0
     for span in scrubbed.spans:
@@ -350,7 +350,7 @@ def test_what_stands_between_the_spans_is_what_stood_there(text: str) -> None:
 
 
 @pytest.mark.parametrize("entity, value", FOUND)
-def test_a_value_becomes_the_same_surrogate_wherever_it_stands(
+def test_a_value_always_becomes_the_same_surrogate(
     surrogates: Pii, entity: str, value: str
 ) -> None:
     one, other = (
@@ -384,7 +384,7 @@ def test_a_document_of_many_values_breaks_the_bound_on_their_count() -> None:
     assert first_failure("pii", Pii(), {"count": len(spans)}) is None
 
 
-def test_a_value_that_its_neighbour_hid_is_found() -> None:
+def test_a_value_hidden_by_its_neighbor_is_found() -> None:
     # the phone number makes the ten digits part of a table; the address makes the key a part of a
     # word
     key = "ghp_" + "zQWBuTSOoRi4A9spHcVY5ncnsDkxkJ0mLq17"
@@ -392,7 +392,7 @@ def test_a_value_that_its_neighbour_hid_is_found() -> None:
     assert Pii().scrub(once.text) == (once.text, [])
 
 
-def test_an_error_tells_nothing_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_does_not_quote_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     class Careless:
         context: tuple[str, ...] = ()
 
@@ -410,8 +410,8 @@ def by_trigger(line: str, above: str) -> set[Hit]:
     return set(Pii()._find(line, above, frozenset(Pii()._present(line))))
 
 
-def by_every_recogniser(line: str, above: str) -> set[Hit]:
-    """Every recogniser on every line, whole; then the same policy."""
+def by_every_recognizer(line: str, above: str) -> set[Hit]:
+    """Every recognizer on every line, whole; then the same policy."""
     found = set()
     for entity in triggers.TRIGGERS:
         recognizer = recognizers.recognizer(entity, Pii().phone_regions)
@@ -442,7 +442,7 @@ def by_every_recogniser(line: str, above: str) -> set[Hit]:
 
 
 @given(TEXTS | st.text("0٣７1aZ１bcDE12 -‐.()\xa0／:@é，日\ud800", max_size=60))
-def test_a_first_look_misses_no_trigger(text: str) -> None:
+def test_hinted_entities_miss_no_trigger(text: str) -> None:
     assert {
         entity for entity in triggers.TRIGGERS if triggers.is_triggered(entity, text)
     } <= triggers.hinted_entities(text)
@@ -451,26 +451,26 @@ def test_a_first_look_misses_no_trigger(text: str) -> None:
 @pytest.mark.parametrize(
     "shortest", ["1" + "a" * 25, "a@b", "ab12 cdef", "1234567", "1 2 3 4 5 6 7", "1111 1111 1111 1"]
 )
-def test_a_first_look_sees_the_shortest_trigger(shortest: str) -> None:
+def test_hinted_entities_include_the_shortest_trigger(shortest: str) -> None:
     found = {entity for entity in triggers.TRIGGERS if triggers.is_triggered(entity, shortest)}
     assert found and found <= triggers.hinted_entities(shortest)
 
 
-def test_every_decimal_digit_counts_as_one_at_first_look() -> None:
+def test_every_decimal_digit_is_known_by_its_first_byte() -> None:
     digits = [c for c in map(chr, range(128, 0x110000)) if c.isdecimal()]
     assert len(digits) > 500 and {c.encode()[0] for c in digits} == set(triggers.DIGIT_LEAD_BYTES)
 
 
 @given(TEXTS)
-def test_triggers_lose_nothing(text: str) -> None:
+def test_triggers_lose_no_value(text: str) -> None:
     for line in text.split("\n"):
-        assert by_trigger(line, "") == by_every_recogniser(line, "")
+        assert by_trigger(line, "") == by_every_recognizer(line, "")
 
 
 def test_a_long_line_is_cut_between_words_only() -> None:
     line = " ".join(f"and then {value} came to mind" for _, value in FOUND * 20)
     assert len(line) > 4 * pieces.MAX_PIECE
-    assert by_trigger(line, "") == by_every_recogniser(line, "")
+    assert by_trigger(line, "") == by_every_recognizer(line, "")
 
 
 def test_many_values_on_one_line_take_linear_time() -> None:
@@ -490,7 +490,7 @@ GLUED = [
 
 
 @pytest.mark.parametrize("glued", GLUED)
-def test_text_without_gaps_is_read_a_few_times_only(
+def test_text_without_gaps_is_read_only_a_few_times(
     glued: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = 0
@@ -534,7 +534,7 @@ def test_a_value_that_a_cut_goes_through_is_found_whole() -> None:
 
 
 @pytest.mark.corpus
-def test_triggers_lose_nothing_on_pages_and_annotated_texts(corpus: Path) -> None:
+def test_triggers_lose_no_value_on_pages_and_annotated_texts(corpus: Path) -> None:
     texts = [
         x["full_text"]
         for x in json.loads((corpus / "pii/presidio-research/generated_small.json").read_text())
@@ -545,11 +545,11 @@ def test_triggers_lose_nothing_on_pages_and_annotated_texts(corpus: Path) -> Non
     texts += [json.loads(line)["text"] for line in samples]
     for text in texts:
         for line in text.split("\n"):
-            assert by_trigger(line, "") == by_every_recogniser(line, "")
+            assert by_trigger(line, "") == by_every_recognizer(line, "")
 
 
 @pytest.mark.corpus
-def test_recall_is_that_of_the_bare_recognisers_and_phone_numbers_are_more_precise(
+def test_recall_equals_presidio_s_and_phone_numbers_are_more_precise(
     corpus: Path,
 ) -> None:
     bare: Counter[str] = Counter()

@@ -93,11 +93,11 @@ def test_a_key_is_found_from_its_first_letter_to_its_last(key: str, around: str)
 
 
 @pytest.mark.parametrize("text", SHOWN)
-def test_what_documentation_shows_in_a_keys_place_stays(text: str) -> None:
+def test_examples_in_documentation_stay(text: str) -> None:
     assert secrets.find_secrets(text) == []
 
 
-def test_a_key_within_something_longer_is_none() -> None:
+def test_a_part_of_something_longer_is_no_key() -> None:
     assert secrets.find_secrets("iVBORw0KGgo" + KEYS[0] + "AAAANSUhEUg") == []
 
 
@@ -229,7 +229,7 @@ TEXTS = st.lists(BITS, max_size=12).flatmap(
 
 
 @given(TEXTS)
-def test_a_key_is_looked_for_wherever_one_is(text: str) -> None:
+def test_signs_include_the_prefix_of_every_key(text: str) -> None:
     assert {prefix for prefix, form in secrets._KEYS if form.search(text)} <= secrets._signs(text)
 
 

@@ -24,7 +24,7 @@ VALUES = {
 }
 
 
-def test_every_kind_has_a_value_here() -> None:
+def test_every_entity_is_tested() -> None:
     assert set(VALUES) == set(_FORMS)
 
 
@@ -62,11 +62,11 @@ def test_another_key_gives_another_surrogate(entity: str, value: str) -> None:
         ("US_SSN", ["536-22-1234", "536 22 1234", "536221234"]),
     ],
 )
-def test_the_way_of_writing_makes_no_difference(entity: str, writings: list[str]) -> None:
+def test_the_format_of_a_value_makes_no_difference(entity: str, writings: list[str]) -> None:
     assert len({surrogate(entity, value, key=KEY) for value in writings}) == 1
 
 
-def test_each_is_no_ones() -> None:
+def test_surrogates_belong_to_nobody() -> None:
     for i in range(300):
         assert surrogate("EMAIL_ADDRESS", f"{i}@b.org", key=KEY).split("@")[1] in (
             "example.com",
@@ -88,7 +88,7 @@ def test_each_is_no_ones() -> None:
             and not area.endswith("11")
             and area[1] != "9"
         )
-    # the recognisers' own validation says so of the rest
+    # the recognizers' own validation rejects the others
     for entity in ("IBAN_CODE", "US_SSN", "CRYPTO"):
         assert (
             recognizer(entity, ()).analyze(

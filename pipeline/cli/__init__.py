@@ -128,6 +128,11 @@ def number_table(*headings: str, text_columns: int = 1) -> Table:
     return table
 
 
+def print_line(text: str, *, style: str | None = None) -> None:
+    """Print one line, with markup; a terminal wraps it, but no line break is added."""
+    out.print(text, style=style, soft_wrap=True)
+
+
 def print_wide(table: Table) -> None:
     """Print a table of numbers."""
     Console(highlight=False, width=max(out.width, WIDE)).print(table)

@@ -1,4 +1,4 @@
-"""Commands of series, and of what it takes to run unattended."""
+"""Commands for series of batches, and to operate runs."""
 
 import json
 import os
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from pipeline.cli import (
     INTERRUPTED,
@@ -23,8 +22,10 @@ from pipeline.cli import (
     app,
     err,
     load_config,
+    number_table,
     open_progress,
     out,
+    print_line,
     print_wide,
     user_errors,
     warn,
@@ -33,6 +34,7 @@ from pipeline.cli.runs import run as run_command
 from stages.formats.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipeline.batches.batch import BatchResult
     from pipeline.config.sections import Config
 
 command = partial(app.command, rich_help_panel="Batches and operations")
@@ -43,17 +45,17 @@ def batch(
     config: ConfigFile,
     overrides: Overrides = None,
     inputs: Annotated[
-        int | None, typer.Option(help="take so many inputs, whatever the controller says", min=0)
+        int | None, typer.Option(help="number of inputs, instead of the controller's", min=0)
     ] = None,
     address: Address = None,
     log: LogAs = Log.bars,
     as_json: AsJson = False,
 ) -> None:
-    """Publish the next generation of a series, of as many inputs as trainers want; or finish the
-    batch that was begun.
+    """Publish the next generation of a series, sized for its trainers; or finish the batch that has
+    begun.
     """
     with user_errors():
-        _batch(load_config(config, overrides), inputs, address, log, as_json)
+        _run_batch(load_config(config, overrides), inputs, address, log, as_json)
 
 
 @command()
@@ -66,9 +68,7 @@ def schedule(
     address: Address = None,
     log: LogAs = Log.bars,
 ) -> None:
-    """`gristmill batch` again and again, for as long as this process lives; one that fails is
-    finished the next time.
-    """
+    """Repeat `gristmill batch` until this process ends; a failed batch is finished next time."""
     from pipeline.batches.batch import parse_interval
 
     with user_errors():
@@ -78,90 +78,84 @@ def schedule(
     if horizon * 3600 <= pause:
         warn(f"schedule.horizon_hours = {horizon:g} is no longer than --every {every}")
     while True:
-        begun = time.monotonic()
+        began = time.monotonic()
         try:
             with user_errors():
-                _batch(load_config(config, overrides), None, address, log, False)
-        except (
-            typer.Exit
-        ) as ended:  # already reported; the next batch continues from what is committed
-            if ended.exit_code == INTERRUPTED:
+                _run_batch(load_config(config, overrides), None, address, log, False)
+        except typer.Exit as exit:  # already reported; the next batch resumes what is committed
+            if exit.exit_code == INTERRUPTED:
                 raise
-        time.sleep(max(0.0, pause - (time.monotonic() - begun)))
+        time.sleep(max(0.0, pause - (time.monotonic() - began)))
 
 
-def _batch(
+def _run_batch(
     settings: "Config", inputs: int | None, address: str | None, log: Log, as_json: bool
 ) -> None:
     from pipeline.batches.batch import run_batch
     from pipeline.engine.ray_plan import on_ray
 
     with open_progress(settings, log) as progress:
-        done = run_batch(settings, progress, on_ray(address), inputs=inputs)
-    decision = done.decision
+        result = run_batch(settings, progress, on_ray(address), inputs=inputs)
     if as_json:
-        said = decision and {
-            name: getattr(decision, name) for name in ("state", "inputs", "reasons")
-        }
-        print(json.dumps({"batch": done.batch and done.batch._asdict(), "decision": said}))
+        d = result.decision
+        decision = d and {"state": d.state, "inputs": d.inputs, "reasons": d.reasons}
+        batch = result.batch and result.batch._asdict()
+        print(json.dumps({"batch": batch, "decision": decision}))
     else:
-        for line in (
-            ()
-            if decision is None
-            else (*decision.reasons, f"{decision.state}: {decision.inputs} inputs")
-        ):
-            out.print(escape(line), soft_wrap=True)
-        if done.batch:
-            found = done.batch.done or {}
-            what = (
-                f"{found['generation']}, {found['tokens']:,} tokens"
-                if found.get("generation")
-                else "nothing was kept"
-            )
-            out.print(
-                f"batch {done.batch.number}: {len(done.batch.inputs)} inputs, {what}",
-                soft_wrap=True,
-            )
-    if done.outcome and done.outcome.failed:
+        _print_batch(result)
+    if result.outcome and result.outcome.failed:
         raise typer.Exit(3)
+
+
+def _print_batch(result: "BatchResult") -> None:
+    if result.decision:
+        for line in result.decision.reasons:
+            print_line(escape(line))
+        print_line(f"{result.decision.state}: {result.decision.inputs} inputs")
+    if result.batch:
+        done = result.batch.done or {}
+        generation = "nothing was kept"
+        if done.get("generation"):
+            generation = f"{done['generation']}, {done['tokens']:,} tokens"
+        count = len(result.batch.inputs)
+        print_line(f"batch {result.batch.number}: {count} inputs, {generation}")
 
 
 @command()
 def decisions(run: RunFolder, as_json: AsJson = False) -> None:
-    """Why each batch of a series had its size."""
-    from pipeline.batches.batch import decisions as logged
+    """Show why each batch of a series has its size."""
+    from pipeline.batches.batch import decisions as read_decisions
     from pipeline.controller.records import Record, from_json
 
     with user_errors():
-        lines = logged(absolute_path(run))
+        lines = read_decisions(absolute_path(run))
         if as_json:
             print("\n".join(line.decode() for line in lines))
             return
         for record in (from_json(Record, line) for line in lines):
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.inputs.now))
-            out.print(
-                f"[bold]{when} {record.decision.state}[/bold] {record.decision.inputs} inputs",
-                soft_wrap=True,
-            )
-            for reason in record.decision.reasons:
-                out.print(f"  {escape(reason)}", soft_wrap=True)
+            decision = record.decision
+            print_line(f"[bold]{when} {decision.state}[/bold] {decision.inputs} inputs")
+            for reason in decision.reasons:
+                print_line(f"  {escape(reason)}")
 
 
 @command()
 def replay(run: RunFolder) -> None:
-    """Decide each logged batch anew from what was known then.
+    """Decide each logged batch again from its logged inputs.
 
-    Exit 1 where this version decides otherwise.
+    Exit 1 where this version decides differently.
     """
-    from pipeline.batches.batch import decisions as logged
+    from pipeline.batches.batch import decisions as read_decisions
     from pipeline.controller.replay import replay as decide_again
 
     with user_errors():
-        lines = logged(absolute_path(run))
+        lines = read_decisions(absolute_path(run))
         mismatches = decide_again(lines)
         for line, what in mismatches:
             err.print(f"decision {line}: {escape(what)}", soft_wrap=True)
-        out.print(f"{len(lines)} decisions, {len({m.line for m in mismatches})} decided otherwise")
+        different = len({m.line for m in mismatches})
+        out.print(f"{len(lines)} decisions, {different} decided differently")
         if mismatches:
             raise typer.Exit(1)
 
@@ -169,36 +163,36 @@ def replay(run: RunFolder) -> None:
 @command()
 def retry(
     config: ConfigFile,
-    named: Annotated[
+    names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="failed units (none: all), and overrides", metavar="[UNIT|SECTION.KEY=VALUE]..."
+            help="failed units (default: all), and overrides",
+            metavar="[UNIT|SECTION.KEY=VALUE]...",
         ),
     ] = None,
     address: Address = None,
     log: LogAs = Log.bars,
     as_json: AsJson = False,
 ) -> None:
-    """Run again after forgetting which units failed or were set aside; of a series, in the batch
-    that was begun.
-    """
+    """Run failed and quarantined units again; of a series, those of the batch that has begun."""
     from pipeline.batches.batch import batches
     from pipeline.run.execute import forget_failures
 
-    overrides = [name for name in named or [] if "=" in name]
+    overrides = [name for name in names or [] if "=" in name]
     with user_errors():
         settings = load_config(config, overrides)
-        begun = batches(settings.run.directory)
-        if begun and begun[-1].done:
+        series = batches(settings.run.directory)
+        if series and series[-1].done:
             raise ConfigError(
-                f"batch {begun[-1].number} is done, and published without them: a generation never changes"
+                f"batch {series[-1].number} is done, and published without them: a generation "
+                "never changes"
             )
-        root = begun[-1].directory if begun else settings.run.directory
-        forgotten = forget_failures(root, [name for name in named or [] if "=" not in name])
+        root = series[-1].directory if series else settings.run.directory
+        forgotten = forget_failures(root, [name for name in names or [] if "=" not in name])
         err.print(f"{len(forgotten)} failures forgotten")
-        if begun:
-            _batch(settings, None, address, log, as_json)
-    if not begun:
+        if series:
+            _run_batch(settings, None, address, log, as_json)
+    if not series:
         run_command(config, overrides, address=address, log=log, as_json=as_json)
 
 
@@ -232,24 +226,22 @@ def estimate(
     from pipeline.study.sample import parse_share
 
     with user_errors():
+        settings = load_config(config, overrides)
+        share, price = parse_share(sample), price_per_core_hour
         cores = nodes * (cores_per_node or os.cpu_count() or 1)
-        settings, share = load_config(config, overrides), parse_share(sample)
-        price = price_per_core_hour
         with Bars(err) as bars:
-            result = measure(settings, bars, on_ray(address), share=share, price=price, cores=cores)
+            run_units = on_ray(address)
+            result = measure(settings, bars, run_units, share=share, price=price, cores=cores)
         if as_json:
             print(json.dumps(asdict(result), indent=1))
             return
-        heads = ("stage", "units", "core-seconds", "wall", "bytes", "cost")
-        table = Table(*heads, box=None, pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = number_table("stage", "units", "core-seconds", "wall", "bytes", "cost")
         rows, notes = summary(result)
         for row in rows:
             table.add_row(*row)
         print_wide(table)
         for note in notes:
-            out.print(note, soft_wrap=True)
+            print_line(note)
 
 
 @command()
@@ -261,24 +253,25 @@ def metrics(
     ] = None,
     host: Annotated[str, typer.Option(help="address to serve on")] = "127.0.0.1",
 ) -> None:
-    """How a run or series does, as Prometheus reads it; from its files alone.
+    """Print the state of a run or series as Prometheus reads it; from its files alone.
 
-    Exit 1 if some cannot be read: the rest is user_errors.
+    Exit 1 if some files cannot be read; the rest is printed.
     """
     from prometheus_client import generate_latest
 
     from pipeline.inspect.metrics import Metrics, serve
 
-    found = Metrics(
-        absolute_path(run), lambda fault: err.print(fault, markup=False, soft_wrap=True)
-    )
+    def report_fault(fault: str) -> None:
+        err.print(fault, markup=False, soft_wrap=True)
+
     with user_errors():
+        metrics = Metrics(absolute_path(run), report_fault)
         if port is not None:
-            address, thread = serve(found, host=host, port=port)
+            address, thread = serve(metrics, host=host, port=port)
             err.print(address)
             thread.join()
-        print(generate_latest(found).decode(), end="")
-        if found.faults:
+        print(generate_latest(metrics).decode(), end="")
+        if metrics.faults:
             raise typer.Exit(1)
 
 
@@ -286,12 +279,12 @@ def metrics(
 def collect_garbage(
     run: RunFolder,
     delete: Annotated[
-        bool, typer.Option("--delete", help="remove it; without this it is only listed")
+        bool, typer.Option("--delete", help="remove it; the default is to list it")
     ] = False,
     intermediate: Annotated[
-        bool, typer.Option(help="of published batches also what only `why` still reads")
+        bool, typer.Option(help="also what only `why` still reads of published batches")
     ] = False,
-    keep_days: Annotated[float, typer.Option(help="leave what is newer", min=0)] = 0.0,
+    keep_days: Annotated[float, typer.Option(help="keep newer files", min=0)] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """List or remove what nothing in a run or series refers to any more.
@@ -309,7 +302,7 @@ def collect_garbage(
             print(json.dumps([g._asdict() for g in garbage]))
             return
         for g in garbage:
-            out.print(f"{g.reason:12} {size(g.bytes):>8}  {escape(g.uri)}", soft_wrap=True)
+            print_line(f"{g.reason:12} {size(g.bytes):>8}  {escape(g.uri)}")
         end = "can be removed with --delete" if garbage else "there is nothing to remove"
         total = size(sum(g.bytes for g in garbage))
         out.print(f"{len(garbage)} of {total}: {'removed' if delete else end}")

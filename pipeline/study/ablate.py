@@ -11,7 +11,7 @@ counts are of these parts.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from filters import rules
 from filters.suggest import did_you_mean
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 HOSTS = 10
 
 
-class Outcome(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Outcome:
     """What one configuration keeps, and its losses by the first rule that each document breaks.
 
     `tokens` are characters times `tokens_per_char`. `unmeasured` are documents that the run
@@ -46,7 +47,8 @@ class Outcome(NamedTuple):
     unmeasured: int
 
 
-class Host(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Host:
     """A host of which the two configurations keep different numbers of documents."""
 
     host: str
@@ -54,7 +56,8 @@ class Host(NamedTuple):
     after: int
 
 
-class Ablation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Ablation:
     """Two configurations over the same scores.
 
     `jaccard` is both / (both + only_before + only_after), 1 for two empty sets. `tokens_per_char`

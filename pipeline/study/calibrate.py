@@ -1,19 +1,16 @@
-"""`gristmill calibrate`: the scores of a sample of the run's own documents, as the quantiles that
-bounds can name.
+"""`gristmill calibrate`: score quantiles of a sample of the run's own documents, for bounds.
 
-The run is brought through dedup, whose work it needs anyway. Then every filter of refine measures a
-sample of the documents that dedup kept, whatever the others say of them; the scores of extract are
-read from its parts. The table lands beside the run's state, where the next `gristmill run` finds
-it.
+The run is completed through dedup, which it needs anyway. Then every filter of refine measures a
+sample of the documents that dedup kept, whether or not another filter rejects them; the scores of
+extract are read from its parts. The table is written to the run directory, where the next
+`gristmill run` looks for it.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from filters import rules
 from pipeline.config import percentiles
@@ -24,6 +21,7 @@ from pipeline.engine import units
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats, binned
 from pipeline.report.page import write_page
+from pipeline.run import query
 from pipeline.run.execute import Progress, Run, check_failures, execute, plan, run_phase
 from pipeline.run.phase import Phase
 from pipeline.run.phases import PHASES, SPECS
@@ -33,9 +31,11 @@ from stages.refine import refine
 from stages.storage.digests import digest
 from stages.storage.files import read_bytes, write_atomically
 from stages.storage.ledger import Store
-from stages.storage.parts import read_columns
 
-# below this a percentile is noise: such languages are cut by the distribution of all documents
+if TYPE_CHECKING:
+    import duckdb
+
+# below this a percentile is noise: such languages have the percentiles of all documents
 MIN_DOCUMENTS = 100
 
 
@@ -50,8 +50,8 @@ class Distribution(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Where the table lies, what it says, and documents of languages that are too few for
-    percentiles of their own.
+    """The URI of the table, its contents, and the document counts of languages that have too few
+    for percentiles of their own.
     """
 
     table: str
@@ -67,54 +67,51 @@ def calibrate(
 ) -> Calibration:
     """Measure about `sample` documents and write RUN/calibration.json.
 
-    `config` is one whose percentiles bound nothing yet (`load(..., calibrated=False)`). Held,
-    RunFailed as of a run; ValueError when there is nothing to measure.
+    `config` has no bounds from percentiles yet (`load(..., calibrated=False)`). Raises Held and
+    RunFailed as a run does; ValueError if there is nothing to measure.
     """
-    if _is_pending(config):  # else run.json goes on telling of the corpus that is there
+    if _is_pending(config):  # otherwise run.json keeps the state of the existing corpus
         execute(config, progress, run_units, last="dedup")
     with lease(config.run.directory):
-        columns = _sampled(config, progress, run_units, sample)
-    table, distributions = _described(config, columns)
+        parts = _measure_sample(config, progress, run_units, sample)
+    with query.connect(parts, {}) as connection:
+        table, distributions = _describe(config, connection)
     uri = f"{config.run.directory}/calibration.json"
     write_atomically(uri, percentiles.dump(table))
-    enough = min(
-        MIN_DOCUMENTS, table.documents[percentiles.ALL]
-    )  # all are enough for the only language
-    return Calibration(
-        uri, distributions, {language: n for language, n in table.documents.items() if n < enough}
-    )
+    # all documents are enough for the only language
+    enough = min(MIN_DOCUMENTS, table.documents[percentiles.ALL])
+    few = {language: n for language, n in table.documents.items() if n < enough}
+    return Calibration(uri, distributions, few)
 
 
 def changed_since(config: Config) -> list[str]:
-    """Keys that choose documents and are set otherwise than when the table was made that this
-    configuration's percentiles come from; [] for a table of another run, which its user named.
+    """Settings that select documents and have changed since the table was made that the percentiles
+    of this configuration come from; [] for a table of another run, which the user has named.
     """
-    taken = {key for key, origin in config.origins.items() if origin.endswith(CALIBRATED)}
-    if not taken or config.run.calibration:
+    calibrated = {key for key, origin in config.origins.items() if origin.endswith(CALIBRATED)}
+    if not calibrated or config.run.calibration:
         return []
     table = percentiles.parse(read_bytes(f"{config.run.directory}/calibration.json"))
     before, now = table.drawn_by, selection_settings(config)
-    # what is not said for a language is as for all
-    values = {
-        key: [said.get(key, said.get(general_key(key))) for said in (before, now)]
-        for key in (before | now if before else {})
-    }
-    return [
-        key
-        for key, (then, today) in values.items()
-        if key not in taken and None not in (then, today) and then != today
-    ]
+
+    def has_changed(key: str) -> bool:
+        # a language without a value of its own has the value for all
+        values = [settings.get(key, settings.get(general_key(key))) for settings in (before, now)]
+        return None not in values and values[0] != values[1]
+
+    keys = before | now if before else {}
+    return [key for key in keys if key not in calibrated and has_changed(key)]
 
 
 def _is_pending(config: Config) -> bool:
-    """Whether extract or dedup has anything to do."""
-    reached = plan(config, only=None, first=None)[-1]
-    return bool(reached.pending) and reached.name.split()[0] in ("extract", "dedup")
+    """Whether extract or dedup has units to do."""
+    phase = plan(config, only=None, first=None)[-1]
+    return bool(phase.pending) and phase.name.split()[0] in ("extract", "dedup")
 
 
 def write_plot(config: Config, distributions: Sequence[Distribution]) -> str:
-    """Write RUN/calibration.html, the distributions with the bounds of `config`, which is
-    calibrated; returns where it lies.
+    """Write RUN/calibration.html: the distributions with the bounds of `config`, which is
+    calibrated. Returns its URI.
     """
     charts = [(d, binned({"kept": d.values}, _bound(config, d))) for d in distributions]
     uri = f"{config.run.directory}/calibration.html"
@@ -127,11 +124,11 @@ def _bound(config: Config, distribution: Distribution) -> tuple[float, float] | 
     return rules(config.named(section).of(distribution.language))[rule]
 
 
-def _sampled(
+def _measure_sample(
     config: Config, progress: Progress, run_units: units.RunUnits, sample: int
-) -> dict[str, pa.Table]:
-    """The sampled rows with their scores: those that extract measured, and those that dedup kept,
-    with refine's scores.
+) -> dict[str, list[str]]:
+    """Parts of the sample: `extracted`, with scores of extract, and `sample`, of documents that
+    dedup kept, with scores of refine.
     """
     run = Run(config)
     phases, inputs = run.phases, run.inputs(extend=False)
@@ -161,67 +158,61 @@ def _sampled(
     check_failures(phase, errors, config.run.max_failed_share, config)
     commits = phase.ordered()
     return {
-        kind: pa.concat_tables(
-            [read_columns(store.uri(kind, f"{c.unit}.parquet"), None) for c in commits],
-            promote_options="default",
-        )
+        kind: [store.uri(kind, f"{c.unit}.parquet") for c in commits]
         for kind in ("extracted", "sample")
     }
 
 
-def _described(
-    config: Config, columns: dict[str, pa.Table]
+def _describe(
+    config: Config, connection: "duckdb.DuckDBPyConnection"
 ) -> tuple[percentiles.Table, list[Distribution]]:
-    # the models' scores first: they are what percentiles are for
-    sources = {
-        name: ("sample", name) for name in score_columns(config.chain(config.refine.filters))
-    }
-    sources |= {
-        "language.score": ("extracted", "language_score"),
-        "language.line_share": ("extracted", "language_line_share"),
-    }
-    sources |= {
-        name: ("extracted", name) for name in score_columns(config.chain(config.extract.filters))
-    }
-    sampled = _documents(columns["sample"])
-    # of a run in one language the documents of that language and all documents are the same thing
-    apart = [
-        lang
-        for lang, n in sampled.items()
-        if lang and MIN_DOCUMENTS <= n < sampled[percentiles.ALL]
+    documents = _documents(connection)
+    # in a run of one language, its documents are all documents
+    languages = [
+        language
+        for language, n in documents.items()
+        if language != percentiles.ALL and MIN_DOCUMENTS <= n < documents[percentiles.ALL]
     ]
     names = ("language", *config.extract.filters, *config.refine.filters)
-    made_with = {name: measured_with(config, name) for name in names} | {
-        "texts": texts_made_with(config)
-    }
-    table = percentiles.Table(sampled, {}, made_with, selection_settings(config))
+    made_with = {name: measured_with(config, name) for name in names}
+    made_with["texts"] = texts_made_with(config)
+    table = percentiles.Table(documents, {}, made_with, selection_settings(config))
     distributions = []
-    for score, (kind, column) in sources.items():
-        for language, values in _by_language(columns[kind], column, [percentiles.ALL, *apart]):
-            found = percentiles.quantiles(values)
-            if found:
-                table.quantiles.setdefault(score, {})[language] = found
+    for score, (kind, column) in _columns(config).items():
+        for language in (percentiles.ALL, *languages):
+            values = _values(connection, kind, column, language)
+            if quantiles := percentiles.quantiles(values):
+                table.quantiles.setdefault(score, {})[language] = quantiles
                 shown = {p: table.value(score, p, language) for p in SHOWN}
                 distributions.append(Distribution(score, language, len(values), shown, values))
     return table, distributions
 
 
-def _documents(rows: pa.Table) -> dict[str, int]:
-    """Sampled documents, of all languages and of each."""
-    counted = {c["values"]: c["counts"] for c in pc.value_counts(rows["language"]).to_pylist()}
-    return {percentiles.ALL: rows.num_rows} | {
-        language: n for language, n in sorted(counted.items(), key=str) if language
+def _columns(config: Config) -> dict[str, tuple[str, str]]:
+    """Kind of part and column of each score; those of models first, as they need percentiles."""
+    refined = score_columns(config.chain(config.refine.filters))
+    extracted = score_columns(config.chain(config.extract.filters))
+    return {
+        **{name: ("sample", name) for name in refined},
+        "language.score": ("extracted", "language_score"),
+        "language.line_share": ("extracted", "language_line_share"),
+        **{name: ("extracted", name) for name in extracted},
     }
 
 
-def _by_language(
-    rows: pa.Table, column: str, languages: Sequence[str]
-) -> Iterator[tuple[str, Floats]]:
-    measured = rows.filter(pc.is_valid(rows[column]))
-    for language in languages:
-        chosen = (
-            measured
-            if language == percentiles.ALL
-            else measured.filter(pc.equal(measured["language"], language))
-        )
-        yield language, chosen[column].to_numpy().astype(np.float64)
+def _documents(connection: "duckdb.DuckDBPyConnection") -> dict[str, int]:
+    """Sampled documents, of all languages and of each."""
+    sql = "SELECT coalesce(language, ''), count(*) FROM sample GROUP BY 1 ORDER BY 1"
+    counts = dict(connection.execute(sql).fetchall())
+    return {percentiles.ALL: sum(counts.values())} | {k: n for k, n in counts.items() if k}
+
+
+def _values(
+    connection: "duckdb.DuckDBPyConnection", kind: str, column: str, language: str
+) -> Floats:
+    """The measured values of a column, of one language or of all."""
+    name = query.quoted(column, '"')
+    sql = f"SELECT {name}::DOUBLE FROM {kind} WHERE {name} IS NOT NULL"
+    if language != percentiles.ALL:
+        sql += f" AND language = {query.quoted(language)}"
+    return np.asarray(query.table(connection, sql)[0].to_numpy(), np.float64)

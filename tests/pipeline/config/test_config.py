@@ -4,6 +4,7 @@ runs.
 
 import json
 import math
+import tomllib
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipeline.config.show import show
 from pipeline.models.benchmark_index import build_index
 from pipeline.run.execute import Run
 from pipeline.run.keys import stage_keys
+from pipeline.run.state import RunState, Setting
 from pipeline.study.measured import require_measured
 from stages.formats.errors import ConfigError
 from tests.support.paths import ROOT
@@ -553,12 +555,13 @@ def test_what_a_job_was_sent_with_is_to_ablate_what_lies_here(tmp_path, monkeypa
         "refine.filters=[]",
     ]
     now = load(None, here)
-    values = {key: {"value": value} for key, value, _ in show(now)}
+    values = {key: Setting(tomllib.loads(f"v = {value}")["v"], "") for key, value, _ in show(now)}
 
     def ledger(paths):
-        state = {"config": values | {"input.paths": {"value": paths}}}
+        config = values | {"input.paths": Setting(paths, "")}
+        state = RunState(config=config)
         return SimpleNamespace(root="r", state=state, setting=lambda key, default: default)
 
-    require_measured(now, ledger('["pages"]'))
+    require_measured(now, ledger(["pages"]))
     with pytest.raises(ValueError, match=r'measured with input.paths = \["other"\]'):
-        require_measured(now, ledger('["other"]'))
+        require_measured(now, ledger(["other"]))

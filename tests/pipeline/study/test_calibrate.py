@@ -8,7 +8,9 @@ import random
 import shutil
 from collections import Counter
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from pipeline.config.load import load
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
+from pipeline.report.sample import Sample
 from pipeline.run import results
 from pipeline.run.state import read_state
 from pipeline.study.ablate import ablate, without
@@ -424,6 +427,7 @@ def test_why_says_where_each_score_lies_in_the_run(run):
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 9))
 def test_rank_is_the_mean_of_strict_and_weak(values, value):
     strict, weak = (sum(v < value for v in values), sum(v <= value for v in values))
-    assert why._rank(value, np.array(values, float)) == pytest.approx(
-        100 * (strict + weak) / 2 / len(values)
-    )
+    with duckdb.connect() as connection:
+        connection.from_arrow(pa.table({"score": values})).create("pages")
+        rank = why._rank(Sample(connection, [], 0), "pages", "score", value)
+    assert rank == pytest.approx(100 * (strict + weak) / 2 / len(values))

@@ -93,7 +93,7 @@ def test_turning_names_on_scrubs_the_corpus_that_is_there_and_packs_anew(make):
     [fate] = why.why(second.run.directory, "https://en.example/")
     assert "<PERSON>" in fate["text"] and fate["generations"][-1]["name"] == "gen-0002"
     run_inline(first)
-    assert "Jane Smith" in corpus(first)["en"]["text"] and read_state(first.run.directory)["stage"]
+    assert "Jane Smith" in corpus(first)["en"]["text"] and read_state(first.run.directory).stage
 
 
 def test_the_report_counts_names(make):

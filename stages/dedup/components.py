@@ -2,9 +2,9 @@
 
 Two ways to the same labels; ids are any uint64, rows of edges have shape (n, 2):
 
-  dense_components         one machine, 16 bytes a node; the edges stream past twice and are never held
-  large_star, small_star   any size: two maps over edges that are sorted outside, repeated in turn until a pair of them
-                           reproduces its input, which then reads (node, root)
+    dense_components         one machine, 16 bytes per node; edges are streamed twice, never stored
+    large_star, small_star   any size: two maps over sorted edges, repeated in turn until a pair of
+                             them reproduces its input, which is then (node, root)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,9 +45,8 @@ def dense_components(chunks: Callable[[], Iterator[U64]]) -> tuple[U64, U64]:
         parent[start : start + CHUNK] = np.arange(start, min(start + CHUNK, len(nodes)))
     for edges in slices():
         ends = edges.ravel()
-        order = np.argsort(
-            ends
-        )  # ascending keys keep searchsorted in the cache: 30 times faster at 20 million nodes
+        # ascending keys keep searchsorted in the cache: 30 times faster at 20 million nodes
+        order = np.argsort(ends)
         roots = np.empty(edges.shape, parent.dtype)
         roots.reshape(-1)[order] = _roots(parent, np.searchsorted(nodes, ends[order]))
         _hook(parent, roots[roots[:, 0] != roots[:, 1]])
@@ -72,9 +71,8 @@ def _node_list(chunks: Iterator[U64]) -> U64:
     merged = 0  # so many ascend without repeats; behind them stand runs of one chunk each
     for edges in chunks:
         ids = np.unique(edges)
-        nodes.resize(
-            len(nodes) + len(ids), refcheck=False
-        )  # realloc remaps a large block, it does not copy
+        # realloc remaps a large block, it does not copy
+        nodes.resize(len(nodes) + len(ids), refcheck=False)
         nodes[-len(ids) :] = ids
         # merged at a quarter of the list: 12 bytes a node at the peak, and each id is moved a
         # constant number of times
@@ -118,9 +116,8 @@ def _hook(parent: Places, pairs: Places) -> None:
     if not len(pairs):
         return
     roots = np.unique(pairs)
-    parent[roots] = np.arange(
-        len(roots)
-    )  # until they are hooked, the roots' own entries hold their rank
+    # until they are hooked, the roots' own entries hold their rank
+    parent[roots] = np.arange(len(roots))
     ends = parent[pairs]
     graph = coo_matrix(
         (np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(len(roots), len(roots))
@@ -156,11 +153,10 @@ def small_star(blocks: Iterator[U64]) -> Iterator[U64]:
 
 
 def _groups(blocks: Iterator[U64]) -> Iterator[tuple[U64, npt.NDArray[np.bool_], U64]]:
-    """Rows without repeats; which of them begin a node; and the first neighbour of each one's node."""
+    """Rows without repeats; which of them start a node; the first neighbor of each row's node."""
     last: Sequence[np.uint64 | None] | U64 = (None, None)
-    carried = np.zeros(
-        1, np.uint64
-    )  # first neighbour of the node that was under way when the block ended
+    # first neighbour of the node that was under way when the block ended
+    carried = np.zeros(1, np.uint64)
     for block in blocks:
         starts = _changes(block[:, 0], last[0])
         fresh = starts | _changes(block[:, 1], last[1])

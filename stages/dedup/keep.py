@@ -1,12 +1,7 @@
-"""Stage dedup, second half: which copy stays, what becomes of the others, and who lost too much.
+"""Which copy stays, and who lost too much: rank, elect, keep, alarm (see stages.dedup).
 
-  rank      labels of a group of documents -> for every cluster the best candidate of the group
-  elect     candidates of a partition of clusters -> the winner and the size, sent back to every group that has a member
-  keep      verdicts of a group -> the keep table, one part per documents part; similarities measured; losses counted
-  alarm     losses by host, language and input file -> those that lost too much
-
-A document of an earlier batch (a tagged id, see stages.dedup) beats all others and is no member: a
-cluster that holds one loses all its documents.
+A document of an earlier batch (a tagged id, see `keys.index_tag`) beats all others and is not a
+member of the cluster: a cluster that holds one loses all its documents.
 """
 
 from collections import Counter
@@ -48,21 +43,17 @@ KEEP = pa.schema(
         pa.field("cluster_size", pa.int64(), nullable=False),  # documents of this batch
         pa.field("keep", pa.bool_(), nullable=False),
         pa.field("kept_id", pa.uint64(), nullable=False),
-        pa.field(
-            "kept_in", pa.uint8()
-        ),  # the number of the index that holds the kept copy; null: this batch
+        # the number of the index that holds the kept copy; null: this batch
+        pa.field("kept_in", pa.uint8()),
         pa.field("rule", pa.string()),  # dedup.exact, dedup.near, dedup.earlier; null: kept
-        pa.field(
-            "similarity", pa.float64()
-        ),  # true Jaccard similarity with the kept copy, null: not measured
+        # true Jaccard similarity with the kept copy; null: not measured
+        pa.field("similarity", pa.float64()),
     ]
 )
-CANDIDATES = Layout(
-    width=7, lanes=1, cells=CELLS
-)  # mixed root, group, members, rank, content hash (2), doc_id
-LOSSES = Layout(
-    width=4, lanes=1, cells=256
-)  # hash of kind and name, documents, dropped, a document
+# mixed root, group, members, rank, content hash (2), doc_id
+CANDIDATES = Layout(width=7, lanes=1, cells=CELLS)
+# hash of kind and name, documents, dropped, a document
+LOSSES = Layout(width=4, lanes=1, cells=256)
 KINDS: tuple[Literal["host", "language", "input"], ...] = ("host", "language", "input")
 _COLUMNS = {"longest": "num_chars", "newest": "crawl_date", "first": "doc_id"}
 _WORST = np.uint64(2**64 - 1)
@@ -138,7 +129,7 @@ def _hashes(table: pa.Table) -> U64:
 
 
 def _descending(column: pa.ChunkedArray) -> U64:
-    """Ranks in (0, 2^64): the greater the value, the smaller its rank; no value and NaN come last."""
+    """Ranks in (0, 2^64): greater values rank first, missing values and NaN last."""
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.int64())
     values = column.cast(pa.float64(), safe=False).to_numpy()
@@ -148,9 +139,7 @@ def _descending(column: pa.ChunkedArray) -> U64:
 
 
 def _best(rows: U64) -> U64:
-    """Of every cluster the candidate with the least (rank, content hash, doc_id), and the sum of
-    the members.
-    """
+    """Of every cluster the candidate with the least (rank, content hash, doc_id), members summed."""
     ordered = rows[np.lexsort(rows[:, [6, 5, 4, 3, 0]].T)]
     starts = group_starts(ordered[:, 0])
     best: U64 = ordered[starts]
@@ -194,8 +183,9 @@ def elect_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 
 
 def verdicts_layout(groups: int) -> Layout:
-    """The grid of verdicts (mixed root, size, content hash (2), winner): a lane for each group, the
-    earlier ones' included.
+    """Verdicts (mixed root, size, content hash (2), winner): a lane for each group.
+
+    The last group stands for earlier batches.
     """
     return Layout(width=5, lanes=groups)
 
@@ -207,8 +197,9 @@ def _answers(rows: U64, best: U64) -> U64:
 
 
 def size_classes(sizes: U64) -> dict[str, int]:
-    """Number of clusters by size, in powers of two: '1', '2', '3-4', '5-8', ... ('1': a copy of an
-    earlier batch's document).
+    """Number of clusters by size: '1', '2', '3-4', '5-8', and so on in powers of two.
+
+    '1' is a copy of a document of an earlier batch.
     """
     exponents, counts = np.unique(
         np.ceil(np.log2(np.maximum(sizes, 1).astype(np.float64))).astype(int), return_counts=True
@@ -337,8 +328,9 @@ def _keep_table(found: pa.Table, labels: U64, verdicts: U64) -> pa.Table:
 
 
 def _similarities(table: pa.Table, part: PartRef, config: DedupConfig, seed: int) -> pa.Array:
-    """True similarity of the sampled dropped documents with their kept copies of this batch, null
-    for all others.
+    """True similarity of sampled dropped documents with their kept copies, null for all others.
+
+    Only copies kept in this batch are compared.
     """
     rows = zip(
         *(table[name].to_pylist() for name in ("doc_id", "kept_id", "kept_in", "keep")), strict=True
@@ -360,9 +352,7 @@ def _similarities(table: pa.Table, part: PartRef, config: DedupConfig, seed: int
 
 
 def _shingle_sets(ids: set[int], part: PartRef, ngram: int) -> dict[int, U64]:
-    """Shingles of some documents, by whatever part holds them; a text without shingles counts as
-    one shingle of itself.
-    """
+    """Shingles of documents of any part; a text without shingles counts as one shingle."""
     by_part: dict[str, list[int]] = {}
     for doc_id in sorted(ids):
         by_part.setdefault(part_of(doc_id, beside=part.uri), []).append(doc_id)

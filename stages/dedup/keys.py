@@ -53,8 +53,10 @@ def sort_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 
 
 class Keys(NamedTuple):
-    """Keys of some kept documents: ids (n,), content keys (n,); ids that have band keys (m,), band
-    keys (m, num_bands).
+    """Keys of kept documents.
+
+    `ids` and `content` keys are (n,); `keyed` are the ids with band keys (m,), `bands` their keys
+    (m, num_bands).
     """
 
     ids: U64
@@ -64,10 +66,7 @@ class Keys(NamedTuple):
 
 
 def read_keys(part: PartRef, config: DedupConfig) -> Iterator[Keys]:
-    """Keys of a part's kept documents, some at a time.
-
-    ValueError when they were made in another way than configured.
-    """
+    """Keys of a part's kept documents, in batches; ValueError if they were made with other settings."""
     with open_parquet(part.uri) as file:
         require_same_keys(
             (file.schema_arrow.metadata or {}).get(b"gristmill.keys", b"").decode(),
@@ -83,12 +82,12 @@ def read_keys(part: PartRef, config: DedupConfig) -> Iterator[Keys]:
 
 
 def require_same_keys(found: str, config: DedupConfig, where: str) -> None:
-    """ValueError unless keys are made as configured: others agree by chance only."""
-    wanted = minhash.describe(config.signature)
-    if found != wanted:
+    """ValueError unless keys are made as configured: others agree only by chance."""
+    expected = minhash.describe(config.signature)
+    if found != expected:
         made = f"are '{found}'" if found else "do not say how they were made"
         raise ValueError(
-            f"{where}: its keys {made}, expected '{wanted}'; make them again, or set [dedup] accordingly"
+            f"{where}: its keys {made}, expected '{expected}'; make them again, or change [dedup]"
         )
 
 
@@ -97,7 +96,8 @@ def _keys_of(batch: pa.RecordBatch, num_bands: int, uri: str) -> Keys:
     wrong = lengths[(lengths != 0) & (lengths != num_bands * 8)]
     if len(wrong):
         raise ValueError(
-            f"{uri}: {wrong[0] // 8} band keys a document, expected {num_bands}; rerun stage 'extract'"
+            f"{uri}: {wrong[0] // 8} band keys per document, expected {num_bands}; "
+            "rerun stage 'extract'"
         )
     ids = batch["doc_id"].to_numpy().astype(np.uint64)
     content = fixed_binary(batch["content_hash"], 16)[:, :8]
@@ -145,7 +145,7 @@ def index_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 
 
 def index_tag(number: int) -> int:
-    """What marks the ids of index `number` among those of this batch."""
+    """The bits that mark ids of index `number` among those of this batch."""
     return EARLIER | number << _INDEX_BITS
 
 

@@ -1,18 +1,17 @@
-"""Lines or paragraphs that an earlier place of the batch holds already are cut; the first copy
-stays.
+"""Cuts lines or paragraphs that occur earlier in the batch; the first copy stays.
 
 After CCNet (Wenzek et al. 2019, arXiv:1911.00359) and Dolma (Soldaini et al. 2024,
-arXiv:2402.00159), but exact over the whole batch. Takes part: what document dedup keeps. Two lines
-are equal when their normalised texts are, by a 64-bit hash; a line that is empty when normalised
-takes no part and stays. First is the smallest (doc_id, line number).
+arXiv:2402.00159), but exact over the whole batch. Only documents that document dedup keeps are
+compared. Two lines are equal if the 64-bit hashes of their normalized texts are; a line that is
+empty when normalized always stays. The first copy has the smallest (doc_id, line number).
 
-  lines     a group of documents parts -> its distinct hashes as rows (hash, group)
-  repeats   a partition of hashes -> every row but the first of its hash, sent back to its group
-  cuts      repeats of a group, and its texts once more -> the numbers of the lines to remove, one table per documents part
+    lines     a group of documents parts -> its distinct hashes as rows (hash, group)
+    repeats   a partition of hashes -> every row but the first of its hash, back to its group
+    cuts      repeats of a group, and its texts -> the numbers of the lines to remove
 
-A row needs no place: groups are runs of documents in order of doc_id, so the first copy lies in the
-smallest group, and there the texts tell which it is. Memory: 17 bytes a line, and 48 for each
-distinct one while they are sorted for the shuffle.
+A row needs no position: groups are runs of documents in order of doc_id, so the first copy lies in
+the smallest group, and its texts show which one it is. Memory: 17 bytes per line, and 48 per
+distinct line while they are sorted for the shuffle.
 """
 
 import re
@@ -43,9 +42,8 @@ LINES = Layout(width=2, lanes=1, cells=CELLS)  # hash, group
 CUTS = pa.schema(
     [
         pa.field("doc_id", pa.uint64(), nullable=False),
-        pa.field(
-            "cut", pa.list_(pa.int32()), nullable=False
-        ),  # numbers of the lines to remove, from 0, ascending
+        # numbers of the lines to remove, from 0, ascending
+        pa.field("cut", pa.list_(pa.int32()), nullable=False),
         pa.field("chars_cut", pa.int64(), nullable=False),  # by which the text gets shorter
     ]
 )
@@ -71,16 +69,14 @@ def cut_text(text: str, cut: Sequence[int], unit: Piece) -> str:
 
 
 def line_hashes(text: str, unit: Piece) -> bytes:
-    """64-bit hashes of the lines or paragraphs, normalised, big-endian; an empty one has the hash
-    of b"".
-    """
+    """64-bit hashes of the normalized lines or paragraphs, big-endian; an empty one hashes b""."""
     return b"".join(map(xxhash.xxh3_64_digest, _normalized(_SEPARATORS[unit].split(text)[::2])))
 
 
 def _normalized(pieces: Sequence[str]) -> list[bytes]:
-    """Each piece normalised, as UTF-8, all in one call: one a piece took 10 times as long.
+    """Each piece normalized, as UTF-8, all in one call: a call per piece took 10 times as long.
 
-    Neither a final sigma nor the order of combining marks depends on what lies behind a space.
+    Neither a final sigma nor the order of combining marks depends on what follows a space.
     """
     lines = normalize(f" {_BETWEEN} ".join(pieces)).encode().split(_BETWEEN.encode())
     if len(lines) != len(pieces):  # a piece holds the word itself
@@ -186,9 +182,7 @@ def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 
 
 def _group_hashes(task: LinesTask, piece: Piece) -> tuple[U64, npt.NDArray[np.int64]]:
-    """Hashes of all lines of a group's documents in order (L,), and the places where each document
-    begins and ends (D + 1,).
-    """
+    """Hashes of all lines of a group's documents in order (L,), and borders of documents (D + 1,)."""
     digests, places = bytearray(), array("q", [0])
     for (_, uri), keep in zip(task.parts, task.keep, strict=True):
         for _, text in _kept_texts(uri, keep):
@@ -198,9 +192,7 @@ def _group_hashes(task: LinesTask, piece: Piece) -> tuple[U64, npt.NDArray[np.in
 
 
 def _kept_texts(uri: str, keep_uri: str) -> Iterator[tuple[int, str]]:
-    """Id and text of each document of a part that dedup kept, in order of doc_id; few texts are
-    held at once.
-    """
+    """Id and text of each document of a part that dedup kept, in order of doc_id, in batches."""
     keep, found = (
         read_columns(keep_uri, ["doc_id", "keep"]),
         read_columns(uri, ["doc_id", "rejected_by"]),

@@ -1,16 +1,13 @@
-"""MinHash band keys of documents: word n-grams, affine permutations, a batch of documents at a
-time, in NumPy only.
+"""MinHash band keys of documents: word n-grams and affine permutations, in NumPy.
 
-The permutations are datasketch 2's, bit for bit (`MinHash(num_perm, seed, scheme="affine32")` fed
-the same shingle hashes gives the same minima; kept by a property test). Source of the banding:
-Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4; FineWeb's 14 bands of
-8 rows, arXiv:2406.17557.
+The permutations are datasketch 2's own. Fed the same shingle hashes, its MinHash gives the same
+minima, which a property test checks. Banding: Broder 1997; Leskovec, Rajaraman and Ullman, Mining
+of Massive Datasets, 3.4; FineWeb's 14 bands of 8 rows, arXiv:2406.17557.
 
-A document's keys do not depend on the batch it comes in. The batch is worked off in groups of
-documents of some 300,000 characters, so that the memory needed beside texts and results stays under
-50 MB whatever the batch holds.
+A document's keys do not depend on its batch. A batch is processed in groups of documents with about
+300,000 characters, so the memory beside texts and results stays under 50 MB.
 
-Arrays: W words, S shingles (duplicates kept: a minimum does not mind them), D documents, P
+Arrays: W words, S shingles (duplicates kept: they do not change a minimum), D documents, P
 permutations.
 """
 
@@ -29,13 +26,13 @@ from filters.text.ngrams import I64, U64
 Scheme = Literal["affine32", "affine64"]
 Uint = npt.NDArray[Any]  # uint32 or uint64, by the scheme
 
-# Stored with the keys: keys made by different normalisers or shingle hashes must never be compared.
+# stored with the keys: keys made by different normalizers or shingle hashes must not be compared
 NORMALIZER = "nfd-words-2"
 MAX_CHARS = 500_000
 
-# 300,000 characters are about 50,000 English shingles: a row of them stays in the second-level
-# cache, and the overhead of a NumPy call is spread over about 100 documents. Documents are not cut:
-# a group may exceed this by one of MAX_CHARS.
+# 300,000 characters are about 50,000 English shingles: a row of them stays in the L2 cache, and the
+# overhead of a NumPy call is spread over about 100 documents. Documents are not cut, so a group may
+# exceed this by MAX_CHARS.
 _GROUP_CHARS = 300_000
 
 
@@ -50,52 +47,43 @@ class Signature(NamedTuple):
 
 
 class Signatures(NamedTuple):
-    """MinHashes of the documents that are long enough: their places in the batch (D,), ascending,
-    and minima (P, D).
-    """
+    """Documents that are long enough, by index in the batch (D,), ascending; their minima (P, D)."""
 
     documents: I64
     minima: Uint
 
 
 def describe(scheme: Signature) -> str:
-    """How keys are made, in words: stored beside them, since keys made in different ways must never
-    be compared.
-    """
+    """How keys are made, in words. Stored with them: other keys must not be compared with them."""
     permutations = f"{scheme.scheme} seed {scheme.seed}"
-    return f"{NORMALIZER}, {scheme.ngram}-grams, {permutations}, {scheme.num_bands} bands of {scheme.rows_per_band}"
+    bands = f"{scheme.num_bands} bands of {scheme.rows_per_band}"
+    return f"{NORMALIZER}, {scheme.ngram}-grams, {permutations}, {bands}"
 
 
 def normalize(text: str) -> str:
-    """Lower-case, digits to 0, punctuation to space, white space collapsed, NFD without combining
-    marks.
+    """Lower case, digits to 0, punctuation to space, white space collapsed, no combining marks.
 
-    A character of Chinese or Japanese, which put no spaces between words, is a word.
+    Each Chinese or Japanese character is a word, since these scripts put no spaces between words.
     """
     return ngrams.normalize_words(text, ngrams.replacements(digits="zeroed"))
 
 
 def content_hash(text: str, normalized: str) -> bytes:
-    """128-bit hash of the normalised text: equal for copies that differ in case, digits' values or
-    punctuation only.
+    """128-bit hash of the normalized text: case, digits and punctuation make no difference.
 
-    A text without words is hashed as it stands: "***" and "!!!" are not copies of one another.
+    A text without words is hashed unchanged: "***" and "!!!" are not copies.
     """
     return xxhash.xxh3_128_digest((normalized or text).encode("utf-8", "surrogatepass"))
 
 
 def shingle_hashes(normalized: str, *, ngram: int) -> U64:
-    """64-bit hashes of the distinct word n-grams, ascending; empty when there are fewer than
-    `ngram` words.
-    """
+    """64-bit hashes of the distinct word n-grams, ascending; empty for fewer than `ngram` words."""
     distinct: U64 = np.unique(_shingles([normalized], ngram=ngram)[0])
     return distinct
 
 
 def band_keys(normalized: Sequence[str], scheme: Signature) -> list[bytes]:
-    """Per document its band keys, 8 bytes each, little-endian; b"" for a text too short to shingle
-    (exact hash only).
-    """
+    """Band keys of each document, 8 bytes a key, little-endian; b"" for fewer than `ngram` words."""
     keys = [b""] * len(normalized)
     documents, columns = signatures(normalized, scheme)
     rows = columns.reshape(scheme.num_bands, scheme.rows_per_band, len(documents)).astype(np.uint64)
@@ -115,13 +103,13 @@ def signatures(normalized: Sequence[str], scheme: Signature) -> Signatures:
     documents, columns = [np.empty(0, np.int64)], [np.empty((num_perm, 0), dtype)]
     for start, stop in _groups(normalized):
         shingles, counts = _shingles(normalized[start:stop], ngram=scheme.ngram)
-        found = np.flatnonzero(counts)
-        if len(found):
-            documents.append(found + start)
+        long_enough = np.flatnonzero(counts)
+        if len(long_enough):
+            documents.append(long_enough + start)
             columns.append(
                 minima(
                     shingles,
-                    counts[found],
+                    counts[long_enough],
                     num_perm=num_perm,
                     seed=scheme.seed,
                     scheme=scheme.scheme,
@@ -131,15 +119,12 @@ def signatures(normalized: Sequence[str], scheme: Signature) -> Signatures:
 
 
 def minima(shingles: U64, counts: I64, *, num_perm: int, seed: int, scheme: Scheme) -> Uint:
-    """MinHashes (P, D) of documents that own `counts` (D,) shingle hashes each, one document after
-    the other, none empty.
-    """
+    """MinHashes (P, D) of documents with `counts` (D,) shingle hashes each, none of them empty."""
     a, b = permutations(num_perm, seed=seed, scheme=scheme)
     mixed = premix(shingles, scheme=scheme)
     starts = np.cumsum(counts) - counts
     permuted, least = np.empty_like(mixed), np.empty((num_perm, len(counts)), mixed.dtype)
-    # one permutation at a time over all documents: long rows keep NumPy's SIMD loops busy and its
-    # call overhead small
+    # one permutation at a time over all documents: long rows keep NumPy's SIMD loops busy
     for k in range(num_perm):
         np.multiply(mixed, a[k], out=permuted)
         np.add(permuted, b[k], out=permuted)
@@ -149,18 +134,17 @@ def minima(shingles: U64, counts: I64, *, num_perm: int, seed: int, scheme: Sche
 
 @lru_cache(maxsize=8)
 def permutations(num_perm: int, *, seed: int, scheme: Scheme) -> tuple[Uint, Uint]:
-    """Parameters (a, b) of datasketch 2's affine permutations h -> a*h + b modulo 2^32 or 2^64,
-    each of shape (P,).
-    """
-    dtype, width = (np.uint32, 32) if scheme == "affine32" else (np.uint64, 64)
-    draw = np.random.RandomState(seed)
-    a = draw.randint(0, 1 << (width - 1), num_perm, dtype=dtype) * dtype(2) + dtype(1)
-    return a, draw.randint(0, 1 << width, num_perm, dtype=dtype)
+    """Parameters (a, b), each (P,), of permutations h -> a*h + b modulo 2^32 or 2^64."""
+    from datasketch import MinHash  # imports scipy, which takes a second
+
+    a, b = MinHash(num_perm=num_perm, seed=seed, scheme=scheme).permutations
+    return a, b
 
 
 def premix(hashes: U64, *, scheme: Scheme) -> Uint:
-    """MurmurHash3's finaliser, which datasketch applies once before the permutations; affine32
-    keeps the low 32 bits.
+    """MurmurHash3's finalizer, applied before the permutations as in datasketch.
+
+    affine32 keeps the low 32 bits.
     """
     mixed: Uint = ngrams.fmix(hashes, bits=32 if scheme == "affine32" else 64)
     return mixed
@@ -175,9 +159,7 @@ def _groups(normalized: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def _shingles(normalized: Sequence[str], *, ngram: int) -> tuple[U64, I64]:
-    """Hashes of all word n-grams of all documents in order (S,), and how many each document has
-    (D,).
-    """
+    """Hashes of all word n-grams in order of documents (S,), and their number per document (D,)."""
     encoded = [text[:MAX_CHARS].encode("utf-8", "surrogatepass") for text in normalized]
     raw = b" ".join([*encoded, b""])  # every document ends in a space
     starts, ends = ngrams.words(raw)
@@ -190,6 +172,5 @@ def _shingles(normalized: Sequence[str], *, ngram: int) -> tuple[U64, I64]:
     joined = ngrams.ngram_hashes(ngrams.word_hashes(raw, starts, ends), ngram)
     total = len(joined)
     limits = np.repeat(np.cumsum(num_words), num_words)[:total]
-    return joined[
-        np.arange(ngram, total + ngram) <= limits
-    ], counts  # windows that cross into the next document go
+    # windows that cross into the next document do not count
+    return joined[np.arange(ngram, total + ngram) <= limits], counts

@@ -1,15 +1,14 @@
-"""A shuffle of fixed-width rows through sorted files: any number of rows, bounded memory, no state
-but objects.
+"""A shuffle of fixed-width rows through sorted files: any number of rows in bounded memory.
 
-  write      a map unit sorts its rows by (lane, key, other columns) and writes one object, with the number of rows in every
-             cell of a fixed grid: lane x top bits of the key
-  transpose  one small job turns the grids of all files into one object: for each border between partitions, the place in
-             each file. No reducer reads an index of every file
-  merge      a reducer reads its borders, then its byte range of every file, in blocks of ascending rows. A key with more rows
-             than fit in memory comes in several blocks
+    write      a unit sorts its rows by (lane, key, other columns) and writes them as one object,
+               with the number of rows in every cell of a fixed grid: lane x top bits of the key
+    transpose  one small job turns the grids of all files into one object: for each border between
+               partitions, its offset in every file, so that no reducer reads an index per file
+    merge      a reducer reads its borders, then its byte range of every file, in blocks of
+               ascending rows; a key with more rows than fit in memory comes in several blocks
 
-A row is `width` uint64 columns, the key first: 16 bytes for a band key and its document. A lane is
-what must not be mixed: a band, or the unit that the rows are sent back to. A partition is a run of
+A row is `width` uint64 columns, the key first: 16 bytes for a band key and its document. Lanes are
+never mixed: a lane is a band, or the group that rows are sent back to. A partition is a run of
 cells within one lane.
 """
 
@@ -36,8 +35,9 @@ _UNMIX = np.uint64(0x96DE1B173F119089), np.uint64(0x319642B2D24D8EC3)
 
 
 class Layout(NamedTuple):
-    """Columns of a row, and the grid: `lanes` x `cells`, the latter a power of two up to 2^16 (1 if
-    keys are not uniform).
+    """Columns of a row, and the grid of `lanes` x `cells`.
+
+    `cells` is a power of two up to 2^16, 1 if keys are not uniform.
     """
 
     width: int
@@ -46,18 +46,14 @@ class Layout(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A sorted file: its URI without suffix, and bits that a reader sets in the second column of
-    its rows.
-    """
+    """A sorted file: its URI without suffix, and bits to set in the second column when reading."""
 
     uri: str
     tag: int = 0
 
 
 class Shuffle(NamedTuple):
-    """A shuffle that can be transposed: where its borders will lie, and its partitions, those of
-    lane 0 first.
-    """
+    """A shuffle that can be transposed: URI of its borders, its files, and partitions per lane."""
 
     uri: str
     sources: tuple[Source, ...]
@@ -66,7 +62,7 @@ class Shuffle(NamedTuple):
 
     @property
     def partitions(self) -> int:
-        """As many for each lane."""
+        """Number of partitions, the same for each lane; those of lane 0 come first."""
         return self.per_lane * self.layout.lanes
 
 
@@ -98,7 +94,7 @@ def mix(ids: U64) -> U64:
 
 
 def unmix(keys: U64) -> U64:
-    """The ids of mixed keys."""
+    """The ids of mixed keys, the inverse of `mix`."""
     ids = (keys ^ (keys >> np.uint64(31)) ^ (keys >> np.uint64(62))) * _UNMIX[1]
     ids = (ids ^ (ids >> np.uint64(27)) ^ (ids >> np.uint64(54))) * _UNMIX[0]
     last: U64 = ids ^ (ids >> np.uint64(30)) ^ (ids >> np.uint64(60))
@@ -111,10 +107,9 @@ def unmix(keys: U64) -> U64:
 def write(
     store: Store, kind: str, lanes: Iterable[U64], layout: Layout, *, commit: Commit, name: str = ""
 ) -> None:
-    """Write the rows of every lane, each (n, width) in any order, as a sorted file, named after the
-    unit unless otherwise.
+    """Write the rows of every lane, each (n, width) in any order, as a sorted file.
 
-    One lane at a time is held.
+    `name` is the unit's by default. One lane at a time is held in memory.
     """
     counts, name = [], name or commit.unit
     with (
@@ -155,19 +150,18 @@ def _cells(keys: U64, cells: int) -> npt.NDArray[np.int64]:
 
 
 def partitions_per_lane(rows: int, layout: Layout, *, files: int, partition_bytes: int) -> int:
-    """Partitions of about `partition_bytes`, but so few that a reducer's range of a file is worth a
-    request (MIN_READ).
+    """Partitions of about `partition_bytes`, or more if a reducer's range of a file gets too small.
+
+    A range below MIN_READ is not worth a request.
     """
-    wanted = max(partition_bytes, files * MIN_READ)
-    return int(min(layout.cells, max(1, -(-rows * layout.width * 8 // (wanted * layout.lanes)))))
+    size = max(partition_bytes, files * MIN_READ)
+    return int(min(layout.cells, max(1, -(-rows * layout.width * 8 // (size * layout.lanes)))))
 
 
 def plan(
     store: Store, sources: Sequence[Source], layout: Layout, *, per_lane: int, identity: Any
 ) -> Shuffle:
-    """The shuffle of some sorted files, named by what they hold; nothing is read or written yet:
-    see `transpose`.
-    """
+    """The shuffle of some sorted files, named by their content. Nothing is read or written yet."""
     name = digest([identity, list(sources), layout, per_lane])
     return Shuffle(store.uri("shuffles", name), tuple(sources), layout, per_lane)
 
@@ -194,7 +188,8 @@ def transpose(shuffle: Shuffle) -> None:
         if len(counts) != layout.lanes * layout.cells:
             expected = f"{layout.lanes} x {layout.cells}"
             raise ValueError(
-                f"{sources[n].uri}.cells: {len(counts)} cells, expected {expected}; it was made otherwise"
+                f"{sources[n].uri}.cells: {len(counts)} cells, expected {expected}; "
+                "it was written with another layout"
             )
         borders[:, n] = np.append(np.uint64(0), counts.cumsum(dtype=np.uint64))[edges]
 
@@ -230,16 +225,15 @@ def merge(uri: str, partition: int, *, memory: int) -> Iterator[U64]:
     with ThreadPoolExecutor(_READERS) as pool:
         while runs:
             list(pool.map(lambda run: run.fill(size), (r for r in runs if not len(r.rows))))
-            # what is not greater than the least last row of those that go on has been read from
-            # every file
+            # rows up to the least last row of the unfinished files have been read from every file
             limit = min((r.last for r in runs if r.left), default=None)
-            block = _joined([r.take(limit) for r in runs])
+            block = _sort_together([r.take(limit) for r in runs])
             runs = [r for r in runs if r.left or len(r.rows)]
             yield block
             del block
 
 
-def _joined(sorted_rows: list[U64]) -> U64:
+def _sort_together(sorted_rows: list[U64]) -> U64:
     if len(sorted_rows) == 1:
         return sorted_rows[0]
     rows = np.concatenate(sorted_rows)
@@ -254,9 +248,7 @@ def merge_all(uri: str, partition: int, *, width: int) -> U64:
 
 @dataclass
 class _Run:
-    """The unread part of one file's range of a partition, and the rows that were read and not yet
-    taken.
-    """
+    """One file's range of a partition: what is unread, and rows that were read but not taken."""
 
     uri: str
     tag: int
@@ -287,9 +279,8 @@ class _Run:
         count = len(self.rows) if limit is None else self._place(limit)
         taken, self.rows = self.rows[:count], self.rows[count:]
         if not len(self.rows):
-            self.rows = np.empty(
-                (0, self.width), np.uint64
-            )  # a view would keep alive what has been taken
+            # a view would keep alive what has been taken
+            self.rows = np.empty((0, self.width), np.uint64)
         return taken
 
     def _place(self, limit: tuple[int, int]) -> int:
@@ -304,12 +295,12 @@ class _Run:
 def _read(uri: str, start: int, stop: int) -> U64:
     """Values [start, stop) of an object of little-endian uint64."""
     fs, path = open_fs(uri)
-    data = fs.cat_file(
-        path, start=int(start) * 8, end=int(stop) * 8
-    )  # by name: what comes second differs between stores
+    # by name: what comes second differs between stores
+    data = fs.cat_file(path, start=int(start) * 8, end=int(stop) * 8)
     if len(data) != (stop - start) * 8:
         raise ValueError(
-            f"{uri}: {len(data)} bytes at {start * 8}, expected {(stop - start) * 8}; it is not whole"
+            f"{uri}: {len(data)} bytes at {start * 8}, expected {(stop - start) * 8}; "
+            "it is truncated"
         )
     return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)
 

@@ -222,9 +222,8 @@ def _refine(row: Row, plan: RefinePlan) -> Row:
         }
     row, failure = _measured(row, plan)
     if failure is None and not row["text"].strip():
-        failure = Rejection(
-            "refine.empty_text", 0.0, (1.0, math.inf)
-        )  # filters that edit left nothing
+        # filters that edit left nothing
+        failure = Rejection("refine.empty_text", 0.0, (1.0, math.inf))
     if failure is None and plan.config.scrub_pii:
         row |= _scrub(row["text"], plan)
         failure = first_failure("pii", plan.pii, {"count": row["pii.count"]})

@@ -1,8 +1,7 @@
-"""What can be known of a worker that died with a unit: where it was, its log's last lines, whether
-memory had run out.
+"""What is known of a worker that died: its host, the last lines of its log, and memory.
 
-A dead worker reports nothing. So each attempt leaves a record before it begins, and the next one,
-which Ray starts most often on the same machine, completes it.
+A dead worker reports nothing. So each attempt leaves a record before it starts, and the next
+attempt, which Ray mostly starts on the same machine, completes it.
 """
 
 import os
@@ -13,45 +12,43 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_LINES, _CHARS = 40, 4000  # of a log: the stack of a crash has about so many
+_LINES, _CHARS = 40, 4000  # of a log: enough for the stack of a crash
 
 
 def attempt() -> dict[str, Any]:
-    """This process as it begins a unit; `available_bytes` of memory on the machine, `kernel_kills`
-    for memory since it booted.
+    """This process as it starts a unit; what the machine does not report is missing.
 
-    `log` is the file of its standard error. What a machine does not tell (they are Linux's ways) is
-    missing.
+    `log` is the file of its standard error, `available_bytes` memory on the machine, and
+    `kernel_kills` the processes killed for memory since the machine booted (Linux only).
     """
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "started": round(time.time(), 3),
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
     with suppress(OSError):
-        found["log"] = os.readlink("/proc/self/fd/2")
-        found["available_bytes"] = 1024 * _number("/proc/meminfo", "MemAvailable:")
-        found["worker_bytes"] = 1024 * _number("/proc/self/status", "VmRSS:")
-        found["kernel_kills"] = _number("/proc/vmstat", "oom_kill")
-    return found
+        record["log"] = os.readlink("/proc/self/fd/2")
+        record["available_bytes"] = 1024 * _kernel_value("/proc/meminfo", "MemAvailable:")
+        record["worker_bytes"] = 1024 * _kernel_value("/proc/self/status", "VmRSS:")
+        record["kernel_kills"] = _kernel_value("/proc/vmstat", "oom_kill")
+    return record
 
 
 def post_mortem(dead: dict[str, Any]) -> dict[str, Any]:
-    """The record of an attempt that ended without a word, completed by what its machine still
-    knows; as it was on another one.
-    """
+    """The record of an attempt whose worker died, completed if this is the same machine."""
     if dead["host"] != socket.gethostname() or "log_tail" in dead:
         return dead
-    found: dict[str, Any] = {"log_tail": ""}
+    evidence: dict[str, Any] = {"log_tail": ""}
     with suppress(OSError, KeyError):
-        if os.path.isfile(dead["log"]):  # and not a terminal
+        if os.path.isfile(dead["log"]):  # not a terminal
             with open(dead["log"], errors="replace") as log:
-                found["log_tail"] = "".join(deque(log, _LINES))[-_CHARS:]
-        found["kernel_kills_since"] = _number("/proc/vmstat", "oom_kill") - dead["kernel_kills"]
-    return dead | found
+                evidence["log_tail"] = "".join(deque(log, _LINES))[-_CHARS:]
+        kills = _kernel_value("/proc/vmstat", "oom_kill")
+        evidence["kernel_kills_since"] = kills - dead["kernel_kills"]
+    return dead | evidence
 
 
-def _number(file: str, name: str) -> int:
+def _kernel_value(file: str, name: str) -> int:
     """The number after a name in one of the kernel's tables; 0 if it is not there."""
     rows = (line.split() for line in Path(file).read_text().splitlines())
     return next((int(row[1]) for row in rows if row[0] == name), 0)

@@ -37,7 +37,7 @@ def late_units(
 
 @dataclass
 class _Copies:
-    """Unfinished units in the order of their plan, rates of finished ones, second copies running."""
+    """Unfinished units in the order of their plan, rates of finished ones, running second copies."""
 
     left: dict[str, Unit]
     rates: list[float] = field(default_factory=list)
@@ -113,7 +113,7 @@ def _free_slots(resources: Resources, memory: int, *, running: int) -> int:
 
 
 def _run_copy(unit: Unit, work: PhaseWork) -> None:
-    """Run the second copy of a unit. Its failure does not count: the first copy is still running."""
+    """Run the second copy of a unit. Its failure does not count: the first is still running."""
     with suppress(Exception), exit_when_committed(unit, work):
         # a commit of another input is for the first copy to withdraw
         if work.store.commit_of(unit.name) is None:

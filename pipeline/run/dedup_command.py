@@ -37,9 +37,7 @@ _ALONE = (
 
 
 class Result(NamedTuple):
-    """What a dedup of files came to: rows by rule (null ones 'kept'), clusters of more than one
-    document, failed inputs.
-    """
+    """Rows by rule ("kept" for null), clusters of more than one document, failed inputs, table."""
 
     rows: dict[str, int]
     clusters: int
@@ -66,66 +64,64 @@ def configure(
         "input.id_column": id_column,
         "dedup.against": list(against),
     }
-    given = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
-    asked = load(None, given).dedup
-    if asked.line_level != "off":
+    options = [*(f"{key}={json.dumps(value)}" for key, value in settings.items()), *overrides]
+    dedup = load(None, options).dedup
+    if dedup.line_level != "off":
         raise ConfigError(
             "dedup.line_level changes texts, and gristmill dedup writes none; use gristmill run"
         )
-    verified = ["extract.keep_text=true"] if asked.verify_share else []
-    config = load(None, [*_ALONE, *verified, *given])
+    verified = ["extract.keep_text=true"] if dedup.verify_share else []
+    config = load(None, [*_ALONE, *verified, *options])
     _require_columns(files[0], config.input)
     return config
 
 
 def _files(paths: Sequence[str], output: str) -> list[str]:
-    """The inputs; what an earlier run wrote into the output folder is none."""
+    """The inputs, without what an earlier run wrote into the output folder."""
     files = [f for f in expand_inputs(list(paths), base_uri="") if not f.startswith(f"{output}/")]
     if not files:
         raise ConfigError(
-            f"no input: {', '.join(paths)} holds nothing but what lies in the output folder {output}"
+            f"no input: {', '.join(paths)} holds only files of the output folder {output}"
         )
     return files
 
 
 def _format(files: Sequence[str]) -> str:
     """The format of all inputs, by their names."""
-    found = {}
+    formats = {}
     for path in files:
         name = next((f for f, suffixes in FORMATS.items() if path.lower().endswith(suffixes)), None)
         if name is None:
-            raise ConfigError(
-                f"{path}: not {' or '.join(s for f in FORMATS.values() for s in f)}; gristmill run reads WARC files"
-            )
-        found[name] = path
-    if len(found) > 1:
+            known = " or ".join(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+            raise ConfigError(f"{path}: not {known}; gristmill run reads WARC files")
+        formats[name] = path
+    if len(formats) > 1:
         raise ConfigError(
-            f"inputs of two formats: {' and '.join(found.values())}; convert one, or run them one against the other"
+            f"inputs of two formats: {' and '.join(formats.values())}; convert one, or run them "
+            "one against the other"
         )
-    return next(iter(found))
+    return next(iter(formats))
 
 
 def _require_columns(path: str, config: InputConfig) -> None:
-    """ConfigError when the first file has no such columns: a whole corpus without text must not
-    pass as one.
-    """
+    """ConfigError if the first file lacks the text or id column."""
     with local_copy(path, options=FetchOptions()) as local:
         names = columns_of(local, config)
     for option, column in (("text", config.text_column), ("id", config.id_column)):
         if names and column and column not in names:
             none = ", or '' if there is none" if option == "id" else ""
             raise ConfigError(
-                f"{path}: no column '{column}'; it has {', '.join(names)}; set --{option}-column{none}"
+                f"{path}: no column '{column}'; it has {', '.join(names)}; "
+                f"set --{option}-column{none}"
             )
 
 
 def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Result:
-    """Deduplicate, and write `keep.parquet`: a row for every row of the inputs, in the order in
-    which files were first seen.
+    """Deduplicate, and write `keep.parquet`: a row for every input row, files as first seen.
 
-    id, cluster_id (the smallest document number of the cluster), cluster_size, keep, rule (why not:
-    dedup.exact, dedup.near, dedup.earlier, or input.* of a row without a text; null: kept), path,
-    row. RunFailed as `execute`.
+    Columns: id, cluster_id (the smallest document number of the cluster), cluster_size, keep, rule
+    (dedup.exact, dedup.near, dedup.earlier, input.* for a row without text, null if kept), path,
+    row. Raises what `execute` raises.
     """
     outcome = execute(config, progress, run_units, last="dedup")
     root = config.run.directory
@@ -174,15 +170,15 @@ def _write(path: Path, root: str, commits: dict[str, list[Commit]], state: RunSt
 
 
 def _joined(rows: pa.Table, keep: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Rows of an input with what was said of those that are documents; both are in order of doc_id."""
-    place = pc.index_in(rows["doc_id"], value_set=keep["doc_id"].combine_chunks())
-    found = keep.take(place)
+    """Rows of an input with their keep rows, if they have any; both are in order of doc_id."""
+    indices = pc.index_in(rows["doc_id"], value_set=keep["doc_id"].combine_chunks())
+    verdicts = keep.take(indices)
     columns = {
         "id": rows["source_id"].cast(schema.field("id").type),
-        "cluster_id": found["cluster_id"],
-        "cluster_size": found["cluster_size"],
-        "keep": pc.fill_null(found["keep"], False),
-        "rule": pc.coalesce(rows["rejected_by"], found["rule"]),
+        "cluster_id": verdicts["cluster_id"],
+        "cluster_size": verdicts["cluster_size"],
+        "keep": pc.fill_null(verdicts["keep"], False),
+        "rule": pc.coalesce(rows["rejected_by"], verdicts["rule"]),
         "path": rows["warc_file"],
         "row": rows["warc_offset"],
     }
@@ -190,7 +186,7 @@ def _joined(rows: pa.Table, keep: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _id_type(extracted: Sequence[Commit], uris: Sequence[str]) -> pa.DataType:
-    """Integers stay integers, of the inputs' type: ids are what the table is joined by."""
+    """The ids' type: integers stay integers of the inputs' type, so that tables can be joined."""
     types = {commit.result.id_type or "string" for commit in extracted}
     found = pa.type_for_alias(types.pop()) if len(types) == 1 else pa.string()
     if not pa.types.is_integer(found):

@@ -3,8 +3,8 @@
     sort -> match -> (star, only for graphs beyond dedup.cluster_memory) -> cluster -> rank -> elect
     -> keep -> alarm, index, and if asked for, lines -> repeats -> cuts
 
-Every arrow is a shuffle (stages.dedup.shuffle). What is listed here follows from commit records alone, so
-that a run that was killed lists the same units again.
+Every arrow is a shuffle (stages.dedup.shuffle). Units follow from commit records alone, so a run
+that was killed lists the same units again.
 """
 
 import json
@@ -147,7 +147,7 @@ def match_units(context: DedupContext) -> PhasePlan:
 
 
 def star_units(context: DedupContext) -> PhasePlan:
-    """All rounds so far and, once they are done and the last two changed something, the next one."""
+    """All rounds so far, and the next one if they are done and the last two changed something."""
     if not _in_rounds(context):
         return PhasePlan([])
     matched = context.before["dedup match"]

@@ -165,7 +165,10 @@ def execute(
                 continue
             write_state(run.root, state.at_work(stage=spec.name))
             errors = run_phase(run, spec, phase, progress, run_units)
-            while spec.in_rounds and not errors and (phase := run.read_phase(spec, inputs)).pending:
+            while spec.in_rounds and not errors:
+                phase = run.read_phase(spec, inputs)
+                if not phase.pending:
+                    break
                 phase.store.list_units(phase.units)
                 errors = run_phase(run, spec, phase, progress, run_units)
             if errors:
@@ -205,8 +208,8 @@ def _require_done(phase: Phase, spec: PhaseSpec, config: Config) -> None:
     bearable = _max_failed_share(spec, config) * len(phase.units)
     if any(u.name not in failed for u in phase.pending) or len(phase.pending) > bearable:
         raise RunFailed(
-            f"stage '{spec.stage}' has {len(phase.pending)} of {len(phase.units)} units to do under "
-            "this config; run without --from and --only, or from that stage"
+            f"stage '{spec.stage}' has {len(phase.pending)} of {len(phase.units)} units to do "
+            "under this config; run without --from and --only, or from that stage"
         )
 
 
@@ -271,8 +274,8 @@ def check_failures(
         shown = "\n  ".join(errors[:5])
         raise RunFailed(
             f"{len(errors)} of {len(phase.units)} units of '{phase.name}' failed "
-            f"(run.max_failed_{limit}):\n  {shown}\nDetails: {phase.store.uri('failures')}. The same "
-            "command tries them again, except quarantined ones: see `gristmill retry`."
+            f"(run.max_failed_{limit}):\n  {shown}\nDetails: {phase.store.uri('failures')}. "
+            "The same command tries them again, except quarantined ones: see `gristmill retry`."
         )
 
 

@@ -62,7 +62,7 @@ class Phase:
 
 
 class Index(NamedTuple):
-    """The keys of an earlier batch: URIs of its index, documents and keep table, and its commits."""
+    """An earlier batch: URIs of its index, documents and keep table, and the index's commits."""
 
     root: str
     documents: str

@@ -1,4 +1,4 @@
-"""What the workers of each stage need of a configuration, and the units of extract, refine, pack."""
+"""What workers need of a configuration, and the units of extract, refine and pack."""
 
 from pipeline.config.sections import Config
 from pipeline.run.phase import PhasePlan, PlanContext

@@ -52,7 +52,10 @@ def alarm(root: str) -> str | None:
     kinds = Counter(loss.kind for loss in losses)
     counted = ", ".join(f"{count:,} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
     share = state.setting("dedup.alarm_share")
-    return f"dedup dropped over {share:.0%} of the documents of {counted}; see Duplicates in the report"
+    return (
+        f"dedup dropped over {share:.0%} of the documents of {counted}; "
+        "see Duplicates in the report"
+    )
 
 
 # --- rows -----------------------------------------------------------------------------------------

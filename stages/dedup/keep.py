@@ -139,7 +139,7 @@ def _descending(column: pa.ChunkedArray) -> U64:
 
 
 def _best(rows: U64) -> U64:
-    """Of every cluster the candidate with the least (rank, content hash, doc_id), members summed."""
+    """The candidate of each cluster with the least (rank, content hash, doc_id); members summed."""
     ordered = rows[np.lexsort(rows[:, [6, 5, 4, 3, 0]].T)]
     starts = group_starts(ordered[:, 0])
     best: U64 = ordered[starts]

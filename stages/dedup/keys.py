@@ -66,7 +66,7 @@ class Keys(NamedTuple):
 
 
 def read_keys(part: PartRef, config: DedupConfig) -> Iterator[Keys]:
-    """Keys of a part's kept documents, in batches; ValueError if they were made with other settings."""
+    """Keys of a part's kept documents, in batches; ValueError if made with other settings."""
     with open_parquet(part.uri) as file:
         require_same_keys(
             (file.schema_arrow.metadata or {}).get(b"gristmill.keys", b"").decode(),

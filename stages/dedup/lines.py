@@ -182,7 +182,7 @@ def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
 
 
 def _group_hashes(task: LinesTask, piece: Piece) -> tuple[U64, npt.NDArray[np.int64]]:
-    """Hashes of all lines of a group's documents in order (L,), and borders of documents (D + 1,)."""
+    """Hashes of all lines of a group in order (L,), and the borders of documents (D + 1,)."""
     digests, places = bytearray(), array("q", [0])
     for (_, uri), keep in zip(task.parts, task.keep, strict=True):
         for _, text in _kept_texts(uri, keep):

@@ -47,7 +47,7 @@ class Signature(NamedTuple):
 
 
 class Signatures(NamedTuple):
-    """Documents that are long enough, by index in the batch (D,), ascending; their minima (P, D)."""
+    """Documents that are long enough, by index in the batch (D,), and their minima (P, D)."""
 
     documents: I64
     minima: Uint
@@ -83,7 +83,7 @@ def shingle_hashes(normalized: str, *, ngram: int) -> U64:
 
 
 def band_keys(normalized: Sequence[str], scheme: Signature) -> list[bytes]:
-    """Band keys of each document, 8 bytes a key, little-endian; b"" for fewer than `ngram` words."""
+    """Band keys of each document, 8 bytes each, little-endian; b"" below `ngram` words."""
     keys = [b""] * len(normalized)
     documents, columns = signatures(normalized, scheme)
     rows = columns.reshape(scheme.num_bands, scheme.rows_per_band, len(documents)).astype(np.uint64)

@@ -136,15 +136,14 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
 
 
 def sample_unit(unit: Unit, plan: SamplePlan, store: Store) -> Commit:
-    """Measure a sample of one documents part with every filter, whatever the verdicts; the task is
-    as for `refine_unit`.
+    """Measure a sample of one documents part with every filter. The task is a RefineTask.
 
     "sample" holds the scores of documents that dedup kept, "extracted" those that extract stored,
-    of rejected ones too.
+    rejected documents included.
     """
     commit = Commit(unit.name, unit.fingerprint)
     documents = _kept_copies(unit.task.documents, unit.task.keep)
-    drawn = _drawn(documents, plan.share, plan.seed)
+    drawn = _sample_rows(documents, plan.share, plan.seed)
     identity = [pa.field("doc_id", pa.uint64()), pa.field("language", pa.string())]
     schema = pa.schema(identity + measured_fields(plan.refine.filters))
     rows = [
@@ -158,20 +157,20 @@ def sample_unit(unit: Unit, plan: SamplePlan, store: Store) -> Commit:
     extracted = read_columns(unit.task.documents, [*identified, *score_names(unit.task.documents)])
     extracted = extracted.filter(pa.compute.is_valid(extracted["num_chars"]))
     with store.create("extracted", f"{unit.name}.parquet", outputs=commit.outputs) as path:
-        pq.write_table(_drawn(extracted, plan.extracted_share, plan.seed), path, compression="zstd")
+        pq.write_table(
+            _sample_rows(extracted, plan.extracted_share, plan.seed), path, compression="zstd"
+        )
     commit.rows_in, commit.rows_out = documents.num_rows, len(rows)
     return commit
 
 
-def _drawn(rows: pa.Table, share: float, seed: int) -> pa.Table:
+def _sample_rows(rows: pa.Table, share: float, seed: int) -> pa.Table:
     wanted = [sampled(doc_id, share=share, seed=seed) for doc_id in rows["doc_id"].to_pylist()]
     return rows.filter(pa.array(wanted, pa.bool_()))
 
 
 def _kept_copies(documents_uri: str, keep_uri: str) -> pa.Table:
-    """The documents of a part that dedup kept, with their cluster's id and size, in order of
-    doc_id.
-    """
+    """Documents of a part that dedup kept, with cluster id and size, in order of doc_id."""
     documents = read_columns(documents_uri, None)
     documents = documents.filter(pa.compute.is_null(documents["rejected_by"]))
     if documents["text"].null_count:
@@ -187,9 +186,7 @@ def _kept_copies(documents_uri: str, keep_uri: str) -> pa.Table:
 
 
 def _cuts(uri: str | None) -> dict[int, list[int]]:
-    """Numbers of the lines, or paragraphs, that each document loses because an earlier one has
-    them.
-    """
+    """Numbers of the lines or paragraphs that each document loses, by doc_id."""
     if uri is None:
         return {}
     table = read_columns(uri, ["doc_id", "cut"])
@@ -244,9 +241,7 @@ def _refine(row: Row, plan: RefinePlan) -> Row:
 
 
 def _measured(row: Row, plan: RefinePlan) -> tuple[Row, Rejection | None]:
-    """The row with every filter's scores and notes, its text as the filters hand it on, and the
-    first rule that it breaks.
-    """
+    """The row with every filter's scores, notes and edits, and the first rule that it breaks."""
     view, failed = TextView(row["text"], row["language"]), None
     for named in plan.filters:
         filter = named.of(view.language)

@@ -37,7 +37,7 @@ def late_units(
 
 @dataclass
 class _Copies:
-    """Unfinished units in the order of their plan, rates of finished ones, running second copies."""
+    """Unfinished units in the order of their plan, rates of finished units, second copies."""
 
     left: dict[str, Unit]
     rates: list[float] = field(default_factory=list)

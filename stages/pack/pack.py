@@ -35,11 +35,8 @@ PROVENANCE = pa.schema(
         pa.field("start", pa.int32(), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
-        pa.field(
-            "url",
-            pa.string(),
-            # here as well, as a trainer may have nothing but the generation; null where there is none
-        ),
+        # here too, since a trainer may have nothing but the generation; null where there is none
+        pa.field("url", pa.string()),
     ]
 )
 

@@ -132,9 +132,9 @@ def test_buckets_are_thirds_of_each_language(options, tmp_path):
             ),
         )
     # calibrating anew, for other bounds, hides nothing of the run that is there
-    keys = read_state(config.run.directory)["keys"]
+    keys = read_state(config.run.directory).keys
     calibrate(load(None, [*mine, CUT], calibrated=False), Silent(), in_process, sample=200)
-    assert read_state(config.run.directory)["keys"] == keys
+    assert read_state(config.run.directory).keys == keys
 
 
 def _copied(model, folder):
@@ -421,7 +421,7 @@ def test_why_says_where_each_score_lies_in_the_run(run):
     )
     assert fate["percentiles"]["gopher_quality.word_count"] == pytest.approx(expected)
     assert fate["percentiles"].keys() == fate["scores"].keys()
-    assert read_state(root)["stage"]
+    assert read_state(root).stage
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 9))

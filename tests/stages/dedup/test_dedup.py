@@ -230,7 +230,7 @@ def test_keys_of_another_number_of_bands_are_refused(tmp_path):
     place = table.schema.get_field_index("band_keys")
     pq.write_table(table.set_column(place, "band_keys", [[b"12345678" * 2]]), part.uri)
     with pytest.raises(
-        ValueError, match="2 band keys a document, expected 3; rerun stage 'extract'"
+        ValueError, match="2 band keys per document, expected 3; rerun stage 'extract'"
     ):
         keys_module.sort_unit(phases["dedup sort"].units[0], CONFIG, Store(str(tmp_path / "again")))
 

@@ -126,7 +126,7 @@ def test_partitions_are_as_large_as_memory_allows_and_a_range_is_worth_a_request
 def test_a_file_of_another_grid_is_refused(tmp_path):
     store, sources = write_files(tmp_path, [[[(1, 1)]]], Layout(width=2, lanes=1, cells=2))
     with pytest.raises(
-        ValueError, match=r"f0.cells: 2 cells, expected 1 x 4; it was made otherwise"
+        ValueError, match=r"f0.cells: 2 cells, expected 1 x 4; it was written with another layout"
     ):
         transposed(store, sources, Layout(width=2, lanes=1, cells=4))
 
@@ -136,5 +136,5 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path):
     store, sources = write_files(tmp_path, [[[(1, 1), (2, 2)]]], layout)
     found = transposed(store, sources, layout)
     (tmp_path / "keys" / "f0.rows").write_bytes(b"\0" * 24)
-    with pytest.raises(ValueError, match=r"f0.rows: 24 bytes at 0, expected 32; it is not whole"):
+    with pytest.raises(ValueError, match=r"f0.rows: 24 bytes at 0, expected 32; it is truncated"):
         list(merge(found.uri, 0, memory=1))

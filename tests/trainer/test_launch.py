@@ -244,7 +244,7 @@ def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(
     next((tmp_path / "run").rglob("*.mds")).unlink()
     with pytest.raises(
         TrainingError,
-        match=r"generation gen-0001: part-0000\d/shard\.00000\.mds: expected a file, found none",
+        match=r"generation gen-0001: part-0000\d/shard\.00000\.mds: file: expected present, found missing",
     ):
         launch(
             load_training(file, ["ray.max_failures=-1"]), on_ray=True

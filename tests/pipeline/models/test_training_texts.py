@@ -36,7 +36,7 @@ def _damaged() -> bytes:
 
 
 PACKED = {
-    "gz": gzip.compress(" ".join(TEXTS).encode()),
+    "gz": gzip.compress(" ".join(TEXTS).encode(), mtime=0),
     "zst": zstandard.compress("\n\n".join(TEXTS).encode()),
 }
 DAMAGED = _damaged()
@@ -50,12 +50,12 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     files = {
         "a.txt": blocks,
         "bom.txt": bom + blocks.strip(),
-        "a.txt.gz": gzip.compress(blocks),
+        "a.txt.gz": gzip.compress(blocks, mtime=0),
         "a.jsonl": lines,
         "blank.jsonl": lines.replace(b"\n", b"\n\n \r\n"),
         "bom.jsonl": bom + lines,
         "null.jsonl": b'{"text": null}\n' + lines,
-        "a.jsonl.gz": gzip.compress(bom + lines),
+        "a.jsonl.gz": gzip.compress(bom + lines, mtime=0),
         "a.jsonl.zst": zstandard.compress(lines),
         "frames.jsonl.zst": b"".join(map(zstandard.compress, (lines[:9], b"", lines[9:]))),
     }

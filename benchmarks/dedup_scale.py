@@ -273,9 +273,8 @@ def _foreseen(points: Sequence[Point], documents: int) -> float:
 
 def _print_growth(points: Sequence[Point]) -> None:
     for series in dict.fromkeys(p.series for p in points):
-        of = [p for p in points if p.series == series][
-            -3:
-        ]  # at small sizes it is what does not grow that shows
+        # at small sizes it is what does not grow that shows
+        of = [p for p in points if p.series == series][-3:]
         if len(of) > 1:
             size = np.log([p.documents for p in of])
             time_, peak = (
@@ -454,9 +453,8 @@ def _measured(call: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def _nap(_: int) -> int:
-    time.sleep(
-        0.3
-    )  # so that every process of the pool takes one of these, and has imported by its end
+    # so that every process of the pool takes one of these, and has imported by its end
+    time.sleep(0.3)
     pa.array(np.arange(2)).to_pandas()  # Arrow imports pandas when it is first used
     return peak_bytes()
 

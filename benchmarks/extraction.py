@@ -79,9 +79,8 @@ def stage(
     config = ExtractConfig(
         engine=engine, filters=filters, keep_rejected_text=1.0, gate=Gate(enabled=gate)
     )  # type: ignore[arg-type]
-    opt_out = OptOut(
-        reject=False
-    )  # of the 500 pages 4 opt out; what policy drops is no loss of the extraction
+    # of the 500 pages 4 opt out; what policy drops is no loss of the extraction
+    opt_out = OptOut(reject=False)
     plan = ExtractPlan(
         config,
         InputConfig(),

@@ -62,9 +62,8 @@ def plant(text: str, target: float, filler: Sequence[str], rng: np.random.Genera
     shingles' union is common.
     """
     words = text.split()
-    changed = (
-        len(words) * (1 - target) / (1 + target)
-    )  # shingles: of n on either side k differ, (n - k) / (n + k) are common
+    # shingles: of n on either side k differ, (n - k) / (n + k) are common
+    changed = len(words) * (1 - target) / (1 + target)
     if rng.random() < 0.5:
         places = rng.choice(len(words), max(1, round(changed / 5)), replace=False)
     else:

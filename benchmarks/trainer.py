@@ -282,9 +282,8 @@ def compare(label: str, case: Case, step: Step, ours: Speed) -> None:
     except RuntimeError as error:
         if dist.get_world_size() > 1:
             raise
-        return say(
-            f"{label}: failed, {error!r:.300}"
-        )  # a kernel that this torch or GPU lacks is not the end of an hour's run
+        # a kernel that this torch or GPU lacks is not the end of an hour's run
+        return say(f"{label}: failed, {error!r:.300}")
     say(f"{label}: does not fit" if found is None else line(label, found, ours))
 
 

@@ -75,9 +75,8 @@ def cluster(tmp_path):
         }
     )
     with ExitStack() as held:
-        folders = [
-            held.enter_context(TemporaryDirectory(dir="/tmp")) for _ in range(2)
-        ]  # paths of sockets have 107 characters
+        # paths of sockets have 107 characters
+        folders = [held.enter_context(TemporaryDirectory(dir="/tmp")) for _ in range(2)]
         command = [sys.executable, "-c", CLUSTER, *map(str, ports), *folders]
         log = held.enter_context((tmp_path / "cluster.log").open("w"))
         process = subprocess.Popen(
@@ -122,9 +121,8 @@ def test_a_submitted_quickstart_outlives_a_node_and_has_the_bytes_of_one_machine
 
     code, said = job("submit", *submission)
     until = time.monotonic() + 120
-    while (
-        code and "already exists" not in said and time.monotonic() < until
-    ):  # the head is up before what starts jobs on it
+    # the head is up before what starts jobs on it
+    while code and "already exists" not in said and time.monotonic() < until:
         code, said = job("submit", *submission)
     assert code == 0 or "already exists" in said, said
     log = tmp_path / "job.log"
@@ -143,9 +141,8 @@ def test_a_submitted_quickstart_outlives_a_node_and_has_the_bytes_of_one_machine
         time.sleep(0.05)
     kill_node(raylets[1])
     assert 0 < committed(tmp_path) < 8
-    execute(
-        load(QUICKSTART, [f"run.directory={tmp_path}/local"]), Silent(), in_process
-    )  # there is a processor free now
+    # there is a processor free now
+    execute(load(QUICKSTART, [f"run.directory={tmp_path}/local"]), Silent(), in_process)
     following.wait(1200)
     assert "succeeded" in job("status", "quickstart-1")[1], log.read_text()
     here, there = (

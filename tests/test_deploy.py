@@ -31,10 +31,11 @@ LAUNCHER = ROOT / "cluster.yaml"
 KUBERAY, SLURM = (
     sorted(ROOT.glob(f"configs/{pattern}")) for pattern in ("kuberay/*.yaml", "slurm/*.sh")
 )
+# one node; srun's own options are not looked at
 STUBS = {
     "scontrol": "echo 127.0.0.1",
     "srun": 'shift 2; exec "$@"',
-}  # one node; srun's own options are not looked at
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -64,9 +65,8 @@ def test_the_launchers_head_works_on_nothing_and_is_seen_by_no_one(launcher):
         "--dashboard-host=127.0.0.1" in start
         and "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
     )
-    assert (
-        launcher["setup_commands"] == launcher["head_setup_commands"] == []
-    )  # Ray's defaults would install another Ray
+    # Ray's defaults would install another Ray
+    assert launcher["setup_commands"] == launcher["head_setup_commands"] == []
     assert not re.search("aws_credentials|AKIA|ssh_private_key|aws_secret", LAUNCHER.read_text())
 
 
@@ -132,7 +132,6 @@ GROUP = fields(
     "template",
     groupName=TEXT,
     replicas=COUNT,
-    # fmt: skip
     minReplicas=COUNT,
     maxReplicas=COUNT,
     rayStartParams=START,
@@ -169,9 +168,8 @@ def test_a_manifest_has_what_kuberay_knows(path):
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
-        assert (
-            pod["restartPolicy"] == "Never"
-        )  # the operator refuses others with the autoscaler that Ray 2.60 has
+        # the operator refuses others with the autoscaler that Ray 2.60 has
+        assert pod["restartPolicy"] == "Never"
         for container in pod["containers"]:
             # Ray reads the limits, Kubernetes the requests: apart, nodes are overfilled
             assert container["resources"]["requests"] == container["resources"]["limits"]

@@ -40,7 +40,8 @@ BELOW = {
 }
 # the trainer imports these of ours, and nothing else
 TRAINER = ("trainer", "stages.formats", "stages.storage")
-# loaded on every curation node, by tests and by the trainer: cheap to import, and free of the engines
+# loaded on every curation node, by tests and by the trainer: cheap to import, and free of the
+# engines
 FORMATS = (
     *("filters", "stages/formats", "stages/storage"),
     *("trainer/telemetry/feedback.py", "trainer/config.py", "trainer/telemetry/devices.py"),

@@ -44,9 +44,9 @@ _CLITIC_END = rf"(?:[stmdSTMD]|re|ve|ll)(?![^{_SPACE}{_MARK}])"
 _WORD = re.compile(
     rf"""
       (?: (?<! [^{_SPACE}] ) [-/\\~@]++ )?+ {_RUN}          # --help  /etc  ~/x  @name
-      (?: (?: (?<=[A-Z])\. | \.(?![A-Z])                    # U.S  example.com  3.5, but end.Start is two words
+      (?: (?: (?<=[A-Z])\. | \.(?![A-Z])                    # U.S  example.com  3.5, not end.Start
             | ['’](?!{_CLITIC_END})                         # O'Brien
-            | [,:/=](?=[0-9]) | (?<![0-9])-(?=[0-9])        # 1,000  10:30  24/7  COVID-19, but 10-20 is three words
+            | [,:/=](?=[0-9]) | (?<![0-9])-(?=[0-9])        # 1,000  10:30  24/7  COVID-19, not 10-20
             | [@&_+|$(\[\\] ) {_RUN}                        # a@b.org  R&D  word(s
         | \. (?: (?<=\.[A-Za-z]\.) | (?<=\b[A-Z]\.) )       # e.g.  J.
         | ://[^{_SPACE}]++ )*+                              # the rest of a URL
@@ -148,7 +148,7 @@ class TextView:
 
     @cached_property
     def word_ends(self) -> NDArray[np.int64]:
-        """Characters of the first i words, i = 0..number of words; words i..j: ends[j] - ends[i]."""
+        """Characters of the first i words, i = 0..number of words: of i..j, ends[j] - ends[i]."""
         return np.concatenate(([0], np.cumsum(self.word_lengths[self.word_ids])))
 
     @cached_property
@@ -210,7 +210,7 @@ class TextView:
         return int(self.word_ends[start + n] - self.word_ends[start] + n - 1) * times
 
     def repeated_ngram_chars(self, n: int) -> int:
-        """Characters, without spaces, in repeated n-grams, from left to right and without overlap."""
+        """Characters without spaces in repeated n-grams, from left to right, without overlap."""
         starts, kinds = self.repeated_ngrams(n)
         chars = free = 0
         seen: set[int] = set()

@@ -175,9 +175,8 @@ def _clusters(ledger: Ledger) -> Iterator[Cluster]:
     ngram = ledger.setting("dedup.ngram", 5)
     sizes: dict[int, int] = {}
     members: dict[int, list[int]] = {}
-    for commit in ledger.commits[
-        "dedup keep"
-    ]:  # every group that has a member names some of the largest
+    # every group that has a member names some of the largest
+    for commit in ledger.commits["dedup keep"]:
         for largest in commit.result.largest:
             sizes[largest.cluster_id] = largest.size
             members.setdefault(largest.cluster_id, []).extend(largest.members)

@@ -112,8 +112,9 @@ def _rows(begun: Sequence[Any], records: Sequence[Record]) -> list[Row]:
 def _sums(points: Sequence[tuple[float, float]]) -> Points:
     total, sums = 0.0, []
     for at, value in sorted(points):
+        # a step: a batch is published as a whole
         sums += [
             (at, total),
             (at, total := total + value),
-        ]  # a step: a batch is published as a whole
+        ]
     return sums

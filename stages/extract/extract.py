@@ -325,9 +325,8 @@ def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:
     row |= _language_columns(page.text, plan.language.filter)
     view = TextView(page.text, row.get("language"))
     for named in plan.filters:
-        view, measured = apply(
-            named.of(view.language), view
-        )  # C4 hands on the text without the lines it removes
+        # C4 hands on the text without the lines it removes
+        view, measured = apply(named.of(view.language), view)
         row |= measured_columns(named.name, measured)
     return _judge(row | {"text": view.text, "num_chars": len(view.text)}, plan)
 

@@ -100,12 +100,13 @@ def read_records(path: str | Path, *, max_payload_bytes: int, stats: ReadStats) 
 # --- runs of records between damaged places -------------------------------------------------------
 
 _GZIP_MAGIC = b"\x1f\x8b\x08"
+# ARC, zstd, lz4, bzip2
 _UNSUPPORTED = (
     b"filedesc://",
     b"\x28\xb5\x2f\xfd",
     b"\x04\x22\x4d\x18",
     b"BZh",
-)  # ARC, zstd, lz4, bzip2
+)
 _PADDING = b"\0\r\n\t "
 _PLAIN_START = re.compile(rb"WARC/[01]\.\d+\r?\n(?:WARC|Content)-[A-Za-z-]+:")
 

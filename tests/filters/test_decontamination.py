@@ -193,9 +193,8 @@ def test_coverage_equals_that_of_the_slow_matcher(tmp_path_factory, sets, data):
         scores = measured(text.upper(), built(folder, folder / "index", **options))
         assert scores["coverage"] == pytest.approx(expected)
         assert (scores["evidence"] is None) == (expected == 0)
-        assert (scores["benchmark"] is None) == (
-            expected <= Decontamination().coverage[1]
-        )  # traces drop nothing
+        # traces drop nothing
+        assert (scores["benchmark"] is None) == (expected <= Decontamination().coverage[1])
 
 
 @pytest.mark.parametrize(

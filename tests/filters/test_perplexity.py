@@ -76,9 +76,8 @@ def test_scores_are_those_of_ccnets_loop_and_of_all_windows(text: str, window: i
     if not lines:
         assert math.isnan(found["perplexity"]) and math.isnan(found["worst_window"])
         return
-    assert found["perplexity"] == pytest.approx(
-        slow_perplexity(lines), rel=1e-5
-    )  # full_scores are 32 bits each
+    # full_scores are 32 bits each
+    assert found["perplexity"] == pytest.approx(slow_perplexity(lines), rel=1e-5)
     assert found["worst_window"] == pytest.approx(slow_worst_window(lines, window), rel=1e-5)
 
 

@@ -106,9 +106,8 @@ def test_a_text_of_which_the_model_knows_nothing_has_no_score() -> None:
     unknown = ["zzzzqqqq", "这是一个关于数据的网页。", "aGVsbG8gd29ybGQ= " * 9, ""]
     # what fastText says of an empty line is the best score there is
     assert float(fasttext.load_model(MODEL).predict([unknown[0]], k=1)[1][0][0]) > 0.99
-    assert (
-        predict([*unknown, "</s> </s>"], load(MODEL)) == [{}] * 5
-    )  # fastText's own word for the end of a line
+    # fastText's own word for the end of a line
+    assert predict([*unknown, "</s> </s>"], load(MODEL)) == [{}] * 5
     assert math.isnan(probabilities(unknown[:1], load(MODEL), label="hq")[0])
 
 

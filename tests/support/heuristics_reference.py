@@ -58,9 +58,8 @@ def gopher_repetition(text: str) -> dict[str, float]:
     }
     for n in (2, 3, 4):
         ngrams = Counter(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
-        top, count = max(
-            ngrams.items(), key=lambda item: item[1], default=("", 0)
-        )  # the first of equals
+        # the first of equals
+        top, count = max(ngrams.items(), key=lambda item: item[1], default=("", 0))
         scores[f"top_{n}gram_char_ratio"] = share(len(top) * count, len(text))
     for n in range(5, 11):
         seen: set[str] = set()

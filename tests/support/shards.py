@@ -95,9 +95,8 @@ def write_manifest(run: Path, name: str, *, seq_len: int = SEQ_LEN) -> None:
     known = {e["name"]: e for e in others} | {name: entry}
     new = run / "catalog.jsonl.new"
     new.write_text("".join(json.dumps(e) + "\n" for e in known.values()))
-    new.replace(
-        catalog
-    )  # as the pipeline does it: whoever looks at this moment sees the one or the other
+    # as the pipeline does it: whoever looks at this moment sees the one or the other
+    new.replace(catalog)
 
 
 def _listed(folder: Path) -> tuple[int, list[dict[str, Any]]]:

@@ -1,4 +1,6 @@
-"""The pytest plugin of `make unit`: Ray and torch cannot be imported, as where they are not installed."""
+"""The pytest plugin of `make unit`: Ray and torch cannot be imported, as where they are not
+installed.
+"""
 
 import sys
 

@@ -201,9 +201,8 @@ def test_a_save_that_was_cut_off_is_passed_over_and_removed_by_the_next(run, cap
     state, checkpoints = trained(), Checkpoints(run, NOW)
     checkpoints.save(2, *state, {})
     whole_one = files()
-    whole_one.copy(
-        f"{run}/step-00000002", f"{run}/step-00000003", recursive=True
-    )  # the checkpoints' listings are older
+    # the checkpoints' listings are older
+    whole_one.copy(f"{run}/step-00000002", f"{run}/step-00000003", recursive=True)
     whole_one.rm_file(f"{run}/step-00000003/meta.json")
     assert checkpoints.latest().step == 2
     assert warnings_of(caplog) == []

@@ -235,9 +235,8 @@ def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(
 ):
     from trainer.launch import TrainingError, launch
 
-    with pytest.raises(
-        TrainingError, match="a trainer is named by letters"
-    ):  # which rank 0 alone can know
+    # which rank 0 alone can know
+    with pytest.raises(TrainingError, match="a trainer is named by letters"):
         launch(
             load_training(file, ["ray.max_failures=-1", "telemetry.name='no name'"]), on_ray=True
         )
@@ -246,9 +245,8 @@ def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(
         TrainingError,
         match=r"generation gen-0001: part-0000\d/shard\.00000\.mds: file: expected present, found missing",
     ):
-        launch(
-            load_training(file, ["ray.max_failures=-1"]), on_ray=True
-        )  # which would be tried for ever
+        # which would be tried for ever
+        launch(load_training(file, ["ray.max_failures=-1"]), on_ray=True)
     with pytest.raises(
         ConfigError, match=r"2 workers need 200 CPU, and there are \d+; change the section ray"
     ):
@@ -271,9 +269,8 @@ def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_
     handler = signal.getsignal(signal.SIGTERM)
     import ray
 
-    each = (
-        0.3 * ray.cluster_resources()["CPU"]
-    )  # there is room for 3 workers, among which 4 micro-batches do not divide
+    # there is room for 3 workers, among which 4 micro-batches do not divide
+    each = 0.3 * ray.cluster_resources()["CPU"]
     stopper = when(tmp_path / "train", 5, stop)
     ended = launch(
         load_training(

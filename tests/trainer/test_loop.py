@@ -55,9 +55,8 @@ def test_the_loss_falls_and_the_run_ends_where_it_was_told_to(config):
 def test_a_resumed_run_takes_the_steps_that_would_have_come(config, tmp_path):
     whole = replace(config, directory=str(tmp_path / "whole"))
     loop.train(whole, device="cpu")
-    stopped = replace(
-        config, max_steps=12, data=replace(config.data, max_epochs=1)
-    )  # 5 steps of 8 rows
+    # 5 steps of 8 rows
+    stopped = replace(config, max_steps=12, data=replace(config.data, max_epochs=1))
     assert loop.train(stopped, device="cpu").reason == "the data ended"
     loop.train(config, device="cpu")
     expected, found = metrics(whole), metrics(config)

@@ -71,9 +71,8 @@ def flatten(record: Record, prefix: str = "") -> dict[str, float]:
     numbers: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
-            numbers |= flatten(
-                value, f"{prefix}{key.lstrip('/')}/"
-            )  # a source is named by its path
+            # a source is named by its path
+            numbers |= flatten(value, f"{prefix}{key.lstrip('/')}/")
         elif isinstance(value, int | float):
             numbers[f"{prefix}{key}"] = float(value)
     return numbers

@@ -503,9 +503,8 @@ def test_text_without_gaps_is_read_only_a_few_times(
         return cut
 
     monkeypatch.setattr(pieces, "cut_piece", counted)
-    Pii().scrub(
-        (glued * 100_000)[:100_000]
-    )  # if each round cut elsewhere: 100 rounds, and more on longer ones
+    # if each round cut elsewhere: 100 rounds, and more on longer ones
+    Pii().scrub((glued * 100_000)[:100_000])
     assert read <= 4 * 100_000
 
 

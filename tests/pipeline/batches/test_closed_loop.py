@@ -114,6 +114,8 @@ def test_the_series_is_told_by_the_commands(looped):
         "gen-0005" in told["status"].output
         and "tokens consumed by training" in told["status"].output
     )
-    assert "BLIND" in told["decisions"].output and ", 0 decided differently" in told["replay"].output
+    assert (
+        "BLIND" in told["decisions"].output and ", 0 decided differently" in told["replay"].output
+    )
     state = json.loads(CliRunner().invoke(app, ["status", f"{looped}/series", "--json"]).output)
     assert [row["generation"] for row in state["batches"]] == [f"gen-000{n}" for n in range(1, 6)]

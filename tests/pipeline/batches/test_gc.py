@@ -86,11 +86,12 @@ def test_an_index_that_later_batches_read_outlives_a_change_of_the_configuration
         for uri in found
         if index[name].startswith(uri)
     ]
+    # of dedup what led to the index
     assert sorted(uri.split("/")[0] for uri in found) == [
         "dedup",
         "pack",
         "refine",
-    ]  # of dedup what led to the index
+    ]
     gc.collect(settings.run.directory)
     later = series_config(
         tmp_path, crawl, f"dedup.against=['{settings.run.directory}']", series="later"

@@ -387,9 +387,8 @@ def test_of_a_run_in_one_language_its_documents_are_all_documents(config, tmp_pa
         f"run.calibration={tmp_path}/cal.json",
     ]
     assert config("", *bounds).named("c4").of("en").sentence_count == (50, 600)
-    (tmp_path / "cal.json").write_bytes(
-        percentiles.dump(whole._replace(documents={"": 400}))
-    )  # of an older version
+    # of an older version
+    (tmp_path / "cal.json").write_bytes(percentiles.dump(whole._replace(documents={"": 400})))
     assert config("", *bounds).named("c4").of("en").sentence_count == (50, 600)
     # the percentiles of all are not those of one of two
     (tmp_path / "cal.json").write_bytes(

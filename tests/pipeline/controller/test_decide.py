@@ -202,15 +202,13 @@ def test_after_a_step_of_demand_supply_is_back_at_the_horizon_and_stays(rate):
     world = World({"a": Eater(100.0)})
     assert is_near_the_horizon(world, world.run(12)[-1])
     world.eaters["a"].rate = rate
-    recovery = world.run(
-        8
-    )  # of 6 h: the slew limit doubles the plan at most, and a glut of days must be eaten
+    # of 6 h: the slew limit doubles the plan at most, and a glut of days must be eaten
+    recovery = world.run(8)
     settled = world.run(60)
     assert all(is_near_the_horizon(world, d, rate) for d in settled)
     assert {d.state for d in settled} == {"BALANCED"}
-    assert (
-        reversals([d.memory.plan for d in recovery + settled]) <= 3
-    )  # over the mark and back and once again, but no hunting
+    # over the mark and back and once again, but no hunting
+    assert reversals([d.memory.plan for d in recovery + settled]) <= 3
     if rate > 100:
         assert max(landing(world, d, rate) for d in recovery) < 1.25 * 24
 
@@ -222,20 +220,20 @@ def test_noise_of_demand_within_the_dead_band_leaves_the_plan_alone():
     for noise in (1.04, 0.97, 1.0, 1.05, 0.95, 0.98, 1.03) * 2:
         world.eaters["a"].rate = 100.0 * noise
         plans.append(world.run(1)[-1].inputs)
-    assert max(plans) - min(plans) <= 0.2 * max(
-        plans
-    )  # without a band: 5 % of 30 h are 7 % of 6 h, both ways and more
+    # without a band: 5 % of 30 h are 7 % of 6 h, both ways and more
+    assert max(plans) - min(plans) <= 0.2 * max(plans)
     assert all(d.state == "BALANCED" for d in world.decisions[20:])
 
 
 def test_a_first_trainer_is_served_from_nothing_within_the_slew():
     decisions = World({"a": Eater(100.0)}).run(8)
+    # static, then twice as much until it is enough
     assert [d.inputs for d in decisions[:4]] == [
         10,
         20,
         40,
         56,
-    ]  # static, then twice as much until it is enough
+    ]
     assert [d.state for d in decisions] == ["STARVED"] * 3 + ["BALANCED"] * 5
     assert (
         "most batches yielded nothing, or there is none, and there is no plan to keep: 10 inputs"
@@ -249,9 +247,8 @@ def test_a_dead_trainer_goes_stale_and_its_plan_is_held():
     world.eaters["a"].alive, world.eaters["a"].died = False, world.now
     decisions = world.run(5)
     assert [(d.state, d.inputs) for d in decisions[1:]] == [("BLIND", decisions[0].memory.plan)] * 4
-    assert (
-        decisions[0].state == "BALANCED" and decisions[0].memory.plan <= 2 * plan
-    )  # it has just told us
+    # it has just told us
+    assert decisions[0].state == "BALANCED" and decisions[0].memory.plan <= 2 * plan
     assert decisions[1].reasons == (
         "a is stale: it has not reported for too long",
         f"no live trainer reports its speed, the last plan stays: {decisions[1].inputs} inputs",
@@ -329,9 +326,8 @@ def test_a_trainer_thrown_back_to_its_checkpoint_has_that_much_more_to_read():
     )
     second = decide(later, POLICY)
     assert (first.supply_tokens, second.supply_tokens) == (5_000_000, 8_000_000)
-    assert (
-        second.needs["a"].tokens_per_second == 100.0
-    )  # not yet measured again: the last one known
+    # not yet measured again: the last one known
+    assert second.needs["a"].tokens_per_second == 100.0
     assert second.inputs < first.inputs
     forgotten = decide(dataclasses.replace(later, before=PlanState(30)), POLICY)
     assert (forgotten.state, forgotten.inputs) == ("BLIND", 30)
@@ -356,9 +352,8 @@ def test_trainers_share_generations_and_the_neediest_decides():
     twins = decide(
         inputs(summary("a", sources=read(8000)), summary("b", sources=read(8000))), POLICY
     )
-    assert (
-        twins.inputs == decide(inputs(summary("a", sources=read(8000))), POLICY).inputs
-    )  # not twice as much
+    # not twice as much
+    assert twins.inputs == decide(inputs(summary("a", sources=read(8000))), POLICY).inputs
 
 
 def test_two_trainers_of_different_speeds_and_positions_never_run_dry():
@@ -378,9 +373,8 @@ def test_nothing_is_made_when_the_supply_covers_all_budgets():
     assert decide(inputs(covered, open_end), POLICY).inputs > 0
     assert decide(inputs(summary(budget=8_640_001)), POLICY).inputs == 1  # one token short
     assert decide(inputs(summary(budget=0)), POLICY).demand_tokens_per_second == 0
-    nearly = summary(
-        "a", budget=100_000, sources=read(8500)
-    )  # less than an hour to read, but that is all it wants
+    # less than an hour to read, but that is all it wants
+    nearly = summary("a", budget=100_000, sources=read(8500))
     assert decide(inputs(nearly, summary("b", sources=read(4000))), POLICY).state == "BALANCED"
     done = summary("a", state="stopped", budget=0)
     assert decide(inputs(done, before=decided.memory), POLICY).state == "FINISHING"
@@ -406,9 +400,8 @@ def test_a_stall_of_the_loader_is_no_shortage():
         "a waits for data with 8,640,000 tokens to read: its loader is too slow, not the supply"
         in decided.reasons
     )
-    deaf = decide(
-        inputs(summary(state="waiting")), POLICY
-    )  # as one that waits for the rows of another series
+    # as one that waits for the rows of another series
+    deaf = decide(inputs(summary(state="waiting")), POLICY)
     assert deaf.loader_stalls == ("a",) and deaf.state == "BALANCED"
     for rows in (8640, 8600):  # the last rows of a generation may be too few for a step
         empty = decide(
@@ -478,9 +471,8 @@ def test_batches_that_yield_nothing_hold_the_plan_and_do_not_end_it():
 
 
 def test_a_plan_falls_by_the_slew_at_most():
-    assert (
-        decide(inputs(summary(), before=PlanState(40)), POLICY).inputs == 20
-    )  # 2 inputs short, 15 with the band
+    # 2 inputs short, 15 with the band
+    assert decide(inputs(summary(), before=PlanState(40)), POLICY).inputs == 20
 
 
 def test_rows_read_again_take_nothing_from_other_generations():

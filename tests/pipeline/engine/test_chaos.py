@@ -78,9 +78,8 @@ def product(series):
         or n.startswith("generations/")
         or "/failures/" in n
     ]
-    wanted += [
-        n for n in found if "/corpus/" in n and "/." not in n
-    ]  # a killed unit leaves its temporary file: rubbish, no lie
+    # a killed unit leaves its temporary file: rubbish, no lie
+    wanted += [n for n in found if "/corpus/" in n and "/." not in n]
     return {name: fs.cat_file(found[name]) for name in wanted}
 
 
@@ -98,7 +97,9 @@ def assert_undisturbed(series, undisturbed):
 
 
 def run_batches(file, series):
-    """All batches of the listing, two inputs each, by a driver that takes a dead one's lease at once."""
+    """All batches of the listing, two inputs each, by a driver that takes a dead one's lease at
+    once.
+    """
     lease.STALE_SECONDS = 0  # as if a minute had passed since the driver before was killed
     settings = load(Path(file), [f"run.directory={series}"])
     while run_batch(settings, Silent(), in_process, inputs=2).batch:
@@ -176,9 +177,10 @@ def session_of(driver):
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has just ended
+            # a zombie has none
             if os.getsid(pid := int(path.parent.name)) == driver.pid and (
                 name := path.read_bytes()
-            ):  # a zombie has none
+            ):
                 found[pid] = name
     return found
 
@@ -248,10 +250,11 @@ def test_a_sequence_on_a_disk_whose_driver_workers_and_live_trainer_are_killed(c
             trainer = begin(tmp_path, *train) if trainer.poll() is not None else trainer
             time.sleep(0.05)
         (tmp_path / "training" / "stop").touch()
+        # killed after its last word
         assert trainer.wait(600) == 0 and drivers[-1].wait(600) in (
             0,
             -signal.SIGKILL,
-        )  # killed after its last word
+        )
         # of Ray only two agents outlive a killed driver, which ask after their node for another
         # minute: no worker works on
         while left := [

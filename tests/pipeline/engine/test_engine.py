@@ -139,9 +139,8 @@ def test_a_unit_is_late_by_the_rates_of_the_others_and_its_own_size(rates, waite
 @pytest.mark.ray
 @pytest.mark.kill
 def test_a_unit_that_hangs_is_begun_again_and_the_first_commit_stands(ray_session, tmp_path):
-    task = PhaseWork(
-        _slow_once, None, Store(str(tmp_path)), 1, "i", patience=1.0
-    )  # one attempt: second copies are none
+    # one attempt: second copies are none
+    task = PhaseWork(_slow_once, None, Store(str(tmp_path)), 1, "i", patience=1.0)
     units = [unit(name) for name in ("hangs", "a", "b", "c")]
     ends = {done.unit: done for done in on_ray()("hangs once", task, units, SMALL)}
     assert {name: done.error for name, done in ends.items()} == dict.fromkeys(
@@ -229,9 +228,8 @@ def test_the_failure_of_a_second_copy_is_not_the_units(tmp_path):
     stragglers._run_copy(unit("u"), PhaseWork(_wrong, None, store, 1, "i"))
     assert store.failures() == {} and starts(store) == ["u"]
     store.commit(Commit("u", "other input"))
-    stragglers._run_copy(
-        unit("u"), PhaseWork(_noted, None, store, 1, "i")
-    )  # the first copy's to withdraw
+    # the first copy's to withdraw
+    stragglers._run_copy(unit("u"), PhaseWork(_noted, None, store, 1, "i"))
     assert store.commit_of("u").fingerprint == "other input" and starts(store) == ["u"]
 
 
@@ -240,7 +238,7 @@ def _wrong(unit, plan, store):
     raise ValueError("wrong input")
 
 
-# --- quarantine ------------------------------------------------------------------------------------
+# --- quarantine -----------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -311,9 +309,8 @@ def test_a_poisoned_unit_is_quarantined_with_its_attempts_until_retry(
     ):
         execute(poisoned("run.max_failed_share=0.5", "run.max_failed_units=0"), Silent(), on_ray())
     tolerant = ("run.max_failed_share=0.5", "run.max_failed_units=1")
-    outcome = execute(
-        poisoned(*tolerant), Silent(), in_process
-    )  # in this process: it is not even tried
+    # in this process: it is not even tried
+    outcome = execute(poisoned(*tolerant), Silent(), in_process)
     assert "000000: Quarantined: its worker died 3 times" in outcome.failed["extract"][0]
     assert outcome.published.manifest["documents"] == 9
     status = run_status(str(tmp_path / "run")).phases["extract"]

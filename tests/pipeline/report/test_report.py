@@ -617,9 +617,8 @@ def test_histogram_loses_no_finite_value(values, limits):
 def test_copies_are_shown_around_the_first_difference():
     common = "word " * 200
     before, after = (Copy(u, common + end) for u, end in (("a", "left end"), ("b", "right end")))
-    same = before._replace(
-        rule="dedup.exact"
-    )  # has no difference: it must not take the others' excerpts to the beginning
+    # has no difference: it must not take the others' excerpts to the beginning
+    same = before._replace(rule="dedup.exact")
     _, equal, member = compare([before, same, after], ngram=5)
     assert equal.similarity == 1 and not any(p.marked for p in equal.pieces)
     text = "".join(p.text for p in member.pieces)

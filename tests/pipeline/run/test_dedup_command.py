@@ -359,9 +359,8 @@ def test_an_index_lasts_until_its_batch_changes(tmp_path):
     assert dedup(tmp_path / "b.jsonl", tmp_path / "2", **against).rows == {"kept": 1}
     [file] = tmp_path.glob("1/dedup/*/index/commits/*.json")
     commit = json.loads(file.read_text())
-    commit["outputs"][0]["sha256"] = (
-        "0" * 64
-    )  # as when its batch was begun again and did not come to its end
+    # as when its batch was begun again and did not come to its end
+    commit["outputs"][0]["sha256"] = "0" * 64
     for spoil in (lambda: file.write_text(json.dumps(commit)), file.unlink):
         spoil()
         with pytest.raises(

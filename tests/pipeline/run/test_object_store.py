@@ -322,9 +322,8 @@ def test_a_run_that_was_suspended_past_its_lease_publishes_nothing(
     assert bytes_of(published.uri) == undisturbed and names_in(f"{s3_bucket}/generations") == [
         "gen-0001"
     ]
-    assert (
-        json.loads(read_bytes(f"{s3_bucket}/lease.json"))["token"] == 2
-    )  # A neither renewed nor freed it
+    # A neither renewed nor freed it
+    assert json.loads(read_bytes(f"{s3_bucket}/lease.json"))["token"] == 2
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -404,9 +403,8 @@ def test_the_quickstart_on_s3_is_the_quickstart_on_disk(
     ]
     said = _gristmill("run", str(ROOT / "configs" / "quickstart.toml"), *given, "--json")
     assert bytes_of(json.loads(said)["generation"]["uri"]) == bytes_of(local.uri)
-    assert (
-        Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits() == done
-    )  # what was committed was not done again
+    # what was committed was not done again
+    assert Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits() == done
     monkeypatch.setattr(
         "pipeline.engine.cluster.start", lambda *_: pytest.fail("Ray is not needed to ask")
     )

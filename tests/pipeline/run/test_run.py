@@ -350,11 +350,12 @@ def test_a_done_unit_is_not_done_again_and_a_stale_commit_is_withdrawn(tmp_path)
         return Commit(unit.name, unit.fingerprint)
 
     task = PhaseWork(work, None, store, 1, "i")
+    # more often than there are attempts: a retried task of many units
     for fingerprint in (
         "a",
         "a",
         "a",
-    ):  # more often than there are attempts: a retried task of many units
+    ):
         assert run_unit(Unit("u", fingerprint, ExtractTask("u", 0)), task).error is None
     assert (
         run_unit(
@@ -383,9 +384,8 @@ def test_a_stage_that_asks_for_more_memory_than_any_node_has_still_runs(ray_sess
     from pipeline.engine.units import PhaseWork, Resources
     from stages.storage.ledger import Store, Unit
 
-    task = PhaseWork(
-        _die_or_work, None, Store(str(tmp_path)), 2, "i"
-    )  # Ray would wait for such a node for ever
+    # Ray would wait for such a node for ever
+    task = PhaseWork(_die_or_work, None, Store(str(tmp_path)), 2, "i")
     [done] = on_ray()(
         "large", task, [Unit("good", "f", ExtractTask("good", 0))], Resources(1.0, 10**15)
     )
@@ -434,13 +434,14 @@ def test_a_second_run_in_the_same_directory_is_refused_naming_the_first(tmp_path
         pass
 
 
+# tests/pipeline/test_dedup_command.py kills in all of dedup
 PHASES = [
     "extract",
     "dedup match",
     "dedup keep",
     "refine",
     "pack",
-]  # tests/pipeline/test_dedup_command.py kills in all of dedup
+]
 
 
 @pytest.mark.ray

@@ -115,9 +115,8 @@ def test_buckets_are_thirds_of_each_language(options, tmp_path):
             "middle": 66,
             "tail": 67,
         }
-    assert (
-        ablate(config, load(None, [*mine, "perplexity.buckets='off'"])).both == 400
-    )  # they are no scores
+    # they are no scores
+    assert ablate(config, load(None, [*mine, "perplexity.buckets='off'"])).both == 400
     with pytest.raises(
         ValueError, match=r"measured with perplexity.model = .*wiki-en.5gram.bin\", not .*copy.bin"
     ):

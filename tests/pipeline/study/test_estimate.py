@@ -217,9 +217,8 @@ def files_of(folder):
 
 
 def test_quickstart_is_estimated_and_its_report_compares(tmp_path):
-    run_inline(
-        quickstart(tmp_path / "warm")
-    )  # models are loaded once in this process, by whichever run is the first
+    # models are loaded once in this process, by whichever run is the first
+    run_inline(quickstart(tmp_path / "warm"))
     config = quickstart(tmp_path)
     run_inline(config)
     before = files_of(tmp_path / "run")

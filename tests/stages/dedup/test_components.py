@@ -94,9 +94,8 @@ def alternate(edges, *, group=by_hash, cuts=()):
         large = apply(large_star, group(np.concatenate([edges, edges[:, ::-1]])), cuts)
         small = distinct(group(apply(small_star, group(large), cuts)))
         if np.array_equal(small, edges):
-            assert len(np.unique(edges[:, 0])) == len(
-                edges
-            )  # one row (node, root) for every node that is no root
+            # one row (node, root) for every node that is no root
+            assert len(np.unique(edges[:, 0])) == len(edges)
             roots[np.searchsorted(nodes, edges[:, 0])] = edges[:, 1]
             return nodes, roots, rounds
         edges = small

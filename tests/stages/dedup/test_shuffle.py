@@ -65,9 +65,8 @@ def test_merged_partitions_are_the_sorted_rows_of_each_lane(
     store, sources = write_files(tmp_path_factory.mktemp("shuffle"), files, layout)
     planned = transposed(store, sources, layout, per_lane)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            shuffle, "MIN_READ", 16 * at_once
-        )  # so that a file's range takes several reads
+        # so that a file's range takes several reads
+        patch.setattr(shuffle, "MIN_READ", 16 * at_once)
         found = [list(merge(planned.uri, p, memory=0)) for p in range(planned.partitions)]
     for lane in range(3):
         blocks = [b for blocks in found[lane * per_lane : (lane + 1) * per_lane] for b in blocks]
@@ -78,9 +77,8 @@ def test_merged_partitions_are_the_sorted_rows_of_each_lane(
 def test_a_reader_holds_no_more_than_its_buffers(tmp_path, monkeypatch):
     monkeypatch.setattr(shuffle, "MIN_READ", 1600)
     layout = Layout(width=2, lanes=1, cells=1)
-    giant = [
-        [(7, n) for n in range(k, 30_000, 3)] for k in range(3)
-    ]  # one key, far more rows than the buffers
+    # one key, far more rows than the buffers
+    giant = [[(7, n) for n in range(k, 30_000, 3)] for k in range(3)]
     store, sources = write_files(tmp_path, [[rows] for rows in giant], layout)
     blocks = list(merge(transposed(store, sources, layout).uri, 0, memory=4800))
     assert max(len(b) for b in blocks) <= 3 * 100

@@ -219,9 +219,8 @@ def test_rows_read_back_in_order_over_all_shards(tmp_path, compression):
 def test_streaming_reads_a_merged_dataset_in_our_order(
     streaming, tmp_path, compression, size_limit
 ):
-    root = (
-        tmp_path / uuid.uuid4().hex
-    )  # streaming names its locks after the folder: a used name may hang
+    # streaming names its locks after the folder: a used name may hang
+    root = tmp_path / uuid.uuid4().hex
     samples = rows(24)
     options: dict[str, Any] = {
         "compression": compression,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -376,8 +377,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     class Fake(MemoryFileSystem):
         protocol = "s3"
-        store: dict = {}
-        pseudo_dirs = [""]
+        store: ClassVar[dict] = {}
+        pseudo_dirs: ClassVar[list] = [""]
 
         @classmethod
         def _strip_protocol(cls, path: str) -> str:

@@ -324,9 +324,8 @@ def test_a_copy_killed_in_the_middle_is_gone_on_with(run, url, cache, asked):
     assert len(there) == 11
     shards = asked()
     assert batches(data_config(url, cache_dir=str(cache))) == batches(data_config(run))
-    assert sorted([*shards, *there]) == sorted(
-        contents(run / "generations" / "gen-0001")
-    )  # each by one of the two
+    # each by one of the two
+    assert sorted([*shards, *there]) == sorted(contents(run / "generations" / "gen-0001"))
     assert contents(folder) == contents(run / "generations" / "gen-0001")
 
 

@@ -178,9 +178,8 @@ def test_every_row_comes_once_across_generations(tmp_path, workers, compression)
     }
     assert len(found) == 6
     assert Counter(rows_of(found)) == Counter(expected)
-    assert rows_of(found)[:21] == [
-        r for r in rows_of(found) if r[1] == "gen-0001"
-    ]  # a generation ends before the next begins
+    # a generation ends before the next begins
+    assert rows_of(found)[:21] == [r for r in rows_of(found) if r[1] == "gen-0001"]
     assert (state["sources"][0]["generation"], state["sources"][0]["rows"]) == ("gen-0003", 24)
 
 
@@ -451,9 +450,8 @@ def test_the_watchdog_names_what_it_waited_for(tmp_path, workers):
 
 def test_a_dead_worker_is_named_with_what_it_was_asked_for(tmp_path, monkeypatch):
     publish(tmp_path, 64)
-    monkeypatch.setattr(
-        "trainer.data.prefetch.read_batch", lambda places: os._exit(1)
-    )  # the workers are forked: they see it
+    # the workers are forked: they see it
+    monkeypatch.setattr("trainer.data.prefetch.read_batch", lambda places: os._exit(1))
     with (
         BatchLoader(data_config(tmp_path, workers=2), rank=0, world_size=1) as data,
         pytest.raises(

@@ -158,10 +158,11 @@ def test_held_out_loss_is_that_of_each_document_alone_in_float64(config, data, g
     scores = evaluation(config, data).run(build()[0])
     (a, b) = (source.run for source in data.sources)
     sums = {a: slow_loss(held_out(a, "gen-0002", 9)), b: slow_loss(held_out(b, "gen-0001", 9))}
+    # 5 + 4 spans of 4 and 3: nine rows, five rows
     assert [targets for _, targets in sums.values()] == [
         48,
         26,
-    ]  # 5 + 4 spans of 4 and 3: nine rows, five rows
+    ]
     assert scores.sources == pytest.approx(
         {run: nats / targets for run, (nats, targets) in sums.items()}, rel=1e-6
     )
@@ -276,9 +277,8 @@ def test_a_training_with_evaluation_is_bit_for_bit_the_one_without(config, data,
     )
     assert all(map(torch.equal, weights, without))
     assert torch.equal(state, state_after) and training and still_training
-    assert (
-        len(losses) == 10 and len(set(losses)) == 4
-    )  # it saw the first weights, and those of each update
+    # it saw the first weights, and those of each update
+    assert len(losses) == 10 and len(set(losses)) == 4
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -165,9 +165,8 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
         patch.setitem(loss_module.LOGITS_BYTES, "cpu", chunk * 4 * VOCAB)
         found = model.loss(tokens, documents)
         with torch.no_grad():
-            torch.testing.assert_close(
-                model.loss(tokens, documents), found
-            )  # evaluation takes another way
+            # evaluation takes another way
+            torch.testing.assert_close(model.loss(tokens, documents), found)
     logits = oracle(tokens, documents).log_softmax(-1)
     targets = slow_targets(documents)
     expected = -sum([logits[row, at, tokens[row, at + 1]] for row, at in targets], torch.zeros(()))

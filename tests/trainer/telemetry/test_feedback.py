@@ -455,9 +455,8 @@ def test_demand_follows_lives_under_any_clock_of_the_store(starts, skew, reads):
             elif age == 0:
                 assert name in found.live
             elif age > 10 + wait:
-                assert (
-                    name in found.stale
-                )  # at the latest patience and one reading after it was seen to change
+                # at the latest patience and one reading after it was seen to change
+                assert name in found.stale
         seen = found.seen
 
 
@@ -506,9 +505,8 @@ def test_totals_over_restarts_against_a_played_run(events):
     used = consumed(lines)
     assert state.restarts == events.count("kill")
     assert all(a <= b for a, b in itertools.pairwise(used))
-    assert all(
-        a <= b for a, b in zip(used, told, strict=True)
-    )  # what no line told cannot be known…
+    # what no line told cannot be known…
+    assert all(a <= b for a, b in zip(used, told, strict=True))
     if "kill" not in events:
         assert used == told  # …and without a kill nothing goes untold
 

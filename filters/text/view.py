@@ -44,7 +44,7 @@ _CLITIC_END = rf"(?:[stmdSTMD]|re|ve|ll)(?![^{_SPACE}{_MARK}])"
 _WORD = re.compile(
     rf"""
       (?: (?<! [^{_SPACE}] ) [-/\\~@]++ )?+ {_RUN}          # --help  /etc  ~/x  @name
-      (?: (?: (?<=[A-Z])\. | \.(?![A-Z])                    # U.S  example.com  3.5, not end.Start
+      (?: (?: (?<=[A-Z])\. | \.(?![A-Z])                    # U.S  example.com  not end.Start
             | ['’](?!{_CLITIC_END})                         # O'Brien
             | [,:/=](?=[0-9]) | (?<![0-9])-(?=[0-9])        # 1,000  10:30  24/7  COVID-19, not 10-20
             | [@&_+|$(\[\\] ) {_RUN}                        # a@b.org  R&D  word(s

@@ -363,6 +363,7 @@ def test_the_end_of_the_time_asks_a_training_to_save_and_waits_for_it(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.kill
 def test_symmetric_run_brings_a_run_to_its_end(tmp_path):
     """The real one, where `ray stop`, with which it ends, sees no Ray but its own: in a space of
     its own for processes.

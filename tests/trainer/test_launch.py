@@ -230,6 +230,7 @@ def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session
 
 @train
 @pytest.mark.ray
+@pytest.mark.kill
 def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(
     file, tmp_path, ray_session
 ):
@@ -255,6 +256,7 @@ def test_a_fault_that_all_ranks_meet_ends_the_run_and_is_not_tried_again(
 
 @train
 @pytest.mark.ray
+@pytest.mark.kill
 def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_end(
     file, tmp_path, ray_session
 ):

@@ -16,7 +16,7 @@ from pipeline.controller.records import Record, from_json
 from pipeline.controller.replay import replay
 from pipeline.engine.lease import Held, lease
 from pipeline.inspect.verify import verify_path
-from pipeline.run import publish
+from pipeline.run import execute, publish
 from pipeline.run.execute import RunFailed
 from tests.support.paths import ROOT
 from tests.support.quickstart import bytes_of
@@ -85,7 +85,7 @@ def test_a_batch_that_was_cut_off_anywhere_is_finished_before_another_is_begun(
     settings = series_config(tmp_path, listing)
     run_one_batch(settings)
     if before == "publish":
-        dying(publish, "publish", file=None)
+        dying(execute, "publish", file=None)
     else:
         writes = {"catalog.jsonl": (publish, "replace_if"), "batch.json": (batching, "create_only")}
         dying(*writes.get(before, (batching, "write_atomically")), file=before)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.kill]
 pytest.importorskip("torch")
 
 from typer.testing import CliRunner

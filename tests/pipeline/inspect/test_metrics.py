@@ -2,6 +2,7 @@
 collectors.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,8 +25,9 @@ from pipeline.inspect import metrics
 from pipeline.inspect.metrics import Metrics, serve
 from pipeline.run import results
 from pipeline.run.state import read_state
+from stages.extract.extract import ExtractResult
 from stages.storage.catalog import read_catalog
-from stages.storage.ledger import Commit
+from stages.storage.ledger import Commit, Output
 from tests.support.inline import make_config, run_inline
 from tests.support.paths import ROOT
 from tests.support.series import run_one_batch, series_config, write_listing
@@ -307,21 +309,21 @@ COMMIT = Commit(
     3,
     2,
     {"kept": 2, "c4.lorem": 1},
-    {"bytes_in": 9.0},
-    {"finished": 7.0},
-    [{"bytes": 4}],
-    1.0,
-    0.5,
+    result=ExtractResult(bytes_in=9),
+    outputs=[Output("documents/000000.parquet", 4, "0")],
+    seconds=1.0,
+    cpu_seconds=0.5,
+    finished=7.0,
 )
 FILES = {
     "run.json": {
-        "keys": dict.fromkeys(("extract", "graph", "dedup", "refine", "names", "pack"), "k"),
+        "keys": dict.fromkeys(("extract", "graph", "dedup", "refine", "ner", "pack"), "k"),
         "config": {},
         "history": [{"started": 1.0}],
     },
     "extract/k/units.json": {"000000": "f", "000001": "f"},
-    "extract/k/commits/000000.json": COMMIT.__dict__,
-    "extract/k/failures/000001.json": {"unit": "000001", "error": "no", "set_aside": "f"},
+    "extract/k/commits/000000.json": dataclasses.asdict(COMMIT),
+    "extract/k/failures/000001.json": {"unit": "000001", "error": "no", "quarantined": "f"},
     "catalog.jsonl": {"name": "gen-0001", "manifest_sha256": "0", "rows": 3, "tokens": 60},
 }
 

@@ -479,9 +479,10 @@ def test_dedup_that_was_interrupted_between_its_phases_has_not_run(tmp_path):
 
 def test_a_run_that_did_nothing_yet(tmp_path):
     from pipeline.run.execute import Run
+    from pipeline.run.state import write_state
 
     config = make_config(tmp_path, [write_jsonl(tmp_path / "in.jsonl", [])], *JSONL)
-    Run(config).remember(stage="extract")
+    write_state(config.run.directory, Run(config).state().at_work(stage="extract"))
     assert (
         "Not run yet under these keys: extract, dedup, refine, pack."
         in Path(write_report(config.run.directory)).read_text()
@@ -522,7 +523,7 @@ def test_a_file_that_is_no_warc_is_named_and_a_damaged_one_is_not_held_against_t
     config = make_config(tmp_path, [texts, packed, damaged, empty], "run.max_failed_share=1.0")
     failed = run_inline(config, until="extract").failed["extract"]
     assert len(failed) == 2 and all(
-        "no WARC record in" in f and "input.format says warc" in f for f in failed
+        "no WARC record in" in f and "input.format is warc" in f for f in failed
     )
     assert [name for name in ("a.jsonl:", "b.jsonl.gz:") if any(name in f for f in failed)] == [
         "a.jsonl:",

@@ -221,7 +221,7 @@ def test_why_knows_a_document_by_its_id(inputs, table, tmp_path):
 def test_against_what_has_no_index_is_refused(inputs, tmp_path):
     dedup(inputs, tmp_path / "1")
     with pytest.raises(
-        ConfigError, match=r"/1 holds no published index; run it with dedup.write_index=kept"
+        ConfigError, match=r"/1 has no published index; run it with dedup.write_index=kept"
     ):
         dedup(inputs, tmp_path / "2", against=[str(tmp_path / "1")])
 

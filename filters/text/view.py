@@ -46,7 +46,7 @@ _WORD = re.compile(
       (?: (?<! [^{_SPACE}] ) [-/\\~@]++ )?+ {_RUN}          # --help  /etc  ~/x  @name
       (?: (?: (?<=[A-Z])\. | \.(?![A-Z])                    # U.S  example.com  not end.Start
             | ['’](?!{_CLITIC_END})                         # O'Brien
-            | [,:/=](?=[0-9]) | (?<![0-9])-(?=[0-9])        # 1,000  10:30  24/7  COVID-19, not 10-20
+            | [,:/=](?=[0-9]) | (?<![0-9])-(?=[0-9])  # 1,000  10:30  24/7  COVID-19, not 10-20
             | [@&_+|$(\[\\] ) {_RUN}                        # a@b.org  R&D  word(s
         | \. (?: (?<=\.[A-Za-z]\.) | (?<=\b[A-Z]\.) )       # e.g.  J.
         | ://[^{_SPACE}]++ )*+                              # the rest of a URL

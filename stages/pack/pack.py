@@ -46,7 +46,7 @@ class PackConfig:
     """Settings of the pack stage.
 
     `packing`: 'concatenate' lays documents end to end and cuts; 'best_fit' cuts fewer documents
-    (arXiv:2404.10830). `held_out` is the share of documents that are set aside for evaluation and
+    (arXiv:2404.10830). `held_out` is the share of documents that are held out for evaluation and
     in no training row, drawn by their text. Generations of another share or seed are drawn apart:
     what one holds out another may train on. `vocabulary_dir` is a tiktoken cache folder, "" the
     vocabularies that ship with the install. `shard_bytes` is the size of a raw shard; `group_bytes`
@@ -98,9 +98,7 @@ class Written(NamedTuple):
 
 
 def derive_seed(seed: int, purpose: str, item: str = "") -> int:
-    """A seed for one purpose and item of a run; equal names give equal draws, whoever asks and
-    when.
-    """
+    """A seed for one purpose and item of a run; equal names always give equal draws."""
     return xxhash.xxh64_intdigest(f"{seed}/{purpose}/{item}".encode())
 
 
@@ -118,7 +116,7 @@ def group_parts(
 
 
 def is_held_out(text: bytes | pa.Buffer, *, share: float, seed: int) -> bool:
-    """Whether a document of this text (UTF-8) is set aside, wherever it comes from; a larger share
+    """Whether a document of this text (UTF-8) is held out, wherever it comes from; a larger share
     takes more, and the same.
 
     By the text and not by the id: an exact copy in another unit, generation or crawl falls on the

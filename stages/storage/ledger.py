@@ -214,10 +214,12 @@ class Store:
     def failures(self) -> dict[str, Failure]:
         """Units that failed and have not succeeded since, by name."""
         known = {f.name for f in dataclasses.fields(Failure)}
-        return {
-            record["unit"]: Failure(**{k: v for k, v in record.items() if k in known})
-            for record in self._records("failures")
-        }
+        failures = {}
+        for record in self._records("failures"):
+            # earlier versions wrote set_aside
+            record.setdefault("quarantined", record.get("set_aside"))
+            failures[record["unit"]] = Failure(**{k: v for k, v in record.items() if k in known})
+        return failures
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
         names = sorted(name for name in names_in(self.uri(kind)) if name.endswith(".json"))

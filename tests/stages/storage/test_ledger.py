@@ -96,3 +96,10 @@ def test_commits_of_earlier_versions_are_read(tmp_path):
     (tmp_path / "commits" / "u.json").write_text(json.dumps(record))
     commit = Store(str(tmp_path), Total).commit_of("u")
     assert (commit.result, commit.finished) == (Total(7), 5.0)
+
+
+def test_a_unit_that_an_earlier_version_set_aside_stays_quarantined(tmp_path):
+    (tmp_path / "failures").mkdir()
+    record = {"unit": "u", "task": {}, "error": "died", "traceback": "", "set_aside": "f"}
+    (tmp_path / "failures" / "u.json").write_text(json.dumps(record))
+    assert Store(str(tmp_path)).failures()["u"].quarantined == "f"

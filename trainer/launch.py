@@ -219,13 +219,13 @@ def _stop_on_signals(config: TrainConfig) -> Iterator[None]:
 @contextmanager
 def _console_metrics(config: TrainConfig) -> Iterator[None]:
     """Print the workers' metrics on this console: their own output is lost among Ray's."""
-    from trainer.telemetry.sinks import METRICS, Console, follow_metrics
+    from trainer.telemetry.sinks import METRICS, console, follow_metrics
 
     if "console" not in config.telemetry.sinks:
         yield
         return
     ended, path = threading.Event(), Path(config.directory, METRICS)
-    thread = threading.Thread(target=follow_metrics, args=(path, Console(), ended))
+    thread = threading.Thread(target=follow_metrics, args=(path, console(), ended))
     thread.start()
     try:
         yield

@@ -282,7 +282,7 @@ class Training:
                 "restarts": self.meter.totals.restarts,
                 "data": self.loader.row_ranges,
             }
-            health = self.health._asdict() if self.health else {}
+            health = asdict(self.health) if self.health else {}
             scores: dict[str, float] = self.scores.figures() if self.scores else {}
             self.telemetry.step(record | self.meter.rates()._asdict() | health | scores)
         self._write_feedback("running", when_due=True)

@@ -1,5 +1,7 @@
 """Feedback reports and summaries with plausible values."""
 
+from dataclasses import replace
+
 from trainer.telemetry.feedback import (
     Health,
     Report,
@@ -27,7 +29,7 @@ def report(**changed) -> Report:
         health=Health(1 << 30, 1 << 34, 0.97, 61, 640.5),
         budget=None,
     )
-    return base._replace(**changed)
+    return replace(base, **changed)
 
 
 def summary(

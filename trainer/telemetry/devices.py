@@ -46,9 +46,9 @@ def gpu_health(uuid: str) -> Health | None:
     except pynvml.NVMLError:
         return None
 
-    def query(function: Callable[[Any], Any]) -> Any:
+    def query(function: Callable[..., Any], *args: Any) -> Any:
         try:
-            return function(gpu)
+            return function(gpu, *args)
         except pynvml.NVMLError:
             return None  # passively cooled, virtual and MIG devices do not report everything
 
@@ -59,9 +59,7 @@ def gpu_health(uuid: str) -> Health | None:
         memory_used_bytes=None if memory is None else int(memory.used),
         memory_total_bytes=None if memory is None else int(memory.total),
         utilisation=None if rates is None else rates.gpu / 100,
-        temperature_celsius=query(
-            lambda handle: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
-        ),
+        temperature_celsius=query(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
         power_watts=None if milliwatts is None else milliwatts / 1000,
     )
 

@@ -13,72 +13,96 @@ Needs neither torch nor Ray. `trainer.telemetry.feedback_writer` writes the form
 """
 
 import itertools
-import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic_core
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
 from stages.storage.files import is_local, local_path, names_in, open_fs, read_bytes, read_many
 
 VERSION = 1
 State = Literal["running", "waiting", "stopped", "failed"]
-_STATES = ("running", "waiting", "stopped", "failed")
 _TAIL_BYTES = 1 << 16  # searched for the last whole line of a .jsonl; a line has about 1 kB
 
 
-class Source(NamedTuple):
+# --- the fields of a line -------------------------------------------------------------------------
+
+
+def _usable_number(value: Any) -> float | None:
+    is_usable = isinstance(value, int | float) and 0 <= value <= sys.float_info.max
+    return float(value) if is_usable else None
+
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# finite and >= 0, None if what was read is not: plans must not be made from anything else
+Number = Annotated[float | None, BeforeValidator(_usable_number)]
+Time = Annotated[str, AfterValidator(lambda time: datetime.fromisoformat(time).isoformat())]
+
+
+@dataclass(frozen=True)
+class Source:
     """What the steps so far took from one source.
 
     `loss` is the mean over its targets in the trainer's window.
     """
 
     generation: str  # the newest read
-    rows: dict[str, int]  # by generation; more than it has when it is read repeatedly
-    tokens: int
-    loss: float | None
+    rows: dict[str, Count]  # by generation; more than it has when it is read repeatedly
+    tokens: Count
+    loss: Number
 
 
-class Health(NamedTuple):
+@dataclass(frozen=True)
+class Health:
     """The state of a GPU by its driver; None for what the driver does not report."""
 
-    memory_used_bytes: int | None
-    memory_total_bytes: int | None
-    utilisation: float | None  # share of the last sample period in which a kernel ran, in [0, 1]
-    temperature_celsius: int | None
-    power_watts: float | None
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    # share of the last sample period in which a kernel ran, in [0, 1]
+    utilisation: float | None = None
+    temperature_celsius: int | None = None
+    power_watts: float | None = None
 
 
-class Report(NamedTuple):
+@dataclass(frozen=True)
+class Report:
     """The state of a trainer by its own report. None is unknown."""
 
     state: State
-    steps: int
-    tokens_total: int  # of the steps in the model's state: a restart goes back to the checkpoint's
-    tokens_processed: int  # all work, including what a restart lost: never decreases
-    tokens_per_second: float | None  # with stalls: data wait, checkpoints, evaluation, restart
-    tokens_per_second_without_stalls: float | None
-    data_wait_share: float | None
-    mfu: float | None
-    goodput: float | None
-    wall_seconds: float  # since the first start, including the time between attempts
-    restarts: int
+    steps: Count
+    # of the steps in the model's state: a restart goes back to the checkpoint's
+    tokens_total: Count
+    tokens_processed: Count  # all work, including what a restart lost: never decreases
+    tokens_per_second: Number  # with stalls: data wait, checkpoints, evaluation, restart
+    tokens_per_second_without_stalls: Number
+    data_wait_share: Number
+    mfu: Number
+    goodput: Number
+    wall_seconds: Seconds  # since the first start, including the time between attempts
+    restarts: Count
     sources: dict[str, Source]
     health: Health | None
-    budget: int | None  # tokens left to train on
+    budget: Count | None  # tokens left to train on
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True)
+class Summary:
     """A line that was read."""
 
     trainer: str
     incarnation: str
-    sequence: int
-    time: str  # UTC by the trainer's clock, ISO 8601
-    monotonic_seconds: float  # since the start of the attempt
-    every_seconds: float
+    sequence: Count
+    time: Time  # UTC by the trainer's clock, ISO 8601
+    monotonic_seconds: Seconds  # since the start of the attempt
+    every_seconds: Seconds
     report: Report
     # Unix time by the store's clock; None for a line of a .jsonl, and where the store has none
     modified: float | None
@@ -206,7 +230,9 @@ def demand(
         if now - arrived > max(patience_seconds, 5 * summary.every_seconds):
             stale.append(summary.trainer)
         else:
-            live[summary.trainer] = _demand_of(summary.report)
+            report = summary.report
+            wanted = 0.0 if report.budget == 0 else report.tokens_per_second_without_stalls
+            live[summary.trainer] = wanted or 0.0
     return Demand(sum(live.values()), live, stale, sightings)
 
 
@@ -217,10 +243,6 @@ def _arrival(summary: Summary, before: Sighting | None, now: float) -> float:
     if (before.incarnation, before.sequence) == (summary.incarnation, summary.sequence):
         return min(now, before.arrived)
     return stored if before.read <= stored <= now else now
-
-
-def _demand_of(report: Report) -> float:
-    return 0.0 if report.budget == 0 else report.tokens_per_second_without_stalls or 0.0
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -235,111 +257,64 @@ def read_summaries(folder: str) -> Reading:
     only).
     """
     folder = folder.rstrip("/")
-    summaries, faults = [], []
-    for name in _trainers(folder):
-        try:
-            summaries.append(_read_summary(folder, name))
-        except ValueError as error:
-            faults.append(Unreadable(f"{name}.json", str(error)))
-    return Reading(summaries, faults)
+    return _read_each(
+        (f"{name}.json", partial(read_summary, folder, name)) for name in _trainers(folder)
+    )
 
 
 def read_lines(folder: str, trainer: str) -> Reading:
     """All lines of a trainer, oldest first; faults are half lines and lines of another version."""
+    lines = _stored_lines(f"{folder.rstrip('/')}/{trainer}")
+    return _read_each((where, partial(parse, line)) for where, line in lines)
+
+
+def _read_each(readers: Iterable[tuple[str, Callable[[], Summary]]]) -> Reading:
     summaries, faults = [], []
-    for where, line in _stored_lines(f"{folder.rstrip('/')}/{trainer}"):
+    for where, read in readers:
         try:
-            summaries.append(parse(line))
-        except ValueError as error:
+            summaries.append(read())
+        except (FileNotFoundError, ValueError) as error:
             faults.append(Unreadable(where, str(error)))
     return Reading(summaries, faults)
+
+
+def read_summary(folder: str, name: str) -> Summary:
+    """The last summary of a trainer. FileNotFoundError or ValueError if there is none to read."""
+    uri = f"{folder}/{name}"
+    try:
+        summary = parse(read_bytes(f"{uri}.json"), modified=_modified(f"{uri}.json"))
+    except OtherVersion:
+        raise
+    except (FileNotFoundError, ValueError):
+        last = last_line(uri)
+        if last is None:
+            raise
+        summary = last
+    if summary.trainer != name:
+        raise ValueError(
+            f"speaks of trainer {summary.trainer!r}: a copy? its demand would count twice"
+        )
+    return summary
 
 
 def parse(line: bytes, *, modified: float | None = None) -> Summary:
     """Parse a line. ValueError if it is not a summary, OtherVersion if its version is unknown."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = _OBJECT.validate_json(line)
+    except ValueError:
         raise ValueError(f"no whole JSON line, but {line[:40]!r}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"no JSON object, but {line[:40]!r}")
     if record.get("version") != VERSION:
         raise OtherVersion(
             f"version {record.get('version')!r}, and this reads {VERSION}; "
             "update gristmill on the older side"
         )
     try:
-        return _summary(record, modified)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(f"fields are missing or of another kind: {error!r}") from None
+        return _SUMMARY.validate_python(record | {"report": record, "modified": modified})
+    except ValueError as error:
+        raise ValueError(f"fields are missing or of another kind: {error}") from None
 
 
-def _summary(record: Mapping[str, Any], modified: float | None) -> Summary:
-    state = record["state"]
-    if state not in _STATES:
-        raise ValueError(f"state {state!r}")
-    numbers: dict[str, Any] = {key: _count(record[key]) for key in _COUNTS} | {
-        key: _number(record[key]) for key in _RATES
-    }
-    report = Report(
-        state=state,
-        **numbers,
-        wall_seconds=_seconds(record["wall_seconds"]),
-        sources={str(name): _source(source) for name, source in record["sources"].items()},
-        health=None
-        if record["health"] is None
-        else Health(*(record["health"].get(key) for key in Health._fields)),
-        budget=None if record["budget"] is None else _count(record["budget"]),
-    )
-    return Summary(
-        trainer=str(record["trainer"]),
-        incarnation=str(record["incarnation"]),
-        sequence=_count(record["sequence"]),
-        time=datetime.fromisoformat(record["time"]).isoformat(),
-        monotonic_seconds=_seconds(record["monotonic_seconds"]),
-        every_seconds=_seconds(record["every_seconds"]),
-        report=report,
-        modified=modified,
-    )
-
-
-_COUNTS = ("steps", "tokens_total", "tokens_processed", "restarts")
-_RATES = (
-    "tokens_per_second",
-    "tokens_per_second_without_stalls",
-    "data_wait_share",
-    "mfu",
-    "goodput",
-)
-
-
-def _source(record: Mapping[str, Any]) -> Source:
-    rows = {str(name): _count(count) for name, count in record["rows"].items()}
-    return Source(
-        str(record["generation"]), rows, _count(record["tokens"]), _number(record["loss"])
-    )
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
-def _number(value: Any) -> float | None:
-    """A finite number >= 0, else None: plans must not be made from anything else."""
-    return (
-        float(value)
-        if isinstance(value, int | float) and math.isfinite(value) and value >= 0
-        else None
-    )
-
-
-def _seconds(value: Any) -> float:
-    number = _number(value)
-    if number is None:
-        raise ValueError(f"{value!r} is no duration")
-    return number
+_OBJECT, _SUMMARY = TypeAdapter(dict[str, Any]), TypeAdapter(Summary)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -356,15 +331,7 @@ def append_line(path: str, line: bytes) -> None:
 
 def to_json(value: Any) -> bytes:
     """JSON on one line; NaN and infinity become null."""
-    return json.dumps(_finite(value), allow_nan=False).encode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    return pydantic_core.to_json(value, inf_nan_mode="null")
 
 
 def _trainers(folder: str) -> list[str]:
@@ -375,24 +342,6 @@ def _trainers(folder: str) -> list[str]:
         return []
     files = (os.path.basename(e["name"]) for e in entries if e["type"] == "file")
     return sorted({os.path.splitext(n)[0] for n in files if n.endswith((".json", ".jsonl"))})
-
-
-def _read_summary(folder: str, name: str) -> Summary:
-    uri = f"{folder}/{name}.json"
-    try:
-        summary = parse(read_bytes(uri), modified=_modified(uri))
-    except OtherVersion:
-        raise
-    except (FileNotFoundError, ValueError) as error:
-        last = last_line(f"{folder}/{name}")
-        if last is None:
-            raise ValueError(str(error)) from None
-        summary = last
-    if summary.trainer != name:
-        raise ValueError(
-            f"speaks of trainer {summary.trainer!r}: a copy? its demand would count twice"
-        )
-    return summary
 
 
 def _modified(uri: str) -> float | None:

@@ -6,9 +6,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 
-from stages.storage.files import is_local, local_path, open_fs, read_bytes, write_atomically
+from stages.storage.files import is_local, local_path, open_fs, write_atomically
 from trainer.telemetry.feedback import (
     VERSION,
     OtherVersion,
@@ -16,7 +17,7 @@ from trainer.telemetry.feedback import (
     Summary,
     append_line,
     last_line,
-    parse,
+    read_summary,
     to_json,
 )
 
@@ -58,7 +59,7 @@ class Writer:
         self._every, self._monotonic, self._wall = every_seconds, monotonic, wall
         self._start = self._next = monotonic()
         self._thread: threading.Thread | None = None
-        self.previous = _last_summary(self._uri)
+        self.previous = _last_summary(folder.rstrip("/"), trainer)
         self._sequence = 0 if self.previous is None else self.previous.sequence + 1
         self.dropped = self.failures = 0
         self.error: str | None = None
@@ -107,9 +108,7 @@ class Writer:
             "time": datetime.fromtimestamp(self._wall(), UTC).isoformat(),
             "monotonic_seconds": now - self._start,
             "every_seconds": self._every,
-            **report._asdict(),
-            "sources": {name: source._asdict() for name, source in report.sources.items()},
-            "health": None if report.health is None else report.health._asdict(),
+            **asdict(report),
         }
         return to_json(record)
 
@@ -127,22 +126,18 @@ class Writer:
             self.error = repr(error)
 
 
-def _last_summary(uri: str) -> Summary | None:
+def _last_summary(folder: str, trainer: str) -> Summary | None:
     """The last summary of an earlier attempt.
 
     A kill may have come between line and summary, so both are read.
     """
-    last = last_line(uri)
-    summaries = [] if last is None else [last]
+    uri = f"{folder}/{trainer}"
     try:
-        summaries.append(parse(read_bytes(f"{uri}.json")))
+        summary = read_summary(folder, trainer)
     except FileNotFoundError:
-        pass
+        return None
     except OtherVersion:
         raise
     except ValueError as error:
-        if not summaries:
-            raise ValueError(
-                f"{uri}.json: {error}; remove it, or name the trainer otherwise"
-            ) from None
-    return max(summaries, key=lambda summary: summary.sequence, default=None)
+        raise ValueError(f"{uri}.json: {error}; remove it, or name the trainer otherwise") from None
+    return max(summary, last_line(uri) or summary, key=lambda line: line.sequence)

@@ -11,13 +11,14 @@ Rates cover the last WINDOW steps and the time since. A GPU works ahead of Pytho
 right only if a step ends by waiting for it, as reading the loss does.
 """
 
-import math
 import operator
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from trainer.telemetry.feedback import Health, Report, Source, State, Totals
 
@@ -40,7 +41,7 @@ class SourceSums(NamedTuple):
 class Step(NamedTuple):
     """One step: seconds by part since the previous step, tokens of all ranks, sums by source."""
 
-    seconds: Mapping[str, float]
+    seconds: Counter[str]
     tokens: int
     sources: Mapping[str, SourceSums]
 
@@ -72,12 +73,10 @@ class Meter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._before = self._totals = Totals() if totals is None else totals
-        self._sources = sum_by_source(
-            [
-                {name: SourceSums(known["rows"], known["tokens"], 0.0, 0)}
-                for name, known in self._before.sources.items()
-            ]
-        )
+        self._sources = {
+            name: SourceSums(known["rows"], known["tokens"], 0.0, 0)
+            for name, known in self._before.sources.items()
+        }
         self._clock = clock
         self._start = self._last = clock()
         self._parts: list[Part] = ["compute"]  # the open ones, innermost last
@@ -102,8 +101,8 @@ class Meter:
         given before a checkpoint.
         """
         self._count_time()
-        step = Step(dict(self._seconds), tokens, sources or {})
-        self._seconds.clear()
+        step = Step(self._seconds, tokens, sources or {})
+        self._seconds = Counter()
         self._window.append(step)
         self._sources = sum_by_source([self._sources, step.sources])
         total = self._totals
@@ -111,7 +110,7 @@ class Meter:
             steps=total.steps + 1,
             tokens=total.tokens + tokens,
             tokens_processed=total.tokens_processed + tokens,
-            useful_seconds=total.useful_seconds + step.seconds.get("compute", 0.0),
+            useful_seconds=total.useful_seconds + step.seconds["compute"],
         )
         return step
 
@@ -130,19 +129,21 @@ class Meter:
         """Rates over the window. While no step ends, as in a wait for data, tokens/s falls."""
         self._count_time()
         tokens = sum(step.tokens for step in self._window)
-        wait = sum(step.seconds.get("data_wait", 0.0) for step in self._window)
-        compute = sum(step.seconds.get("compute", 0.0) for step in self._window)
-        seconds = sum(sum(step.seconds.values()) for step in self._window)
-        open_wait, open_seconds = self._seconds["data_wait"], sum(self._seconds.values())
-        shares = [_data_wait_share(step) for step in self._window]
+        in_steps = sum((step.seconds for step in self._window), Counter[str]())
+        wait, compute = in_steps["data_wait"], in_steps["compute"]
+        open_wait, open_seconds = self._seconds["data_wait"], self._seconds.total()
+        shares = [_data_wait_share(step.seconds) for step in self._window]
+        p50 = p99 = None
+        if shares:
+            p50, p99 = np.percentile(shares, (50, 99), method="inverted_cdf").tolist()
         totals = self.totals
         return Rates(
-            tokens_per_second=_ratio(tokens, seconds + open_seconds),
+            tokens_per_second=_ratio(tokens, in_steps.total() + open_seconds),
             tokens_per_second_without_stalls=_ratio(tokens, compute),
             step_seconds=_ratio(wait + compute, len(self._window)),
             data_wait_share=_ratio(wait + open_wait, wait + open_wait + compute),
-            data_wait_p50=percentile(shares, 50),
-            data_wait_p99=percentile(shares, 99),
+            data_wait_p50=p50,
+            data_wait_p99=p99,
             goodput=_ratio(totals.useful_seconds, totals.wall_seconds),
         )
 
@@ -198,11 +199,6 @@ def mfu(
     return tokens_per_second * flops_per_token / peak
 
 
-def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The smallest value that `percent` of the values do not exceed; None if there are none."""
-    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
-
-
 def _source(sums: SourceSums, recent: SourceSums | None) -> Source:
     # by length first: gen-10000 comes after gen-9999
     newest = max(sums.rows, key=lambda name: (len(name), name), default="")
@@ -210,9 +206,9 @@ def _source(sums: SourceSums, recent: SourceSums | None) -> Source:
     return Source(newest, dict(sums.rows), sums.tokens, loss)
 
 
-def _data_wait_share(step: Step) -> float:
-    wait, compute = step.seconds.get("data_wait", 0.0), step.seconds.get("compute", 0.0)
-    return wait / (wait + compute) if wait else 0.0
+def _data_wait_share(seconds: Counter[str]) -> float:
+    wait = seconds["data_wait"]
+    return _ratio(wait, wait + seconds["compute"]) or 0.0
 
 
 def _ratio(part: float, whole: float) -> float | None:

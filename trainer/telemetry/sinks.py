@@ -7,21 +7,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from trainer.telemetry.feedback import append_line, to_json
 
 METRICS = "metrics.jsonl"
 Record = Mapping[str, Any]
 _LOG = logging.getLogger(__name__)
-SINKS = ("console", "jsonl", "tensorboard", "wandb", "mlflow")
 
 
-class Sink(Protocol):
+class Sink(NamedTuple):
     """Receives the record of each step."""
 
-    def step(self, record: Record) -> None: ...
-    def close(self) -> None: ...
+    step: Callable[[Record], None]
+    close: Callable[[], None] = lambda: None
 
 
 class Telemetry:
@@ -29,23 +28,16 @@ class Telemetry:
 
     A record has "step" and numbers by name, or by name within a part or source: {"step": 7,
     "loss": 3.1, "seconds": {"compute": 0.5}, "sources": {"cc": {"loss": 3.2}}}. `sinks` are names
-    in SINKS; files go to `folder`, which has to be local. ValueError for another name or a remote
-    folder, ImportError if a sink's package is not installed. A sink that fails later is dropped and
-    its error kept in `failed`: no dashboard may stop a training.
+    of `TelemetryConfig.sinks`; files go to `folder`. ImportError if a sink's package is not
+    installed. A sink that fails later is dropped and its error kept in `failed`: no dashboard may
+    stop a training.
     """
 
     def __init__(
-        self, folder: str | Path, *, run: str, sinks: Sequence[str] = ("console", "jsonl")
+        self, folder: Path, *, run: str, sinks: Sequence[str] = ("console", "jsonl")
     ) -> None:
-        if unknown := set(sinks) - set(SINKS):
-            raise ValueError(f"unknown telemetry sinks {sorted(unknown)}; available: {list(SINKS)}")
-        if "://" in str(folder):
-            raise ValueError(
-                f"telemetry cannot append to files in {folder}; use a local folder "
-                "(feedback may be remote)"
-            )
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._sinks = {name: _open_sink(name, Path(folder), run) for name in SINKS if name in sinks}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._sinks = {name: _open_sink(name, folder, run) for name in dict.fromkeys(sinks)}
         self.failed: dict[str, str] = {}
 
     def step(self, record: Record) -> None:
@@ -108,39 +100,28 @@ _COLUMNS = {
 
 
 def _open_sink(name: str, folder: Path, run: str) -> Sink:
-    sinks: dict[str, Callable[[], Sink]] = {
-        "console": Console,
-        "jsonl": lambda: _JsonLines(folder / METRICS),
-        "tensorboard": lambda: _TensorBoard(folder / "tensorboard"),
-        "wandb": lambda: _Wandb(folder, run),
-        "mlflow": lambda: _MLflow(run),
-    }
     try:
-        return sinks[name]()
+        return _SINKS[name](folder, run)
     except ImportError as error:
         raise ImportError(
             f"telemetry to {name!r}: {error}; install it or remove {name!r} from the sinks"
         ) from error
 
 
-class Console:
+def console(*, every_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> Sink:
     """Prints a line every `every_seconds`, and for each spike."""
+    import rich.console
 
-    def __init__(
-        self, *, every_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        import rich.console
+    terminal = rich.console.Console(highlight=False, soft_wrap=True)
+    next_time = clock()
 
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
-        self._every, self._clock, self._next = every_seconds, clock, clock()
+    def step(record: Record) -> None:
+        nonlocal next_time
+        if clock() >= next_time or record.get("spike"):
+            terminal.print(console_line(record), markup=False)
+            next_time = clock() + every_seconds
 
-    def step(self, record: Record) -> None:
-        if self._clock() >= self._next or record.get("spike"):
-            self._console.print(console_line(record), markup=False)
-            self._next = self._clock() + self._every
-
-    def close(self) -> None:
-        pass
+    return Sink(step)
 
 
 def follow_metrics(path: Path, sink: Sink, ended: threading.Event) -> None:
@@ -160,59 +141,46 @@ def follow_metrics(path: Path, sink: Sink, ended: threading.Event) -> None:
                             sink.step(json.loads(line))
 
 
-class _JsonLines:
+def _json_lines(folder: Path, _run: str) -> Sink:
     """Appends a line per step. A restart repeats steps: the last line of a step counts."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = str(path)
-
-    def step(self, record: Record) -> None:
-        append_line(self._path, to_json(record))
-
-    def close(self) -> None:
-        pass
+    path = str(folder / METRICS)
+    return Sink(lambda record: append_line(path, to_json(record)))
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
-        except ImportError:
-            from tensorboardX import SummaryWriter  # type: ignore[no-redef, unused-ignore]
-        self._writer = SummaryWriter(str(folder))
+def _tensorboard(folder: Path, _run: str) -> Sink:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # needs the package tensorboard
+    except ImportError:
+        from tensorboardX import SummaryWriter  # type: ignore[no-redef, unused-ignore]
+    writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def step(self, record: Record) -> None:
+    def step(record: Record) -> None:
         for name, value in flatten(record).items():
-            self._writer.add_scalar(name, value, int(record["step"]))
+            writer.add_scalar(name, value, record["step"])
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, folder: Path, run: str) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project="gristmill", id=run, name=run, dir=str(folder), resume="allow"
-        )
-
-    def step(self, record: Record) -> None:
-        self._run.log(flatten(record), step=int(record["step"]))
-
-    def close(self) -> None:
-        self._run.finish()
+    return Sink(step, writer.close)
 
 
-class _MLflow:
-    def __init__(self, run: str) -> None:
-        import mlflow
+def _wandb(folder: Path, run: str) -> Sink:
+    import wandb
 
-        self._mlflow = mlflow
-        mlflow.start_run(run_name=run)
+    client = wandb.init(project="gristmill", id=run, name=run, dir=str(folder), resume="allow")
+    return Sink(lambda record: client.log(flatten(record), step=record["step"]), client.finish)
 
-    def step(self, record: Record) -> None:
-        self._mlflow.log_metrics(flatten(record), step=int(record["step"]))
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+def _mlflow(_folder: Path, run: str) -> Sink:
+    import mlflow
+
+    mlflow.start_run(run_name=run)
+    return Sink(
+        lambda record: mlflow.log_metrics(flatten(record), step=record["step"]), mlflow.end_run
+    )
+
+
+_SINKS: dict[str, Callable[[Path, str], Sink]] = {
+    "console": lambda _folder, _run: console(),
+    "jsonl": _json_lines,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}

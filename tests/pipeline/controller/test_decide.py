@@ -50,7 +50,7 @@ def report(**changed) -> Report:
         health=None,
         budget=None,
     )
-    return base._replace(**changed)
+    return dataclasses.replace(base, **changed)
 
 
 def summary(
@@ -300,8 +300,8 @@ def test_clocks_of_trainers_that_are_hours_off_change_no_decision(skew_hours):
     assert {d.state for d in skewed.decisions[4:]} == {"BALANCED"}
     line = summary()
     at_home, abroad = (
-        line._replace(time="2020-01-01T00:00:00+00:00"),
-        line._replace(time="2036-01-01T00:00:00+00:00"),
+        dataclasses.replace(line, time="2020-01-01T00:00:00+00:00"),
+        dataclasses.replace(line, time="2036-01-01T00:00:00+00:00"),
     )
     assert decide(inputs(at_home), POLICY) == decide(inputs(abroad), POLICY)
 
@@ -615,10 +615,11 @@ def test_more_demand_never_asks_for_fewer_inputs(situation, factor, who):
         return (
             line
             if rate is None or line.trainer != who
-            else line._replace(
-                report=line.report._replace(
-                    tokens_per_second_without_stalls=min(rate * factor, 1e308)
-                )
+            else dataclasses.replace(
+                line,
+                report=dataclasses.replace(
+                    line.report, tokens_per_second_without_stalls=min(rate * factor, 1e308)
+                ),
             )
         )
 

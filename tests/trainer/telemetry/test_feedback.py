@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 import uuid
+from dataclasses import asdict, replace
 
 import fsspec
 import pytest
@@ -202,17 +203,10 @@ def test_unknown_fields_are_ignored():
 
 
 def _record() -> dict:
-    own = report()
-    head = summary()._asdict()
-    del head["report"], head["modified"]
-    sources = {name: source._asdict() for name, source in own.sources.items()}
-    return {
-        "version": 1,
-        **head,
-        **own._asdict(),
-        "sources": sources,
-        "health": own.health._asdict(),
-    }
+    head = asdict(summary())
+    fields = head.pop("report")
+    del head["modified"]
+    return {"version": 1, **head, **fields}
 
 
 def test_the_line_of_these_tests_is_the_writers(tmp_path):
@@ -224,7 +218,7 @@ def test_each_missing_field_is_named():
     for key in _record().keys() - {"version"}:
         record = _record()
         del record[key]
-        with pytest.raises(ValueError, match=f"KeyError.*{key}"):
+        with pytest.raises(ValueError, match=f"{key}\n  Field required"):
             parse(to_json(record))
 
 
@@ -410,7 +404,7 @@ def test_a_new_incarnation_with_an_old_sequence_is_news():
 
 
 def test_slow_writers_are_given_five_intervals():
-    slow = summary(modified=NOW - 20 * MINUTE)._replace(every_seconds=5 * MINUTE)
+    slow = replace(summary(modified=NOW - 20 * MINUTE), every_seconds=5 * MINUTE)
     assert demand([slow], NOW).live == {"a": 50.0}
     assert demand([slow], NOW + 6 * MINUTE).stale == ["a"]
 
@@ -535,7 +529,7 @@ def _line(state: Totals, clock: float) -> Summary:
         wall_seconds=state.wall_seconds,
         restarts=state.restarts,
     )
-    return summary()._replace(report=told, time=f"2027-01-15T08:{int(clock) % 60:02}:00+00:00")
+    return replace(summary(), report=told, time=f"2027-01-15T08:{int(clock) % 60:02}:00+00:00")
 
 
 @given(st.lists(st.integers(0, 1000), max_size=40))

@@ -9,7 +9,7 @@ import os
 import sys
 
 # each adds its commands to the application
-from pipeline.cli import app, batches, inspection, models, runs, sql, training  # noqa: F401
+from pipeline.cli import app, batches, inspection, models, runs, training  # noqa: F401
 
 
 def main() -> None:

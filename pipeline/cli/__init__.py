@@ -4,7 +4,7 @@ Importing the command line loads no heavy library: each command imports what it 
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -14,11 +14,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from pipeline.config.sections import Config
 
+
+class _Commands(TyperGroup):
+    """The commands; each prints user errors in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with user_errors():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -28,12 +39,22 @@ app = typer.Typer(
 # columns that a table of numbers needs; a narrower terminal wraps its lines rather than lose digits
 WIDE = 140
 INTERRUPTED = 130  # exit code
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+# a terminal wraps a line, but no line break is added to it
+out = Console(highlight=False, soft_wrap=True)
+err = Console(highlight=False, soft_wrap=True, stderr=True)
 
 Stage = StrEnum("Stage", ["extract", "dedup", "refine", "pack"])
 Kind = StrEnum("Kind", ["documents", "keep", "corpus", "rejected"])
 Format = StrEnum("Format", ["jsonl", "parquet"])
 Log = StrEnum("Log", ["bars", "json"])
+
+
+def absolute_path(path: str) -> str:
+    """`pipeline.config.paths.absolute_path`, imported when it is needed."""
+    from pipeline.config import paths
+
+    return paths.absolute_path(path)
+
 
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file, e.g. configs/quickstart.toml")]
 Overrides = Annotated[
@@ -41,7 +62,10 @@ Overrides = Annotated[
     typer.Argument(help="section.key=value, overrides the file", metavar="[SECTION.KEY=VALUE]..."),
 ]
 RunFolder = Annotated[
-    str, typer.Argument(help="run directory (run.directory of the config)", metavar="RUN")
+    str,
+    typer.Argument(
+        help="run directory (run.directory of the config)", metavar="RUN", callback=absolute_path
+    ),
 ]
 Address = Annotated[
     str | None,
@@ -67,13 +91,6 @@ def load_config(
     return load(file, overrides or [], calibrated=calibrated)
 
 
-def absolute_path(path: str) -> str:
-    """`pipeline.config.paths.absolute_path`, imported when it is needed."""
-    from pipeline.config import paths
-
-    return paths.absolute_path(path)
-
-
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Print user errors in one line, without a traceback, and exit with their code."""
@@ -94,45 +111,60 @@ def _exit_code(error: Exception) -> int | None:
     from pipeline.run.execute import RunFailed
     from pipeline.run.publish import PublishError
     from stages.formats.errors import ConfigError
+    from trainer.launch import TrainingError
 
     if isinstance(error, ConfigError):
         return 2
     if isinstance(error, Held):
         return 4
-    return 1 if isinstance(error, RunFailed | PublishError | OSError | ValueError) else None
+    failures = (RunFailed, PublishError, TrainingError, OSError, ValueError)
+    return 1 if isinstance(error, failures) else None
 
 
 def fail(message: object, code: int) -> NoReturn:
     """Print an error and exit."""
-    err.print(f"[bold red]error[/bold red] {escape(str(message))}", soft_wrap=True)
+    err.print(f"[bold red]error[/bold red] {escape(str(message))}")
     raise typer.Exit(code)
 
 
-def warn(message: str) -> None:
+def warn(message: str, *, kind: str = "warning") -> None:
     """Print a warning."""
-    err.print(f"[yellow]warning[/yellow] {escape(message)}", soft_wrap=True)
+    err.print(f"[yellow]{kind}[/yellow] {escape(message)}")
 
 
-def open_progress(settings: "Config", log: Log) -> Any:
+def open_progress(settings: "Config", log: Log = Log.bars) -> Any:
     """A context manager that shows the progress of a run on stderr."""
     from pipeline.cli.progress import Bars, JsonLog
 
-    return JsonLog(sys.stderr, settings.run.directory) if log == Log.json else Bars(err)
+    return JsonLog(sys.stderr, settings.run.directory) if log == Log.json else Bars()
 
 
-def number_table(*headings: str, text_columns: int = 1) -> Table:
+def print_json(value: Any, *, indent: int | None = 1) -> None:
+    """Print a value for scripts."""
+    from pipeline.run.json_output import to_json
+
+    print(to_json(value, indent=indent))
+
+
+def number_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int
+) -> Table:
     """A table whose columns after the first `text_columns` hold numbers."""
     table = Table(*headings, box=None, pad_edge=False)
     for column in table.columns[text_columns:]:
         column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def print_line(text: str, *, style: str | None = None) -> None:
-    """Print one line, with markup; a terminal wraps it, but no line break is added."""
-    out.print(text, style=style, soft_wrap=True)
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1
+) -> None:
+    """Print a table of numbers."""
+    print_wide(number_table(headings, rows, text_columns))
 
 
 def print_wide(table: Table) -> None:
-    """Print a table of numbers."""
+    """Print a table without cutting its numbers in a narrow terminal."""
     Console(highlight=False, width=max(out.width, WIDE)).print(table)

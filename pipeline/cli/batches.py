@@ -1,6 +1,5 @@
 """Commands for series of batches, and to operate runs."""
 
-import json
 import os
 import time
 from functools import partial
@@ -18,15 +17,13 @@ from pipeline.cli import (
     LogAs,
     Overrides,
     RunFolder,
-    absolute_path,
     app,
     err,
     load_config,
-    number_table,
     open_progress,
     out,
-    print_line,
-    print_wide,
+    print_json,
+    print_table,
     user_errors,
     warn,
 )
@@ -54,8 +51,7 @@ def batch(
     """Publish the next generation of a series, sized for its trainers; or finish the batch that has
     begun.
     """
-    with user_errors():
-        _run_batch(load_config(config, overrides), inputs, address, log, as_json)
+    _run_batch(load_config(config, overrides), inputs, address, log, as_json)
 
 
 @command()
@@ -71,10 +67,8 @@ def schedule(
     """Repeat `gristmill batch` until this process ends; a failed batch is finished next time."""
     from pipeline.batches.batch import parse_interval
 
-    with user_errors():
-        pause = parse_interval(every)
-        settings = load_config(config, overrides)
-    horizon = settings.schedule.horizon_hours
+    pause = parse_interval(every)
+    horizon = load_config(config, overrides).schedule.horizon_hours
     if horizon * 3600 <= pause:
         warn(f"schedule.horizon_hours = {horizon:g} is no longer than --every {every}")
     while True:
@@ -99,8 +93,7 @@ def _run_batch(
     if as_json:
         d = result.decision
         decision = d and {"state": d.state, "inputs": d.inputs, "reasons": d.reasons}
-        batch = result.batch and result.batch._asdict()
-        print(json.dumps({"batch": batch, "decision": decision}))
+        print_json({"batch": result.batch, "decision": decision}, indent=None)
     else:
         _print_batch(result)
     if result.outcome and result.outcome.failed:
@@ -110,15 +103,15 @@ def _run_batch(
 def _print_batch(result: "BatchResult") -> None:
     if result.decision:
         for line in result.decision.reasons:
-            print_line(escape(line))
-        print_line(f"{result.decision.state}: {result.decision.inputs} inputs")
+            out.print(escape(line))
+        out.print(f"{result.decision.state}: {result.decision.inputs} inputs")
     if result.batch:
         done = result.batch.done or {}
         generation = "nothing was kept"
         if done.get("generation"):
             generation = f"{done['generation']}, {done['tokens']:,} tokens"
         count = len(result.batch.inputs)
-        print_line(f"batch {result.batch.number}: {count} inputs, {generation}")
+        out.print(f"batch {result.batch.number}: {count} inputs, {generation}")
 
 
 @command()
@@ -127,17 +120,16 @@ def decisions(run: RunFolder, as_json: AsJson = False) -> None:
     from pipeline.batches.batch import decisions as read_decisions
     from pipeline.controller.records import Record, from_json
 
-    with user_errors():
-        lines = read_decisions(absolute_path(run))
-        if as_json:
-            print("\n".join(line.decode() for line in lines))
-            return
-        for record in (from_json(Record, line) for line in lines):
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.inputs.now))
-            decision = record.decision
-            print_line(f"[bold]{when} {decision.state}[/bold] {decision.inputs} inputs")
-            for reason in decision.reasons:
-                print_line(f"  {escape(reason)}")
+    lines = read_decisions(run)
+    if as_json:
+        print("\n".join(line.decode() for line in lines))
+        return
+    for record in (from_json(Record, line) for line in lines):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.inputs.now))
+        decision = record.decision
+        out.print(f"[bold]{when} {decision.state}[/bold] {decision.inputs} inputs")
+        for reason in decision.reasons:
+            out.print(f"  {escape(reason)}")
 
 
 @command()
@@ -149,15 +141,14 @@ def replay(run: RunFolder) -> None:
     from pipeline.batches.batch import decisions as read_decisions
     from pipeline.controller.replay import replay as decide_again
 
-    with user_errors():
-        lines = read_decisions(absolute_path(run))
-        mismatches = decide_again(lines)
-        for line, what in mismatches:
-            err.print(f"decision {line}: {escape(what)}", soft_wrap=True)
-        different = len({m.line for m in mismatches})
-        out.print(f"{len(lines)} decisions, {different} decided differently")
-        if mismatches:
-            raise typer.Exit(1)
+    lines = read_decisions(run)
+    mismatches = decide_again(lines)
+    for line, what in mismatches:
+        err.print(f"decision {line}: {escape(what)}")
+    different = len({m.line for m in mismatches})
+    out.print(f"{len(lines)} decisions, {different} decided differently")
+    if mismatches:
+        raise typer.Exit(1)
 
 
 @command()
@@ -179,20 +170,19 @@ def retry(
     from pipeline.run.execute import forget_failures
 
     overrides = [name for name in names or [] if "=" in name]
-    with user_errors():
-        settings = load_config(config, overrides)
-        series = batches(settings.run.directory)
-        if series and series[-1].done:
-            raise ConfigError(
-                f"batch {series[-1].number} is done, and published without them: a generation "
-                "never changes"
-            )
-        root = series[-1].directory if series else settings.run.directory
-        forgotten = forget_failures(root, [name for name in names or [] if "=" not in name])
-        err.print(f"{len(forgotten)} failures forgotten")
-        if series:
-            _run_batch(settings, None, address, log, as_json)
-    if not series:
+    settings = load_config(config, overrides)
+    series = batches(settings.run.directory)
+    if series and series[-1].done:
+        raise ConfigError(
+            f"batch {series[-1].number} is done, and published without them: a generation "
+            "never changes"
+        )
+    root = series[-1].directory if series else settings.run.directory
+    forgotten = forget_failures(root, [name for name in names or [] if "=" not in name])
+    err.print(f"{len(forgotten)} failures forgotten")
+    if series:
+        _run_batch(settings, None, address, log, as_json)
+    else:
         run_command(config, overrides, address=address, log=log, as_json=as_json)
 
 
@@ -217,31 +207,24 @@ def estimate(
 
     Publishes nothing. Writes RUN/estimate.json, which the report compares with the run.
     """
-    from dataclasses import asdict
-
-    from pipeline.cli.progress import Bars
     from pipeline.engine.ray_plan import on_ray
     from pipeline.study.estimate import estimate as measure
     from pipeline.study.estimate import summary
     from pipeline.study.sample import parse_share
 
-    with user_errors():
-        settings = load_config(config, overrides)
-        share, price = parse_share(sample), price_per_core_hour
-        cores = nodes * (cores_per_node or os.cpu_count() or 1)
-        with Bars(err) as bars:
-            run_units = on_ray(address)
-            result = measure(settings, bars, run_units, share=share, price=price, cores=cores)
-        if as_json:
-            print(json.dumps(asdict(result), indent=1))
-            return
-        table = number_table("stage", "units", "core-seconds", "wall", "bytes", "cost")
-        rows, notes = summary(result)
-        for row in rows:
-            table.add_row(*row)
-        print_wide(table)
-        for note in notes:
-            print_line(note)
+    settings = load_config(config, overrides)
+    share, price = parse_share(sample), price_per_core_hour
+    cores = nodes * (cores_per_node or os.cpu_count() or 1)
+    with open_progress(settings) as progress:
+        run_units = on_ray(address)
+        result = measure(settings, progress, run_units, share=share, price=price, cores=cores)
+    if as_json:
+        print_json(result)
+        return
+    rows, notes = summary(result)
+    print_table(("stage", "units", "core-seconds", "wall", "bytes", "cost"), rows)
+    for note in notes:
+        out.print(note)
 
 
 @command()
@@ -261,18 +244,14 @@ def metrics(
 
     from pipeline.inspect.metrics import Metrics, serve
 
-    def report_fault(fault: str) -> None:
-        err.print(fault, markup=False, soft_wrap=True)
-
-    with user_errors():
-        metrics = Metrics(absolute_path(run), report_fault)
-        if port is not None:
-            address, thread = serve(metrics, host=host, port=port)
-            err.print(address)
-            thread.join()
-        print(generate_latest(metrics).decode(), end="")
-        if metrics.faults:
-            raise typer.Exit(1)
+    metrics = Metrics(run, partial(err.print, markup=False))
+    if port is not None:
+        address, thread = serve(metrics, host=host, port=port)
+        err.print(address)
+        thread.join()
+    print(generate_latest(metrics).decode(), end="")
+    if metrics.faults:
+        raise typer.Exit(1)
 
 
 @command("gc")
@@ -294,15 +273,14 @@ def collect_garbage(
     from pipeline.batches import gc
     from pipeline.report.page import size
 
-    with user_errors():
-        before = time.time() - keep_days * 86_400 if keep_days else None
-        find = gc.collect if delete else gc.find
-        garbage = find(absolute_path(run), intermediate=intermediate, older_than=before)
-        if as_json:
-            print(json.dumps([g._asdict() for g in garbage]))
-            return
-        for g in garbage:
-            print_line(f"{g.reason:12} {size(g.bytes):>8}  {escape(g.uri)}")
-        end = "can be removed with --delete" if garbage else "there is nothing to remove"
-        total = size(sum(g.bytes for g in garbage))
-        out.print(f"{len(garbage)} of {total}: {'removed' if delete else end}")
+    before = time.time() - keep_days * 86_400 if keep_days else None
+    find = gc.collect if delete else gc.find
+    garbage = find(run, intermediate=intermediate, older_than=before)
+    if as_json:
+        print_json(garbage, indent=None)
+        return
+    for g in garbage:
+        out.print(f"{g.reason:12} {size(g.bytes):>8}  {escape(g.uri)}")
+    end = "can be removed with --delete" if garbage else "there is nothing to remove"
+    total = size(sum(g.bytes for g in garbage))
+    out.print(f"{len(garbage)} of {total}: {'removed' if delete else end}")

@@ -1,7 +1,10 @@
 """Commands that only read: a configuration, a run, the history of a document."""
 
-import json
+import csv
+import itertools
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,11 +25,10 @@ from pipeline.cli import (
     app,
     err,
     load_config,
-    number_table,
     out,
-    print_line,
+    print_json,
+    print_table,
     print_wide,
-    user_errors,
 )
 from stages.formats.errors import ConfigError
 
@@ -39,23 +41,21 @@ command = partial(app.command, rich_help_panel="Looking")
 @command("show-config")
 def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show the resolved configuration, and where each value comes from."""
-    from pipeline.config.show import show
+    from pipeline.config.show import by_key, show
 
-    with user_errors():
-        values = list(show(load_config(config, overrides)))
-        if as_json:
-            origins = {key: {"value": value, "origin": origin} for key, value, origin in values}
-            print(json.dumps(origins, indent=1))
-            return
-        width = min(70, max(len(f"{key} = {value}") for key, value, _ in values))
-        section = ""
-        for key, value, origin in values:
-            if key.split(".")[0] != section:
-                out.print(end="\n" if section else "")
-                section = key.split(".")[0]
-            style = "dim" if origin == "default" else "green"
-            line = escape(f"{key} = {value}".ljust(width))
-            print_line(f"{line}  [{style}]# {escape(origin)}[/{style}]")
+    settings = list(show(load_config(config, overrides)))
+    if as_json:
+        print_json(by_key(settings))
+        return
+    width = min(70, max(len(f"{key} = {value}") for key, value, _ in settings))
+    section = ""
+    for key, value, origin in settings:
+        if key.split(".")[0] != section:
+            out.print(end="\n" if section else "")
+            section = key.split(".")[0]
+        style = "dim" if origin == "default" else "green"
+        line = escape(f"{key} = {value}".ljust(width))
+        out.print(f"{line}  [{style}]# {escape(origin)}[/{style}]")
 
 
 @command()
@@ -67,45 +67,45 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     from pipeline.batches.batch import is_series
     from pipeline.run.status import run_status
 
-    with user_errors():
-        root: str | None = absolute_path(run)
-        if root and is_series(root):
-            root = _series_status(root, as_json)
-        if root is None:
-            return
-        state = run_status(root)
-        if as_json:
-            print(json.dumps(_status_json(state), indent=1))
-        else:
-            _print_status(state)
+    in_progress = _series_status(run, as_json) if is_series(run) else run
+    if in_progress is None:
+        return
+    state = run_status(in_progress)
+    if as_json:
+        print_json(_status_json(state))
+    else:
+        _print_status(state)
 
 
 def _print_status(state: "RunStatus") -> None:
     from pipeline.run.phases import SPECS
 
     generation = f", generation {state.generation}" if state.generation else ""
-    print_line(f"{state.run}  stage {state.stage}{generation}")
-    heads = ("phase", "done", "failed", "left", "rows in", "rows out", "rows/s", "time left")
-    table = Table(*heads, box=None)
-    for name, p in state.phases.items():
-        if p.units or not SPECS[name].optional:
-            left = "" if p.eta_seconds is None else f"{p.eta_seconds:.0f} s"
-            rate = f"{p.rows_per_second:,.0f}" if p.rows_per_second else ""
-            numbers = (p.done, p.failed, p.left, p.rows_in, p.rows_out)
-            table.add_row(name, *(f"{n:,}" for n in numbers), rate, left)
-    out.print(table)
-    for name, p in state.phases.items():
+    out.print(f"{state.run}  stage {state.stage}{generation}")
+    phases = {name: p for name, p in state.phases.items() if p.units or not SPECS[name].optional}
+    print_table(
+        ("phase", "done", "failed", "left", "rows in", "rows out", "rows/s", "time left"),
+        (
+            (
+                name,
+                *(f"{n:,}" for n in (p.done, p.failed, p.left, p.rows_in, p.rows_out)),
+                f"{p.rows_per_second:,.0f}" if p.rows_per_second else "",
+                "" if p.eta_seconds is None else f"{p.eta_seconds:.0f} s",
+            )
+            for name, p in phases.items()
+        ),
+    )
+    for name, p in phases.items():
         for unit, error in p.errors.items():
-            print_line(f"[red]failed[/red] {name} {unit}: {escape(error)}")
+            out.print(f"[red]failed[/red] {name} {unit}: {escape(error)}")
 
 
 def _status_json(state: "RunStatus") -> dict[str, Any]:
-    phases = {
-        name: asdict(p)
-        | {"last_commit_age_seconds": p.last_commit and round(time.time() - p.last_commit)}
-        for name, p in state.phases.items()
-    }
-    return asdict(state) | {"phases": phases}
+    status = asdict(state)
+    for phase in status["phases"].values():
+        last_commit = phase["last_commit"]
+        phase["last_commit_age_seconds"] = last_commit and round(time.time() - last_commit)
+    return status
 
 
 def _series_status(root: str, as_json: bool) -> str | None:
@@ -117,16 +117,24 @@ def _series_status(root: str, as_json: bool) -> str | None:
     if as_json:
         rows = [{**r._asdict(), "begun": r.begun.isoformat()} for r in data.rows]
         consumed = {name: n for name, n in consumed.items() if data.curves[name]}
-        print(json.dumps({"series": root, "batches": rows, "consumed": consumed}))
+        print_json({"series": root, "batches": rows, "consumed": consumed}, indent=None)
         return None
-    table = Table("batch", "begun (UTC)", "decided", "inputs", "tokens", "generation", box=None)
-    for r in data.rows:
-        result = "in progress" if r.seconds is None else r.generation or "nothing kept"
-        tokens = "" if r.tokens is None else f"{r.tokens:,}"
-        begun = f"{r.begun:%Y-%m-%d %H:%M}"
-        table.add_row(str(r.number), begun, r.state, f"{r.taken:,}", tokens, result)
-    print_line(escape(root))
-    out.print(table)
+    out.print(escape(root))
+    print_table(
+        ("batch", "begun (UTC)", "decided", "inputs", "tokens", "generation"),
+        (
+            (
+                str(r.number),
+                f"{r.begun:%Y-%m-%d %H:%M}",
+                r.state,
+                f"{r.taken:,}",
+                "" if r.tokens is None else f"{r.tokens:,}",
+                "in progress" if r.seconds is None else r.generation or "nothing kept",
+            )
+            for r in data.rows
+        ),
+        text_columns=6,
+    )
     for name, count in consumed.items():
         out.print(f"tokens {escape(name)}: {count:,.0f}")
     if data.last:
@@ -142,9 +150,7 @@ def report(run: RunFolder) -> None:
     from pipeline.report.report import write_report
     from pipeline.report.series import write_report as write_series_report
 
-    with user_errors():
-        root = absolute_path(run)
-        print(write_series_report(root) if is_series(root) else write_report(root))
+    print(write_series_report(run) if is_series(run) else write_report(run))
 
 
 @command()
@@ -156,70 +162,31 @@ def why(
     Prints the rule, value and bound; or the cluster and the kept copy; or generation and rows.
     """
     from pipeline.inspect.why import why as read_why
-    from pipeline.run.json_output import to_json
 
-    with user_errors():
-        fates = read_why(absolute_path(run), url)
-        if as_json:
-            print(to_json(fates, indent=1))
-        else:
-            for fate in fates:
-                _print_fate(fate)
-        if not fates:
-            err.print(
-                f"{escape(url)}: this run has no document of that URL "
-                "(records that are no documents are only counted)",
-                soft_wrap=True,
-            )
-            raise typer.Exit(1)
-
-
-def _print_fate(fate: dict[str, Any]) -> None:
-    name = fate["url"] or fate["source_id"] or str(fate["doc_id"])
-    print_line(f"[bold]{escape(name)}[/bold]  doc_id {fate['doc_id']}")
-    print_line(f"  read from {escape(fate['warc_file'])} at {fate['warc_offset']}")
-    if fate["fate"] == "rejected":
-        _print_rejection(fate)
-    elif fate["fate"] == "duplicate":
-        _print_duplicate(fate)
-    elif fate["fate"] == "published":
-        for g in fate["generations"]:
-            word, of = ("held out", " of its held-out part") if g["held_out"] else ("published", "")
-            rows = f"rows {_row_range(g['rows'])}{of}"
-            print_line(f"  [green]{word}[/green] in {g['name']}: {g['tokens']} tokens in {rows}")
+    fates = read_why(run, url)
+    if as_json:
+        print_json(fates)
     else:
-        print_line(f"  waiting for stage {fate['stage']}")
-    if "lines_cut" in fate:
-        cut = f"{len(fate['lines_cut']):,} lines or paragraphs ({fate['chars_cut']:,} characters)"
-        print_line(f"  lost {cut} that earlier documents have")
-    for name, score in fate["scores"].items():
-        rank = fate["percentiles"].get(name)
-        percentile = "" if rank is None else f" p{rank:.0f}"
-        print_line(f"    {name:<48} {score:<12.6g}{percentile}", style="dim")
-    for name, note in fate["notes"].items():
-        print_line(f"    {name:<48} {escape(note)}", style="dim")
+        _print_fates(fates)
+    if not fates:
+        err.print(
+            f"{escape(url)}: this run has no document of that URL "
+            "(records that are no documents are only counted)"
+        )
+        raise typer.Exit(1)
 
 
-def _print_rejection(fate: dict[str, Any]) -> None:
-    low, high = fate["bound"]
-    bound = "" if low is None else f" outside [{low:g}, {high:g}]"
-    value = "" if fate["value"] is None else f" = {fate['value']:.6g}"
-    print_line(f"  [red]rejected[/red] in {fate['stage']} by {fate['rule']}{value}{bound}")
+def _print_fates(fates: Sequence[dict[str, Any]]) -> None:
+    from jinja2 import Environment, StrictUndefined
 
-
-def _print_duplicate(fate: dict[str, Any]) -> None:
-    kinds = {"dedup.exact": "exact", "dedup.near": "near"}
-    kind, kept = kinds.get(fate["rule"], "of an earlier batch"), fate["kept_copy"]
-    similar = "" if fate["similarity"] is None else f", similarity {fate['similarity']:.3f}"
-    cluster = f"cluster {fate['cluster_id']} of {fate['cluster_size']} documents{similar}"
-    print_line(f"  [yellow]duplicate[/yellow] ({kind}): {cluster}")
-    where = f" in {escape(kept['documents'])}" if kept["documents"] else ""
-    name = escape(str(kept["url"] or kept["source_id"]))
-    print_line(f"  kept copy: {name}  doc_id {kept['doc_id']}{where}")
-
-
-def _row_range(rows: list[int]) -> str:
-    return str(rows[0]) if len(rows) == 1 else f"{min(rows)}-{max(rows)}"
+    environment = Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: escape(str(value)),
+    )
+    template = Path(__file__).with_name("why.txt.j2").read_text(encoding="utf-8")
+    out.print(environment.from_string(template).render(fates=fates), end="")
 
 
 @command()
@@ -243,38 +210,40 @@ def ablate(
 
     Prints documents, tokens, losses by rule, overlap and hosts.
     """
-    from pipeline.run.json_output import to_json
     from pipeline.study.ablate import ablate as compare
     from pipeline.study.ablate import comparison, without
 
-    with user_errors():
-        before = load_config(config, overrides)
-        after = load_config(against or config, [*(overrides or []), *(settings or [])])
-        result = compare(before, without(after, drop or []))
-        if as_json:
-            print(to_json(asdict(result), indent=1))
-            return
-        table = number_table("", "before", "after", "change")
-        for label, left, right in comparison(result):
-            if left is not None and right is not None:
-                change = f"{right - left:+,}" if left != right else ""
-                table.add_row(label, f"{left:,}", f"{right:,}", change)
-        print_wide(table)
-        read, total = result.parts
-        print_line(
-            f"overlap {result.jaccard:.1%}: {result.both:,} documents in both, "
-            f"{result.only_before:,} only before, {result.only_after:,} only after; "
-            f"read {read:,} of {total:,} parts"
-        )
-        for host in result.hosts:
-            name = escape(host.host or "(no host)")
-            print_line(f"  {name}: {host.before:,} → {host.after:,}")
+    before = load_config(config, overrides)
+    after = load_config(against or config, [*(overrides or []), *(settings or [])])
+    result = compare(before, without(after, drop or []))
+    if as_json:
+        print_json(result)
+        return
+    print_table(
+        ("", "before", "after", "change"),
+        (
+            (label, f"{left:,}", f"{right:,}", f"{right - left:+,}" if left != right else "")
+            for label, left, right in comparison(result)
+            if left is not None and right is not None
+        ),
+    )
+    read, total = result.parts
+    out.print(
+        f"overlap {result.jaccard:.1%}: {result.both:,} documents in both, "
+        f"{result.only_before:,} only before, {result.only_after:,} only after; "
+        f"read {read:,} of {total:,} parts"
+    )
+    for host in result.hosts:
+        out.print(f"  {escape(host.host or '(no host)')}: {host.before:,} → {host.after:,}")
 
 
 @command()
 def verify(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="a generation, or a run for all of its")
+        str,
+        typer.Argument(
+            metavar="PATH", help="a generation, or a run for all of its", callback=absolute_path
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -285,25 +254,23 @@ def verify(
     """
     from pipeline.inspect.verify import verify_path
 
-    with user_errors():
-        results = verify_path(absolute_path(path))
-        if as_json:
-            faults = [r._asdict() | {"faults": [f._asdict() for f in r.faults]} for r in results]
-            print(json.dumps(faults, indent=1))
-        else:
-            for result in results:
-                _print_verified(result)
-        if any(r.faults for r in results):
-            raise typer.Exit(1)
+    results = verify_path(path)
+    if as_json:
+        print_json(results)
+    else:
+        for result in results:
+            _print_verified(result)
+    if any(result.faults for result in results):
+        raise typer.Exit(1)
 
 
 def _print_verified(result: Any) -> None:
     state = f"[red]{len(result.faults)} faults[/red]" if result.faults else "[green]whole[/green]"
     counts = f"{result.shards} shards, {result.rows:,} rows, {result.tokens:,} tokens"
-    print_line(f"{result.path}: {state}; {counts}")
+    out.print(f"{result.path}: {state}; {counts}")
     for fault in result.faults:
         what = f"{fault.what}: expected {fault.expected}, found {fault.actual}"
-        print_line(escape(f"  {fault.shard}: {what}"))
+        out.print(escape(f"  {fault.shard}: {what}"))
 
 
 @command()
@@ -316,8 +283,77 @@ def export(
     """Write documents, keep table, corpus or rejected documents of a run to one file."""
     from pipeline.inspect.export import export as write_export
 
-    with user_errors():
-        if not output:
-            raise ConfigError("-o PATH is missing: name the file to write")
-        count = write_export(absolute_path(run), stage, format=format, output=absolute_path(output))
-        err.print(f"{count:,} rows → {escape(output)}", soft_wrap=True)
+    if not output:
+        raise ConfigError("-o PATH is missing: name the file to write")
+    count = write_export(run, stage, format=format, output=absolute_path(output))
+    err.print(f"{count:,} rows → {escape(output)}")
+
+
+@command()
+def sql(
+    run: RunFolder,
+    query: Annotated[str, typer.Argument(metavar="SELECT", help="one SELECT in DuckDB's SQL")],
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print CSV with a header")] = False,
+    rows: Annotated[int, typer.Option(help="rows of the table to print; the rest is cut")] = 50,
+) -> None:
+    """Query a run with SQL: the views documents, keep, corpus, rejected and commits. It reads only.
+
+    documents: every page that was read, with scores; keep: what dedup decided; corpus: clean texts;
+    rejected: what extract and refine dropped, and why; commits: the work done, one row per unit.
+    --json and --csv print all rows. Quote names with a dot: "c4.sentence_count".
+    """
+    from pipeline.run.query import select
+    from pipeline.run.results import open_results
+
+    with open_results(run) as connection, select(connection, query) as reader:
+        records = (row for batch in reader for row in batch.to_pylist(maps_as_pydicts="strict"))
+        if as_json:
+            _print_json_rows(records)
+        elif as_csv:
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(reader.schema.names)
+            writer.writerows(map(_cell, row.values()) for row in records)
+        else:
+            _print_rows(records, reader.schema, rows)
+
+
+def _print_json_rows(records: Iterator[dict[str, Any]]) -> None:
+    from pipeline.run.json_output import to_json
+
+    separator = "["
+    for row in records:
+        print(separator, to_json(row), sep="\n", end="")
+        separator = ","
+    print("[]" if separator == "[" else "\n]")
+
+
+def _print_rows(records: Iterator[dict[str, Any]], schema: Any, limit: int) -> None:
+    table = Table(*map(escape, schema.names), box=None, pad_edge=False)
+    for column, field in zip(table.columns, schema, strict=True):
+        column.overflow = "fold"
+        column.justify = "right" if str(field.type).startswith(_NUMBERS) else "left"
+    for row in itertools.islice(records, limit):
+        table.add_row(*(escape(_short(_cell(value))) for value in row.values()))
+    print_wide(table)
+    if next(records, None) is not None:
+        err.print(f"the first {limit:,} rows; --rows N prints more, --csv and --json print all")
+
+
+_NUMBERS = ("int", "uint", "float", "double", "decimal")
+
+
+def _cell(value: Any) -> str:
+    """A value as text: nested ones as JSON, bytes as hex, null as nothing."""
+    from pipeline.run.json_output import to_json
+
+    if isinstance(value, dict | list | bool):
+        return to_json(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    return "" if value is None else str(value)
+
+
+def _short(text: str, limit: int = 80) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

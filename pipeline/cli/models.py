@@ -216,20 +216,19 @@ def index_benchmarks(
     """Build the index of evaluation sets for the filter `decontamination`."""
     from pipeline.models.benchmark_index import build_index, by_benchmark
 
-    with user_errors():
-        header = build_index(
-            files,
-            output=output,
-            background=background or [],
-            n=n,
-            min_words=min_words,
-            max_items=max_items,
-        )
-        columns = ("rows", "bad_rows", "empty_rows", "passages", "common_passages", "ngrams")
-        table = Table("benchmark", *columns, box=None, pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, sums in sorted(by_benchmark(header).items()):
-            table.add_row(escape(name), *(f"{sums[c]:,}" for c in columns))
-        print_wide(table)
-        out.print(f"{output}  {output.stat().st_size:,} bytes", soft_wrap=True)
+    header = build_index(
+        files,
+        output=output,
+        background=background or [],
+        n=n,
+        min_words=min_words,
+        max_items=max_items,
+    )
+    columns = ("rows", "bad_rows", "empty_rows", "passages", "common_passages", "ngrams")
+    table = Table("benchmark", *columns, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, sums in sorted(by_benchmark(header).items()):
+        table.add_row(escape(name), *(f"{sums[c]:,}" for c in columns))
+    print_wide(table)
+    out.print(f"{output}  {output.stat().st_size:,} bytes")

@@ -3,9 +3,8 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -16,42 +15,25 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
-from pipeline.cli import number_table
 from pipeline.engine.units import UnitOutcome
-from pipeline.run.funnel import FunnelRow, stage_bases
 from stages.storage.ledger import Commit
 
 
-@dataclass
-class _Sums:
-    task: TaskID
-    rows_in: int = 0
-    rows_out: int = 0
-    before: int = 0  # rows of units that an earlier run did: they do not count in the rate
-
-    @property
-    def kept(self) -> str:
-        return f"{self.rows_out / self.rows_in:.0%} kept" if self.rows_in else ""
-
-
 class Bars:
-    """Shows a bar per phase on a terminal: units, rows per second, share kept, time left.
+    """Shows a bar per phase on stderr: units, rows per second, share kept, time left.
 
-    Shows only failures if the console is no terminal.
+    Shows only failures if stderr is no terminal.
     """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._sums: dict[str, _Sums] = {}
+    def __init__(self) -> None:
+        console = Console(stderr=True, highlight=False)
+        self._tasks: dict[str, TaskID] = {}
         self._bars = Progress(
             TextColumn("[bold]{task.description:<14}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn(
-                "units  {task.fields[rate]:>10}  {task.fields[kept]:>9}  {task.fields[failed]}"
-            ),
+            TextColumn("units  {task.fields[rate]:>10}  {task.fields[kept]:>9}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=not console.is_terminal,
@@ -66,30 +48,34 @@ class Bars:
 
     def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
         """Start the bar of a phase; `done` are the commits of an earlier run."""
-        task = self._bars.add_task(
-            phase, total=units, completed=len(done), rate="", kept="", failed=""
+        rows_in, rows_out = sum(c.rows_in for c in done), sum(c.rows_out for c in done)
+        # rows of an earlier run do not count in the rate
+        fields: dict[str, Any] = {"rows_in": rows_in, "rows_out": rows_out, "rows_before": rows_in}
+        self._tasks[phase] = self._bars.add_task(
+            phase, total=units, completed=len(done), rate="", kept="", **fields
         )
-        rows_in = sum(c.rows_in for c in done)
-        self._sums[phase] = _Sums(task, rows_in, sum(c.rows_out for c in done), rows_in)
 
     def advance(self, phase: str, outcome: UnitOutcome) -> None:
         """Count a unit that ended."""
-        sums = self._sums[phase]
+        task = self._bars.tasks[self._tasks[phase]]
+        rows = task.fields
         if outcome.commit is not None:
-            sums.rows_in += outcome.commit.rows_in
-            sums.rows_out += outcome.commit.rows_out
+            rows["rows_in"] += outcome.commit.rows_in
+            rows["rows_out"] += outcome.commit.rows_out
         else:
-            self.console.print(
-                f"[red]failed[/red] {phase} unit {outcome.unit}: {outcome.error}", highlight=False
+            self._bars.console.print(
+                f"[red]failed[/red] {phase} unit {outcome.unit}: {outcome.error}"
             )
-        elapsed = self._bars.tasks[sums.task].elapsed or 0.0
-        rate = f"{(sums.rows_in - sums.before) / elapsed:,.0f} rows/s" if elapsed else ""
-        kept = sums.kept if phase in ("extract", "dedup keep", "refine") else ""
-        self._bars.update(sums.task, advance=1, rate=rate, kept=kept)
+        rate = kept = ""
+        if task.elapsed:
+            rate = f"{(rows['rows_in'] - rows['rows_before']) / task.elapsed:,.0f} rows/s"
+        if rows["rows_in"] and phase in ("extract", "dedup keep", "refine"):
+            kept = f"{rows['rows_out'] / rows['rows_in']:.0%} kept"
+        self._bars.update(task.id, advance=1, rate=rate, kept=kept)
 
     def end(self, phase: str) -> None:
         """Stop the bar of a phase."""
-        self._bars.stop_task(self._sums[phase].task)
+        self._bars.stop_task(self._tasks[phase])
 
 
 class JsonLog:
@@ -123,14 +109,8 @@ class JsonLog:
             self._write("failed", phase, unit=outcome.unit, error=outcome.error)
         else:
             commit = outcome.commit
-            self._write(
-                "done",
-                phase,
-                unit=outcome.unit,
-                seconds=commit.seconds,
-                rows_in=commit.rows_in,
-                rows_out=commit.rows_out,
-            )
+            names = ("unit", "seconds", "rows_in", "rows_out")
+            self._write("done", phase, **{name: getattr(commit, name) for name in names})
 
     def end(self, phase: str) -> None:
         """Log the end of a phase."""
@@ -151,19 +131,3 @@ class JsonLog:
             "error": error,
         }
         print(json.dumps(line | more), file=self._stream, flush=True)
-
-
-def funnel_table(rows: Sequence[FunnelRow]) -> Table:
-    """The funnel as a table; shares are of the rows that a stage began with."""
-    table = number_table("stage", "rule", "count", "share", text_columns=2)
-    for column in table.columns:
-        column.no_wrap = True
-    totals = stage_bases(rows)
-    for row in rows:
-        if row.rule is None:
-            unit, count = f"[bold]= {row.unit}[/bold]", f"[bold]{row.count:,}[/bold]"
-            table.add_row(row.stage, unit, count, "")
-        else:
-            share = f"{row.count / max(1, totals[row.stage]):.1%}"
-            table.add_row("", f"  − {row.rule}", f"{row.count:,}", share)
-    return table

@@ -1,6 +1,5 @@
 """Commands that run stages."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,20 +18,19 @@ from pipeline.cli import (
     Stage,
     absolute_path,
     app,
-    err,
     load_config,
     number_table,
     open_progress,
     out,
-    print_wide,
-    user_errors,
+    print_json,
+    print_table,
     warn,
 )
 from stages.formats.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.run.execute import Outcome
-    from pipeline.study.calibrate import Distribution
+    from pipeline.run.funnel import FunnelRow
 
 command = partial(app.command, rich_help_panel="Runs")
 
@@ -63,26 +61,24 @@ def run(
     from pipeline.run.execute import execute, plan
     from pipeline.study.calibrate import changed_since
 
-    with user_errors():
-        if only and first:
-            raise ConfigError("--only and --from exclude each other: give one")
-        settings = load_config(config, overrides)
-        if dry_run:
-            _print_plan(plan(settings, only=only, first=first), as_json)
-            return
-        for key in changed_since(settings):
-            warn(
-                f"{key} has changed since the documents that percentiles refer to were sampled; "
-                "run `gristmill calibrate` again"
-            )
-        with open_progress(settings, log) as progress:
-            outcome = execute(settings, progress, on_ray(address), only=only, first=first)
-        _print_outcome(settings.run.directory, outcome, as_json)
+    if only and first:
+        raise ConfigError("--only and --from exclude each other: give one")
+    settings = load_config(config, overrides)
+    if dry_run:
+        _print_plan(plan(settings, only=only, first=first), as_json)
+        return
+    for key in changed_since(settings):
+        warn(
+            f"{key} has changed since the documents that percentiles refer to were sampled; "
+            "run `gristmill calibrate` again"
+        )
+    with open_progress(settings, log) as progress:
+        outcome = execute(settings, progress, on_ray(address), only=only, first=first)
+    _print_outcome(settings.run.directory, outcome, as_json)
 
 
 def _print_outcome(root: str, outcome: "Outcome", as_json: bool) -> None:
     """Write the report of a run, and print its funnel and generation; exit 3 if units failed."""
-    from pipeline.cli.progress import funnel_table
     from pipeline.report.report import write_report
     from pipeline.run.results import run_funnel
 
@@ -93,21 +89,51 @@ def _print_outcome(root: str, outcome: "Outcome", as_json: bool) -> None:
             "uri": published.uri,
             **{k: published.manifest[k] for k in ("rows", "tokens", "documents", "seq_len")},
         }
-        body = {
-            "funnel": [row.__dict__ for row in rows],
-            "generation": generation,
-            "failed": outcome.failed,
-            "report": page,
-        }
-        print(json.dumps(body, indent=1))
+        print_json(
+            {"funnel": rows, "generation": generation, "failed": outcome.failed, "report": page}
+        )
     else:
-        out.print(funnel_table(rows))
+        _print_funnel(rows)
         if published:
             state = "published" if published.new else "unchanged, published before:"
-            out.print(f"\n[bold]{published.name}[/bold] {state} {published.uri}", soft_wrap=True)
-        out.print(f"report {page}", soft_wrap=True)
-    _print_alarm(root)
-    if outcome.failed:
+            out.print(f"\n[bold]{published.name}[/bold] {state} {published.uri}")
+        out.print(f"report {page}")
+    _end(root, outcome.failed)
+
+
+def _print_funnel(rows: "Sequence[FunnelRow]") -> None:
+    """Print the funnel; shares are of the rows that a stage began with."""
+    from pipeline.run.funnel import stage_bases
+
+    totals = stage_bases(rows)
+    table = number_table(
+        ("stage", "rule", "count", "share"),
+        (
+            (row.stage, f"[bold]= {row.unit}[/bold]", f"[bold]{row.count:,}[/bold]", "")
+            if row.rule is None
+            else (
+                "",
+                f"  − {row.rule}",
+                f"{row.count:,}",
+                f"{row.count / max(1, totals[row.stage]):.1%}",
+            )
+            for row in rows
+        ),
+        text_columns=2,
+    )
+    for column in table.columns:
+        column.no_wrap = True
+    out.print(table, soft_wrap=False)
+
+
+def _end(root: str, failed: object) -> None:
+    """Warn of hosts that lost nearly everything to dedup; exit 3 if units failed."""
+    from pipeline.run.results import alarm
+
+    message = alarm(root)
+    if message is not None:
+        warn(message, kind="alarm")
+    if failed:
         raise typer.Exit(3)
 
 
@@ -119,18 +145,14 @@ def _print_plan(phases: list[Any], as_json: bool) -> None:
         for p in phases
     ]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     table = Table("phase", "units", "done", "to do", box=None)
     table.add_column("folder", overflow="fold")
-    for row, phase in zip(rows, phases, strict=True):
-        if SPECS[phase.name].optional and not phase.units:
-            continue
-        done = len(phase.units) - len(phase.pending)
-        table.add_row(
-            phase.name, str(row["units"]), str(done), str(row["pending"]), phase.store.root
-        )
-    out.print(table)
+    for name, units, pending, store in map(dict.values, rows):
+        if units or not SPECS[name].optional:
+            table.add_row(name, str(units), str(units - pending), str(pending), store)
+    out.print(table, soft_wrap=False)
     if phases and phases[-1].pending and phases[-1].name != "pack":
         out.print("later phases depend on what these units write; nothing was run")
 
@@ -151,52 +173,45 @@ def calibrate(
     Extracts and deduplicates first, as a run would. Writes RUN/calibration.json, which the next run
     reads, and a plot.
     """
-    from pipeline.cli.progress import Bars
     from pipeline.config.calibration import CALIBRATED
-    from pipeline.config.show import show
+    from pipeline.config.show import by_key, show
     from pipeline.engine.ray_plan import on_ray
+    from pipeline.study.calibrate import SHOWN, write_plot
     from pipeline.study.calibrate import calibrate as measure
-    from pipeline.study.calibrate import write_plot
 
-    with user_errors():
-        uncalibrated = load_config(config, overrides, calibrated=False)
-        with Bars(err) as bars:
-            measured = measure(uncalibrated, bars, on_ray(address), sample=sample)
-        for language, count in measured.few.items():
-            warn(
-                f"{count} documents of language '{language}': too few for percentiles of its own, "
-                "those of all documents are used"
+    uncalibrated = load_config(config, overrides, calibrated=False)
+    with open_progress(uncalibrated) as progress:
+        measured = measure(uncalibrated, progress, on_ray(address), sample=sample)
+    for language, count in measured.few.items():
+        warn(
+            f"{count} documents of language '{language}': too few for percentiles of its own, "
+            "those of all documents are used"
+        )
+    calibrated = load_config(config, overrides)
+    plot = write_plot(calibrated, measured.distributions)
+    bounds = [setting for setting in show(calibrated) if setting.origin.endswith(CALIBRATED)]
+    if as_json:
+        scores = [d._asdict() | {"values": None} for d in measured.distributions]
+        print_json(
+            {"table": measured.table, "plot": plot, "scores": scores, "bounds": by_key(bounds)}
+        )
+        return
+    print_table(
+        ("score", "language", "documents", *(f"p{p}" for p in SHOWN)),
+        (
+            (
+                d.score,
+                d.language or "all",
+                f"{d.documents:,}",
+                *(f"{d.percentiles[p]:.4g}" for p in SHOWN),
             )
-        calibrated = load_config(config, overrides)
-        plot = write_plot(calibrated, measured.distributions)
-        bounds = [setting for setting in show(calibrated) if setting.origin.endswith(CALIBRATED)]
-        if as_json:
-            body = {
-                "table": measured.table,
-                "plot": plot,
-                "scores": [d._asdict() | {"values": None} for d in measured.distributions],
-                "bounds": {
-                    key: {"value": value, "origin": origin} for key, value, origin in bounds
-                },
-            }
-            print(json.dumps(body, indent=1))
-            return
-        _print_distributions(measured.distributions)
-        for key, value, origin in bounds:
-            setting = escape(f"{key} = {value}")
-            out.print(f"{setting}  [green]# {escape(origin)}[/green]", soft_wrap=True)
-        out.print(f"{measured.table}\nplot {plot}", soft_wrap=True)
-
-
-def _print_distributions(distributions: "Sequence[Distribution]") -> None:
-    from pipeline.study.calibrate import SHOWN
-
-    headings = ("score", "language", "documents", *(f"p{p}" for p in SHOWN))
-    table = number_table(*headings, text_columns=2)
-    for d in distributions:
-        values = (f"{d.percentiles[p]:.4g}" for p in SHOWN)
-        table.add_row(d.score, d.language or "all", f"{d.documents:,}", *values)
-    print_wide(table)
+            for d in measured.distributions
+        ),
+        text_columns=2,
+    )
+    for key, value, origin in bounds:
+        out.print(f"{escape(f'{key} = {value}')}  [green]# {escape(origin)}[/green]")
+    out.print(f"{measured.table}\nplot {plot}")
 
 
 @command()
@@ -234,44 +249,33 @@ def dedup(
     """Find near-duplicates in JSONL or Parquet files: writes keep.parquet with id, cluster_id,
     cluster_size, keep.
     """
-    from pipeline.cli.progress import Bars
     from pipeline.engine.ray_plan import on_ray
     from pipeline.report.report import write_report
     from pipeline.run.dedup_command import configure, dedup_files
 
-    with user_errors():
-        if not output:
-            raise ConfigError("-o is empty: name the folder to write to")
-        config = configure(
-            [absolute_path(p) for p in paths],
-            absolute_path(output),
-            text_column=text_column,
-            id_column=id_column,
-            against=[absolute_path(p) for p in against or []],
-            overrides=settings or [],
+    if not output:
+        raise ConfigError("-o is empty: name the folder to write to")
+    config = configure(
+        [absolute_path(p) for p in paths],
+        absolute_path(output),
+        text_column=text_column,
+        id_column=id_column,
+        against=[absolute_path(p) for p in against or []],
+        overrides=settings or [],
+    )
+    with open_progress(config) as progress:
+        result = dedup_files(config, progress, on_ray(address))
+    page = write_report(config.run.directory)
+    if as_json:
+        print_json(result._asdict() | {"report": page})
+    else:
+        total = max(1, sum(result.rows.values()))
+        print_table(
+            ("rule", "rows", "share"),
+            (
+                (rule, f"{count:,}", f"{count / total:.1%}")
+                for rule, count in sorted(result.rows.items(), key=lambda item: -item[1])
+            ),
         )
-        with Bars(err) as bars:
-            result = dedup_files(config, bars, on_ray(address))
-        page = write_report(config.run.directory)
-        if as_json:
-            print(json.dumps(result._asdict() | {"report": page}, indent=1))
-        else:
-            total = max(1, sum(result.rows.values()))
-            table = number_table("rule", "rows", "share")
-            for rule, count in sorted(result.rows.items(), key=lambda item: -item[1]):
-                table.add_row(rule, f"{count:,}", f"{count / total:.1%}")
-            out.print(table)
-            out.print(
-                f"{result.clusters:,} clusters\n{result.table}\nreport {page}", soft_wrap=True
-            )
-        _print_alarm(config.run.directory)
-        if result.failed:
-            raise typer.Exit(3)
-
-
-def _print_alarm(root: str) -> None:
-    from pipeline.run.results import alarm
-
-    message = alarm(root)
-    if message is not None:
-        err.print(f"[yellow]alarm[/yellow] {message}", soft_wrap=True)
+        out.print(f"{result.clusters:,} clusters\n{result.table}\nreport {page}")
+    _end(config.run.directory, result.failed)

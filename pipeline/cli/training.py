@@ -1,15 +1,13 @@
 """Commands of the trainer."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from pipeline.cli import AsJson, ConfigFile, Overrides, app, fail, out, print_wide, user_errors
+from pipeline.cli import AsJson, ConfigFile, Overrides, app, out, print_json, print_table
 
 command = partial(app.command, rich_help_panel="Training")
 
@@ -31,18 +29,13 @@ def train(
     """
     from pipeline.config.train import load_training
     from pipeline.report.training import write_training_page
-    from trainer.launch import TrainingError, launch
+    from trainer.launch import launch
 
-    with user_errors():
-        settings = load_training(config, overrides or [])
-        try:
-            ended = launch(settings, on_ray=ray)
-        except TrainingError as error:
-            fail(error, 1)
-        loss = f"loss {ended.loss:.4f} nats a token"
-        out.print(f"{ended.steps:,} steps, {loss}; {ended.reason}", soft_wrap=True)
-        if ended.metrics and (page := write_training_page(ended.metrics)):
-            out.print(f"plot {escape(str(page))}", soft_wrap=True)
+    ended = launch(load_training(config, overrides or []), on_ray=ray)
+    loss = f"loss {ended.loss:.4f} nats a token"
+    out.print(f"{ended.steps:,} steps, {loss}; {ended.reason}")
+    if ended.metrics and (page := write_training_page(ended.metrics)):
+        out.print(f"plot {escape(str(page))}")
 
 
 @command("why-step")
@@ -52,31 +45,28 @@ def why_step_command(
     as_json: AsJson = False,
 ) -> None:
     """Print the rows and documents of a training step; of a loss spike by falling loss."""
-    from trainer.launch import TrainingError, why_step
+    from trainer.launch import why_step
 
-    with user_errors():
-        try:
-            rows = why_step(directory, step)
-        except TrainingError as error:
-            fail(error, 1)
-        if as_json:
-            print(
-                json.dumps(
-                    [
-                        row._asdict() | {"documents": [d._asdict() for d in documents]}
-                        for row, documents in rows
-                    ]
-                )
+    rows = why_step(directory, step)
+    if as_json:
+        print_json([row._asdict() | {"documents": d} for row, d in rows], indent=None)
+        return
+    print_table(
+        ("generation", "row", "loss", "tokens", "document", "URL"),
+        (
+            (
+                row.generation,
+                f"{row.row:,}",
+                "" if row.loss is None else f"{row.loss:.3f}",
+                f"{document.length:,}",
+                str(document.doc_id),
+                escape(document.url or ""),
             )
-            return
-        headings = ("generation", "row", "loss", "tokens", "document", "URL")
-        table = Table(*headings, box=None, padding=(0, 2, 0, 0))
-        for row, documents in rows:
-            for document in documents:
-                loss = "" if row.loss is None else f"{row.loss:.3f}"
-                location = (row.generation, f"{row.row:,}", loss, f"{document.length:,}")
-                table.add_row(*location, str(document.doc_id), escape(document.url or ""))
-        print_wide(table)
+            for row, documents in rows
+            for document in documents
+        ),
+        text_columns=6,
+    )
 
 
 @command("export-model")
@@ -94,11 +84,7 @@ def export_model(
     """Write a checkpoint's weights as transformers loads them:
     LlamaForCausalLM.from_pretrained(OUTPUT).
     """
-    from trainer.launch import TrainingError, export
+    from trainer.launch import export
 
-    with user_errors():
-        try:
-            exported = export(training, output, step=step)
-        except TrainingError as error:
-            fail(error, 1)
-        out.print(f"step {exported:,} written to {escape(output)}", soft_wrap=True)
+    exported = export(training, output, step=step)
+    out.print(f"step {exported:,} written to {escape(output)}")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from pipeline.config.sections import Config, general_key
@@ -27,6 +27,11 @@ def show(config: Config) -> Iterator[Setting]:
                 values[key] = value
                 origin = config.origins.get(key, config.origins.get(general, "default"))
                 yield Setting(key, to_toml(value), origin)
+
+
+def by_key(settings: Iterable[Setting]) -> dict[str, dict[str, str]]:
+    """The value and origin of each key."""
+    return {key: {"value": value, "origin": origin} for key, value, origin in settings}
 
 
 def to_toml(value: Any) -> str:

@@ -608,15 +608,12 @@ def plot(points: Sequence[Point], path: Path) -> Path:
 
 
 def _plot_columns(points: Sequence[Point], path: Path) -> Path:
-    from pipeline.report.charts import Column, columns_svg, compact
+    from pipeline.report.charts import columns_svg, compact
 
     def chart(title: str, value: Callable[[Point], float]) -> str:
         return str(
             columns_svg(
-                [
-                    Column(f"{compact(p.documents)} {p.series}", {"kept": round(value(p))})
-                    for p in points
-                ],
+                {f"{compact(p.documents)} {p.series}": {"kept": round(value(p))} for p in points},
                 title,
             )
         )

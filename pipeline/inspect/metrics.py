@@ -11,17 +11,18 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from pipeline.batches.batch import decisions
 from pipeline.controller.decide import HOUR, decide
 from pipeline.controller.policy import Policy
-from pipeline.controller.records import Generation, Inputs, PlanState, Record, State, from_json
+from pipeline.controller.records import Generation, Inputs, Record, State, from_json
 from pipeline.run.phases import FUNNEL_PHASES, SPECS
 from pipeline.run.publish import published_to
 from pipeline.run.results import store_of
@@ -69,14 +70,6 @@ _HELP = {
 }
 
 
-class Sample(NamedTuple):
-    """A number: a key of _HELP, its value, and its labels."""
-
-    name: str
-    value: float
-    labels: Mapping[str, str] = {}
-
-
 class Metrics:
     """The metrics of a run directory or series, as a collector of prometheus_client.
 
@@ -90,13 +83,14 @@ class Metrics:
 
     def collect(self) -> list[Metric]:
         """All metric families as of now. Never raises."""
-        reader = _Reader(self.root)
-        samples = list(reader.samples())
-        faults = set(reader.faults)
+        scrape = _Scrape(self.root)
+        scrape.read()
+        faults = set(scrape.faults)
         for fault in sorted(faults - self.faults):
             self._report_fault(fault)
         self.faults = faults
-        return _families([Sample("up", not faults), *samples], run=self.root)
+        scrape.add("up", not faults)
+        return list(scrape.families.values())
 
 
 def serve(metrics: Metrics, *, host: str, port: int) -> tuple[str, threading.Thread]:
@@ -110,24 +104,25 @@ def serve(metrics: Metrics, *, host: str, port: int) -> tuple[str, threading.Thr
     return f"http://{host}:{server.server_port}/metrics", thread
 
 
-def _families(samples: Iterable[Sample], *, run: str) -> list[Metric]:
-    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-    for name, value, labels in samples:
-        if name not in families:
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            families[name] = kind(f"gristmill_{name}", _HELP[name], labels=["run", *labels])
-        # a file name need not be Unicode, but Prometheus requires it
-        texts = [v.encode("utf-8", "replace").decode() for v in (run, *labels.values())]
-        families[name].add_metric(texts, value)
-    return list(families.values())
-
-
-class _Reader:
-    """Reads one scrape; `faults` collects what could not be read."""
+class _Scrape:
+    """One scrape: the families of metrics that were read, and the faults of what could not be."""
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self.families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         self.faults: list[str] = []
+
+    def add(self, name: str, value: float | None, **labels: str) -> None:
+        """Add a number under a key of _HELP; an unknown one is left out."""
+        if value is None:
+            return
+        if name not in self.families:
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"gristmill_{name}", _HELP[name], labels=["run", *labels])
+            self.families[name] = family
+        # a file name need not be Unicode, but Prometheus requires it
+        texts = [v.encode("utf-8", "replace").decode() for v in (self.root, *labels.values())]
+        self.families[name].add_metric(texts, value)
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
@@ -137,147 +132,128 @@ class _Reader:
         except Exception as error:
             self.faults.append(f"{what}: {type(error).__name__}: {error}")
 
-    def samples(self) -> Iterator[Sample]:
-        """All samples but `up`."""
+    def read(self) -> None:
+        """Add all metrics but `up`."""
         with self.reading(self.root):
             batches = [name for name in names_in(f"{self.root}/batches") if name.isdecimal()]
             batches.sort(key=int)
             record, home = None, self.root
             with self.reading(f"{self.root}/decisions.jsonl"):
-                record = _last_decision(self.root)
+                if lines := decisions(self.root):
+                    record = from_json(Record, lines[-1])
             if not batches and record is None:
                 with self.reading(f"{self.root}/run.json"):
                     home = published_to(self.root, read_state(self.root))
-                    yield from self._run(self.root, batch="")
+                    self._add_run(self.root, batch="")
             for name in batches[-BATCHES:]:
                 directory = f"{self.root}/batches/{name}"
                 with self.reading(f"{directory}/run.json"):
                     # the newest batch may have been cut off before its run began
                     if name != batches[-1] or exists(f"{directory}/run.json"):
-                        yield from self._run(directory, batch=name)
+                        self._add_run(directory, batch=name)
             if record:
-                yield from self._decision(record, batches)
-            yield from self._supply(home, record)
+                self._add_decision(record, batches)
+            self._add_supply(home, record)
 
-    def _run(self, root: str, *, batch: str) -> Iterator[Sample]:
+    def _add_run(self, root: str, *, batch: str) -> None:
         state = read_state(root)
-        since = state.started or 0.0
         for phase in SPECS:
             store = store_of(root, state, phase)
             with self.reading(store.root):
-                yield from _phase(phase, store, since, batch)
+                self._add_phase(phase, store, state.started or 0.0, batch)
 
-    def _decision(self, record: Record, batches: list[str]) -> Iterator[Sample]:
+    def _add_phase(self, phase: str, store: Store, since: float, batch: str) -> None:
+        commits = store.listed_commits()
+        status = phase_status(phase, store, commits, since=since)
+        if not status.units:
+            return
+        units = {
+            "done": status.done,
+            "failed": status.failed - status.quarantined,
+            "quarantined": status.quarantined,
+            "left": status.left,
+        }
+        for state, count in units.items():
+            self.add("units", count, batch=batch, phase=phase, state=state)
+        numbers = {
+            "read_bytes_total": status.bytes_read or None,
+            "written_bytes_total": status.bytes_written,
+            "cpu_seconds_total": status.cpu_seconds,
+            "rows_per_second": status.rows_per_second,
+            "last_commit_timestamp_seconds": status.last_commit,
+        }
+        for name, value in numbers.items():
+            self.add(name, value, batch=batch, phase=phase)
+        if stage := _FUNNEL.get(phase):
+            counts: Counter[str] = Counter()
+            for commit in commits:
+                counts.update({reason: int(count) for reason, count in commit.counts.items()})
+            for reason, count in counts.items():
+                self.add("documents_total", count, batch=batch, stage=stage, reason=reason)
+
+    def _add_decision(self, record: Record, batches: list[str]) -> None:
         decision, left = record.decision, record.inputs.inputs_left
         for state in get_args(State):
-            yield Sample("decision_state", state == decision.state, {"state": state})
-        yield Sample("decision_inputs", decision.inputs)
-        yield Sample("decision_timestamp_seconds", record.inputs.now)
+            self.add("decision_state", state == decision.state, state=state)
+        self.add("decision_inputs", decision.inputs)
+        self.add("decision_timestamp_seconds", record.inputs.now)
         if len(batches) > len(record.inputs.batches):  # a batch began after this decision
             uri = f"{self.root}/batches/{batches[-1]}/batch.json"
             with self.reading(uri):
                 left -= len(json.loads(read_bytes(uri))["inputs"]) if exists(uri) else 0
-        yield Sample("inputs_left", left)
+        self.add("inputs_left", left)
 
-    def _supply(self, home: str, record: Record | None) -> Iterator[Sample]:
+    def _add_supply(self, home: str, record: Record | None) -> None:
         """What is published in `home`, what its trainers report, how long the supply lasts."""
         trainers: list[feedback.Summary] = []
         with self.reading(f"{home}/feedback"):
             trainers, faults = feedback.read_summaries(f"{home}/feedback")
             self.faults += [f"{home}/feedback/{fault.where}: {fault.what}" for fault in faults]
         for trainer in trainers:
-            yield from _trainer(trainer)
+            self._add_trainer(trainer)
         uri = f"{home}/catalog.jsonl"
         with self.reading(uri):
             generations = tuple(
                 Generation(e["name"], e["rows"], e["tokens"]) for e in read_catalog(home)
             )
-            yield Sample("published_generations_total", len(generations))
-            yield Sample("published_tokens_total", sum(g.tokens for g in generations))
+            self.add("published_generations_total", len(generations))
+            self.add("published_tokens_total", sum(g.tokens for g in generations))
             if generations:
                 fs, path = open_fs(uri)
-                yield Sample("published_timestamp_seconds", fs.modified(path).timestamp())
-            yield from _demand(home, record, generations, trainers)
+                self.add("published_timestamp_seconds", fs.modified(path).timestamp())
+            self._add_demand(home, record, generations, tuple(trainers))
 
+    def _add_demand(
+        self,
+        home: str,
+        record: Record | None,
+        generations: tuple[Generation, ...],
+        trainers: tuple[feedback.Summary, ...],
+    ) -> None:
+        if record:
+            policy, inputs = record.policy, replace(record.inputs, before=record.decision.memory)
+        else:
+            policy, inputs = Policy(), Inputs(0.0, home, (), (), (), 0)
+        now = replace(inputs, now=time.time(), generations=generations, trainers=trainers)
+        decision = decide(now, policy)
+        hours = decision.supply_hours
+        self.add("demand_tokens_per_second", decision.demand_tokens_per_second)
+        self.add("supply_tokens", decision.supply_tokens)
+        self.add("supply_seconds", None if hours is None else hours * HOUR)
 
-def _last_decision(root: str) -> Record | None:
-    uri = f"{root}/decisions.jsonl"
-    if not exists(uri):
-        return None
-    return from_json(Record, read_bytes(uri).splitlines()[-1])
-
-
-def _phase(phase: str, store: Store, since: float, batch: str) -> Iterator[Sample]:
-    commits = store.listed_commits()
-    status = phase_status(phase, store, commits, since=since)
-    if not status.units:
-        return
-    labels = {"batch": batch, "phase": phase}
-    failed = status.failed - status.quarantined
-    states = {"done": status.done, "failed": failed, "quarantined": status.quarantined}
-    for state, count in (states | {"left": status.left}).items():
-        yield Sample("units", count, labels | {"state": state})
-    numbers = {
-        "read_bytes_total": status.bytes_read or None,
-        "written_bytes_total": status.bytes_written,
-        "cpu_seconds_total": status.cpu_seconds,
-        "rows_per_second": status.rows_per_second,
-        "last_commit_timestamp_seconds": status.last_commit,
-    }
-    yield from _known(numbers, labels)
-    if phase in _FUNNEL:
-        counts: Counter[str] = Counter()
-        for commit in commits:
-            counts.update({str(reason): int(count) for reason, count in commit.counts.items()})
-        for reason, count in counts.items():
-            labels = {"batch": batch, "stage": _FUNNEL[phase], "reason": reason}
-            yield Sample("documents_total", count, labels)
-
-
-def _demand(
-    home: str,
-    record: Record | None,
-    generations: tuple[Generation, ...],
-    trainers: Iterable[feedback.Summary],
-) -> Iterator[Sample]:
-    inputs = record.inputs if record else Inputs(0.0, home, (), (), (), 0)
-    before = record.decision.memory if record else PlanState()
-    policy = record.policy if record else Policy()
-    now = replace(
-        inputs,
-        now=time.time(),
-        generations=generations,
-        trainers=tuple(trainers),
-        before=before,
-    )
-    decision = decide(now, policy)
-    hours = decision.supply_hours
-    numbers = {
-        "demand_tokens_per_second": decision.demand_tokens_per_second,
-        "supply_tokens": decision.supply_tokens,
-        "supply_seconds": None if hours is None else hours * HOUR,
-    }
-    yield from _known(numbers, {})
-
-
-def _trainer(summary: feedback.Summary) -> Iterator[Sample]:
-    report, labels = summary.report, {"trainer": summary.trainer}
-    for state in get_args(feedback.State):
-        yield Sample("trainer_state", state == report.state, labels | {"state": state})
-    numbers = {
-        "trainer_consumed_tokens": report.tokens_total,
-        "trainer_processed_tokens_total": report.tokens_processed,
-        "trainer_tokens_per_second": report.tokens_per_second,
-        "trainer_tokens_per_second_without_stalls": report.tokens_per_second_without_stalls,
-        "trainer_data_wait_ratio": report.data_wait_share,
-        "trainer_mfu_ratio": report.mfu,
-        "trainer_restarts_total": report.restarts,
-        "trainer_timestamp_seconds": summary.modified,
-    }
-    yield from _known(numbers, labels)
-
-
-def _known(numbers: Mapping[str, float | None], labels: Mapping[str, str]) -> Iterator[Sample]:
-    for name, value in numbers.items():
-        if value is not None:
-            yield Sample(name, value, labels)
+    def _add_trainer(self, summary: feedback.Summary) -> None:
+        report, trainer = summary.report, summary.trainer
+        for state in get_args(feedback.State):
+            self.add("trainer_state", state == report.state, trainer=trainer, state=state)
+        numbers = {
+            "consumed_tokens": report.tokens_total,
+            "processed_tokens_total": report.tokens_processed,
+            "tokens_per_second": report.tokens_per_second,
+            "tokens_per_second_without_stalls": report.tokens_per_second_without_stalls,
+            "data_wait_ratio": report.data_wait_share,
+            "mfu_ratio": report.mfu,
+            "restarts_total": report.restarts,
+            "timestamp_seconds": summary.modified,
+        }
+        for name, value in numbers.items():
+            self.add(f"trainer_{name}", value, trainer=trainer)

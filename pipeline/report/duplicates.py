@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.report.charts import Column, Floats, Histogram, binned
+from pipeline.report.charts import Floats, Histogram, binned
 from pipeline.report.page import clean
 from pipeline.report.sample import Ledger, Sample, document_row
 from pipeline.report.texts import EXCERPT, Piece
@@ -110,7 +110,7 @@ class Duplicates:
     against: int
     documents: int
     rules: dict[str, int]
-    sizes: list[Column]
+    sizes: dict[str, dict[str, int]]
     measured: Similarities
     clusters: list[Cluster]
     alarm: Alarm
@@ -145,10 +145,10 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     return total
 
 
-def _sizes(elected: Sequence[Commit]) -> list[Column]:
+def _sizes(elected: Sequence[Commit]) -> dict[str, dict[str, int]]:
     sizes = _sum(c.result.cluster_sizes for c in elected)
     ordered = sorted(sizes, key=lambda name: int(name.split("-")[0]))
-    return [Column(name.replace("-", "–"), {"clusters": sizes[name]}) for name in ordered]
+    return {name.replace("-", "–"): {"clusters": sizes[name]} for name in ordered}
 
 
 def _measured(ledger: Ledger, sample: Sample) -> Similarities:

@@ -1,46 +1,23 @@
 """Pages of this package: templates with one style, and numbers formatted for reading."""
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
-from pipeline.report.charts import LINE_COLORS, Column, columns_svg, histogram_svg
+from filters import Bound
+from pipeline.report.charts import LINE_COLORS, columns_svg, environment, histogram_svg
 from stages.storage.files import write_atomically
 
 
 def write_page(uri: str, template: str, **values: Any) -> None:
     """Write a page from a template of this folder; every crawled string is escaped."""
-    write_atomically(uri, render_page(template, **values).encode("utf-8", "replace"))
-
-
-def render_page(template: str, **values: Any) -> str:
-    """A page as text."""
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "size": size,
-        "duration": duration,
-        "bound": bound,
-    }
-    environment.filters |= {"counted": count, "limited": limited, "clean": clean}
-    environment.globals |= {
-        "histogram_svg": histogram_svg,
-        "columns_svg": columns_svg,
-        "Column": Column,
-        "LINE_COLORS": LINE_COLORS,
-    }
-    here = Path(__file__).parent
-    style = Markup((here / "page.css").read_text(encoding="utf-8"))
-    return environment.from_string((here / template).read_text(encoding="utf-8")).render(
-        style=style, **values
-    )
+    templates = environment()
+    for format in (number, percent, size, duration, bound, counted, clean):
+        templates.filters[format.__name__] = format
+    for chart in (histogram_svg, columns_svg):
+        templates.globals[chart.__name__] = chart
+    templates.globals["LINE_COLORS"] = LINE_COLORS
+    page = templates.get_template(template).render(**values)
+    write_atomically(uri, page.encode("utf-8", "replace"))
 
 
 def number(value: float | None) -> str:
@@ -79,29 +56,21 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def bound(limits: tuple[float, float] | None) -> str:
+def bound(limits: Bound) -> str:
     """A bound as '0.2 to 1', 'at most 5', 'at least 50' or 'off'."""
     if limits is None:
         return "off"
     low, high = limits
     if low == high:
         return f"exactly {number(low)}"
-    if math.isinf(low) or math.isinf(high):
-        sides = [f"at least {number(low)}"] * math.isfinite(low) + [
-            f"at most {number(high)}"
-        ] * math.isfinite(high)
-        return sides[0] if sides else "any value"
-    return f"{number(low)} to {number(high)}"
+    if math.isinf(low):
+        return "any value" if math.isinf(high) else f"at most {number(high)}"
+    return f"at least {number(low)}" if math.isinf(high) else f"{number(low)} to {number(high)}"
 
 
-def count(value: int, noun: str) -> str:
+def counted(value: int, noun: str) -> str:
     """'1 unit', '2,000 units'."""
     return f"{value:,} {noun}" if value == 1 else f"{value:,} {noun}s"
-
-
-def limited(items: Sequence[Any], limit: int) -> Sequence[Any]:
-    """The first of some items."""
-    return items[:limit]
 
 
 # control characters have no place in HTML; bidirectional overrides would turn the page around the

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pipeline.report.duplicates import Alarm
 from pipeline.report.groups import LOST, MANY, Ranking
-from pipeline.report.page import clean, count, number, size, write_page
+from pipeline.report.page import clean, counted, number, size, write_page
 from pipeline.report.run_data import ReportData, gather
 from pipeline.run.phases import FUNNEL_PHASES, STAGES
 
@@ -23,27 +23,30 @@ def notices(data: ReportData) -> Iterator[tuple[str, str]]:
     if data.failures:
         yield (
             "bad",
-            f"{count(len(data.failures), 'unit')} failed; see Failures. "
+            f"{counted(len(data.failures), 'unit')} failed; see Failures. "
             "The same command tries them again.",
         )
     for phase in data.phases:
         left = phase.units - phase.done - phase.failed
         if phase.done and left:
-            yield "note", f"{phase.name}: {left:,} of {count(phase.units, 'unit')} are still to do."
+            yield (
+                "note",
+                f"{phase.name}: {left:,} of {counted(phase.units, 'unit')} are still to do.",
+            )
     done = {p.name for p in data.phases if p.done}
     missing = [s for s in STAGES[: STAGES.index(data.last) + 1] if FUNNEL_PHASES[s] not in done]
     if missing:
         yield "note", f"Not run yet under these keys: {', '.join(missing)}."
     extract = data.phases[0]
     if extract.lost_bytes or extract.lost_members:
-        places = count(extract.lost_members, "damaged place")
+        places = counted(extract.lost_members, "damaged place")
         yield "bad", f"{size(extract.lost_bytes)} of input could not be read, at {places}."
     if data.groups["host lost"].groups:
         yield "bad", _hosts_lost(data.groups["host lost"])
     if data.lost_inputs:
         yield (
             "bad",
-            f"{count(data.lost_inputs, 'input file')} lost over {LOST:.0%} of the pages; "
+            f"{counted(data.lost_inputs, 'input file')} lost over {LOST:.0%} of the pages; "
             "see Sources.",
         )
     if data.duplicates.alarm.first:
@@ -57,13 +60,14 @@ def _hosts_lost(hosts: Ranking) -> str:
     number_lost = len(hosts.groups) + hosts.others
     more = f" and {number_lost - 3:,} more" if number_lost > 3 else ""
     lost = f"lost over {LOST:.0%} of {MANY} or more pages"
-    return f"{count(number_lost, 'host')} {lost}: {named}{more}."
+    return f"{counted(number_lost, 'host')} {lost}: {named}{more}."
 
 
 def _dropped_most(alarm: Alarm) -> str:
     listed = sum(alarm.kinds.values())
     kinds = ", ".join(
-        count(n, {"input": "input file"}.get(kind, kind)) for kind, n in sorted(alarm.kinds.items())
+        counted(n, {"input": "input file"}.get(kind, kind))
+        for kind, n in sorted(alarm.kinds.items())
     )
     named = ", ".join(f"{w.name} ({w.dropped:,} of {w.documents:,})" for w in alarm.first[:3])
     more = f" and {alarm.total - 3:,} more" if alarm.total > 3 else ""

@@ -297,7 +297,7 @@ def test_copies_are_told_apart_by_rule_and_the_kept_one_of_an_earlier_batch_is_s
         second_batch(tmp_path, first_batch, "dedup.verify_share=1.0").run.directory
     )
     assert found.rules == {"dedup.exact": 1, "dedup.near": 2, "dedup.earlier": 4}
-    assert {c.label: c.series["clusters"] for c in found.sizes} == {"1": 1, "2": 1, "3–4": 2}
+    assert {n: c["clusters"] for n, c in found.sizes.items()} == {"1": 1, "2": 1, "3–4": 2}
     assert [c.size for c in found.clusters] == [3, 3, 2, 1]
     kept, *copies = found.clusters[0].members
     assert (kept.url, kept.kept_in) == ("https://old.example/1", str(first_batch))
@@ -428,7 +428,7 @@ def test_a_run_without_copies_says_so(tmp_path):
     config = make_config(tmp_path, [source], *JSONL, GOPHER)
     run_inline(config, until="dedup")
     found, section = duplicates_of(config.run.directory)
-    assert (found.documents, found.dropped, found.sizes, found.clusters) == (3, 0, [], [])
+    assert (found.documents, found.dropped, found.sizes, found.clusters) == (3, 0, {}, [])
     assert (
         "0 of 3 documents dropped" in section
         and "No two documents are copies of one another." in section

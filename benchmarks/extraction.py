@@ -25,8 +25,8 @@ from filters.language import Language
 from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
 from stages.dedup.config import DedupConfig
-from stages.extract.extract import ExtractConfig, ExtractPlan, ExtractTask, extract_unit
-from stages.extract.extractor import Gate
+from stages.extract.config import ExtractConfig, Gate
+from stages.extract.extract import ExtractPlan, ExtractTask, extract_unit
 from stages.read.fetch import FetchOptions, fingerprint
 from stages.read.records import InputConfig
 from stages.read.warc import ReadStats, read_records

@@ -19,8 +19,8 @@ from filters.language import Language
 from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
 from stages.dedup.config import DedupConfig
-from stages.extract.extract import ExtractConfig, ExtractPlan, ExtractTask, extract_unit
-from stages.extract.extractor import Gate
+from stages.extract.config import ExtractConfig, Gate
+from stages.extract.extract import ExtractPlan, ExtractTask, extract_unit
 from stages.formats.document import NamedFilter
 from stages.read.fetch import FetchOptions, fingerprint
 from stages.read.records import InputConfig

@@ -16,7 +16,7 @@ from filters.pii.scrub import Pii
 from filters.url_policy import UrlPolicy
 from pipeline.controller.policy import Policy
 from stages.dedup.config import DedupConfig
-from stages.extract.extract import ExtractConfig
+from stages.extract.config import ExtractConfig
 from stages.formats.document import NamedFilter
 from stages.pack.pack import PackConfig
 from stages.read.fetch import FetchOptions

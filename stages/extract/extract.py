@@ -11,74 +11,38 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 from pydantic.dataclasses import dataclass as validated
 
-from filters import STRICT, Rejection, apply, first_failure, rules, settings
-from filters.language import Language
+from filters import STRICT, Rejection, first_failure, rules, settings
 from filters.opt_out import OptOut, in_headers
-from filters.text.view import TextView
 from filters.url_policy import UrlPolicy, host_of
 from stages.dedup import minhash
-from stages.extract.extractor import (
-    Extractor,
-    ExtractorOptions,
-    Gate,
-    Page,
-    ResiliparseOptions,
-    TrafilaturaOptions,
-)
+from stages.extract.config import ExtractConfig
+from stages.extract.extractor import Extractor, ExtractorOptions, Page
 from stages.formats.document import (
     NamedFilter,
+    Row,
     Tallies,
     document_schema,
+    first_broken_rule,
     make_doc_id,
     measured_columns,
+    rejection_columns,
     sampled,
-    score_columns,
 )
 from stages.read.fetch import FetchOptions, fingerprint, local_copy
-from stages.read.records import InputConfig, TextRecord, id_type, read_texts
+from stages.read.records import InputConfig, id_type, read_texts
 from stages.read.warc import ReadStats, Record, begins_as_warc, read_records
 from stages.storage.ledger import Commit, Store, Unit
 
 VERSION = 3
 _NO_DOCUMENT = ("not_response",)
-Row = dict[str, Any]
-
-
-@validated(frozen=True, config=STRICT)
-class ExtractConfig:
-    """Settings of the extract stage.
-
-    `filters` are measured and checked in this order. Sizes in bytes, times in seconds of CPU.
-    `keep_rejected_text` is the share of rejected documents, in [0, 1], whose text is kept as a
-    sample (1 keeps all, so that any bound can be loosened without extracting again). Without
-    `keep_text` no text is kept, and dedup is the last stage that can follow. `parallelism` caps the
-    tasks at work at once; 0 leaves it to the cluster's size.
-    """
-
-    engine: Literal["trafilatura", "resiliparse"] = "trafilatura"
-    filters: tuple[str, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
-    timeout_seconds: float = Field(default=10.0, gt=0)
-    max_html_bytes: int = Field(default=10_000_000, gt=0)
-    max_text_chars: int = Field(default=2_000_000, gt=0)
-    child_memory_bytes: int = Field(default=2_000_000_000, ge=500_000_000)
-    recycle_after: int = Field(default=5_000, gt=0)
-    keep_rejected_text: float = Field(default=0.01, ge=0, le=1)
-    keep_text: bool = True
-    num_cpus: float = Field(default=1.0, gt=0)
-    memory: int = Field(default=1_500_000_000, gt=0)
-    parallelism: int = Field(default=0, ge=0)
-    batch_size: int = Field(default=512, gt=0)
-    gate: Gate = Gate()
-    trafilatura: TrafilaturaOptions = TrafilaturaOptions()
-    resiliparse: ResiliparseOptions = ResiliparseOptions()
 
 
 @dataclass(frozen=True)
@@ -150,7 +114,7 @@ def _extract_web(
     path: Path, task: ExtractTask, commit: Commit, plan: ExtractPlan, store: Store
 ) -> ExtractResult:
     """Documents of a WARC or WET file; ValueError if it holds no WARC record at all."""
-    stats, extractor = ReadStats(), _extractor(_extractor_options(plan))
+    stats, extractor = ReadStats(), _extractor(plan)
     started = extractor.cpu_seconds
     result = _write_documents(_web_rows(path, task, plan, stats), commit, plan, store)
     if not stats.records and stats.lost_bytes and not begins_as_warc(path):
@@ -256,14 +220,13 @@ def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats
         row: Row = {
             "doc_id": make_doc_id(task.ordinal, record.index),
             "url": record.url,
-            "host": host_of(record.url),
             "crawl_date": record.date,
             "warc_file": task.path,
             "warc_offset": record.offset,
         }
         skipped = Page(rejected_by=f"warc.{record.skipped}") if record.skipped else None
-        page = skipped or _policy_rejection(record, plan) or _page(record, plan)
-        yield _measured_row(row | _page_columns(page), page, plan)
+        page = skipped or _blocked(record.url, plan) or _page(record, plan)
+        yield _measured_row(row, page, plan)
 
 
 def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan) -> Iterator[Row]:
@@ -271,132 +234,78 @@ def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan) -> Iterator[Row
         row: Row = {
             "doc_id": make_doc_id(task.ordinal, record.position),
             "url": record.url,
-            "host": host_of(record.url or ""),
             "source_id": record.source_id,
             "warc_file": task.path,
             "warc_offset": record.position,
         }
-        page = _text_page(record, plan)
-        yield _measured_row(row | _page_columns(page), page, plan)
+        error = Page(rejected_by=f"input.{record.error}") if record.error else None
+        page = _blocked(record.url, plan) or error or Page(text=record.text)
+        yield _measured_row(row, page, plan)
 
 
-def _policy_rejection(record: Record, plan: ExtractPlan) -> Page | None:
-    blocked = plan.url_policy.check(record.url)
-    if blocked is not None:
-        return Page(rejected_by=f"url_policy.{blocked.rule}")
-    signal = in_headers(record.headers)
-    if signal and plan.opt_out.reject:
-        return Page(rejected_by="opt_out.reject", opt_out=signal)
-    return None
+def _blocked(url: str | None, plan: ExtractPlan) -> Page | None:
+    blocked = plan.url_policy.check(url or "")
+    return None if blocked is None else Page(rejected_by=f"url_policy.{blocked.rule}")
 
 
 def _page(record: Record, plan: ExtractPlan) -> Page:
+    signal = in_headers(record.headers)
+    if signal and plan.opt_out.reject:
+        return Page(rejected_by="opt_out.reject", opt_out=signal)
     if record.kind == "text":
         return Page(text=record.payload.decode("utf-8", "replace").replace("\0", ""))
-    page = _extractor(_extractor_options(plan)).extract(
-        record.payload, content_type=record.headers.get("content-type", ""), url=record.url
-    )
-    return page if page.opt_out else page._replace(opt_out=in_headers(record.headers))
-
-
-def _text_page(record: TextRecord, plan: ExtractPlan) -> Page:
-    blocked = plan.url_policy.check(record.url or "")
-    if blocked is not None:
-        return Page(rejected_by=f"url_policy.{blocked.rule}")
-    if record.error is not None:
-        return Page(rejected_by=f"input.{record.error}")
-    return Page(text=record.text)
-
-
-def _page_columns(page: Page) -> Row:
-    names = ("charset", "charset_source", "opt_out", "language", "language_score")
-    return {name: getattr(page, name) for name in names}
+    content_type = record.headers.get("content-type", "")
+    page = _extractor(plan).extract(record.payload, content_type=content_type)
+    return page._replace(opt_out=page.opt_out or signal)
 
 
 def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:
-    if page.rejected_by is not None:
-        low, high = page.bound or (None, None)
-        return row | _verdict_columns(page.rejected_by, page.value, low, high)
-    assert page.text is not None
-    if len(page.text) > plan.config.max_text_chars:
-        return row | _verdict_columns(
-            "extract.max_text_chars", float(len(page.text)), 0.0, plan.config.max_text_chars
+    row |= page._asdict() | {"host": host_of(row["url"] or ""), "num_chars": None}
+    if page.text is None:
+        return row
+    length, limit = len(page.text), plan.config.max_text_chars
+    if length > limit:
+        rejected = rejection_columns("extract.max_text_chars", float(length), (0.0, limit))
+        return row | rejected | {"text": None}
+    language = plan.language.filter
+    if language.identify:
+        row["language"], row["language_score"] = language.guess(page.text)
+        share = (
+            language.line_share_of(page.text, row["language"]) if language.measure_lines else None
         )
-    row |= _language_columns(page.text, plan.language.filter)
-    view = TextView(page.text, row.get("language"))
-    for named in plan.filters:
-        # C4 hands on the text without the lines it removes
-        view, measured = apply(named.of(view.language), view)
-        row |= measured_columns(named.name, measured)
-    return _judge(row | {"text": view.text, "num_chars": len(view.text)}, plan)
-
-
-def _language_columns(text: str, language: Language) -> Row:
-    if not language.identify:
-        return {}
-    guess = language.guess(text)
-    share = language.line_share_of(text, guess.language) if language.measure_lines else None
-    return {"language": guess.language, "language_score": guess.score, "language_line_share": share}
+        row["language_line_share"] = share
+    row |= measured_columns(page.text, row["language"], plan.filters)
+    return _judge(row, plan)
 
 
 def _judge(row: Row, plan: ExtractPlan) -> Row:
     """Apply the policy to a measured row: its verdict, and its text only if kept or sampled."""
-    verdict = _verdict(row, plan)
-    if verdict is None:
-        return row | dict.fromkeys(
-            ("rejected_by", "rejected_value", "rejected_low", "rejected_high")
-        )
-    row |= _verdict_columns(verdict.rule, verdict.value, *verdict.bound) | {
-        "content_hash": None,
-        "band_keys": None,
-    }
+    failure = _wrong_language(row, plan) or first_broken_rule(row, plan.filters)
+    if failure is None:
+        return row | rejection_columns(None)
+    row |= rejection_columns(*failure) | {"content_hash": None, "band_keys": None}
     if not sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed):
         row["text"] = None
     return row
 
 
-def _verdict(row: Row, plan: ExtractPlan) -> Rejection | None:
-    if plan.language.filter.identify:
-        language = plan.language.of(row["language"])
-        if language.allowed and row["language"] not in language.allowed:
-            return Rejection("language.allowed", row["language_score"], (-math.inf, math.inf))
-        failure = first_failure(
-            "language", language, {rule: row[f"language_{rule}"] for rule in rules(language)}
-        )
-        if failure is not None:
-            return failure
-    for named in plan.filters:
-        scores = {c.removeprefix(f"{named.name}."): row[c] for c in score_columns([named])}
-        failure = first_failure(named.name, named.of(row["language"]), scores)
-        if failure is not None:
-            return failure
-    return None
+def _wrong_language(row: Row, plan: ExtractPlan) -> Rejection | None:
+    if not plan.language.filter.identify:
+        return None
+    language = plan.language.of(row["language"])
+    if language.allowed and row["language"] not in language.allowed:
+        return Rejection("language.allowed", row["language_score"], (-math.inf, math.inf))
+    scores = {rule: row[f"language_{rule}"] for rule in rules(language)}
+    return first_failure("language", language, scores)
 
 
-def _verdict_columns(rule: str, value: float | None, low: float | None, high: float | None) -> Row:
-    return {
-        "rejected_by": rule,
-        "rejected_value": value,
-        "rejected_low": low,
-        "rejected_high": high,
-    }
-
-
-def _with_signatures(rows: list[Row], plan: ExtractPlan) -> list[Row]:
+def _add_signatures(rows: list[Row], plan: ExtractPlan) -> None:
     """Content hashes and band keys of the kept rows, all at once."""
     kept = [row for row in rows if row["rejected_by"] is None]
     normalized = [minhash.normalize(row["text"]) for row in kept]
-    for row, words, keys in zip(
-        kept, normalized, minhash.band_keys(normalized, plan.signature), strict=True
-    ):
+    band_keys = minhash.band_keys(normalized, plan.signature)
+    for row, words, keys in zip(kept, normalized, band_keys, strict=True):
         row |= {"content_hash": minhash.content_hash(row["text"], words), "band_keys": keys}
-    return rows
-
-
-def _with_stored_text(rows: list[Row], plan: ExtractPlan) -> list[Row]:
-    if plan.config.keep_text:
-        return rows
-    return [row | {"text": None} for row in rows]
 
 
 # --- writing and re-applying ----------------------------------------------------------------------
@@ -410,35 +319,26 @@ def _write_documents(
     counts: Counter[str] = Counter()
     languages: Counter[str] = Counter()
     tallies = Tallies(plan.filters)
-    chars = 0
+    chars, rows = 0, iter(rows)
     with (
         store.create("documents", f"{commit.unit}.parquet", outputs=commit.outputs) as path,
         pq.ParquetWriter(path, schema, compression="zstd") as writer,
     ):
-        for batch in _batches(rows, plan.config.batch_size):
+        while batch := list(islice(rows, plan.config.batch_size)):
             for row in batch:
                 counts[row["rejected_by"] or "kept"] += 1
                 languages[row["language"] or "unknown"] += 1
                 tallies.add(row)
                 chars += row["num_chars"] if row["rejected_by"] is None else 0
-            signed = _with_stored_text(_with_signatures(batch, plan), plan)
-            writer.write_table(pa.Table.from_pylist(signed, schema=schema))
+            _add_signatures(batch, plan)
+            if not plan.config.keep_text:
+                batch = [row | {"text": None} for row in batch]
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
     commit.counts |= dict(sorted(counts.items()))
     commit.rows_out = counts["kept"]
     return ExtractResult(
         chars_out=chars, languages=dict(sorted(languages.items())), tallies=tallies.counts
     )
-
-
-def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    for row in rows:
-        batch.append({"rejected_by": None, "num_chars": None, "language": None} | row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _stored_rows(unit: Unit, plan: ExtractPlan) -> tuple[list[Row], Commit] | None:
@@ -451,7 +351,11 @@ def _stored_rows(unit: Unit, plan: ExtractPlan) -> tuple[list[Row], Commit] | No
         before = store.commit_of(unit.name)
         if before is None or before.fingerprint != unit.fingerprint:
             continue
-        rows = [_rejudge(row, plan) for row in store.read_part(before).to_pylist()]
+        rows = [
+            # to a row that was rejected before it was measured no bound was applied
+            row if row["num_chars"] is None else _judge(row, plan)
+            for row in store.read_part(before).to_pylist()
+        ]
         if all(row["text"] is not None for row in rows if _keeps_text(row, plan)):
             return rows, before
     return None
@@ -465,35 +369,13 @@ def _keeps_text(row: Row, plan: ExtractPlan) -> bool:
     )
 
 
-def _rejudge(row: Row, plan: ExtractPlan) -> Row:
-    if row["num_chars"] is None:
-        return row  # rejected before it was measured: no filter's bound was applied
-    if row["text"] is None:
-        verdict = _verdict(row, plan)
-        if verdict is None:
-            return row | {"rejected_by": None}
-        return row | _verdict_columns(verdict.rule, verdict.value, *verdict.bound)
-    return _judge(row, plan)
-
-
-# --- per-process state ----------------------------------------------------------------------------
-
-
-def _extractor_options(plan: ExtractPlan) -> ExtractorOptions:
-    return ExtractorOptions(
-        engine=plan.config.engine,
-        trafilatura=plan.config.trafilatura,
-        resiliparse=plan.config.resiliparse,
-        gate=plan.config.gate,
-        language=plan.language.filter,
-        reject_opt_out=plan.opt_out.reject,
-        cpu_seconds=plan.config.timeout_seconds,
-        memory_bytes=plan.config.child_memory_bytes,
-        recycle_after=plan.config.recycle_after,
+def _extractor(plan: ExtractPlan) -> Extractor:
+    return _shared_extractor(
+        ExtractorOptions(plan.config, plan.language.filter, plan.opt_out.reject)
     )
 
 
 @lru_cache(maxsize=1)
-def _extractor(options: ExtractorOptions) -> Extractor:
+def _shared_extractor(options: ExtractorOptions) -> Extractor:
     # one child per worker process, kept between units
     return Extractor(options)

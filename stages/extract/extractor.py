@@ -13,19 +13,25 @@ import json
 import os
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
-from typing import IO, Any, Literal, NamedTuple
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
 
-from pydantic import Field
+from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
+from resiliparse.extract.html2text import extract_plain_text
 
 from filters import STRICT
 from filters.language import Language
 from filters.opt_out import in_html
+from stages.extract.config import ExtractConfig
+from stages.read.charset import decode_html
 
 # wall-clock limit for a page that waits instead of working, as a multiple of the CPU time limit
 WALL_FACTOR = 20
@@ -34,76 +40,22 @@ GATE_CHARS = 4_000
 
 
 @dataclass(frozen=True, config=STRICT)
-class TrafilaturaOptions:
-    """Arguments of trafilatura.extract (Barbaresi 2021, ACL demo 15), with its own defaults.
-
-    FineWeb sets favor_precision; on the 500 pages of WCXB's development sample that costs word-F1
-    (see the README).
-    """
-
-    favor_precision: bool = False
-    favor_recall: bool = False
-    fast: bool = False
-    include_comments: bool = True
-    include_tables: bool = True
-    include_links: bool = False
-    include_formatting: bool = False
-    deduplicate: bool = False
-
-
-@dataclass(frozen=True, config=STRICT)
-class ResiliparseOptions:
-    """Arguments of resiliparse's extract_plain_text (Bevendorff et al. 2018, ECIR)."""
-
-    main_content: bool = True
-    alt_texts: bool = False
-    links: bool = False
-    form_fields: bool = False
-    noscript: bool = False
-    comments: bool = True
-    list_bullets: bool = True
-
-
-@dataclass(frozen=True, config=STRICT)
-class Gate:
-    """Drop pages before the expensive extraction that would be dropped after it.
-
-    resiliparse renders the whole page as plain text (a few milliseconds). The page passes if the
-    probability that this text is in an allowed language reaches `language_probability`, and if it
-    has at least `min_words` words, boilerplate included, so the main text has fewer. The README
-    says how many pages this drops that would have been kept.
-    """
-
-    enabled: bool = True
-    language_probability: float = Field(default=0.15, ge=0, le=1)
-    min_words: int = Field(default=50, ge=0)
-
-
-@dataclass(frozen=True, config=STRICT)
 class ExtractorOptions:
-    """Settings of the child: `cpu_seconds` limits a page, `memory_bytes` the address space."""
+    """Settings of the child."""
 
-    engine: Literal["trafilatura", "resiliparse"]
-    trafilatura: TrafilaturaOptions
-    resiliparse: ResiliparseOptions
-    gate: Gate
+    config: ExtractConfig
     language: Language
     reject_opt_out: bool
-    cpu_seconds: float
-    memory_bytes: int
-    recycle_after: int
 
 
 class Page(NamedTuple):
-    """The result of a page: its text, or None and the rule that rejected it.
-
-    `value` is the measure that failed `bound`, if any.
-    """
+    """The result of a page, as columns of its row: its text, or None and why it was rejected."""
 
     text: str | None = None
     rejected_by: str | None = None
-    value: float | None = None
-    bound: tuple[float, float] | None = None
+    rejected_value: float | None = None
+    rejected_low: float | None = None
+    rejected_high: float | None = None
     charset: str | None = None
     charset_source: str | None = None
     opt_out: str | None = None
@@ -123,61 +75,56 @@ class Extractor:
         self._child: subprocess.Popen[bytes] | None = None
         self._served = 0
 
-    def extract(self, payload: bytes, *, content_type: str, url: str) -> Page:
+    def extract(self, payload: bytes, *, content_type: str) -> Page:
         """Decode a page and extract its main text. No page makes it raise."""
-        child = self._running_child()
-        assert child.stdin and child.stdout
+        if self._child is not None and self._served >= self.options.config.recycle_after:
+            self.close()  # parsers leak memory; only a new process frees it for certain
+        child = self._child = self._child or self._start_child()
         self._served += 1
         try:
-            _send(
-                child.stdin,
-                json.dumps({"content_type": content_type, "url": url}).encode(),
-                payload,
-            )
-            answer = _receive(child.stdout)
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
+            self._pipe.send_bytes(content_type.encode("utf-8", "surrogatepass"))
+            self._pipe.send_bytes(payload)
+            *page, cpu_seconds = json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):
             return self._page_of_dead_child(child)
-        meta = json.loads(answer[0])
-        self.cpu_seconds += meta.pop("cpu_seconds")
-        return Page(**meta, text=None if meta["rejected_by"] else answer[1].decode())
+        self.cpu_seconds += cpu_seconds
+        return Page(*page)
 
     def close(self) -> None:
         """End the child; the next page starts another."""
         if self._child is not None:
             self._child.kill()
-            self._child.communicate()
-        self._child, self._served = None, 0
+            self._child.wait()
+        self._child = None
 
-    def _running_child(self) -> "subprocess.Popen[bytes]":
-        if self._child is not None and self._served >= self.options.recycle_after:
-            self.close()  # parsers leak memory; only a new process frees it for certain
-        if self._child is None:
-            self._child = subprocess.Popen(
+    def _start_child(self) -> "subprocess.Popen[bytes]":
+        self._served = 0
+        self._pipe, child_end = Pipe()
+        with child_end:
+            return subprocess.Popen(
                 [
-                    sys.executable,
-                    "-m",
-                    "stages.extract.extractor",
-                    json.dumps(asdict(self.options)),
+                    *(sys.executable, "-m", "stages.extract.extractor"),
+                    *(str(child_end.fileno()), json.dumps(asdict(self.options))),
                 ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                pass_fds=[child_end.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=os.environ
                 | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
             )
-        return self._child
 
     def _page_of_dead_child(self, child: "subprocess.Popen[bytes]") -> Page:
         code = child.wait()
-        self._child, self._served = None, 0
+        self._child = None
         if -code in (signal.SIGPROF, signal.SIGALRM):
-            self.cpu_seconds += self.options.cpu_seconds
+            limit = self.options.config.timeout_seconds
+            self.cpu_seconds += limit
             return Page(
                 rejected_by="extract.timeout",
-                value=self.options.cpu_seconds,
-                bound=(0.0, self.options.cpu_seconds),
+                rejected_value=limit,
+                rejected_low=0.0,
+                rejected_high=limit,
             )
         if code > 0 or -code in (signal.SIGKILL, signal.SIGTERM):
             # the child catches all exceptions of a page: this is the machine (out of memory, a
@@ -186,113 +133,96 @@ class Extractor:
                 f"the extractor's child ended with exit code {code}: "
                 "out of memory, or it cannot start"
             )
-        return Page(rejected_by="extract.crash", value=float(code))
+        return Page(rejected_by="extract.crash", rejected_value=float(code))
 
 
-def _send(pipe: IO[bytes], meta: bytes, body: bytes) -> None:
-    pipe.write(struct.pack("<II", len(meta), len(body)) + meta)
-    pipe.write(body)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> tuple[bytes, bytes] | None:
-    header = pipe.read(8)
-    if len(header) < 8:
-        return None
-    sizes = struct.unpack("<II", header)
-    meta, body = pipe.read(sizes[0]), pipe.read(sizes[1])
-    return (meta, body) if len(meta) + len(body) == sum(sizes) else None
-
-
-def serve(options: ExtractorOptions) -> None:
+def serve(pipe: Connection, options: ExtractorOptions) -> None:
     """Run the child: answer one page after the other until the parent closes the pipe."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    engine = _engine(options)
+    engine = _engine(options.config)
     options.language.guess("a model that cannot be loaded must fail the child, not every page")
-    resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
+    memory, cpu_limit = options.config.child_memory_bytes, options.config.timeout_seconds
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     before = 0.0
-    while (request := _receive(sys.stdin.buffer)) is not None:
-        signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)
-        signal.setitimer(signal.ITIMER_REAL, options.cpu_seconds * WALL_FACTOR)
-        page = _extract(request[1], json.loads(request[0]), options, engine)
+    while True:
+        content_type = pipe.recv_bytes().decode("utf-8", "surrogatepass")
+        payload = pipe.recv_bytes()
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit)
+        signal.setitimer(signal.ITIMER_REAL, cpu_limit * WALL_FACTOR)
+        page = _extract(payload, content_type, options, engine)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         now = time.process_time()
-        meta, before = page._asdict() | {"cpu_seconds": now - before}, now
-        text = (meta.pop("text") or "").replace("\0", "").encode("utf-8", "replace")
-        _send(sys.stdout.buffer, json.dumps(meta).encode(), text)
+        answer = json.dumps([*page, now - before], ensure_ascii=False)
+        before = now
+        pipe.send_bytes(answer.encode("utf-8", "replace"))
 
 
-def _extract(
-    payload: bytes, request: dict[str, str], options: ExtractorOptions, engine: Any
-) -> Page:
+def _extract(payload: bytes, content_type: str, options: ExtractorOptions, engine: Any) -> Page:
     try:
-        return _page(payload, request, options, engine)
+        return _page(payload, content_type, options, engine)
     except MemoryError:
-        return Page(rejected_by="extract.memory", value=float(options.memory_bytes))
+        return Page(
+            rejected_by="extract.memory", rejected_value=float(options.config.child_memory_bytes)
+        )
     except Exception:  # parsers raise anything on hostile pages; only this page is rejected
         return Page(rejected_by="extract.error")
 
 
-def _page(payload: bytes, request: dict[str, str], options: ExtractorOptions, engine: Any) -> Page:
-    from stages.read.charset import decode_html
-
-    decoded = decode_html(payload, request["content_type"])
-    page = Page(
-        charset=decoded.charset, charset_source=decoded.source, opt_out=in_html(decoded.text)
-    )
+def _page(payload: bytes, content_type: str, options: ExtractorOptions, engine: Any) -> Page:
+    html, charset, source = decode_html(payload, content_type)
+    page = Page(charset=charset, charset_source=source, opt_out=in_html(html))
     if page.opt_out and options.reject_opt_out:
         return page._replace(rejected_by="opt_out.reject")
-    if options.gate.enabled:
-        page = _gate(page, decoded.text, options)
+    if options.config.gate.enabled:
+        page = _gate(page, html, options)
     if page.rejected_by:
         return page
-    text = engine(decoded.text)
-    if not text or not text.strip():
+    text = (engine(html) or "").strip().replace("\0", "")
+    if not text:
         return page._replace(rejected_by="extract.empty")
-    return page._replace(text=text.strip())
+    return page._replace(text=text)
 
 
 def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
-    from resiliparse.extract.html2text import extract_plain_text
-
+    gate, language = options.config.gate, options.language
     # noscript: Discourse and similar forums put all their text there
     plain = extract_plain_text(
         html, preserve_formatting=False, main_content=False, alt_texts=False, noscript=True
     )
     words = len(plain.split())
-    if words < options.gate.min_words:
+    if words < gate.min_words:
         return page._replace(
             rejected_by="gate.min_words",
-            value=float(words),
-            bound=(options.gate.min_words, float("inf")),
+            rejected_value=float(words),
+            rejected_low=gate.min_words,
+            rejected_high=float("inf"),
         )
-    guesses = options.language.guesses(plain, k=10, max_chars=GATE_CHARS)
-    probability = options.language.probability_allowed(guesses)
-    if probability < options.gate.language_probability:
+    guesses = language.guesses(plain, k=10, max_chars=GATE_CHARS)
+    probability = language.probability_allowed(guesses)
+    if probability < gate.language_probability:
         return page._replace(
             rejected_by="gate.language_probability",
-            value=probability,
-            bound=(options.gate.language_probability, 1.0),
+            rejected_value=probability,
+            rejected_low=gate.language_probability,
+            rejected_high=1.0,
             language=guesses[0].language,
             language_score=guesses[0].score,
         )
     return page
 
 
-def _engine(options: ExtractorOptions) -> Any:
-    if options.engine == "resiliparse":
-        from resiliparse.extract.html2text import extract_plain_text
-
-        return lambda html: extract_plain_text(html, **asdict(options.resiliparse))
+def _engine(config: ExtractConfig) -> Any:
+    if config.engine == "resiliparse":
+        return partial(extract_plain_text, **asdict(config.resiliparse))
     import logging
 
     from trafilatura import extract
     from trafilatura.deduplication import LRUCache
 
     logging.disable(logging.CRITICAL)  # it logs for each page what we store for each page
-    arguments = asdict(options.trafilatura)
+    arguments = asdict(config.trafilatura)
     deduplicate = arguments.pop("deduplicate")
     # a new cache for each page: the library's default cache is shared, and makes a page depend on
     # earlier ones
@@ -302,6 +232,7 @@ def _engine(options: ExtractorOptions) -> Any:
 
 
 if __name__ == "__main__":
-    from pydantic import TypeAdapter
-
-    serve(TypeAdapter(ExtractorOptions).validate_json(sys.argv[1]))
+    with suppress(EOFError):
+        serve(
+            Connection(int(sys.argv[1])), TypeAdapter(ExtractorOptions).validate_json(sys.argv[2])
+        )

@@ -3,50 +3,70 @@ written into it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import xxhash
 
-from filters import notes, rules, settings
+from filters import Rejection, apply, first_failure, notes, rules, settings
+from filters.text.view import TextView
 
-# Band keys are one binary value of 8 bytes a band (little-endian): a document of 14 bands costs 112
-# bytes.
-IDENTITY = [
-    pa.field("doc_id", pa.uint64(), nullable=False),
-    pa.field("url", pa.string()),
-    pa.field("host", pa.string()),
-    pa.field("source_id", pa.string()),
-    pa.field("crawl_date", pa.timestamp("s", tz="UTC")),
-    pa.field("warc_file", pa.string()),
-    pa.field("warc_offset", pa.int64()),
-]
-EXTRACTED = [
-    pa.field("charset", pa.string()),
-    pa.field("charset_source", pa.string()),
-    pa.field("opt_out", pa.string()),
-    pa.field("language", pa.string()),
-    pa.field("language_score", pa.float64()),
-    pa.field("language_line_share", pa.float64()),
-    pa.field("num_chars", pa.int64()),
-    pa.field("content_hash", pa.binary(16)),
-    pa.field("band_keys", pa.binary()),
-]
-VERDICT = [
-    pa.field("rejected_by", pa.string()),
-    pa.field("rejected_value", pa.float64()),
-    pa.field("rejected_low", pa.float64()),
-    pa.field("rejected_high", pa.float64()),
-    pa.field("text", pa.large_string()),
-]
-REFINED = [
-    pa.field("cluster_id", pa.uint64()),
-    pa.field("cluster_size", pa.int64()),
-    pa.field(
-        "pii_spans",
-        pa.list_(pa.struct({"entity": pa.string(), "start": pa.int32(), "end": pa.int32()})),
-    ),
-]
+Row = dict[str, Any]
+
+
+def table_schema(
+    required: Mapping[str, pa.DataType], optional: Mapping[str, pa.DataType] = MappingProxyType({})
+) -> pa.Schema:
+    """A schema from types by column name; `required` columns hold no nulls."""
+    return pa.schema(
+        [f.with_nullable(False) for f in pa.schema(required)] + list((optional or {}).items())
+    )
+
+
+IDENTITY = table_schema(
+    {"doc_id": pa.uint64()},
+    {
+        "url": pa.string(),
+        "host": pa.string(),
+        "source_id": pa.string(),
+        "crawl_date": pa.timestamp("s", tz="UTC"),
+        "warc_file": pa.string(),
+        "warc_offset": pa.int64(),
+    },
+)
+EXTRACTED = pa.schema(
+    {
+        "charset": pa.string(),
+        "charset_source": pa.string(),
+        "opt_out": pa.string(),
+        "language": pa.string(),
+        "language_score": pa.float64(),
+        "language_line_share": pa.float64(),
+        "num_chars": pa.int64(),
+        "content_hash": pa.binary(16),
+        # 8 bytes a band, little-endian: 112 bytes for a document of 14 bands
+        "band_keys": pa.binary(),
+    }
+)
+VERDICT = pa.schema(
+    {
+        "rejected_by": pa.string(),
+        "rejected_value": pa.float64(),
+        "rejected_low": pa.float64(),
+        "rejected_high": pa.float64(),
+        "text": pa.large_string(),
+    }
+)
+REFINED = pa.schema(
+    {
+        "cluster_id": pa.uint64(),
+        "cluster_size": pa.int64(),
+        "pii_spans": pa.list_(
+            pa.struct({"entity": pa.string(), "start": pa.int32(), "end": pa.int32()})
+        ),
+    }
+)
 
 POSITION_BITS = 32
 
@@ -99,11 +119,43 @@ class NamedFilter(NamedTuple):
         return [base, *(variant for variant in variants if variant[1] != base[1])]
 
 
-def measured_columns(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What a filter measured, under the names of its columns."""
+def measured_columns(text: str, language: str | None, filters: Sequence[NamedFilter]) -> Row:
+    """The scores and notes of every filter, and the text that filters which edit leave."""
+    row: Row = {}
+    view = TextView(text, language)
+    for named in filters:
+        # C4 hands on the text without the lines it removes
+        view, measured = apply(named.of(language), view)
+        row |= {
+            f"{named.name}.{key}": value
+            if value is None or isinstance(value, str)
+            else float(value)
+            for key, value in measured.items()
+        }
+    return row | {"text": view.text, "num_chars": len(view.text)}
+
+
+def first_broken_rule(row: Row, filters: Sequence[NamedFilter]) -> Rejection | None:
+    """The first rule, in the order of the filters, that the measured columns of a row break."""
+    for named in filters:
+        filter = named.of(row["language"])
+        scores = {rule: row[f"{named.name}.{rule}"] for rule in rules(filter)}
+        if failure := first_failure(named.name, filter, scores):
+            return failure
+    return None
+
+
+def rejection_columns(
+    rule: str | None,
+    value: float | None = None,
+    bound: tuple[float | None, float | None] = (None, None),
+) -> Row:
+    """The columns of a rejection; a `rule` of None means kept."""
     return {
-        f"{name}.{key}": value if value is None or isinstance(value, str) else float(value)
-        for key, value in measured.items()
+        "rejected_by": rule,
+        "rejected_value": value,
+        "rejected_low": bound[0],
+        "rejected_high": bound[1],
     }
 
 
@@ -114,11 +166,11 @@ def score_columns(filters: Sequence[NamedFilter]) -> list[str]:
 
 def measured_fields(filters: Sequence[NamedFilter]) -> list[pa.Field]:
     """Columns of scores, then of notes, filter by filter."""
-    columns = []
+    columns: dict[str, pa.DataType] = {}
     for named in filters:
-        columns += [pa.field(name, pa.float64()) for name in score_columns([named])]
-        columns += [pa.field(f"{named.name}.{note}", pa.string()) for note in notes(named.filter)]
-    return columns
+        columns |= dict.fromkeys(score_columns([named]), pa.float64())
+        columns |= {f"{named.name}.{note}": pa.string() for note in notes(named.filter)}
+    return list(pa.schema(columns))
 
 
 class Tallies:
@@ -127,20 +179,19 @@ class Tallies:
     """
 
     def __init__(self, filters: Sequence[NamedFilter]) -> None:
-        noted = [
-            (named.name, note) for named in filters for note in getattr(named.filter, "tallied", ())
-        ]
         self.counts: dict[str, dict[str, list[int]]] = {
-            f"{name}.{note}": {} for name, note in noted
+            f"{named.name}.{note}": {}
+            for named in filters
+            for note in getattr(named.filter, "tallied", ())
         }
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row that has been judged; one that the filter never saw is left out."""
         for column, tally in self.counts.items():
             if column in row:
-                found = tally.setdefault(row[column] or "", [0, 0])
-                found[0] += 1
-                found[1] += (row["rejected_by"] or "").startswith(f"{column.partition('.')[0]}.")
+                numbers = tally.setdefault(row[column] or "", [0, 0])
+                numbers[0] += 1
+                numbers[1] += (row["rejected_by"] or "").startswith(f"{column.partition('.')[0]}.")
 
 
 def document_schema(filters: Sequence[NamedFilter], *, keys: str) -> pa.Schema:
@@ -150,8 +201,14 @@ def document_schema(filters: Sequence[NamedFilter], *, keys: str) -> pa.Schema:
     `keys` says how band keys and content hashes are made; it goes into the parts' metadata.
     """
     return pa.schema(
-        IDENTITY + EXTRACTED + measured_fields(filters) + VERDICT, metadata={"gristmill.keys": keys}
+        [*IDENTITY, *EXTRACTED, *measured_fields(filters), *VERDICT],
+        metadata={"gristmill.keys": keys},
     )
+
+
+def pii_column(entity: str) -> str:
+    """Name of the column with a document's number of replaced values of one kind."""
+    return f"pii.{entity.lower()}"
 
 
 def corpus_schema(
@@ -160,11 +217,12 @@ def corpus_schema(
     """Schema of the refine stage's parts: the documents' own, without dedup keys, with what refine
     adds.
     """
-    counts = [pa.field(f"pii.{entity.lower()}", pa.int32()) for entity in pii]
-    counts += [pa.field("pii.count", pa.float64())] * bool(pii)
-    left_out = {"band_keys", *(f.name for f in VERDICT + REFINED)}
-    kept = [f for f in documents if f.name not in left_out]
-    return pa.schema(kept + REFINED + measured_fields(filters) + counts + VERDICT)
+    counts = {pii_column(entity): pa.int32() for entity in pii}
+    if pii:
+        counts["pii.count"] = pa.float64()
+    replaced = {"band_keys", *VERDICT.names, *REFINED.names}
+    kept = [f for f in documents if f.name not in replaced]
+    return pa.schema([*kept, *REFINED, *measured_fields(filters), *pa.schema(counts), *VERDICT])
 
 
 def sampled(doc_id: int, *, share: float, seed: int) -> bool:

@@ -8,7 +8,6 @@ corpus part it writes has the rows of refine's.
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +16,8 @@ from pydantic.dataclasses import dataclass as validated
 from filters import STRICT
 from filters.pii.ner import Ner
 from filters.pii.spans import Scrubbed, Span
+from stages.formats.document import Row, pii_column
+from stages.refine.refine import scrubbed_columns
 from stages.storage.files import open_parquet
 from stages.storage.ledger import Commit, Store, Unit
 
@@ -55,48 +56,28 @@ def ner_unit(unit: Unit, plan: NerPlan, store: Store) -> Commit:
         open_parquet(unit.task.corpus) as part,
         store.create("corpus", f"{unit.name}.parquet", outputs=commit.outputs) as path,
     ):
-        schema = _schema(part.schema_arrow, plan.ner)
+        counts = {pii_column(entity): pa.int32() for entity in plan.ner.entities}
+        schema = pa.schema([*part.schema_arrow, *pa.schema(counts)])
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in part.iter_batches(batch_size=BATCH):
                 rows = _scrubbed(batch.to_pylist(), plan.ner)
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 commit.rows_out += len(rows)
                 chars += sum(row["num_chars"] for row in rows)
-                spans.update(
-                    {
-                        entity: sum(row[_column(entity)] for row in rows)
-                        for entity in plan.ner.entities
-                    }
-                )
+                for entity in plan.ner.entities:
+                    spans[entity] += sum(row[pii_column(entity)] for row in rows)
     commit.rows_in = commit.rows_out
     commit.result = NerResult(chars, dict(sorted((+spans).items())))
     return commit
 
 
-def _schema(corpus: pa.Schema, ner: Ner) -> pa.Schema:
-    for entity in ner.entities:
-        corpus = corpus.append(pa.field(_column(entity), pa.int32()))
-    return corpus
-
-
-def _column(entity: str) -> str:
-    return f"pii.{entity.lower()}"
-
-
-def _scrubbed(rows: list[dict[str, Any]], ner: Ner) -> list[dict[str, Any]]:
+def _scrubbed(rows: list[Row], ner: Ner) -> list[Row]:
     """Rows of the model's language, or of none, without names; others as they are."""
     before = [
         Scrubbed(row["text"], [Span(**span) for span in row["pii_spans"] or ()]) for row in rows
     ]
     readable = [i for i, row in enumerate(rows) if row["language"] in (None, ner.language)]
     after = dict(zip(readable, ner.scrub_batch([before[i] for i in readable]), strict=True))
-    for i, row in enumerate(rows):
-        text, spans = after.get(i, before[i])
-        counts = Counter(span.entity for span in spans)
-        row |= {
-            "text": text,
-            "num_chars": len(text),
-            "pii_spans": [span._asdict() for span in spans],
-        }
-        row |= {_column(entity): counts[entity] for entity in ner.entities}
-    return rows
+    return [
+        row | scrubbed_columns(after.get(i, before[i]), ner.entities) for i, row in enumerate(rows)
+    ]

@@ -8,32 +8,35 @@ the same columns.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated
 
-from filters import STRICT, Rejection, apply, first_failure
+from filters import STRICT, Rejection, first_failure
 from filters.pii.scrub import Pii
-from filters.text.view import TextView
+from filters.pii.spans import Scrubbed
 from stages.dedup.lines import cut_text
 from stages.formats.document import (
     NamedFilter,
+    Row,
     Tallies,
     corpus_schema,
+    first_broken_rule,
     measured_columns,
     measured_fields,
+    pii_column,
+    rejection_columns,
     sampled,
 )
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import read_columns, score_names
 
 VERSION = 3
-Row = dict[str, Any]
 
 
 @validated(frozen=True, config=STRICT)
@@ -147,7 +150,7 @@ def sample_unit(unit: Unit, plan: SamplePlan, store: Store) -> Commit:
     identity = [pa.field("doc_id", pa.uint64()), pa.field("language", pa.string())]
     schema = pa.schema(identity + measured_fields(plan.refine.filters))
     rows = [
-        _measured(row, plan.refine)[0]
+        row | measured_columns(row["text"], row["language"], plan.refine.filters)
         for batch in _batches(drawn, _cuts(unit.task.cuts), plan.refine)
         for row in batch
     ]
@@ -211,52 +214,30 @@ def _without_repeats(row: Row, cuts: dict[int, list[int]], plan: RefinePlan) -> 
 def _refine(row: Row, plan: RefinePlan) -> Row:
     row |= {"rejected_by": None, "pii_spans": None}
     if plan.lines != "off" and not row["text"].strip():
-        return row | {
-            "rejected_by": "dedup.lines",
-            "rejected_value": 0.0,
-            "rejected_low": 1.0,
-            "rejected_high": math.inf,
-        }
-    row, failure = _measured(row, plan)
+        return row | rejection_columns("dedup.lines", 0.0, (1.0, math.inf))
+    row |= measured_columns(row["text"], row["language"], plan.filters)
+    failure = first_broken_rule(row, plan.filters)
     if failure is None and not row["text"].strip():
         # filters that edit left nothing
         failure = Rejection("refine.empty_text", 0.0, (1.0, math.inf))
     if failure is None and plan.config.scrub_pii:
-        row |= _scrub(row["text"], plan)
+        row |= scrubbed_columns(plan.pii.scrub(row["text"]), plan.entities)
+        row["pii.count"] = float(len(row["pii_spans"]))
         failure = first_failure("pii", plan.pii, {"count": row["pii.count"]})
     if failure is None:
         return row
-    low, high = failure.bound
-    row |= {
-        "rejected_by": failure.rule,
-        "rejected_value": failure.value,
-        "rejected_low": low,
-        "rejected_high": high,
+    row |= rejection_columns(*failure)
+    if not sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed):
+        row["text"] = None
+    return row
+
+
+def scrubbed_columns(scrubbed: Scrubbed, entities: Sequence[str]) -> Row:
+    """The columns that a scrubbed text replaces, and the number of its spans of each entity."""
+    counts = Counter(span.entity for span in scrubbed.spans)
+    return {
+        "text": scrubbed.text,
+        "num_chars": len(scrubbed.text),
+        "pii_spans": [span._asdict() for span in scrubbed.spans],
+        **{pii_column(entity): counts[entity] for entity in entities},
     }
-    return (
-        row
-        if sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed)
-        else row | {"text": None}
-    )
-
-
-def _measured(row: Row, plan: RefinePlan) -> tuple[Row, Rejection | None]:
-    """The row with every filter's scores, notes and edits, and the first rule that it breaks."""
-    view, failed = TextView(row["text"], row["language"]), None
-    for named in plan.filters:
-        filter = named.of(view.language)
-        view, measured = apply(filter, view)
-        row |= measured_columns(named.name, measured)
-        failed = failed or first_failure(named.name, filter, measured)
-    return row | {"text": view.text, "num_chars": len(view.text)}, failed
-
-
-def _scrub(text: str, plan: RefinePlan) -> Row:
-    scrubbed = plan.pii.scrub(text)
-    spans = [
-        {"entity": entity, "start": start, "end": end} for entity, start, end in scrubbed.spans
-    ]
-    counts = Counter(span["entity"] for span in spans)
-    per_entity = {f"pii.{entity.lower()}": counts[entity] for entity in plan.entities}
-    columns = {"text": scrubbed.text, "num_chars": len(scrubbed.text), "pii_spans": spans}
-    return columns | per_entity | {"pii.count": float(len(spans))}

@@ -1,34 +1,17 @@
 """The killable child: a hostile page is that page's fate, and no one else's."""
 
-import dataclasses
 import signal
 
 import pytest
 
 from filters.language import Language
-from stages.extract.extractor import (
-    Extractor,
-    ExtractorOptions,
-    Gate,
-    ResiliparseOptions,
-    TrafilaturaOptions,
-)
+from stages.extract.config import ExtractConfig, Gate, TrafilaturaOptions
+from stages.extract.extractor import Extractor, ExtractorOptions
 
 PROSE = " ".join(["The quick brown fox jumps over the lazy dog near the quiet river bank."] * 12)
 PAGE = f"<html><head><title>t</title></head><body><article><p>{PROSE}</p></article></body></html>".encode()
 GERMAN = " ".join(
     ["Der schnelle braune Fuchs springt über den faulen Hund am stillen Ufer des Flusses."] * 12
-)
-OPTIONS = ExtractorOptions(
-    engine="resiliparse",
-    trafilatura=TrafilaturaOptions(),
-    resiliparse=ResiliparseOptions(),
-    gate=Gate(),
-    language=Language(),
-    reject_opt_out=True,
-    cpu_seconds=10.0,
-    memory_bytes=2_000_000_000,
-    recycle_after=1000,
 )
 
 
@@ -36,8 +19,9 @@ OPTIONS = ExtractorOptions(
 def extractor():
     made = []
 
-    def make(**changes):
-        made.append(Extractor(dataclasses.replace(OPTIONS, **changes)))
+    def make(*, engine="resiliparse", language=None, reject_opt_out=True, **settings):
+        config = ExtractConfig(engine=engine, **settings)
+        made.append(Extractor(ExtractorOptions(config, language or Language(), reject_opt_out)))
         return made[-1]
 
     yield make
@@ -46,7 +30,7 @@ def extractor():
 
 
 def extract(extractor, payload, content_type="text/html; charset=utf-8"):
-    return extractor.extract(payload, content_type=content_type, url="https://example.org/")
+    return extractor.extract(payload, content_type=content_type)
 
 
 @pytest.mark.parametrize("engine", ["resiliparse", "trafilatura"])
@@ -58,13 +42,13 @@ def test_main_text_comes_out(extractor, engine):
 
 
 def test_a_page_that_takes_too_long_is_killed_and_its_neighbours_live(extractor):
-    child = extractor(engine="trafilatura", cpu_seconds=1.0, gate=Gate(enabled=False))
+    child = extractor(engine="trafilatura", timeout_seconds=1.0, gate=Gate(enabled=False))
     assert extract(child, PAGE).text == PROSE
     slow = "".join(
         f"<p>Paragraph {i} is here, with enough words to be a paragraph.</p>" for i in range(60_000)
     )
     page = extract(child, f"<html><body>{slow}</body></html>".encode())
-    assert (page.rejected_by, page.value, page.text) == ("extract.timeout", 1.0, None)
+    assert (page.rejected_by, page.rejected_value, page.text) == ("extract.timeout", 1.0, None)
     assert extract(child, PAGE).text == PROSE
 
 

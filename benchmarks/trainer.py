@@ -290,9 +290,11 @@ def compare(label: str, case: Case, step: Step, ours: Speed) -> None:
 def line(label: str, speed: Speed, ours: Speed | None = None) -> str:
     """What a case gave, and its ratio to `ours`."""
     case, name = speed.case, torch.cuda.get_device_name() if speed.case.device == "cuda" else ""
+    with torch.device("meta"):
+        model = Transformer(case.model)
     used = mfu(
         speed.tokens_per_second,
-        flops_per_token=flops_per_token(case.model, case.seq_len),
+        flops_per_token=flops_per_token(model, case.seq_len),
         peak=peak_flops(name),
     )
     shown = "unknown" if used is None else f"{used:.1%}"

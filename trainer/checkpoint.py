@@ -7,12 +7,11 @@ import base64
 import json
 import logging
 import math
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,10 +45,10 @@ from trainer.checkpoint_files import (
 )
 from trainer.config import CheckpointConfig
 from trainer.model.llama import Transformer
+from trainer.ranks import Ranks, gather_objects
 
 _FREE = {"attention"}  # settings that may change between save and load: the kernel alone
 _LOG = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class Saved(NamedTuple):
@@ -83,7 +82,8 @@ class Checkpoints:
         self._folder, self._config = locate(folder), config
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._rank = 0 if self._group is None else dist.get_rank()
-        self._ranks = 1 if self._group is None else dist.get_world_size()
+        gather = partial(gather_objects, group=self._group)
+        self._ranks = Ranks(self._rank, gather, own=(CheckpointError,), other=CheckpointError)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._damaged: set[str] = set()  # names from `latest`; removed once there is a newer one
@@ -109,7 +109,7 @@ class Checkpoints:
         """
         self.finish()
         meta = _describe(step, model, optimizer, extra, metric)
-        folder = f"{self._folder}/{self._on_first(partial(new_folder, self._folder, step))}"
+        folder = f"{self._folder}/{self._ranks.on_first(partial(new_folder, self._folder, step))}"
         writer, state = writer_of(folder), _state(model, optimizer)
         if not self._config.asynchronous:
             with as_errors(folder):
@@ -151,9 +151,11 @@ class Checkpoints:
         """
         self.finish()
         faults: list[str] = []
-        for name in self._on_first(partial(committed_names, self._folder)):
+        for name in self._ranks.on_first(partial(committed_names, self._folder)):
             folder = f"{self._folder}/{name}"
-            results = self._on_all(partial(inspect_files, folder, self._rank, self._ranks))
+            results = self._ranks.on_all(
+                partial(inspect_files, folder, self._rank, self._ranks.count)
+            )
             meta = results[0][0]
             fault = next((fault for _, fault in results if fault is not None), None)
             if meta is not None and fault is None:
@@ -177,7 +179,7 @@ class Checkpoints:
         CheckpointError if reading fails: the model is then undefined.
         """
         self.finish()
-        meta = self._on_first(partial(read_meta, saved.folder))
+        meta = self._ranks.on_first(partial(read_meta, saved.folder))
         _check_fits(saved.folder, meta, model, optimizer)
         # with gradients present, torch would not make the optimizer state that is to be filled
         optimizer.zero_grad(set_to_none=True)
@@ -202,9 +204,9 @@ class Checkpoints:
         if written is not None:
             with as_errors(folder):
                 written.result()
-        parts = self._on_all(lambda: hash_files(folder, self._rank))
+        parts = self._ranks.on_all(partial(hash_files, folder, self._rank))
         meta["files"] = {name: entry for part in parts for name, entry in part.items()}
-        self._on_first(partial(self._publish, folder, meta))
+        self._ranks.on_first(partial(self._publish, folder, meta))
 
     def _publish(self, folder: str, meta: Meta) -> None:
         unknown = names_of(folder) ^ meta["files"].keys()
@@ -231,36 +233,6 @@ class Checkpoints:
         for name in {*metas, *self._damaged} - {*last, *best[: self._config.keep_best]}:
             remove_checkpoint(f"{self._folder}/{name}")
         self._damaged.clear()
-
-    # --- between ranks ----------------------------------------------------------------------------
-
-    def _on_all(self, action: Callable[[], _T]) -> list[_T]:
-        """Run `action` on all ranks; the results of all.
-
-        If it fails on one rank, CheckpointError on every rank, so that none waits for another.
-        """
-        result, failure = None, None
-        try:
-            result = action()
-        except Exception as error:  # of any kind: the other ranks wait for ours
-            failure = (
-                str(error)
-                if isinstance(error, CheckpointError)
-                else f"rank {self._rank}: {error!r}"
-            )
-        results: list[Any] = [(result, failure)] * self._ranks
-        if self._group is not None:
-            dist.all_gather_object(results, (result, failure), group=self._group)
-        for _, failed in results:
-            if failed is not None:
-                raise CheckpointError(failed)
-        return [value for value, _ in results]
-
-    def _on_first(self, action: Callable[[], _T]) -> _T:
-        """Run `action` on rank 0 only; its result on all ranks."""
-        results: list[Any] = self._on_all(lambda: action() if self._rank == 0 else None)
-        first: _T = results[0]
-        return first
 
 
 # --- state ----------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def export(training: str, output: str, *, step: int | None) -> int:
     TrainingError if there is no such checkpoint or it is damaged.
     """
     from trainer.checkpoint_files import CheckpointError, committed
-    from trainer.export import export_hugging_face
+    from trainer.model.hugging_face import export_hugging_face
     from trainer.telemetry.why_step import CONFIG
 
     folder = training

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,9 @@ from trainer.evaluate.held_out import Evaluation, Scores
 from trainer.model.llama import flops_per_token
 from trainer.model.optim import learning_rate, set_learning_rate
 from trainer.model.packing import row_targets
-from trainer.model.parallel import clip_grad_norm, from_rank_0, join_ranks, sum_over_ranks
+from trainer.model.parallel import clip_grad_norm, join_ranks, sum_over_ranks
 from trainer.model.step import StepSums, accumulate, build
+from trainer.ranks import Ranks, gather_objects
 from trainer.telemetry import feedback
 from trainer.telemetry.devices import gpu_health, peak_flops
 from trainer.telemetry.feedback_writer import Writer
@@ -116,7 +117,7 @@ class Training:
         self.writer: Writer | None = None
         self.telemetry: Telemetry | None = None
         self.previous: feedback.Summary | None = None
-        from_rank_0(lambda: self._open_outputs(resources, fresh=saved is None))
+        Ranks(rank).on_first(lambda: self._open_outputs(resources, fresh=saved is None))
         before = feedback.Totals(**extra["totals"]) if saved else None
         self.meter = Meter(feedback.resumed(before, self.previous, now=time.time()))
         self.spikes = SpikeDetector(extra.get("losses", ()))
@@ -307,7 +308,7 @@ class Training:
         peak = peak_flops(torch.cuda.get_device_name())
         return mfu(
             self.meter.rates().tokens_per_second,
-            flops_per_token=flops_per_token(self.config.model, seq_len),
+            flops_per_token=flops_per_token(self.model, seq_len),
             peak=peak and peak * dist.get_world_size(),
         )
 
@@ -349,9 +350,7 @@ def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[Ro
             RowLoss(run, *row_id, mean)
             for run, row_id, mean in zip(batch.sources, batch.row_ids, means, strict=True)
         ]
-    all_losses: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_losses, losses)
-    return list(itertools.chain(*all_losses))
+    return list(itertools.chain(*gather_objects(losses)))
 
 
 def _lock_folder(resources: ExitStack, folder: Path) -> None:

@@ -45,7 +45,7 @@ from trainer.checkpoint_files import CheckpointError, new_folder
 from trainer.config import (
     RENAMED_KEYS,
 )
-from trainer.export import export_hugging_face
+from trainer.model.hugging_face import export_hugging_face
 from trainer.model.parallel import (
     join_ranks,
 )
@@ -634,17 +634,15 @@ def test_another_optimiser_is_refused(tmp_path):
 def test_an_export_has_the_logits_of_the_model_in_transformers(tied, transformers, tmp_path):
     model, optimizer = trained(config=replace(SMALL, tie_embeddings=tied))
     checkpoints = Checkpoints(tmp_path / "checkpoints", NOW)
-    checkpoints.save(2, model, optimizer, {})
-    export_hugging_face(
-        checkpoints.latest().folder, tmp_path / "out", max_positions=64, end_of_text=3
-    )
+    checkpoints.save(2, model, optimizer, {"supply": {"seq_len": 64}})
+    export_hugging_face(checkpoints.latest().folder, tmp_path / "out")
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "out", attn_implementation="eager"
     ).eval()
     tokens = torch.randint(0, SMALL.vocab_size, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens, None), rtol=1e-4, atol=1e-5)
-    assert (theirs.config.max_position_embeddings, theirs.config.eos_token_id) == (64, 3)
+    assert theirs.config.max_position_embeddings == 64
 
 
 def test_one_process_exports_what_two_ranks_saved(two_ranks, tmp_path):

@@ -31,7 +31,7 @@ from tests.support.ranks import run_ranks
 from tests.support.s3 import s3_process
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import CheckpointError, writer_of
-from trainer.export import export_hugging_face
+from trainer.model.hugging_face import export_hugging_face
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 

@@ -9,7 +9,7 @@ from functools import partial
 from stages.storage.files import is_local
 from trainer.config import DataConfig
 from trainer.data.generations import Manifest, folder_of, stage
-from trainer.data.ranks import Ranks
+from trainer.ranks import Ranks
 
 
 class Copies:

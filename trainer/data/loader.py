@@ -25,10 +25,10 @@ from trainer.data.order import (
     next_slices,
 )
 from trainer.data.prefetch import read_ahead
-from trainer.data.ranks import Ranks
 from trainer.data.rows import Batch, RowRange, RowRef
 from trainer.data.source import Source
 from trainer.data.streaming import import_streaming
+from trainer.ranks import Ranks
 
 POLL_SECONDS = 2.0  # between looks at the catalog while waiting
 

@@ -13,8 +13,8 @@ from trainer.config import DataConfig, SourceConfig
 from trainer.data.copies import Copies
 from trainer.data.generations import Manifest, verify_generation
 from trainer.data.order import I64, OrderSlice, Position, epoch_order
-from trainer.data.ranks import Ranks
 from trainer.data.rows import RowRange, RowRef
+from trainer.ranks import Ranks
 
 
 class Source:
@@ -38,7 +38,7 @@ class Source:
 
     def extend(self) -> list[Manifest]:
         """Verify and append the generations that were published since the last call. Collective."""
-        entries = self._ranks.agree(lambda: self._catalog_entries() if self._ranks.leads else [])
+        entries = self._ranks.on_first(self._catalog_entries)
         known = len(self.generations)
         for entry in entries[known:]:
             # generations that a resumed run has finished are not hashed again

@@ -6,6 +6,7 @@ nothing but fill.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from trainer.data.rows import RowRef, read_batch
 from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers
 from trainer.model.llama import Transformer
 from trainer.model.packing import next_tokens
-from trainer.model.parallel import from_rank_0, sum_over_ranks
+from trainer.model.parallel import sum_over_ranks
+from trainer.ranks import Ranks
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,12 +75,16 @@ class Evaluation:
         self, config: EvaluationConfig, data: DataConfig, *, rank: int, world_size: int, device: str
     ) -> None:
         self._config, self._data, self._device = config, data, device
-        self._rank, self._world = rank, world_size
-        self._questions = from_rank_0(lambda: read_questions(config.cloze, config.cloze_questions))
+        self._rank, self._world, self._ranks = rank, world_size, Ranks(rank)
+        self._questions = self._ranks.on_first(
+            partial(read_questions, config.cloze, config.cloze_questions)
+        )
         self._rows = self._read_rows()
 
     def _read_rows(self) -> "_RowSets | None":
-        rows = from_rank_0(lambda: _read_row_sets(self._config, self._data, self._questions))
+        rows = self._ranks.on_first(
+            partial(_read_row_sets, self._config, self._data, self._questions)
+        )
         if rows and self._rank == 0 and self._config.held_out_rows and not rows.held_out:
             _LOG.warning(
                 "no source has held anything out: there is no held-out loss; set pack.held_out"

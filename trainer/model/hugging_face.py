@@ -1,31 +1,73 @@
-"""Weights in the names and files of transformers' LlamaForCausalLM, both ways."""
+"""Export the weights of a checkpoint in the names and files of transformers' LlamaForCausalLM."""
 
 import json
-from collections.abc import Mapping, Set
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from stages.storage.files import is_local, open_fs, scratch_folder
+from trainer.checkpoint_files import inspect_files, locate, model_settings, read_state
 from trainer.config import ModelConfig
+from trainer.model.llama import Transformer
+
+_OUTSIDE_BLOCKS = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_IN_BLOCK = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
 
 
-def to_hugging_face(
-    state_dict: Mapping[str, Tensor],
-    config: ModelConfig,
-    *,
-    max_positions: int = 2048,
-    end_of_text: int | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights (whole tensors) under Llama's names, and the content of config.json.
+def export_hugging_face(folder: Path | str, output: Path | str) -> None:
+    """Write the weights of a checkpoint, float32, for transformers (`save_hugging_face`).
 
-    Only names differ: queries and keys are rotated by halves, as in transformers, so nothing is
-    permuted. ValueError if names are missing or unknown.
+    In this process alone, without a process group; holds the weights, not the optimizer's state.
+    Both may be URLs, by way of the temporary folder. ValueError if the folder is not a checkpoint
+    or is damaged.
     """
-    names = _llama_names(config)
-    _check_names(names.keys(), state_dict.keys())
-    tensors = {theirs: state_dict[ours] for ours, theirs in names.items()}
-    return tensors, {
+    folder, target = locate(folder), locate(output)
+    meta, fault = inspect_files(folder, 0, 1)
+    if meta is None or fault is not None:
+        raise ValueError(f"{folder}: {fault}; export another checkpoint")
+    config = ModelConfig(**model_settings(meta))
+    with torch.device("meta"):
+        model = Transformer(config)
+    state = {"model": model.to_empty(device="cpu").state_dict()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
+        read_state(folder, state, no_dist=True)
+    # the length of the rows that it was trained on
+    max_positions = meta["extra"].get("supply", {}).get("seq_len") or 2048
+    with scratch_folder("gristmill-export") as scratch:
+        local = Path(target) if is_local(target) else scratch
+        save_hugging_face(local, state["model"], config, max_positions=max_positions)
+        if not is_local(target):
+            fs, path = open_fs(target)
+            fs.put(f"{scratch}/", f"{path}/", recursive=True)
+
+
+def save_hugging_face(
+    folder: Path, state_dict: Mapping[str, Tensor], config: ModelConfig, *, max_positions: int
+) -> None:
+    """Write config.json and model.safetensors for transformers' `from_pretrained(folder)`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {llama_name(name): tensor.contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -44,112 +86,18 @@ def to_hugging_face(
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": None,
-        "eos_token_id": end_of_text,
-        "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "eos_token_id": None,
+        "torch_dtype": "float32",
     }
-
-
-def from_hugging_face(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Our state dict and config from a Llama's.
-
-    ValueError for settings that this model does not have, such as scaled RoPE and biases.
-    """
-    ours = _model_config(config)
-    names = _llama_names(ours)
-    expected = set(names.values())
-    _check_names(expected, tensors.keys() - ({"lm_head.weight"} if ours.tie_embeddings else set()))
-    return {name: tensors[theirs] for name, theirs in names.items()}, ours
-
-
-def save_hugging_face(
-    folder: Path,
-    state_dict: Mapping[str, Tensor],
-    config: ModelConfig,
-    *,
-    max_positions: int = 2048,
-    end_of_text: int | None = None,
-) -> None:
-    """Write config.json and model.safetensors for transformers' `from_pretrained(folder)`."""
-    from safetensors.torch import save_file
-
-    tensors, settings = to_hugging_face(
-        state_dict, config, max_positions=max_positions, end_of_text=end_of_text
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
 
 
-_OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+def llama_name(name: str) -> str:
+    """The name of a parameter of ours in LlamaForCausalLM.
 
-
-_IN_BLOCK = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-
-
-def _llama_names(config: ModelConfig) -> dict[str, str]:
-    """Our parameter names → those of transformers' LlamaForCausalLM."""
-    outside = {
-        ours: theirs
-        for ours, theirs in _OUTSIDE.items()
-        if not (config.tie_embeddings and ours == "head")
-    }
-    blocks = {
-        f"blocks.{n}.{ours}": f"model.layers.{n}.{theirs}"
-        for n in range(config.num_layers)
-        for ours, theirs in _IN_BLOCK.items()
-    }
-    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in (outside | blocks).items()}
-
-
-def _check_names(expected: Set[str], actual: Set[str]) -> None:
-    if expected != actual:
-        missing, unknown = sorted(expected - actual), sorted(actual - expected)
-        raise ValueError(
-            f"weights do not fit the config: missing {missing[:3]}, unknown {unknown[:3]}"
-        )
-
-
-def _model_config(config: Mapping[str, Any]) -> ModelConfig:
-    rope = config.get("rope_parameters") or {}  # transformers 5; earlier, rope_theta is outside
-    scaling = config.get("rope_scaling") or (
-        {} if rope.get("rope_type", "default") == "default" else rope
-    )
-    heads = config["num_attention_heads"]
-    unsupported = {
-        "model_type": config["model_type"] != "llama",
-        "rope_scaling": bool(scaling) and scaling.get("rope_type", "default") != "default",
-        "attention_bias": config.get("attention_bias", False),
-        "mlp_bias": config.get("mlp_bias", False),
-        "hidden_act": config["hidden_act"] != "silu",
-        "head_dim": (config.get("head_dim") or config["hidden_size"] // heads) * heads
-        != config["hidden_size"],
-    }
-    if keys := [key for key, is_set in unsupported.items() if is_set]:
-        raise ValueError(f"config.json: this model does not support its {keys}")
-    return ModelConfig(
-        vocab_size=config["vocab_size"],
-        dim=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        ffn_dim=config["intermediate_size"],
-        rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10_000.0),
-        norm_eps=config["rms_norm_eps"],
-        tie_embeddings=config.get("tie_word_embeddings", False),
-    )
+    Only names differ: queries and keys are rotated by halves there too, so nothing is permuted.
+    """
+    if not name.startswith("blocks."):
+        return _OUTSIDE_BLOCKS[name]
+    _, number, in_block = name.split(".", 2)
+    return f"model.layers.{number}.{_IN_BLOCK[in_block]}"

@@ -139,17 +139,7 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Number of weights; a tied head counts once."""
-    kv_dim = config.num_kv_heads * config.dim // config.num_heads
-    block = (
-        2 * config.dim * (config.dim + kv_dim) + 3 * config.dim * config.ffn_dim + 2 * config.dim
-    )
-    words = config.vocab_size * config.dim
-    return (1 if config.tie_embeddings else 2) * words + config.num_layers * block + config.dim
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+def flops_per_token(model: Transformer, seq_len: int) -> int:
     """FLOP of a token's forward and backward pass: 6 N + 12 layers dim seq_len.
 
     PaLM's formula for MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). N excludes the
@@ -157,8 +147,11 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     in full, as there and in our peers' numbers: not halved for the causal mask, nor cut at
     documents. Recomputation by checkpointing does not count.
     """
-    embedding = 0 if config.tie_embeddings else config.vocab_size * config.dim
-    return 6 * (num_parameters(config) - embedding) + 12 * config.num_layers * config.dim * seq_len
+    config = model.config
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if not config.tie_embeddings:
+        weights -= model.embedding.weight.numel()
+    return 6 * weights + 12 * config.num_layers * config.dim * seq_len
 
 
 def _rotations(

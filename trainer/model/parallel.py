@@ -1,9 +1,9 @@
 """Apply FSDP2, activation checkpointing and compilation to a plain model; sums over ranks."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,6 @@ from torch.utils.checkpoint import (
 from trainer.config import ParallelConfig
 from trainer.model.llama import Transformer
 from trainer.model.loss import Loss
-
-_T = TypeVar("_T")
 
 
 def join_ranks(device: str) -> None:
@@ -109,23 +107,6 @@ def sum_over_ranks(*values: Tensor | float, device: str | torch.device = "cpu") 
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
-
-
-def from_rank_0(action: Callable[[], _T]) -> _T:
-    """Run `action` on rank 0 only; its result, or its error, on every rank."""
-    if not dist.is_initialized():
-        return action()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:  # any error, since the other ranks wait
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: _T = outcome[0]
-    return result
 
 
 # expensive to compute again; norms, rotations and the product of SwiGLU are not

@@ -27,8 +27,9 @@ from filters import decontamination, passage_index
 from filters.decontamination import Decontamination
 from filters.passage_index import Index
 from filters.text.view import TextView
-from pipeline.models.benchmark_index import MIN_WORDS, N, build_index, by_benchmark
+from pipeline.models.benchmark_index import build_index, by_benchmark
 from pipeline.models.evaluation_sets import evaluation_files
+from pipeline.models.options import IndexOptions
 
 MB = 1_000_000
 ITEMS = 20
@@ -58,6 +59,7 @@ ARRANGED: dict[str, Callable[[str, list[str]], str]] = {
     "one answer": lambda question, answers: f"{question} {answers[-1]}",
     "Q and A": lambda question, answers: f"Q: {question}\nA: {answers[-1]}",
 }
+N, MIN_WORDS = IndexOptions.n, IndexOptions.min_words
 
 
 class Item(NamedTuple):
@@ -76,9 +78,8 @@ def main(data: Path, *, n: int, show: bool) -> None:
     pages, wiki = web_pages(data), leads(data)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "index")
-        seconds, header = timed(
-            lambda: build_index([archive], output=path, n=n, min_words=min(n, MIN_WORDS))
-        )
+        options = IndexOptions(files=[archive], output=path, n=n, min_words=min(n, MIN_WORDS))
+        seconds, header = timed(lambda: build_index(options))
         totals = sum(by_benchmark(header).values(), start=Counter[str]())
         print(f"build {seconds:.1f} s CPU")
         for name, count in totals.items():

@@ -43,6 +43,7 @@ from filters.text.view import TextView
 from filters.toxicity import Toxicity
 from pipeline.models.benchmark_index import build_index
 from pipeline.models.model_card import is_held_out
+from pipeline.models.options import ClassifierOptions, IndexOptions, LmOptions
 from pipeline.models.train_classifier import auc, train_classifier
 from pipeline.models.train_lm import find_kenlm, train_lm
 
@@ -108,7 +109,7 @@ def lm(data: Path, folder: Path) -> None:
     everything = folder / "everything.jsonl"
     figure("text.everything", write(everything, [*seen, *documentation(data)]) / MB, "MB")
     models |= {
-        "large": train([everything], folder / "large.bin", prune=(0,)),
+        "large": train([everything], folder / "large.bin", prune="0"),
         "bundled": str(perplexity.BUNDLED),
     }
     for name, model in models.items():
@@ -119,7 +120,8 @@ def lm(data: Path, folder: Path) -> None:
 def train(sources: Sequence[Path], output: Path, **options: Any) -> str:
     start = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        card = train_lm(sources, output=output, licence="none", **options)
+        paths = [str(source) for source in sources]
+        card = train_lm(LmOptions(sources=paths, output=output, licence="none", **options))
     figure(f"train.{output.stem}.python", time.process_time() - start, "s", 1)
     figure(f"train.{output.stem}.size", output.stat().st_size / MB, "MB", 1)
     figure(f"train.{output.stem}.held_out", card["held_out"]["perplexity"], "perplexity", 1)
@@ -130,8 +132,12 @@ def equality(source: Path, folder: Path) -> None:
     """The same lines through lmplz and query by hand: no trie, no quantisation, no Python."""
     with contextlib.redirect_stdout(io.StringIO()):
         ours = {
-            b: train_lm([source], output=folder / f"{b}.bin", licence="none", bits=b)["held_out"]
-            for b in (0, 8)
+            bits: train_lm(
+                LmOptions(
+                    sources=[str(source)], output=folder / f"{bits}.bin", licence="none", bits=bits
+                )
+            )["held_out"]
+            for bits in (0, 8)
         }
     texts = [row["text"] for row in map(json.loads, source.open())]
     sides = [folder / name for name in ("train", "held")]
@@ -145,7 +151,7 @@ def equality(source: Path, folder: Path) -> None:
                 if ccnet.normalize_line(line)
             )
         )
-    lmplz = find_kenlm(None)[0]
+    lmplz = find_kenlm()[0]
     arpa = folder / "arpa"
     command = [
         lmplz,
@@ -276,7 +282,12 @@ def classifier(data: Path, folder: Path) -> None:
         start = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             train_classifier(
-                {k: [v] for k, v in sources.items()}, output=folder / "q.bin", licence="none"
+                ClassifierOptions(
+                    positive=[str(sources["hq"])],
+                    negative=[str(sources["lq"])],
+                    output=folder / "q.bin",
+                    licence="none",
+                )
             )
         made.append((folder / "q.bin").read_bytes())
     figure("train", time.process_time() - start, "s", 1)
@@ -380,7 +391,8 @@ def refine(data: Path, folder: Path) -> None:
     all English words listed.
     """
     views = [TextView(text, "en") for text in extracted(data / "warc" / "web" / "wcxb-500.warc.gz")]
-    build_index([str(data / "benchmarks" / "decontam-all.tar.zst")], output=folder / "index")
+    archive = str(data / "benchmarks" / "decontam-all.tar.zst")
+    build_index(IndexOptions(files=[archive], output=folder / "index"))
     steps: dict[str, Callable[[TextView], object]] = {
         "perplexity": Perplexity(model=str(perplexity.BUNDLED)).measure,
         "quality": Quality(model=str(quality.BUNDLED)).measure,

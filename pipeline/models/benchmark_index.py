@@ -17,7 +17,6 @@ The same files make the same bytes, in any order and place.
 
 import io
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,6 @@ from filters.passage_index import (
     NORMALIZER,
     PROBES,
     VERSION,
-    Index,
     bitmap_bit,
     fingerprints,
     normalize_passage,
@@ -48,16 +46,10 @@ from pipeline.models.evaluation_sets import (
     format_of,
     read_plain_text,
 )
-from stages.storage.digests import bytes_sha256
-
-N = 13
-# texts of 8 words are titles and phrases of law ("the Equal Protection Clause of the Fourteenth
-# Amendment", an answer in MMLU), of 9 still "when the Moon passes between Earth and the Sun"; no
-# text of 10 or 11 words stood in 56 MB of clean text
-MIN_WORDS = 10
-# a reading passage is repeated for each of its questions, up to 8 in LSAT; templates are in
-# hundreds of items
-MAX_ITEMS = 20
+from pipeline.models.model_card import check_outputs
+from pipeline.models.options import IndexOptions
+from stages.storage.digests import file_sha256
+from stages.storage.files import write_atomically
 
 # scripts whose words are about half a word each: Burmese, Khmer; Chinese and Japanese, where 13
 # characters may be a name
@@ -71,16 +63,8 @@ _URL = re.compile(r"\s*[a-z]+://\S+\s*", re.IGNORECASE)
 Bools = npt.NDArray[np.bool_]
 
 
-def build_index(
-    paths: Sequence[str],
-    *,
-    output: Path,
-    background: Sequence[str] = (),
-    n: int = N,
-    min_words: int = MIN_WORDS,
-    max_items: int = MAX_ITEMS,
-) -> dict[str, Any]:
-    """Write the index of the evaluation files at `paths` (see `evaluation_files`); its header.
+def build_index(options: IndexOptions) -> dict[str, Any]:
+    """Write the index of the evaluation files (see `evaluation_files`); its header.
 
     Passages of fewer than `n` words are one n-gram each; two characters of Chinese or Japanese
     count as a word of `min_words`. The header's `files` have for each file, as `by_benchmark` for
@@ -89,25 +73,29 @@ def build_index(
     n-grams and are left out. ValueError, before any work, for an output that would overwrite
     anything but an index.
     """
+    n, min_words, background = options.n, options.min_words, options.background or []
     if not 1 <= min_words <= n:
         raise ValueError(f"min_words must be between 1 and n = {n}, got {min_words}")
-    _check_output(output, [*paths, *background])
+    inputs = [*options.files, *(path.partition("=")[2] for path in options.files), *background]
+    check_outputs([options.output], inputs, kind="an index", is_ours=_is_index)
     digests = sorted(map(_background_sha256, background))
-    by_name = {file[:3]: file for path in paths for file in evaluation_files(path)}
+    by_name = {file[:3]: file for path in options.files for file in evaluation_files(path)}
     files = [by_name[name] for name in sorted(by_name)]
     passages = [_passages_of(file, min_words=min_words) for file in files]
     file_of = np.repeat(np.arange(len(files)), [len(p.texts) for p in passages])
     row_of = np.array([row for p in passages for row in p.rows], np.int64)
     texts = [text for p in passages for text in p.texts]
     grams = _distinct(_grams_of(texts, n=n, min_words=min_words))
-    sets = _set_numbers(files)[file_of[grams.passages]]
-    common = _is_template(grams, sets, row_of, file_of, max_items=max_items)
+    _, set_of_file = np.unique([file.benchmark for file in files], return_inverse=True)
+    item_of = np.cumsum(_starts_of_runs(file_of, row_of))
+    sets, items = set_of_file[file_of[grams.passages]], item_of[grams.passages]
+    common = _is_template(grams, sets, items, max_items=options.max_items)
     common |= _is_in_background(grams, background, lengths=range(min_words, n + 1))
     kept = grams.select(~common)
     indexed, passage, counts = np.unique(kept.passages, return_inverse=True, return_counts=True)
     if not len(indexed):
         raise ValueError(
-            f"{', '.join(paths)}: no text of {min_words} words or more that is not common, "
+            f"{', '.join(options.files)}: no text of {min_words} words or more that is not common, "
             "so nothing to index"
         )
     per_file = (
@@ -119,21 +107,21 @@ def build_index(
         "normalizer": NORMALIZER,
         "n": n,
         "min_words": min_words,
-        "max_items": max_items,
+        "max_items": options.max_items,
         "background": digests,
         "files": list(map(_summary, files, passages, *per_file)),
     }
-    index = Index(
+    _write_index(
+        options.output,
         header,
         bitmap=_bitmap(kept.heads),
-        high=(kept.keys >> np.uint64(16)).astype(np.uint32),
-        low=(kept.keys & np.uint64(0xFFFF)).astype(np.uint16),
-        passage=passage.astype(np.uint32),
-        ngrams=counts.astype(np.uint32),
-        file=file_of[indexed].astype(np.uint32),
-        row=row_of[indexed].astype(np.uint32),
+        high=kept.keys >> np.uint64(16),
+        low=kept.keys & np.uint64(0xFFFF),
+        passage=passage,
+        ngrams=counts,
+        file=file_of[indexed],
+        row=row_of[indexed],
     )
-    _write_index(output, index)
     return header
 
 
@@ -248,7 +236,7 @@ def _grams_of(passages: list[str], *, n: int, min_words: int) -> Grams:
     num_lettered = np.append(0, np.cumsum(np.frombuffer(raw, np.uint8)[starts] > ord("9")))
     num_words = np.array([_num_words(text) for text in passages], np.int64)
     first = np.cumsum(num_words) - num_words
-    parts = [Grams(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))]
+    parts = []
     for length in range(min_words, n + 1):
         numbers = np.flatnonzero(np.minimum(num_words, n) == length)
         counts = num_words[numbers] - length + 1
@@ -277,22 +265,13 @@ def _starts_of_runs(*columns: npt.NDArray[Any]) -> Bools:
     return is_start
 
 
-def _set_numbers(files: Sequence[EvaluationFile]) -> I64:
-    numbers = {
-        name: number for number, name in enumerate(dict.fromkeys(f.benchmark for f in files))
-    }
-    return np.array([numbers[file.benchmark] for file in files])
-
-
-def _is_template(grams: Grams, sets: I64, row_of: I64, file_of: I64, *, max_items: int) -> Bools:
+def _is_template(grams: Grams, sets: I64, items: npt.NDArray[Any], *, max_items: int) -> Bools:
     """Which n-grams are in more than `max_items` items of one set, each its row of a file.
 
-    `grams` ascend by key, then passage; `sets` are those of the n-grams.
+    `grams` ascend by key, then passage; `sets` and `items` are those of the n-grams.
     """
-    if not len(grams.keys):
-        return np.empty(0, bool)
     starts = np.flatnonzero(_starts_of_runs(grams.keys, sets))
-    is_new_item = _starts_of_runs(grams.keys, sets, file_of[grams.passages], row_of[grams.passages])
+    is_new_item = _starts_of_runs(grams.keys, items)
     is_frequent = np.add.reduceat(is_new_item.astype(np.int64), starts) > max_items
     return np.isin(grams.keys, grams.keys[starts[is_frequent]])
 
@@ -320,7 +299,7 @@ def _background_texts(path: str) -> Iterator[str]:
 
 def _background_sha256(path: str) -> str:
     try:
-        return bytes_sha256(Path(path).read_bytes())
+        return file_sha256(Path(path))
     except OSError as error:
         raise ValueError(f"background {path}: cannot be read ({error}); give a file") from None
 
@@ -341,38 +320,18 @@ def _bitmap(heads: U64) -> npt.NDArray[np.uint8]:
     return bitmap
 
 
-def _write_index(output: Path, index: Index) -> None:
-    arrays = {name: getattr(index, name).astype(dtype) for name, dtype in ARRAYS.items()}
-    header = index.header | {"lengths": {name: len(array) for name, array in arrays.items()}}
-    encoded = json.dumps(header, sort_keys=True).encode()
+def _write_index(output: Path, header: dict[str, Any], **columns: npt.NDArray[Any]) -> None:
+    arrays = {name: columns[name].astype(dtype) for name, dtype in ARRAYS.items()}
+    lengths = {name: len(array) for name, array in arrays.items()}
+    encoded = json.dumps(header | {"lengths": lengths}, sort_keys=True).encode()
     rest = io.BytesIO()
     rest.write(len(encoded).to_bytes(8, "little") + encoded)
     for array in arrays.values():
         rest.write(bytes(-rest.tell() % 8) + array.tobytes())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_bytes(MAGIC + xxhash.xxh3_64_digest(rest.getbuffer()) + rest.getbuffer())
-    temporary.replace(output)
-
-
-def _check_output(output: Path, inputs: Sequence[str]) -> None:
-    def refusal(reason: str) -> ValueError:
-        return ValueError(f"output {output}: {reason}")
-
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(output)):
-        raise refusal("is a URL; write the index to a local file, and copy that")
-    if output.is_dir():
-        example = output / "benchmarks.idx"
-        raise refusal(f"is a folder; name the file to write, such as {example}")
-    paths = [path for name in inputs for path in (name, name.partition("=")[2]) if path]
-    if output.resolve() in (Path(path).resolve() for path in paths):
-        raise refusal("is one of the files to read; give the index a file of its own")
-    if output.exists() and not _is_index(output):
-        raise refusal("exists and is not an index; name another file, or remove it first")
+    content = rest.getvalue()
+    write_atomically(str(output), MAGIC + xxhash.xxh3_64_digest(content) + content)
 
 
 def _is_index(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC

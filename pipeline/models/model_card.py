@@ -14,15 +14,16 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filters.model_card import digest
+from stages.storage.digests import file_sha256
+from stages.storage.files import write_atomically
 
 
 def card_path(model: Path) -> Path:
-    return model.with_name(model.name + ".json")
+    return Path(f"{model}.json")
 
 
 @contextlib.contextmanager
@@ -32,7 +33,13 @@ def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[P
     ValueError at once if that would replace a source, or anything but a model that has a card. The
     old card is deleted before anything is replaced, so that no card describes another model.
     """
-    _check_outputs(outputs, sources)
+    card = _card_beside(outputs[0])
+    check_outputs(
+        (*outputs, card_path(outputs[0])),
+        sources,
+        kind="a model with a card of ours",
+        is_ours=lambda path: bool(card) and ("sentencepiece" in card or path not in outputs[1:]),
+    )
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
     temporary = tuple(output.with_name(f".{output.name}.{os.getpid()}") for output in outputs)
@@ -49,27 +56,34 @@ def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[P
             path.unlink(missing_ok=True)
 
 
-def _check_outputs(outputs: Sequence[Path], sources: Sequence[str | Path]) -> None:
+def check_outputs(
+    outputs: Sequence[Path],
+    sources: Sequence[str | Path],
+    *,
+    kind: str,
+    is_ours: Callable[[Path], bool],
+) -> None:
+    """ValueError if to write `outputs` would replace a source, or anything but what `is_ours`, of
+    this `kind`.
+    """
     model = outputs[0]
     if re.match(r"[A-Za-z][\w+.-]*:/", str(model)):
         url = str(model).replace(":/", "://", 1)  # pathlib made one slash of them
         raise ValueError(
-            f"output {url}: is a URL; filters read models from a path that every worker has"
+            f"output {url}: is a URL; filters read it from a path that every worker has"
         )
     if model.is_dir():
         raise ValueError(f"output {model}: is a folder; name a file in it")
-    card = _card_beside(model)
-    for path in filter(Path.exists, (*outputs, card_path(model))):
+    for path in filter(Path.exists, outputs):
         for source in filter(os.path.exists, sources):
             if path.samefile(source):
                 raise ValueError(
                     f"output {path}: is the source {source}, which it would replace; "
                     "choose another name"
                 )
-        if not card or path.is_dir() or (path in outputs[1:] and "sentencepiece" not in card):
+        if path.is_dir() or not is_ours(path):
             raise ValueError(
-                f"output {path}: exists, and is not a model with a card of ours; "
-                "remove it or choose another name"
+                f"output {path}: exists, and is not {kind}; remove it or choose another name"
             )
 
 
@@ -84,12 +98,9 @@ def _card_beside(model: Path) -> dict[str, Any]:
 
 def write_card(model: Path, **facts: Any) -> dict[str, Any]:
     """Write the card of a model that is in place; returns it."""
-    card = {"name": model.name, **facts, "sha256": digest(model)}
-    temporary = model.with_name(f".{model.name}.json.{os.getpid()}")
-    temporary.write_text(
-        _compact(json.dumps(card, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8"
-    )
-    temporary.replace(card_path(model))
+    card = {"name": model.name, **facts, "sha256": file_sha256(model)}
+    text = _compact(json.dumps(card, indent=2, ensure_ascii=False)) + "\n"
+    write_atomically(str(card_path(model)), text.encode())
     return card
 
 
@@ -133,16 +144,13 @@ def check_split(
         )
 
 
-def command_line(name: str, *arguments: Any, **options: Any) -> str:
-    """The command for a shell.
-
-    An option is repeated for each item of a list, items of a tuple are joined by commas. None and
-    empty ones are left out.
-    """
-    words = ["gristmill", name, *map(str, arguments)]
-    for option, value in options.items():
+def command_line(name: str, options: Any) -> str:
+    """The command for a shell, from the dataclass of its options; empty ones are left out."""
+    words = ["gristmill", name]
+    for option, value in vars(options).items():
         for item in value if isinstance(value, list) else [value]:
-            if item is not None and item != ():
-                text = ",".join(map(str, item)) if isinstance(item, tuple) else str(item)
-                words += [f"--{option.replace('_', '-')}", text]
+            if option == "sources":
+                words.append(str(item))
+            elif item not in (None, ""):
+                words += [f"--{option.replace('_', '-')}", str(item)]
     return shlex.join(words)

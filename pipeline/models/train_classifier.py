@@ -6,7 +6,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from filters import quality
 from filters.suggest import did_you_mean
 from pipeline.models.labeled_texts import SIGNATURE, LabeledTexts, distinct, write_texts
 from pipeline.models.model_card import check_split, command_line, replacing, versions, write_card
+from pipeline.models.options import ClassifierOptions
 from pipeline.models.training_texts import Source, check_where, fingerprint
 from stages.dedup import minhash
+from stages.formats.errors import ConfigError
 
 BATCH = 1000  # documents predicted at once
 PERCENTILES = tuple(range(1, 100))
@@ -27,175 +30,153 @@ PRINTED_PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 Floats = npt.NDArray[np.float64]
 
 
-def train_classifier(
-    sources: Mapping[str, Sequence[str | Path]],
-    *,
-    output: Path,
-    licence: str,
-    where: Mapping[str, str] | None = None,
-    epochs: int = 5,
-    learning_rate: float = 0.5,
-    dimensions: int = 16,
-    word_ngrams: int = 2,
-    buckets: int = 200_000,
-    features: int = 50_000,
-    seed: int = 0,
-    held_out: float = 0.1,
-    sample: str | Path | None = None,
-    sample_where: str = "",
-    keep_best: tuple[float, ...] = (5.0, 10.0, 20.0, 50.0),
-    text_column: str = "text",
-) -> dict[str, Any]:
+def train_classifier(options: ClassifierOptions) -> dict[str, Any]:
     """Train a fastText classifier for the filter `quality`; returns its card.
 
-    `sources` are those of each label; of two labels the first one is the one to look for. `where`
-    has SQL conditions, by label, on the rows of runs among its sources. The suffix of `output`
-    decides: `.ftz` is product-quantized and cut to its `features` strongest features, `.bin` is
-    kept whole. `buckets` hash the word n-grams. `held_out` is the share of documents that the
-    curves are measured on. `sample` is a source that resembles what will be filtered: on it the
-    scores are found that keep the best `keep_best` percent. On one thread, with a fixed seed: the
-    same texts give the same bytes.
+    On one thread, with a fixed seed: the same texts give the same bytes.
     """
-    sizes = {"epochs": epochs, "dimensions": dimensions, "word_ngrams": word_ngrams,
-             "buckets": buckets, "features": features}  # fmt: skip
-    where = where or {}
-    _check_arguments(
-        sources,
-        output=output,
-        keep_best=keep_best,
-        learning_rate=learning_rate,
-        seed=seed,
-        **sizes,
-    )
-    _check_conditions(sources, where, sample, sample_where)
-    inputs = [source for names in sources.values() for source in names]
-    inputs += [sample] if sample else []
+    sources = _sources(options)
+    where = _conditions(options, sources)
+    keep_best = _percentages(options.keep_best)
+    _check_options(options, sources, keep_best)
+    inputs = [*chain.from_iterable(sources.values()), *filter(None, [options.sample])]
     with (
-        replacing(output, sources=inputs) as (temporary,),
+        replacing(options.output, sources=inputs) as (temporary,),
         tempfile.TemporaryDirectory() as scratch,
     ):
         readers = {
-            label: [Source(n, text_column=text_column, where=where.get(label, "")) for n in names]
+            label: [
+                Source(name, text_column=options.text_column, where=where.get(label, ""))
+                for name in names
+            ]
             for label, names in sources.items()
         }
-        texts = write_texts(readers, Path(scratch, "texts"), held_out=held_out)
+        texts = write_texts(readers, Path(scratch, "texts"), held_out=options.held_out)
         unique = distinct(texts)
         _warn_of_shared(unique.shared)
-        test = [i for i in unique.kept if texts.is_held_out[i]]
         train = [i for i in unique.kept if not texts.is_held_out[i]]
-        counts = _label_counts(texts, test), _label_counts(texts, train)
-        for label, names in sources.items():
-            of = f" of label '{label}' that no other label has"
-            check_split(*(c[label] for c in counts), held_out=held_out, sources=names, of=of)
-        # fastText reads the file in order
-        random.Random(f"{seed} train_classifier").shuffle(train)
-        training_file = Path(scratch, "train.txt")
-        _write_training_file(training_file, texts, train)
-        model = _fit(
-            training_file,
-            quantized_features=features if output.suffix == ".ftz" else None,
-            epoch=epochs,
-            lr=learning_rate,
-            dim=dimensions,
-            wordNgrams=word_ngrams,
-            bucket=buckets,
-            seed=seed,
-        )
+        test = [i for i in unique.kept if texts.is_held_out[i]]
+        train_counts = _label_counts(texts, train)
+        _check_splits(options, sources, _label_counts(texts, test), train_counts)
+        model = _fit(options, texts, train, Path(scratch, "train.txt"))
         model.save_model(str(temporary))
         # of two labels the curve of the other one mirrors the first one's
         measured_labels = texts.names if len(texts.names) > 2 else texts.names[:1]
         measured = _curves(texts, test, model, labels=measured_labels)
-        extra = {}
-        if sample:
-            source = Source(sample, text_column=text_column, where=sample_where)
-            extra["calibration"] = _calibrate(source, model, measured_labels, keep_best)
-    conditions = [f"{label}={condition}" for label, condition in where.items()]
-    arguments = {"output": output, "licence": licence, "where": conditions, "epochs": epochs,
-                 "learning_rate": learning_rate, "dimensions": dimensions,
-                 "word_ngrams": word_ngrams, "buckets": buckets, "features": features,
-                 "seed": seed, "held_out": held_out, "sample": sample or None,
-                 "sample_where": sample_where or None, "keep_best": keep_best if sample else None,
-                 "text_column": text_column}  # fmt: skip
+        calibration = {}
+        if options.sample:
+            sample = Source(
+                options.sample, text_column=options.text_column, where=options.sample_where
+            )
+            calibration = {"calibration": _calibrate(sample, model, measured_labels, keep_best)}
+    shown = options if options.sample else replace(options, keep_best="")
     card = write_card(
-        output,
+        options.output,
         kind="fasttext",
         normalizer=quality.NORMALIZER,
-        licence=licence,
-        command=command_line("train-classifier", **_source_options(sources), **arguments),
+        licence=options.licence,
+        command=command_line("train-classifier", shown),
         versions=versions("fasttext-community"),
         labels=texts.names,
-        corpus=fingerprint(entry for entries in texts.sources.values() for entry in entries),
+        corpus=fingerprint(chain.from_iterable(texts.sources.values())),
         sources=texts.sources,
         near_duplicates={
             "found_by": minhash.describe(SIGNATURE),
             "copies": unique.copies,
             "shared": unique.shared,
         },
-        train=counts[1],
+        train=train_counts,
         held_out=measured,
-        **extra,
+        **calibration,
     )
     _print_summary(card)
     return card
 
 
-def _check_arguments(
-    sources: Mapping[str, Sequence[str | Path]],
-    *,
-    output: Path,
-    keep_best: tuple[float, ...],
-    learning_rate: float,
-    seed: int,
-    **counts: int,
+def _sources(options: ClassifierOptions) -> dict[str, list[str]]:
+    """The sources of each label."""
+    named = [f"hq={path}" for path in options.positive or ()]
+    named += [f"lq={path}" for path in options.negative or ()]
+    return _by_label("--source", [*named, *(options.source or ())], "sports=sports.jsonl")
+
+
+def _conditions(options: ClassifierOptions, sources: Mapping[str, list[str]]) -> dict[str, str]:
+    """The SQL condition of each label that has one, checked."""
+    where = _by_label("--where", options.where or (), "hq='\"quality.score\" > 0.9'")
+    for label, conditions in where.items():
+        if len(conditions) > 1:
+            raise ConfigError(f"--where {label}={conditions[1]}: a second one; join them by AND")
+        if label not in sources:
+            suggestion = did_you_mean(label, sources)
+            raise ValueError(
+                f"where {label}={conditions[0]}: no label '{label}'{suggestion}; write LABEL=SQL"
+            )
+        check_where(conditions[0], sources[label])
+    check_where(options.sample_where, [options.sample] if options.sample else [])
+    return {label: conditions[0] for label, conditions in where.items()}
+
+
+def _by_label(option: str, values: Iterable[str], example: str) -> dict[str, list[str]]:
+    """Values of an option LABEL=…, in order of labels."""
+    labels: dict[str, list[str]] = {}
+    for value in values:
+        label, _, rest = value.partition("=")
+        if not label or not rest:
+            raise ConfigError(f"{option} {value}: write LABEL=…, e.g. {option} {example}")
+        labels.setdefault(label, []).append(rest)
+    return labels
+
+
+def _percentages(keep_best: str) -> list[float]:
+    try:
+        return [float(part) for part in keep_best.split(",")]
+    except ValueError:
+        raise ConfigError(f"--keep-best {keep_best}: write numbers, separated by commas") from None
+
+
+def _check_options(
+    options: ClassifierOptions, sources: Mapping[str, list[str]], keep_best: Sequence[float]
 ) -> None:
-    if output.suffix not in (".ftz", ".bin"):
-        raise ValueError(f"output {output}: must end in .ftz (quantized) or .bin (whole)")
+    if options.output.suffix not in (".ftz", ".bin"):
+        raise ValueError(f"output {options.output}: must end in .ftz (quantized) or .bin (whole)")
     if len(sources) < 2:
         raise ValueError(
             f"labels: only {', '.join(sources) or 'none'}; "
             "a classifier needs two or more, each with its sources"
         )
-    for label, names in sources.items():
+    for label in sources:
         if not re.fullmatch(r"[\w.-]+", label) or label.startswith(quality.PREFIX):
             raise ValueError(
                 f"label '{label}': must be letters, digits, '_', '.' or '-', "
                 f"and is named without {quality.PREFIX}"
             )
-        if not names:
-            raise ValueError(f"label '{label}': no source; name one or more")
-    for name, value in counts.items():
-        if not 1 <= value < 1 << 31:
+    for name in ("epochs", "dimensions", "word_ngrams", "buckets", "features"):
+        if not 1 <= (value := getattr(options, name)) < 1 << 31:
             raise ValueError(f"{name} = {value}: must be 1 or more")
-    if not 0 < learning_rate <= 10:
-        raise ValueError(f"learning_rate = {learning_rate}: must be above 0 and up to 10")
-    if not 0 <= seed < 1 << 31:
-        raise ValueError(f"seed = {seed}: must be from 0 to {(1 << 31) - 1}")
+    if not 0 < options.learning_rate <= 10:
+        raise ValueError(f"learning_rate = {options.learning_rate}: must be above 0 and up to 10")
+    if not 0 <= options.seed < 1 << 31:
+        raise ValueError(f"seed = {options.seed}: must be from 0 to {(1 << 31) - 1}")
     if not all(0 < share <= 100 for share in keep_best):
-        raise ValueError(f"keep_best = {keep_best}: must be percentages, above 0 and up to 100")
+        raise ValueError(
+            f"keep_best = {options.keep_best}: must be percentages, above 0 and up to 100"
+        )
 
 
-def _check_conditions(
-    sources: Mapping[str, Sequence[str | Path]],
-    where: Mapping[str, str],
-    sample: str | Path | None,
-    sample_where: str,
+def _check_splits(
+    options: ClassifierOptions,
+    sources: Mapping[str, list[str]],
+    test_counts: Mapping[str, int],
+    train_counts: Mapping[str, int],
 ) -> None:
-    for label, condition in where.items():
-        if label not in sources:
-            suggestion = did_you_mean(label, sources)
-            raise ValueError(
-                f"where {label}={condition}: no label '{label}'{suggestion}; write LABEL=SQL"
-            )
-        check_where(condition, sources[label])
-    check_where(sample_where, [sample] if sample else [])
-
-
-def _source_options(sources: Mapping[str, Sequence[str | Path]]) -> dict[str, list[str]]:
-    """The sources as options of the command."""
-    if list(sources) == ["hq", "lq"]:
-        options = {"hq": "positive", "lq": "negative"}
-        return {options[label]: [str(s) for s in names] for label, names in sources.items()}
-    return {"source": [f"{label}={source}" for label, names in sources.items() for source in names]}
+    for label, names in sources.items():
+        check_split(
+            test_counts[label],
+            train_counts[label],
+            held_out=options.held_out,
+            sources=names,
+            of=f" of label '{label}' that no other label has",
+        )
 
 
 def _warn_of_shared(shared: Iterable[dict[str, Any]]) -> None:
@@ -214,27 +195,35 @@ def _label_counts(texts: LabeledTexts, numbers: Sequence[int]) -> dict[str, int]
     return {name: counts[i] for i, name in enumerate(texts.names)}
 
 
-def _write_training_file(path: Path, texts: LabeledTexts, numbers: Sequence[int]) -> None:
+def _fit(options: ClassifierOptions, texts: LabeledTexts, numbers: list[int], path: Path) -> Any:
+    """A fastText model of the texts with these numbers, which are written to `path`."""
+    import fasttext
+
+    # fastText reads the file in order
+    random.Random(f"{options.seed} train_classifier").shuffle(numbers)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for number, line in zip(numbers, texts.lines(numbers), strict=True):
             file.write(f"{quality.PREFIX}{texts.names[texts.labels[number]]} {line}\n")
-
-
-def _fit(text: Path, *, quantized_features: int | None, **options: Any) -> Any:
-    """A fastText model; with `quantized_features` cut to as many features and quantized."""
-    import fasttext
-
+    shared = {"epoch": options.epochs, "lr": options.learning_rate, "thread": 1}
     try:
-        model = fasttext.train_supervised(str(text), minCount=2, verbose=0, thread=1, **options)
+        model = fasttext.train_supervised(
+            str(path),
+            minCount=2,
+            verbose=0,
+            dim=options.dimensions,
+            wordNgrams=options.word_ngrams,
+            bucket=options.buckets,
+            seed=options.seed,
+            **shared,
+        )
     except RuntimeError as error:  # training diverged
         raise ValueError(
-            f"fastText: {error} Try a smaller learning rate than {options['lr']}"
+            f"fastText: {error} Try a smaller learning rate than {options.learning_rate}"
         ) from None
-    if quantized_features is not None:
+    if options.output.suffix == ".ftz":
         # a cutoff above the number of features fails inside fastText
-        cutoff = min(quantized_features, model.get_input_matrix().shape[0] - 1)
-        retrain = {"epoch": options["epoch"], "lr": options["lr"], "thread": 1}
-        model.quantize(str(text), cutoff=cutoff, retrain=True, qnorm=True, **retrain)
+        cutoff = min(options.features, model.get_input_matrix().shape[0] - 1)
+        model.quantize(str(path), cutoff=cutoff, retrain=True, qnorm=True, **shared)
     return model
 
 

@@ -6,19 +6,21 @@ must have room for it about four times, and lmplz sorts in `memory`.
 """
 
 import io
-import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from filters.model_card import digest
 from filters.perplexity import score
 from filters.text import ccnet
 from pipeline.models.model_card import (
@@ -29,7 +31,10 @@ from pipeline.models.model_card import (
     versions,
     write_card,
 )
+from pipeline.models.options import LmOptions
 from pipeline.models.training_texts import Source, check_where, fingerprint
+from stages.formats.errors import ConfigError
+from stages.storage.digests import file_sha256
 
 MAX_ORDER = 6  # of the package ufal.kenlm, as it was compiled
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -37,76 +42,47 @@ PERCENTILES = (5, 25, 50, 75, 95)
 SAMPLE_LINES = 200_000
 
 
-def train_lm(
-    sources: Sequence[str | Path],
-    *,
-    output: Path,
-    licence: str,
-    where: str = "",
-    order: int = 5,
-    prune: tuple[int, ...] | None = None,
-    memory: str = "1G",
-    bits: int = 8,
-    sentencepiece: int = 0,
-    sentencepiece_model: Path | None = None,
-    lmplz_options: tuple[str, ...] = (),
-    held_out: float = 0.02,
-    text_column: str = "text",
-    kenlm_bin: Path | None = None,
-) -> dict[str, Any]:
-    """Train a KenLM model with `lmplz` for the filter `perplexity`; returns its card.
-
-    `where` is an SQL condition on the rows of runs among the sources. `prune` drops n-grams seen at
-    most so often, one count per order, the last one for all higher orders; None is 0,0,1 up to
-    `order`. The model is a trie, its probabilities and back-offs of `bits` (0: not quantized).
-    Tokens are words and punctuation; or pieces of a SentencePiece model, which is trained to a
-    vocabulary of `sentencepiece` or given. `held_out` is the share of documents kept out of
-    training. `lmplz_options` are passed to lmplz unchanged.
-    """
-    if sentencepiece and sentencepiece_model:
+def train_lm(options: LmOptions) -> dict[str, Any]:
+    """Train a KenLM model with `lmplz` for the filter `perplexity`; returns its card."""
+    if options.sentencepiece and options.sentencepiece_model:
         raise ValueError("sentencepiece and sentencepiece_model: train one or give one, not both")
-    if not 0 <= bits <= 25:
-        raise ValueError(f"bits = {bits}: must be 0 (not quantized) to 25")
-    prune = _checked_prune(prune, order=order)
-    check_where(where, sources)
-    kenlm = find_kenlm(kenlm_bin)
-    use_pieces = bool(sentencepiece or sentencepiece_model)
-    spm = Path(f"{output}.spm")
+    if not 0 <= options.bits <= 25:
+        raise ValueError(f"bits = {options.bits}: must be 0 (not quantized) to 25")
+    prune = _prune_counts(options)
+    check_where(options.where, options.sources)
+    kenlm = find_kenlm()
+    use_pieces = bool(options.sentencepiece or options.sentencepiece_model)
+    spm = Path(f"{options.output}.spm")
     with (
-        replacing(output, spm, sources=sources) as (model, new_spm),
+        replacing(options.output, spm, sources=options.sources) as (model, new_spm),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        if sentencepiece_model:
-            _check_sentencepiece(sentencepiece_model)
-            shutil.copyfile(sentencepiece_model, new_spm)
-        readers = [Source(name, text_column=text_column, where=where) for name in sources]
-        texts = _write_texts(readers, Path(scratch), held_out=held_out, use_pieces=use_pieces)
-        if sentencepiece:
-            _train_sentencepiece(texts.train, new_spm, size=sentencepiece)
+        if options.sentencepiece_model:
+            _check_sentencepiece(options.sentencepiece_model)
+            shutil.copyfile(options.sentencepiece_model, new_spm)
+        texts = _write_texts(options, Path(scratch), use_pieces=use_pieces)
+        if options.sentencepiece:
+            _train_sentencepiece(texts.train, new_spm, size=options.sentencepiece)
         texts = _split_into_pieces(texts, new_spm) if use_pieces else texts
         # --discount_fallback acts only where a small text leaves the Kneser-Ney discounts undefined
-        estimate = ("-o", order, "-S", memory, "--prune", *prune, "--discount_fallback")
-        options = [str(option) for option in (*estimate, *lmplz_options)]
+        estimate = ("-o", options.order, "-S", options.memory, "--prune", *prune.split(","))
+        lmplz_options = [*map(str, estimate), "--discount_fallback", *(options.lmplz_option or ())]
         arpa = Path(scratch, "arpa")
-        _call(kenlm.lmplz, *options, "-T", scratch, "--text", texts.train, "--arpa", arpa)
-        quantize = ("-q", bits, "-b", bits) if bits else ()
-        _call(kenlm.build_binary, *quantize, "-S", memory, "-T", scratch, "trie", arpa, model)
+        _call(kenlm.lmplz, *lmplz_options, "-T", scratch, "--text", texts.train, "--arpa", arpa)
+        quantize = ("-q", options.bits, "-b", options.bits) if options.bits else ()
+        place = ("-S", options.memory, "-T", scratch)
+        _call(kenlm.build_binary, *quantize, *place, "trie", arpa, model)
         measured = _measure(texts.held_out, model=model)
         pieces = {"sentencepiece": _describe_sentencepiece(new_spm)} if use_pieces else {}
-    arguments = {"output": output, "licence": licence, "where": where or None, "order": order,
-                 "prune": prune, "memory": memory, "bits": bits,
-                 "sentencepiece": sentencepiece or None, "sentencepiece_model": sentencepiece_model,
-                 "lmplz_option": list(lmplz_options), "held_out": held_out,
-                 "text_column": text_column}  # fmt: skip
     card = write_card(
-        output,
+        options.output,
         kind="kenlm",
         normalizer=ccnet.PIECES if use_pieces else ccnet.WORDS,
-        licence=licence,
-        command=command_line("train-lm", *sources, **arguments),
+        licence=options.licence,
+        command=command_line("train-lm", replace(options, prune=prune)),
         versions=versions("ufal.kenlm", *(["sentencepiece"] if use_pieces else [])),
         # it prints no version of its own
-        lmplz={"sha256": digest(Path(kenlm.lmplz)), "options": options},
+        lmplz={"sha256": file_sha256(Path(kenlm.lmplz)), "options": lmplz_options},
         corpus=fingerprint(texts.sources),
         sources=texts.sources,
         train=texts.counts,
@@ -117,14 +93,19 @@ def train_lm(
     return card
 
 
-def _checked_prune(prune: tuple[int, ...] | None, *, order: int) -> tuple[int, ...]:
+def _prune_counts(options: LmOptions) -> str:
+    """The counts of `prune`, checked; the default is cut to the order."""
+    order, prune = options.order, options.prune
     if not 2 <= order <= MAX_ORDER:
         raise ValueError(f"order = {order}: must be from 2 to {MAX_ORDER}, which KenLM can load")
-    prune = (0, 0, 1)[:order] if prune is None else prune
-    if not 1 <= len(prune) <= order or min(prune) < 0 or list(prune) != sorted(prune):
-        counts = ",".join(map(str, prune))
+    if prune is None:
+        return "0,0" if order == 2 else "0,0,1"
+    if not re.fullmatch(r"\d+(,\d+)*", prune, re.ASCII):
+        raise ConfigError(f"--prune {prune}: write whole numbers, 0 or more, separated by commas")
+    counts = [int(count) for count in prune.split(",")]
+    if len(counts) > order or counts != sorted(counts):
         raise ValueError(
-            f"prune = {counts}: must be 1 to {order} counts for order = {order}, 0 or more, "
+            f"prune = {prune}: must be 1 to {order} counts for order = {order}, 0 or more, "
             "none below the one before"
         )
     return prune
@@ -138,40 +119,34 @@ class ScratchTexts(NamedTuple):
 
     train: Path
     held_out: Path
-    counts: dict[str, int]
+    counts: Counter[str]
     sources: list[dict[str, Any]]
 
 
-def _write_texts(
-    sources: Sequence[Source], scratch: Path, *, held_out: float, use_pieces: bool
-) -> ScratchTexts:
+def _write_texts(options: LmOptions, scratch: Path, *, use_pieces: bool) -> ScratchTexts:
     """Read and normalize everything once. Lines are not yet split into pieces: the SentencePiece
     model may have to learn from them first.
     """
     normalize = ccnet.plain if use_pieces else ccnet.words
-    train, held = scratch / "train", scratch / "held_out"
-    documents = num_lines = num_tokens = num_held_out = 0
-    entries = []
-    with train.open("wb") as train_file, held.open("wb") as held_out_file:
-        for source in sources:
-            words = 0
+    texts = ScratchTexts(scratch / "train", scratch / "held_out", Counter(), [])
+    num_held_out = 0
+    with texts.train.open("wb") as train_file, texts.held_out.open("wb") as held_out_file:
+        for name in options.sources:
+            words, source = 0, Source(name, text_column=options.text_column, where=options.where)
             for text in source:
                 normalized = normalize(text)
                 lines, tokens = _filled_lines(normalized), sum(normalized.tokens)
                 words += tokens
-                if is_held_out(text, share=held_out):
+                if is_held_out(text, share=options.held_out):
                     held_out_file.writelines([*lines, b"\n"])
                     num_held_out += 1
                 else:
                     train_file.writelines(lines)
-                    documents += 1
-                    num_lines += len(lines)
-                    num_tokens += tokens
-            entries.append(source.entry(words=words))
-    names = [source.name for source in sources]
-    check_split(num_held_out, documents, held_out=held_out, sources=names)
-    counts = {"documents": documents, "lines": num_lines, "tokens": num_tokens}
-    return ScratchTexts(train, held, counts, entries)
+                    texts.counts.update(documents=1, lines=len(lines), tokens=tokens)
+            texts.sources.append(source.entry(words=words))
+    num_train = texts.counts["documents"]
+    check_split(num_held_out, num_train, held_out=options.held_out, sources=options.sources)
+    return texts
 
 
 def _filled_lines(normalized: ccnet.Lines) -> list[bytes]:
@@ -243,8 +218,8 @@ def _split_into_pieces(texts: ScratchTexts, spm: Path) -> ScratchTexts:
     train, held_out = (path.with_name(f"{path.name}.pieces") for path in texts[:2])
     tokens = _copy_in_pieces(texts.train, train, splitter)
     _copy_in_pieces(texts.held_out, held_out, splitter)
-    counts = texts.counts | {"tokens": tokens}
-    return texts._replace(train=train, held_out=held_out, counts=counts)
+    texts.counts["tokens"] = tokens
+    return texts._replace(train=train, held_out=held_out)
 
 
 def _copy_in_pieces(source: Path, target: Path, splitter: ccnet.Splitter) -> int:
@@ -264,7 +239,7 @@ def _describe_sentencepiece(spm: Path) -> dict[str, Any]:
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(spm)).get_piece_size()
-    return {"sha256": digest(spm), "pieces": pieces}
+    return {"sha256": file_sha256(spm), "pieces": pieces}
 
 
 # --- KenLM ----------------------------------------------------------------------------------------
@@ -277,10 +252,10 @@ class Kenlm(NamedTuple):
     build_binary: str
 
 
-def find_kenlm(folder: Path | None) -> Kenlm:
-    """KenLM's programs in `folder`, else $GRISTMILL_KENLM_BIN, else .kenlm/bin, else on PATH."""
-    chosen = folder or os.environ.get("GRISTMILL_KENLM_BIN")
-    for path in (str(chosen),) if chosen else (str(Path(".kenlm", "bin")), None):
+def find_kenlm() -> Kenlm:
+    """KenLM's programs in $GRISTMILL_KENLM_BIN, else .kenlm/bin, else on PATH."""
+    chosen = os.environ.get("GRISTMILL_KENLM_BIN")
+    for path in (chosen,) if chosen else (str(Path(".kenlm", "bin")), None):
         lmplz, build_binary = (shutil.which(name, path=path) for name in Kenlm._fields)
         if lmplz and build_binary:
             return Kenlm(lmplz, build_binary)
@@ -308,33 +283,29 @@ def _measure(held_out: Path, *, model: Path) -> dict[str, Any]:
     import kenlm
 
     lm = kenlm.Model(str(model))
-    perplexities, tokens, lines, log10 = list[float](), 0, 0, 0.0
-    for document in _held_out_documents(held_out):
-        scored = score(document, lm, window=1)
-        num_tokens, num_lines = sum(document.tokens), len(document.tokens)
-        perplexities.append(scored.perplexity)
-        tokens, lines = tokens + num_tokens, lines + num_lines
-        log10 -= (num_tokens + num_lines) * math.log10(scored.perplexity)
-    counts = {"documents": len(perplexities), "lines": lines, "tokens": tokens}
-    if not perplexities:
+    scored = [
+        (score(document, lm, window=1).perplexity, sum(document.tokens), len(document.tokens))
+        for document in _held_out_documents(held_out)
+    ]
+    perplexities, tokens, lines = np.array(scored).reshape(-1, 3).T
+    counts = {"documents": len(scored), "lines": int(lines.sum()), "tokens": int(tokens.sum())}
+    if not scored:
         return counts | {"perplexity": None, "percentiles": {}}
+    mean_log10 = np.average(np.log10(perplexities), weights=tokens + lines)
     percentiles = zip(PERCENTILES, np.percentile(perplexities, PERCENTILES), strict=True)
     return counts | {
-        "perplexity": round(float(10.0 ** (-log10 / (tokens + lines))), 4),
+        "perplexity": round(float(10.0**mean_log10), 4),
         "percentiles": {str(p): round(float(value), 1) for p, value in percentiles},
     }
 
 
 def _held_out_documents(path: Path) -> Iterator[ccnet.Lines]:
     """The documents of a scratch file that hold a token."""
-    lines: list[bytes] = []
     with path.open("rb") as file:
-        for line in file:
-            if line != b"\n":
-                lines.append(line)
-            elif lines:
+        for is_blank, group in groupby(file, key=b"\n".__eq__):
+            if not is_blank:
+                lines = list(group)
                 yield ccnet.Lines(lines, [len(line.split()) for line in lines])
-                lines = []
 
 
 def _print_summary(card: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from filters.decontamination import coverage
 from filters.passage_index import find_matches, load_index
 from pipeline.models.benchmark_index import build_index, by_benchmark
 from pipeline.models.evaluation_sets import benchmark_of, evaluation_files
+from pipeline.models.options import IndexOptions
 
 QUESTION = "How many bags of flour does the old mill at the river grind in a day of rain?"
 SECOND = "Which of the two stones has to be dressed more often, the runner or the bed stone?"
@@ -53,9 +54,13 @@ def index_of(
     folder = tmp_path / "sets"
     folder.mkdir(exist_ok=True)
     (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    header = build_index([str(folder)], output=tmp_path / "index", **options)
+    header = build(folder, output=tmp_path / "index", **options)
     load_index.cache_clear()
     return header, str(tmp_path / "index")
+
+
+def build(*files: object, **options: object) -> dict:
+    return build_index(IndexOptions(files=[str(file) for file in files], **options))
 
 
 def best(text: str, path: str) -> float:
@@ -120,7 +125,7 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path):
     (tmp_path / "mill.jsonl").write_bytes(
         JSONL + b'{"question": \n\xff\n' + b"[" * 100_000 + b"\n" + JSONL
     )
-    header = build_index([str(tmp_path / "mill.jsonl")], output=tmp_path / "index")
+    header = build(tmp_path / "mill.jsonl", output=tmp_path / "index")
     assert by_benchmark(header)["mill"]["rows"] == 5
     assert by_benchmark(header)["mill"]["bad_rows"] == 3
 
@@ -361,14 +366,14 @@ def test_a_damaged_background_is_named(tmp_path):
 @pytest.mark.parametrize(
     "output, reason",
     [
-        ("mill.jsonl", r"mill\.jsonl: is one of the files to read"),
-        ("sets/../mill.jsonl", r"mill\.jsonl: is one of the files to read"),
-        ("named.jsonl", r"named\.jsonl: is one of the files to read"),
-        ("law.txt", r"law\.txt: is one of the files to read"),
-        ("sets/mill.jsonl", r"mill\.jsonl: exists and is not an index"),
-        ("notes.md", r"notes\.md: exists and is not an index"),
-        ("sets", r"sets: is a folder; name the file"),
-        ("s3://bucket/index", r"s3:/bucket/index: is a URL"),
+        ("mill.jsonl", r"mill\.jsonl: is the source mill\.jsonl"),
+        ("sets/../mill.jsonl", r"mill\.jsonl: is the source mill\.jsonl"),
+        ("named.jsonl", r"named\.jsonl: is the source named\.jsonl"),
+        ("law.txt", r"law\.txt: is the source .*law\.txt"),
+        ("sets/mill.jsonl", r"mill\.jsonl: exists, and is not an index"),
+        ("notes.md", r"notes\.md: exists, and is not an index"),
+        ("sets", r"sets: is a folder; name a file in it"),
+        ("s3://bucket/index", r"s3://bucket/index: is a URL"),
     ],
 )
 def test_an_output_that_would_overwrite_something_else_is_refused_before_any_work(
@@ -383,7 +388,7 @@ def test_an_output_that_would_overwrite_something_else_is_refused_before_any_wor
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     inputs = ["mill.jsonl", "set=named.jsonl", "sets", "nowhere.jsonl"]
     with pytest.raises(ValueError, match=reason):
-        build_index(inputs, output=Path(output), background=[str(tmp_path / "law.txt")])
+        build(*inputs, output=Path(output), background=[str(tmp_path / "law.txt")])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -410,11 +415,11 @@ def test_the_same_files_make_the_same_bytes_in_any_order_and_place(tmp_path):
         )
     ):
         output = tmp_path / f"index{number}"
-        build_index(
-            [
-                path.replace("copy", f"{tmp_path}/copy") if "=" in path else str(tmp_path / path)
+        build(
+            *(
+                path.replace("copy", f"{tmp_path}/copy") if "=" in path else tmp_path / path
                 for path in paths
-            ],
+            ),
             output=output,
         )
         indexes.append(output.read_bytes())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from filters import quality
 from pipeline.models import train_classifier as module
 from pipeline.models.labeled_texts import distinct, write_texts
+from pipeline.models.options import ClassifierOptions
 from pipeline.models.train_classifier import auc, curve, threshold, train_classifier
 from pipeline.models.training_texts import Source
 from tests.support.texts import DARWIN
@@ -57,7 +58,12 @@ THREE = {"prose": ["prose.txt"], "lists": ["listing.txt"], "code": ["code.txt"]}
 
 def train(sources: dict | None = None, output: str = "q.ftz", **options: object) -> dict:
     given = {"licence": "CC0-1.0", "held_out": 0.3, "buckets": 1000}
-    return train_classifier(sources or TWO, output=Path(output), **(given | options))
+    sources = sources or TWO
+    if [*sources] == ["hq", "lq"]:
+        given |= {"positive": sources["hq"], "negative": sources["lq"]}
+    else:
+        given["source"] = [f"{label}={n}" for label, names in sources.items() for n in names]
+    return train_classifier(ClassifierOptions(output=Path(output), **(given | options)))
 
 
 @pytest.mark.parametrize("sources, name", [*product([TWO, THREE], ["q.ftz", "q.bin"])])
@@ -122,7 +128,7 @@ def test_failed_training_leaves_the_old_model_and_card(
 
 def test_thresholds_keep_what_they_say_of_the_sample(texts: Path) -> None:
     Path("sample.txt").write_text(DARWIN + "\n" + LISTING)
-    card = train(sample="sample.txt", keep_best=(25.0, 50.0))
+    card = train(sample="sample.txt", keep_best="25,50")
     assert card["calibration"]["sample"]["documents"] == 16
     filter = quality.Quality(model=str(texts / "q.ftz"))
     scores = [
@@ -264,7 +270,7 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
         (
             TWO,
             {"output": "s3://b/q.ftz"},
-            "output s3://b/q.ftz: is a URL; filters read models from a path",
+            "output s3://b/q.ftz: is a URL; filters read it from a path",
         ),
         (
             {"hq": ["prose.txt"], "lq": ["mine.bin"]},
@@ -282,14 +288,13 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
             "output mine.bin: exists, and is not a model with a card of ours",
         ),
         ({"hq": ["prose.txt"]}, {}, "labels: only hq; a classifier needs two or more"),
-        ({"hq": ["prose.txt"], "lq": []}, {}, "label 'lq': no source"),
         ({"hq": ["prose.txt"], "a b": ["listing.txt"]}, {}, "label 'a b': must be letters"),
         (
             {"hq": ["prose.txt"], "__label__lq": ["listing.txt"]},
             {},
             "label '__label__lq': .*named without __label__",
         ),
-        (TWO, {"keep_best": (0.0,)}, "must be percentages"),
+        (TWO, {"keep_best": "0"}, "must be percentages"),
         (TWO, {"epochs": 0}, "epochs = 0: must be 1 or more"),
         (TWO, {"learning_rate": float("nan")}, "learning_rate = nan: must be above 0"),
         (TWO, {"seed": 99_999_999_999}, "seed = 99999999999: must be from 0"),
@@ -304,8 +309,8 @@ def test_threshold_is_the_highest_that_keeps_enough(scores: list[float], percent
             "of 0 documents of label 'hq' that no other label has",
         ),
         ({"hq": ["prose.txt"], "lq": ["gone.txt"]}, {}, "gone.txt: no such file"),
-        (TWO, {"where": {"language": "'en'"}}, "language='en': no label 'language'; known: hq, lq"),
-        (TWO, {"where": {"lq": "x > 1"}}, "where x > 1: selects rows of a run, and no source is"),
+        (TWO, {"where": ["language='en'"]}, "language='en': no label 'language'; known: hq, lq"),
+        (TWO, {"where": ["lq=x > 1"]}, "where x > 1: selects rows of a run, and no source is"),
         (
             TWO,
             {"sample": "prose.txt", "sample_where": "x"},

@@ -22,6 +22,7 @@ from filters.perplexity import Perplexity
 from filters.text import ccnet
 from pipeline.__main__ import app
 from pipeline.models.model_card import is_held_out, replacing
+from pipeline.models.options import LmOptions
 from pipeline.models.train_lm import find_kenlm, sample_lines, train_lm
 from pipeline.models.training_texts import documents
 from tests.support.paths import ROOT
@@ -44,14 +45,15 @@ def prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def kenlm_bin(monkeypatch: pytest.MonkeyPatch) -> None:
+    if KENLM.is_dir():
+        monkeypatch.setenv("GRISTMILL_KENLM_BIN", str(KENLM))
+
+
 def train(path: Path, output: str = "m.bin", **options: object) -> dict:
-    given = {
-        "licence": "CC0-1.0",
-        "held_out": 0.3,
-        "memory": "64M",
-        "kenlm_bin": KENLM if KENLM.is_dir() else None,
-    }
-    return train_lm([path], output=Path(output), **(given | options))
+    given = {"licence": "CC0-1.0", "held_out": 0.3, "memory": "64M"}
+    return train_lm(LmOptions(sources=[str(path)], output=Path(output), **(given | options)))
 
 
 def score_of(model: str, text: str = DARWIN) -> float:
@@ -90,7 +92,7 @@ def test_language_model_is_the_same_bytes_twice_and_scores(
 @pytest.mark.lmplz
 @has_lmplz
 def test_the_cards_command_makes_the_same_model(prose: Path) -> None:
-    card = train(prose, lmplz_options=("--vocab_estimate", "1000"), prune=(0, 1), order=3)
+    card = train(prose, lmplz_option=["--vocab_estimate", "1000"], prune="0,1", order=3)
     assert card["command"] == (
         "gristmill train-lm prose.txt --output m.bin --licence CC0-1.0 --order 3 --prune 0,1 --memory 64M --bits 8 "
         "--lmplz-option --vocab_estimate --lmplz-option 1000 --held-out 0.3 --text-column text"
@@ -148,9 +150,10 @@ def test_lmplz_own_complaint_is_passed_on_and_the_old_model_stays(prose: Path) -
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 
 
-def test_missing_lmplz_says_how_to_get_it(prose: Path) -> None:
+def test_missing_lmplz_says_how_to_get_it(prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRISTMILL_KENLM_BIN", "empty")
     with pytest.raises(ValueError, match=r"not found in .*empty.*make kenlm.*GRISTMILL_KENLM_BIN"):
-        train(prose, kenlm_bin=Path("empty"))
+        train(prose)
 
 
 @pytest.mark.parametrize(
@@ -163,14 +166,14 @@ def test_missing_lmplz_says_how_to_get_it(prose: Path) -> None:
         ({"bits": 26}, r"bits = 26: must be 0 \(not quantized\) to 25"),
         ({"order": 1}, "order = 1: must be from 2 to 6"),
         ({"order": 7}, "order = 7: must be from 2 to 6"),
-        ({"order": 2, "prune": (0, 0, 1)}, "prune = 0,0,1: must be 1 to 2 counts for order = 2"),
-        ({"prune": ()}, "prune = : must be 1 to 5 counts for order = 5"),
-        ({"prune": (0, -1)}, "prune = 0,-1: .*0 or more"),
+        ({"order": 2, "prune": "0,0,1"}, "prune = 0,0,1: must be 1 to 2 counts for order = 2"),
+        ({"prune": ""}, "--prune : write whole numbers"),
+        ({"prune": "0,-1"}, "--prune 0,-1: .*0 or more"),
         (
             {"where": "x > 1"},
             r"where x > 1: selects rows of a run, .*: prose\.txt; name one as RUN",
         ),
-        ({"prune": (0, 2, 1)}, "prune = 0,2,1: .*none below the one before"),
+        ({"prune": "0,2,1"}, "prune = 0,2,1: .*none below the one before"),
     ],
 )
 def test_bad_options_are_named(prose: Path, options: dict, message: str) -> None:
@@ -218,7 +221,7 @@ def test_the_error_for_one_document_says_what_separates_them(
     with pytest.raises(
         ValueError, match=r"of 1 documents . are held out and . left to train on"
     ) as error:
-        train(Path(name), kenlm_bin=fake_kenlm)
+        train(Path(name))
     assert ("; documents in .txt are separated by blank lines" in str(error.value)) == has_hint
 
 
@@ -226,7 +229,7 @@ def test_the_error_for_one_document_says_what_separates_them(
 
 
 @pytest.fixture
-def fake_kenlm(prose: Path, tmp_path: Path) -> Path:
+def fake_kenlm(prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An lmplz that takes long and says so in the file `started`."""
     folder = tmp_path / "kenlm"
     folder.mkdir()
@@ -237,6 +240,7 @@ def fake_kenlm(prose: Path, tmp_path: Path) -> Path:
             f"sleep 0.5\nmv {tmp_path}/starting {tmp_path}/started\nexec sleep 600\n"
         )
         (folder / name).chmod(0o755)
+    monkeypatch.setenv("GRISTMILL_KENLM_BIN", str(folder))
     return folder
 
 
@@ -258,7 +262,7 @@ def fake_kenlm(prose: Path, tmp_path: Path) -> Path:
         (".", r"output \.: is a folder"),
         (
             "s3://bucket/lm.bin",
-            "output s3://bucket/lm.bin: is a URL; filters read models from a path that every worker has",
+            "output s3://bucket/lm.bin: is a URL; filters read it from a path that every worker has",
         ),
     ],
 )
@@ -275,7 +279,7 @@ def test_a_model_replaces_nothing_but_a_model(fake_kenlm: Path, output: str, mes
     Path("folder.json").write_text("{}")
     before = {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
     with pytest.raises(ValueError, match=message):
-        train(Path("prose.txt"), output, kenlm_bin=fake_kenlm)
+        train(Path("prose.txt"), output)
     assert {
         path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")
     } == before
@@ -299,11 +303,7 @@ def test_a_model_with_its_card_is_replaced_unless_it_is_a_source(prose: Path) ->
 def test_sigterm_leaves_no_scratch_files(fake_kenlm: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    environment = os.environ | {
-        "TMPDIR": str(scratch),
-        "GRISTMILL_KENLM_BIN": str(fake_kenlm),
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | {"TMPDIR": str(scratch), "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
         "-m",
@@ -349,7 +349,7 @@ def test_find_kenlm_looks_where_the_environment_says(
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("GRISTMILL_KENLM_BIN", str(tmp_path))
-    assert find_kenlm(None) == (str(tmp_path / "lmplz"), str(tmp_path / "build_binary"))
+    assert find_kenlm() == (str(tmp_path / "lmplz"), str(tmp_path / "build_binary"))
 
 
 @pytest.mark.parametrize("lines", [1, 7, 50, 400])

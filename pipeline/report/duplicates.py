@@ -5,26 +5,23 @@ the sampled parts.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.report.charts import Floats, Histogram, binned
 from pipeline.report.page import clean
-from pipeline.report.sample import Ledger, Sample, document_row
+from pipeline.report.sample import Ledger, Sample, earlier_row, summed
 from pipeline.report.texts import EXCERPT, Piece
 from pipeline.run import dedup_plan
 from stages.dedup.config import EARLIER
 from stages.dedup.keep import HeavyLoss
 from stages.dedup.keys import earlier_documents
 from stages.dedup.minhash import normalize, shingle_hashes
-from stages.storage.files import exists
-from stages.storage.ledger import Commit
-from stages.storage.parts import documents, part_of
 
 RULES = ("dedup.exact", "dedup.near", "dedup.earlier")
 _CLUSTERS, _COPIES = 6, 3  # shown
@@ -35,8 +32,9 @@ _NAMED_BY = {"host": "host", "language": "language", "input": "warc_file"}
 class Copy(NamedTuple):
     """A document of a cluster, with the rule that dropped it.
 
-    `kept_in`: path of the earlier batch that has it, None for this one. `similarity`: Jaccard
-    similarity that stage dedup measured, None if it did not. `text`: None if not available.
+    `kept_in`: path of the earlier batch that has it, None for this one. `similarity`: share of word
+    n-grams in common with the kept copy (Jaccard). `text`: None if not available. `pieces`: its
+    excerpt.
     """
 
     url: str
@@ -44,23 +42,14 @@ class Copy(NamedTuple):
     kept_in: str | None = None
     rule: str | None = None
     similarity: float | None = None
-
-
-class Member(NamedTuple):
-    """A copy as shown. `similarity`: share of word n-grams shared with the kept copy (Jaccard)."""
-
-    url: str
-    kept_in: str | None
-    rule: str | None
-    similarity: float | None
-    pieces: list[Piece] | None
+    pieces: list[Piece] | None = None
 
 
 class Cluster(NamedTuple):
     """A cluster, `size` documents of it in this batch, and a few members, the kept copy first."""
 
     size: int
-    members: list[Member]
+    members: list[Copy]
 
 
 class GroupLoss(NamedTuple):
@@ -124,40 +113,24 @@ class Duplicates:
 def read_duplicates(ledger: Ledger, sample: Sample) -> Duplicates:
     """Read the results of the dedup phases."""
     kept = ledger.commits["dedup keep"]
-    counts = _sum(c.counts for c in kept)
+    counts = summed(c.counts for c in kept)
+    sizes = summed(c.result.cluster_sizes for c in ledger.commits["dedup elect"])
+    by_size = sorted(sizes.items(), key=lambda item: int(item[0].split("-")[0]))
+    similarity = sample.values("SELECT similarity FROM keep WHERE similarity IS NOT NULL")
     return Duplicates(
         enabled=ledger.setting("dedup.enabled", True),
         against=len(ledger.state.indexes),
         documents=sum(c.rows_in for c in kept),
         rules={rule: counts[rule] for rule in RULES},
-        sizes=_sizes(ledger.commits["dedup elect"]),
-        measured=_measured(ledger, sample),
+        sizes={name.replace("-", "–"): {"clusters": clusters} for name, clusters in by_size},
+        measured=Similarities(
+            share=float(ledger.setting("dedup.verify_share", 0.0)),
+            measured=sum(c.result.measured for c in kept),
+            histogram=similarities(similarity),
+        ),
         clusters=list(_clusters(ledger)),
         alarm=_alarm(ledger),
         giants=_giants(ledger),
-    )
-
-
-def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for some in counts:
-        total.update(some)
-    return total
-
-
-def _sizes(elected: Sequence[Commit]) -> dict[str, dict[str, int]]:
-    sizes = _sum(c.result.cluster_sizes for c in elected)
-    ordered = sorted(sizes, key=lambda name: int(name.split("-")[0]))
-    return {name.replace("-", "–"): {"clusters": sizes[name]} for name in ordered}
-
-
-def _measured(ledger: Ledger, sample: Sample) -> Similarities:
-    kept = ledger.commits["dedup keep"]
-    measured = sample.values("SELECT similarity FROM keep WHERE similarity IS NOT NULL")
-    return Similarities(
-        share=float(ledger.setting("dedup.verify_share", 0.0)),
-        measured=sum(c.result.measured for c in kept),
-        histogram=similarities(measured),
     )
 
 
@@ -174,12 +147,12 @@ def similarities(values: Floats) -> Histogram | None:
 def _clusters(ledger: Ledger) -> Iterator[Cluster]:
     ngram = ledger.setting("dedup.ngram", 5)
     sizes: dict[int, int] = {}
-    members: dict[int, list[int]] = {}
+    members: defaultdict[int, list[int]] = defaultdict(list)
     # every group that has a member names some of the largest
     for commit in ledger.commits["dedup keep"]:
         for largest in commit.result.largest:
             sizes[largest.cluster_id] = largest.size
-            members.setdefault(largest.cluster_id, []).extend(largest.members)
+            members[largest.cluster_id] += largest.members
     for root in sorted(sizes, key=lambda r: (-sizes[r], r))[:_CLUSTERS]:
         copies = _copies(ledger, sorted(members[root])[:_COPIES])
         if copies:
@@ -188,8 +161,8 @@ def _clusters(ledger: Ledger) -> Iterator[Cluster]:
 
 def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
     """The kept copy of a cluster and two other documents, from the ids of some documents."""
-    columns = ["kept_id", "kept_in", "rule", "similarity"]
-    verdicts = (document_row(ledger, "dedup keep", "keep", doc_id, columns) for doc_id in ids)
+    columns = ("kept_id", "kept_in", "rule", "similarity")
+    verdicts = (ledger.row("dedup keep", "keep", doc_id, *columns) for doc_id in ids)
     rows = [row for row in verdicts if row]
     if not rows:
         return []
@@ -205,42 +178,41 @@ def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
 
 def _copy(ledger: Ledger, doc_id: int, kept_in: int | None = None) -> Copy:
     """A document of this batch, or of the earlier one with the number `kept_in`."""
-    columns, batch = ["url", "source_id", "text"], None
+    columns, batch = ("url", "source_id", "text"), None
     if kept_in is None:
-        row = document_row(ledger, "extract", "documents", doc_id, columns)
+        row = ledger.row("extract", "documents", doc_id, *columns)
     else:
         store = ledger.state.indexes[kept_in].documents  # RUN/extract/<key>
-        batch = store.rsplit("/", 2)[0]
-        uri = part_of(doc_id, beside=f"{store}/documents/")
-        # it may have been removed since
-        row = documents(uri, [doc_id], columns).get(doc_id) if exists(uri) else None
+        batch = clean(store.rsplit("/", 2)[0])
+        row = earlier_row(store, "documents", doc_id, *columns)
     row = row or {}
     name = row.get("url") or row.get("source_id") or f"document {doc_id}"
-    return Copy(name, row.get("text"), batch)
+    return Copy(clean(name), row.get("text"), batch)
 
 
-def compare(copies: Sequence[Copy], *, ngram: int) -> list[Member]:
+def compare(copies: Sequence[Copy], *, ngram: int) -> list[Copy]:
     """Compare copies with the first: similarity of texts, and excerpts at the first difference."""
+    first, *others = copies
     texts = [None if c.text is None else _BLANKS.sub(" ", clean(c.text)) for c in copies]
-    shown = _excerpts(texts)
-    grams = [None if c.text is None else _shingles(c.text, ngram) for c in copies]
-    members = []
-    for i, copy in enumerate(copies):
-        similarity = (
-            copy.similarity
-            if copy.similarity is not None or not i
-            else _jaccard(grams[0], grams[i])
-        )
-        members.append(
-            Member(
-                clean(copy.url),
-                copy.kept_in and clean(copy.kept_in),
-                copy.rule,
-                similarity,
-                shown[i],
-            )
-        )
-    return members
+    measured = [
+        copy
+        if copy.similarity is not None
+        else copy._replace(similarity=_similarity(first.text, copy.text, ngram=ngram))
+        for copy in others
+    ]
+    pairs = zip([first, *measured], _excerpts(texts), strict=True)
+    return [copy._replace(pieces=pieces) for copy, pieces in pairs]
+
+
+def _similarity(before: str | None, after: str | None, *, ngram: int) -> float | None:
+    """As stage dedup measures it: of word n-grams, or of texts that are shorter than one."""
+    if before is None or after is None:
+        return None
+    a, b = (
+        set(shingle_hashes(text, ngram=ngram).tolist()) or {text}
+        for text in (normalize(before), normalize(after))
+    )
+    return len(a & b) / len(a | b)
 
 
 def _excerpts(texts: Sequence[str | None]) -> list[list[Piece] | None]:
@@ -248,25 +220,14 @@ def _excerpts(texts: Sequence[str | None]) -> list[list[Piece] | None]:
 
     From the beginning and without marks if the first text is not available.
     """
-    first = texts[0]
-    starts = (
-        [_first_difference(first, t) for t in texts[1:] if t is not None and t != first]
-        if first is not None
-        else []
-    )
-    start = (
-        0
-        if first is None
-        else max(0, first.rfind(" ", 0, max(0, min(starts, default=0) - 150)) + 1)
-    )
-    cut = [None if t is None else _cut(t[start:]) for t in texts]
-    lead = [Piece("… ")] if start else []
-    return [
-        None
-        if t is None
-        else lead + (differing(cut[0], t) if i and cut[0] is not None else [Piece(t)])
-        for i, t in enumerate(cut)
-    ]
+    first, *others = texts
+    if first is None:
+        return [None if t is None else [Piece(_cut(t))] for t in texts]
+    differences = [_first_difference(first, t) for t in others if t is not None and t != first]
+    start = max(0, first.rfind(" ", 0, max(0, min(differences, default=0) - 150)) + 1)
+    lead, shown = [Piece("… ")] if start else [], _cut(first[start:])
+    marked = [None if t is None else lead + differing(shown, _cut(t[start:])) for t in others]
+    return [[*lead, Piece(shown)], *marked]
 
 
 def _cut(text: str) -> str:
@@ -279,16 +240,6 @@ _BLANKS = re.compile(r"[^\S\n]+")
 def _first_difference(a: str, b: str) -> int:
     """Index of the first differing character; 0 when there is none."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
-
-
-def _shingles(text: str, ngram: int) -> set[Any]:
-    """What stage dedup compares: hashes of word n-grams, or the text if it is shorter than one."""
-    normalized = normalize(text)
-    return set(shingle_hashes(normalized, ngram=ngram).tolist()) or {normalized}
-
-
-def _jaccard(a: set[Any] | None, b: set[Any] | None) -> float | None:
-    return None if a is None or b is None else len(a & b) / len(a | b)
 
 
 def differing(before: str, after: str) -> list[Piece]:
@@ -325,27 +276,25 @@ def _alarm(ledger: Ledger) -> Alarm:
 
 
 def _loss_name(ledger: Ledger, loss: HeavyLoss) -> str:
-    column, example = _NAMED_BY[loss.kind], loss.example
-    row = document_row(ledger, "extract", "documents", example, [column])
+    column = _NAMED_BY[loss.kind]
+    row = ledger.row("extract", "documents", loss.example, column)
     if row is None:
-        return f"that of document {example}"
+        return f"that of document {loss.example}"
     return clean(row[column] or "") or f"(no {column})"
 
 
 def _giants(ledger: Ledger) -> list[Bucket]:
     """Giant buckets by their first document: texts of a cluster share most band keys."""
-    sizes: dict[int, list[int]] = {}
+    sizes: defaultdict[int, list[int]] = defaultdict(list)
     for commit in ledger.commits["dedup match"]:
         for giant in commit.result.giant_buckets:
-            sizes.setdefault(giant.smallest, []).append(giant.documents)
-    largest = sorted(sizes, key=lambda i: (-max(sizes[i]), i))[:_BUCKETS]
-    return [
-        Bucket(_url(ledger, doc_id), max(sizes[doc_id]), len(sizes[doc_id])) for doc_id in largest
-    ]
+            sizes[giant.smallest].append(giant.documents)
+    largest = sorted(sizes.items(), key=lambda item: (-max(item[1]), item[0]))[:_BUCKETS]
+    return [Bucket(_url(ledger, doc_id), max(some), len(some)) for doc_id, some in largest]
 
 
 def _url(ledger: Ledger, tagged: int) -> str:
     if tagged < EARLIER:
-        return clean(_copy(ledger, tagged).url)
+        return _copy(ledger, tagged).url
     number, doc_id = earlier_documents(np.array([tagged], np.uint64))
-    return clean(_copy(ledger, int(doc_id[0]), int(number[0])).url)
+    return _copy(ledger, int(doc_id[0]), int(number[0])).url

@@ -119,7 +119,7 @@ def gather(root: str) -> ReportData:
             phases=[p for p in phases if p.units or not SPECS[p.name].optional],
             estimate=_estimate(ledger, phases, totals),
             failures=[(p.name, unit, error) for p in phases for unit, error in p.errors.items()],
-            parts=(len(sample.units), sample.of),
+            parts=(sample.parts, sample.of),
             refined=bool(ledger.commits["refine"]),
             sampled_documents=sample.count("pages"),
             sampled_corpus=sample.count("refined WHERE rejected_by IS NULL"),

@@ -4,22 +4,33 @@ At most MAX_PARTS parts, spread evenly over the run. Texts stay in the parts; th
 documents that are shown are read later, from their row groups alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from filters import Bound
 from pipeline.report.charts import Floats
 from pipeline.run import query
-from pipeline.run.results import all_commits, corpus_phase, result_schemas, store_of
+from pipeline.run.results import (
+    all_commits,
+    corpus_phase,
+    result_parts,
+    result_schemas,
+    store_of,
+)
 from pipeline.run.state import RunState, read_state
+from stages.storage.files import exists
 from stages.storage.ledger import Commit, Store
-from stages.storage.parts import documents, unit_of
+from stages.storage.parts import documents, schema_of, unit_of
 
+Row = dict[str, Any]
 MAX_PARTS = 64
 MAX_ROWS = 1_000_000  # of all sampled parts: about 300 bytes each in memory
 
@@ -39,22 +50,17 @@ class Ledger:
         """A value of the configuration of the run; "off" is None."""
         return self.state.setting(key, default)
 
-    def bound(self, rule: str) -> tuple[float, float] | None:
-        value = self.setting(rule)
-        return (
-            (float(value[0]), float(value[1]))
-            if isinstance(value, list) and len(value) == 2
-            else None
-        )
+    def bound(self, rule: str) -> Bound:
+        low_and_high = self.setting(rule)
+        return low_and_high and (float(low_and_high[0]), float(low_and_high[1]))
 
-    def bounds_by_language(self, rule: str) -> dict[str, tuple[float, float] | None]:
+    def bounds_by_language(self, rule: str) -> dict[str, Bound]:
         """The bounds of a rule for languages that have their own."""
-        keys = [
-            key
+        return {
+            key.split(".")[1]: self.bound(key)
             for key in self.state.config
             if key.startswith("per_language.") and key.endswith(f".{rule}")
-        ]
-        return {key.split(".")[1]: self.bound(key) for key in keys}
+        }
 
     @cached_property
     def corpus_phase(self) -> str:
@@ -68,6 +74,32 @@ class Ledger:
             phase: {o.path for c in commits for o in c.outputs}
             for phase, commits in self.commits.items()
         }
+
+    def row(self, phase: str, kind: str, doc_id: int, *columns: str) -> Row | None:
+        """A row of a committed part, None where there is none. Without `columns`, all of them."""
+        path = f"{kind}/{unit_of(doc_id)}.parquet"
+        if path not in self.outputs[phase]:
+            return None
+        return _row_of_part(self.store(phase).uri(path), doc_id, columns)
+
+
+def summed(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """The sums of counts by name."""
+    total: Counter[str] = Counter()
+    for some in counts:
+        total.update(some)
+    return total
+
+
+def earlier_row(store: str, kind: str, doc_id: int, *columns: str) -> Row | None:
+    """A row that an earlier batch wrote to a store; None if it has been removed since."""
+    uri = Store(store).uri(kind, f"{unit_of(doc_id)}.parquet")
+    return _row_of_part(uri, doc_id, columns) if exists(uri) else None
+
+
+def _row_of_part(uri: str, doc_id: int, columns: Sequence[str]) -> Row | None:
+    columns = columns or [name for name in schema_of(uri).names if name != "doc_id"]
+    return documents(uri, [doc_id], columns).get(doc_id)
 
 
 def read_ledger(root: str) -> Ledger:
@@ -89,14 +121,14 @@ class Sample:
     """
 
     connection: Any
-    units: list[str]
+    parts: int
     of: int
 
     def table(self, sql: str, **parameters: Any) -> pa.Table:
         return query.table(self.connection, sql, parameters or None)
 
-    def rows(self, sql: str, **parameters: Any) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self.table(sql, **parameters).to_pylist()
+    def rows(self, sql: str, **parameters: Any) -> list[Row]:
+        rows: list[Row] = self.table(sql, **parameters).to_pylist()
         return rows
 
     def values(self, sql: str) -> Floats:
@@ -116,21 +148,24 @@ class Sample:
 @contextmanager
 def open_sample(ledger: Ledger) -> Iterator[Sample]:
     """Read the sampled parts: all columns of numbers, and short strings."""
-    extracted = ledger.commits["extract"]
-    units = [c.unit for c in spread(extracted, rows=_pages_of)]
-    packed = [c.unit for c in spread(ledger.commits["pack"], rows=lambda c: c.rows_in)]
+    extracted = spread(ledger.commits["extract"], rows=_pages_of)
+    units = {commit.unit for commit in extracted}
     parts = {
-        "documents": parts_of(ledger, "extract", "documents", units),
-        "keep": parts_of(ledger, "dedup keep", "keep", units),
-        "corpus": parts_of(ledger, ledger.corpus_phase, "corpus", units),
-        "rejected_by_refine": parts_of(ledger, "refine", "rejected", units),
-        "spans": parts_of(ledger, "pack", "provenance", packed),
+        kind: [uri for uri in uris if PurePath(uri).stem in units]
+        for kind, uris in result_parts(ledger.root, ledger.state, ledger.commits).items()
     }
+    packed = spread(ledger.commits["pack"], rows=lambda commit: commit.rows_in)
+    parts["spans"] = [
+        ledger.store("pack").uri(output.path)
+        for commit in packed
+        for output in commit.outputs
+        if output.kind == "provenance"
+    ]
     spans = pa.schema([("doc_id", pa.uint64()), ("length", pa.int64())])
     schemas = result_schemas(parts) | {"spans": spans}
     views = {"refine_rows": "FROM corpus UNION ALL BY NAME FROM rejected_by_refine"}
     with query.connect(parts, schemas, views=views) as connection:
-        sample = Sample(connection, units, len(extracted))
+        sample = Sample(connection, len(extracted), len(ledger.commits["extract"]))
         pages = _columns(sample, "documents", _PAGE_COLUMNS)
         refined = _columns(sample, "refine_rows", _REFINED_COLUMNS)
         for statement in (
@@ -187,22 +222,3 @@ def spread(commits: Sequence[Commit], *, rows: Callable[[Commit], int]) -> list[
     mean = max(1.0, sum(rows(c) for c in commits) / len(commits))
     count = max(1, min(len(commits), MAX_PARTS, int(MAX_ROWS / mean)))
     return [commits[i * len(commits) // count] for i in range(count)]
-
-
-def part_uri(ledger: Ledger, phase: str, kind: str, unit: str) -> str | None:
-    """URI of a committed part, None if there is none."""
-    path = f"{kind}/{unit}.parquet"
-    return ledger.store(phase).uri(path) if path in ledger.outputs[phase] else None
-
-
-def parts_of(ledger: Ledger, phase: str, kind: str, units: Iterable[str]) -> list[str]:
-    """URIs of the committed parts of some units."""
-    return [uri for unit in units if (uri := part_uri(ledger, phase, kind, unit)) is not None]
-
-
-def document_row(
-    ledger: Ledger, phase: str, kind: str, doc_id: int, columns: Sequence[str]
-) -> dict[str, Any] | None:
-    """Columns of one document in a part of a phase, None where there is no such row."""
-    uri = part_uri(ledger, phase, kind, unit_of(doc_id))
-    return documents(uri, [doc_id], columns).get(doc_id) if uri else None

@@ -1,13 +1,12 @@
 """Crawled text in the report: placeholders of personal data, examples of rejected documents."""
 
 import itertools
-from collections import Counter
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from pipeline.report.page import clean
-from pipeline.report.sample import Ledger, Sample, document_row
+from pipeline.report.sample import Ledger, Sample, summed
 from pipeline.run.query import quoted
 from stages.formats.document import sampled
 
@@ -43,9 +42,8 @@ class Example(NamedTuple):
 
 def entities(ledger: Ledger, sample: Sample) -> list[Entity]:
     """Personal data that was replaced, by kind, the most frequent first."""
-    values: Counter[str] = Counter()
-    for commit in [*ledger.commits["refine"], *ledger.commits["refine ner"]]:
-        values.update(commit.result.pii)
+    commits = [*ledger.commits["refine"], *ledger.commits["refine ner"]]
+    values = summed(commit.result.pii for commit in commits)
     columns = sample.scores("refined")
     names = [*ledger.setting("pii.entities", []), *ledger.setting("ner.entities", [])]
     counted = [
@@ -69,7 +67,7 @@ def _entity(ledger: Ledger, sample: Sample, name: str, values: int, shown: int =
 
 def _context(ledger: Ledger, doc_id: int, entity: str) -> list[Piece]:
     """The first placeholder of a kind in a document of the corpus, and the text around it."""
-    row = document_row(ledger, ledger.corpus_phase, "corpus", doc_id, ["text", "pii_spans"])
+    row = ledger.row(ledger.corpus_phase, "corpus", doc_id, "text", "pii_spans")
     spans = row["pii_spans"] if row else []
     span = next((s for s in spans if s["entity"] == entity), None)
     return _in_context(row["text"], span["start"], span["end"]) if row and span else []
@@ -88,9 +86,7 @@ def examples(ledger: Ledger, sample: Sample) -> dict[str, list[Example]]:
     """Up to three rejected documents per rule, those with a text first."""
     drawn = {}
     for stage, table in (("extract", "pages"), ("refine", "refined")):
-        counts: Counter[str] = Counter()
-        for commit in ledger.commits[stage]:
-            counts.update(commit.counts)
+        counts = summed(commit.counts for commit in ledger.commits[stage])
         for rule in sorted(counts, key=lambda r: (-counts[r], r)):
             if rule not in ("kept", "warc.not_response"):
                 drawn[rule] = _examples_of(rule, ledger, sample, stage, table)
@@ -113,7 +109,7 @@ def _examples_of(
     kind = "documents" if stage == "extract" else "rejected"
     drawn = []
     for row in rows.take(pa.array(candidates, pa.int64())).to_pylist():
-        texts = document_row(ledger, stage, kind, row["doc_id"], ["url", "text"]) or {}
+        texts = ledger.row(stage, kind, row["doc_id"], "url", "text") or {}
         url, text = texts.get("url") or "(no URL)", texts.get("text")
         shown_text = None if text is None else excerpt(text)
         drawn.append(Example(clean(url), row["value"], row["low"], row["high"], shown_text))

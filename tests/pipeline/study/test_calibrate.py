@@ -428,5 +428,5 @@ def test_rank_is_the_mean_of_strict_and_weak(values, value):
     strict, weak = (sum(v < value for v in values), sum(v <= value for v in values))
     with duckdb.connect() as connection:
         connection.from_arrow(pa.table({"score": values})).create("pages")
-        rank = why._rank(Sample(connection, [], 0), "pages", "score", value)
+        rank = why._rank(Sample(connection, 0, 0), "pages", "score", value)
     assert rank == pytest.approx(100 * (strict + weak) / 2 / len(values))

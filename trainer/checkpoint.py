@@ -81,9 +81,8 @@ class Checkpoints:
             )
         self._folder, self._config = locate(folder), config
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._rank = 0 if self._group is None else dist.get_rank()
         gather = partial(gather_objects, group=self._group)
-        self._ranks = Ranks(self._rank, gather, own=(CheckpointError,), other=CheckpointError)
+        self._ranks = Ranks(gather=gather, own=(CheckpointError,), other=CheckpointError)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._damaged: set[str] = set()  # names from `latest`; removed once there is a newer one
@@ -154,7 +153,7 @@ class Checkpoints:
         for name in self._ranks.on_first(partial(committed_names, self._folder)):
             folder = f"{self._folder}/{name}"
             results = self._ranks.on_all(
-                partial(inspect_files, folder, self._rank, self._ranks.count)
+                partial(inspect_files, folder, self._ranks.rank, self._ranks.count)
             )
             meta = results[0][0]
             fault = next((fault for _, fault in results if fault is not None), None)
@@ -162,7 +161,7 @@ class Checkpoints:
                 return Saved(meta["step"], folder, meta["extra"], meta["metric"])
             faults.append(f"{folder}: {fault}")
             self._damaged.add(name)
-            if self._rank == 0:
+            if self._ranks.leads:
                 _LOG.warning("checkpoint skipped: %s", faults[-1])
         if faults:
             raise CheckpointError(
@@ -204,7 +203,7 @@ class Checkpoints:
         if written is not None:
             with as_errors(folder):
                 written.result()
-        parts = self._ranks.on_all(partial(hash_files, folder, self._rank))
+        parts = self._ranks.on_all(partial(hash_files, folder, self._ranks.rank))
         meta["files"] = {name: entry for part in parts for name, entry in part.items()}
         self._ranks.on_first(partial(self._publish, folder, meta))
 

@@ -192,13 +192,11 @@ def write_meta(folder: str, meta: Meta) -> None:
 
     A store's PUT is both; on a disk DCP has synced the files but not their names.
     """
-    data = json.dumps(meta, indent=1).encode()
-    if not is_local(folder):
-        write_atomically(f"{folder}/{META}", data)
-        return
-    sync_folder(folder)
-    write_atomically(f"{folder}/{META}", data)
-    sync_folder(folder)
+    if is_local(folder):
+        sync_folder(folder)
+    write_atomically(f"{folder}/{META}", json.dumps(meta, indent=1).encode())
+    if is_local(folder):
+        sync_folder(folder)
 
 
 def hash_files(folder: str, rank: int) -> dict[str, dict[str, Any]]:
@@ -206,12 +204,12 @@ def hash_files(folder: str, rank: int) -> dict[str, dict[str, Any]]:
 
     Read again, from the page cache if that is large enough.
     """
-    ours = [
-        name
+    prefixes = (f"__{rank}_", ".metadata") if rank == 0 else f"__{rank}_"
+    return {
+        name: _size_and_hash(f"{folder}/{name}")
         for name in names_of(folder)
-        if name.startswith(f"__{rank}_") or (name == ".metadata" and rank == 0)
-    ]
-    return {name: _size_and_hash(f"{folder}/{name}") for name in ours}
+        if name.startswith(prefixes)
+    }
 
 
 def _size_and_hash(uri: str, *, expected_bytes: int | None = None) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
     from trainer.telemetry.sinks import METRICS
 
     is_rank = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # set by torchrun
-    leads = not is_rank or os.environ["RANK"] == "0"
+    leads = os.environ.get("RANK", "0") == "0"
     folder = Path(config.directory)
     if leads:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,10 +77,8 @@ def why_step(directory: Path, step: int) -> "list[RowDocuments]":
     """
     from trainer.telemetry import why_step as module
 
-    try:
+    with _raised_as(TrainingError, LookupError, OSError, ValueError):
         return module.why_step(directory, step)
-    except (LookupError, OSError, ValueError) as error:
-        raise TrainingError(str(error)) from error
 
 
 def export(training: str, output: str, *, step: int | None) -> int:
@@ -97,7 +95,7 @@ def export(training: str, output: str, *, step: int | None) -> int:
     if Path(training, CONFIG).exists():
         config = json.loads(Path(training, CONFIG).read_bytes())
         folder = config["checkpoint"]["folder"] or f"{training}/checkpoints"
-    try:
+    with _raised_as(TrainingError, CheckpointError, ValueError):
         folders = committed(folder)
         if step is None:
             step = max(folders, default=None)
@@ -105,9 +103,15 @@ def export(training: str, output: str, *, step: int | None) -> int:
             missing = f", none of {step}" if step else ""
             raise TrainingError(f"{folder} holds checkpoints of the steps {list(folders)}{missing}")
         export_hugging_face(folders[step], output)
-    except (CheckpointError, ValueError) as error:
-        raise TrainingError(str(error)) from error
-    return step
+        return step
+
+
+@contextmanager
+def _raised_as(kind: type[TrainingError], *errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise kind(str(error)) from error
 
 
 def _train_as_rank(
@@ -118,19 +122,15 @@ def _train_as_rank(
     from trainer.checkpoint_files import CheckpointError
     from trainer.loop import Diverged, Training
 
-    with ExitStack() as resources:
-        try:
+    with (
+        ExitStack() as resources,
+        # a store may answer the next time
+        _raised_as(TrainingError, CheckpointError, GenerationError, OSError),
+    ):
+        with _raised_as(FinalError, ValueError):
             training = Training(config, resources, device=device, preempted=preempted)
-        except ValueError as error:
-            raise FinalError(str(error)) from error
-        except (CheckpointError, OSError) as error:  # a store may answer the next time
-            raise TrainingError(str(error)) from error
-        try:
+        with _raised_as(FinalError, Diverged, ConfigError):
             return training.run()._asdict()
-        except (Diverged, ConfigError) as error:
-            raise FinalError(str(error)) from error
-        except (CheckpointError, GenerationError, OSError) as error:
-            raise TrainingError(str(error)) from error
 
 
 # --- Ray Train ------------------------------------------------------------------------------------
@@ -176,11 +176,7 @@ def worker_counts(config: TrainConfig) -> list[int]:
 
     ConfigError if none in the range divides the global batch.
     """
-    ray, rows, micro_rows = (
-        config.ray,
-        config.data.global_batch_rows,
-        config.data.micro_batch_rows,
-    )
+    ray, rows, micro_rows = config.ray, config.data.global_batch_rows, config.data.micro_batch_rows
     valid = valid_rank_counts(rows, micro_rows)
     counts = [n for n in valid if (ray.min_workers or ray.workers) <= n <= ray.workers]
     if not counts:

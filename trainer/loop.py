@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stages.storage.catalog import GenerationError
@@ -95,7 +94,7 @@ class Training:
     ) -> None:
         join_ranks(device)
         self.config, self.device, self.preempted = config, device, preempted
-        self.leads = dist.get_rank() == 0
+        self.ranks = ranks = Ranks()
         self.folder = Path(config.directory)
         self.checkpoints = Checkpoints(
             config.checkpoint.folder or f"{config.directory}/checkpoints", config.checkpoint
@@ -104,20 +103,24 @@ class Training:
         extra = saved.extra if saved else {}
         self.step = self.saved_at = saved.step if saved else 0
         # the data first: its faults should show before the minutes that a model's set-up takes
-        rank, ranks = dist.get_rank(), dist.get_world_size()
         self.loader = resources.enter_context(
-            BatchLoader(config.data, rank=rank, world_size=ranks, state=extra.get("supply"))
+            BatchLoader(
+                config.data,
+                rank=ranks.rank,
+                world_size=ranks.count,
+                state=extra.get("supply"),
+            )
         )
         self.runs = list(dict.fromkeys(source.run for source in config.data.sources))
         self.evaluation = (
-            Evaluation(config.evaluation, config.data, rank=rank, world_size=ranks, device=device)
+            Evaluation(config.evaluation, config.data, device=device)
             if config.evaluation.every_steps
             else None
         )
         self.writer: Writer | None = None
         self.telemetry: Telemetry | None = None
         self.previous: feedback.Summary | None = None
-        Ranks(rank).on_first(lambda: self._open_outputs(resources, fresh=saved is None))
+        ranks.on_first(lambda: self._open_outputs(resources, fresh=saved is None))
         before = feedback.Totals(**extra["totals"]) if saved else None
         self.meter = Meter(feedback.resumed(before, self.previous, now=time.time()))
         self.spikes = SpikeDetector(extra.get("losses", ()))
@@ -208,7 +211,7 @@ class Training:
         self.step, self.loss = self.step + 1, result.loss
         if result.is_spike:
             rows = _row_losses(batches, sums.row_nats)
-            if self.leads:
+            if self.ranks.leads:
                 log_spike(self.folder, self.step, result.loss, rows)
         return result
 
@@ -235,7 +238,7 @@ class Training:
 
     def _should_stop(self) -> bool:
         """Whether any rank was asked to stop: all then end at the same step. Collective."""
-        requested = self.stop_requested or (self.leads and (self.folder / STOP).exists())
+        requested = self.stop_requested or (self.ranks.leads and (self.folder / STOP).exists())
         return bool(sum_over_ranks(float(requested), device=self.device) > 0)
 
     def _is_newly_preempted(self) -> bool:
@@ -309,7 +312,7 @@ class Training:
         return mfu(
             self.meter.rates().tokens_per_second,
             flops_per_token=flops_per_token(self.model, seq_len),
-            peak=peak and peak * dist.get_world_size(),
+            peak=peak and peak * self.ranks.count,
         )
 
     def _open_outputs(self, resources: ExitStack, *, fresh: bool) -> None:
@@ -318,7 +321,13 @@ class Training:
         A `fresh` training renames the metrics that another one has left in the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        _lock_folder(resources, self.folder)
+        try:  # two trainers would remove each other's checkpoints
+            resources.enter_context(try_lock(self.folder / "lock"))
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.folder}: another training is at work here; wait for it, or set another "
+                "directory"
+            ) from None
         had_metrics = (self.folder / METRICS).exists()
         if fresh:
             for name in (METRICS, SPIKES):
@@ -335,12 +344,6 @@ class Training:
         (self.folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
 
 
-def train(config: TrainConfig, *, device: str) -> Result:
-    """Train from the newest checkpoint in the folder to the end; raises what Training does."""
-    with ExitStack() as resources:
-        return Training(config, resources, device=device).run()
-
-
 def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[RowLoss]:
     """The rows of all ranks and the loss of each in nats per target; called for spikes only."""
     losses = []
@@ -351,13 +354,3 @@ def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[Ro
             for run, row_id, mean in zip(batch.sources, batch.row_ids, means, strict=True)
         ]
     return list(itertools.chain(*gather_objects(losses)))
-
-
-def _lock_folder(resources: ExitStack, folder: Path) -> None:
-    """Lock the folder: two trainers would remove each other's checkpoints."""
-    try:
-        resources.enter_context(try_lock(folder / "lock"))
-    except BlockingIOError:
-        raise ValueError(
-            f"{folder}: another training is at work here; wait for it, or set another directory"
-        ) from None

@@ -20,7 +20,8 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 class Ranks:
     """The ranks of a training, which exchange a few bytes when they agree on something.
 
-    `gather` maps this rank's value to those of all ranks. `leads` is true on rank 0, and on a rank
+    `rank` is by default that of torch.distributed; `gather` maps this rank's value to those of all
+    ranks. `leads` is true on rank 0, and on a rank
     that has no others to talk to. An error on any rank is raised on every rank, so that none hangs:
     one of the `own` kinds as it is, any other as an error of kind `other`. That is OSError because
     such an error, as of a store that does not answer, may not come the next time.
@@ -28,16 +29,18 @@ class Ranks:
 
     def __init__(
         self,
-        rank: int,
+        rank: int | None = None,
         gather: Callable[[Any], list[Any]] | None = None,
         *,
         own: tuple[type[Exception], ...] = (ValueError, ImportError),
         other: type[Exception] = OSError,
     ) -> None:
-        self._rank, self._gather = rank, gather or gather_objects
+        has_others = dist.is_available() and dist.is_initialized()
+        self.rank = rank if rank is not None else dist.get_rank() if has_others else 0
+        self._gather = gather or gather_objects
         self._own, self._other = own, other
         self.count = len(self._gather(None))  # on every rank, as it is a collective
-        self.leads = rank == 0 or self.count == 1
+        self.leads = self.rank == 0 or self.count == 1
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective."""
@@ -51,7 +54,7 @@ class Ranks:
         except self._own as error:
             failure = error
         except Exception as error:  # of any kind, since the other ranks wait for this one
-            failure = self._other(f"rank {self._rank}: {error!r}")
+            failure = self._other(f"rank {self.rank}: {error!r}")
         outcomes: list[tuple[Any, Exception | None]] = self._gather((result, failure))
         for _, failed in outcomes:
             if failed is not None:

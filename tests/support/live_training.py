@@ -1,7 +1,7 @@
 """A training beside a series of batches, and the records it writes."""
 
 import json
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 
@@ -28,3 +28,11 @@ telemetry = {{sinks = ["jsonl"], every_seconds = 0.2}}
 def step_records(folder):
     """What a training has told of its steps, but for a line that is written at this moment."""
     return metric_records(folder / "training")
+
+
+def run_training(config, device="cpu"):
+    """Train in this process, from the newest checkpoint in the folder to the end."""
+    from trainer.loop import Training  # needs torch
+
+    with ExitStack() as resources:
+        return Training(config, resources, device=device).run()

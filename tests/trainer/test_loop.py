@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 import torch.distributed as dist
 
+from tests.support.live_training import run_training
 from tests.support.ranks import run_ranks
 from tests.support.shards import publish
 from trainer import checkpoint, loop
@@ -46,7 +47,7 @@ def metrics(config):
 
 
 def test_the_loss_falls_and_the_run_ends_where_it_was_told_to(config):
-    result = loop.train(config, device="cpu")
+    result = run_training(config, device="cpu")
     losses = [row["loss"] for row in metrics(config).values()]
     assert (result.steps, result.reason, len(losses)) == (12, "step 12 was reached", 12)
     assert losses[0] == pytest.approx(math.log(64), abs=0.2) and losses[-1] < losses[0] - 0.3
@@ -54,11 +55,11 @@ def test_the_loss_falls_and_the_run_ends_where_it_was_told_to(config):
 
 def test_a_resumed_run_takes_the_steps_that_would_have_come(config, tmp_path):
     whole = replace(config, directory=str(tmp_path / "whole"))
-    loop.train(whole, device="cpu")
+    run_training(whole, device="cpu")
     # 5 steps of 8 rows
     stopped = replace(config, max_steps=12, data=replace(config.data, max_epochs=1))
-    assert loop.train(stopped, device="cpu").reason == "the data ended"
-    loop.train(config, device="cpu")
+    assert run_training(stopped, device="cpu").reason == "the data ended"
+    run_training(config, device="cpu")
     expected, found = metrics(whole), metrics(config)
     assert [found[step]["loss"] for step in range(1, 13)] == [
         expected[step]["loss"] for step in range(1, 13)
@@ -80,13 +81,13 @@ def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):
         return sums
 
     monkeypatch.setattr(loop, "accumulate", poisoned)
-    loop.train(replace(config, max_steps=6), device="cpu")
+    run_training(replace(config, max_steps=6), device="cpu")
     same = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
     assert same == [False, False, False, True, False]
 
 
 def test_only_nan_ends_the_run_and_the_last_good_state_stays(config, monkeypatch):
-    loop.train(replace(config, max_steps=4), device="cpu")
+    run_training(replace(config, max_steps=4), device="cpu")
     accumulate = loop.accumulate
     monkeypatch.setattr(
         loop,
@@ -97,14 +98,14 @@ def test_only_nan_ends_the_run_and_the_last_good_state_stays(config, monkeypatch
         loop.Diverged,
         match=r"10 steps in a row up to 14 had no finite loss or gradient: lower optimizer.lr",
     ):
-        loop.train(
+        run_training(
             replace(config, max_steps=99, checkpoint=CheckpointConfig(every_steps=100)),
             device="cpu",
         )
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
     assert summary.report.state == "failed"
     monkeypatch.undo()
-    assert loop.train(replace(config, max_steps=5), device="cpu").steps == 5
+    assert run_training(replace(config, max_steps=5), device="cpu").steps == 5
 
 
 def test_a_run_that_is_asked_to_stop_saves_first(config, monkeypatch):
@@ -118,16 +119,16 @@ def test_a_run_that_is_asked_to_stop_saves_first(config, monkeypatch):
 
     seen = []
     monkeypatch.setattr(loop, "accumulate", asked)
-    result = loop.train(config, device="cpu")
+    result = run_training(config, device="cpu")
     assert (result.steps, result.reason) == (3, "it was asked to stop")
     assert signal.getsignal(signal.SIGTERM) == handler
-    result = loop.train(config, device="cpu")
+    result = run_training(config, device="cpu")
     assert (result.steps, len(seen)) == (12, 12)
 
 
 def test_feedback_counts_what_was_trained_on_once(config):
-    loop.train(replace(config, max_steps=6), device="cpu")
-    loop.train(config, device="cpu")
+    run_training(replace(config, max_steps=6), device="cpu")
+    run_training(config, device="cpu")
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
     rows = metrics(config)
     assert summary.report.state == "stopped" and summary.report.steps == 12
@@ -147,7 +148,7 @@ def rank(number, ranks, folder, config):
         rank=number,
         world_size=ranks,
     )
-    loop.train(config, device="cpu")
+    run_training(config, device="cpu")
     dist.destroy_process_group()
 
 
@@ -165,7 +166,7 @@ def losses(config):
 
 def test_two_ranks_in_bfloat16_train_like_one(config, tmp_path):
     config = replace(config, max_steps=6, parallel=ParallelConfig(precision="bf16"))
-    loop.train(config, device="cpu")
+    run_training(config, device="cpu")
     two = replace(config, directory=str(tmp_path / "two"))
     spawn(2, tmp_path, two)
     assert losses(two) == pytest.approx(losses(config), rel=2e-3)
@@ -180,7 +181,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches(
     config, tmp_path, before, after
 ):
     config = replace(config, parallel=ParallelConfig(precision="fp32"))
-    loop.train(config, device="cpu")
+    run_training(config, device="cpu")
     changed = replace(config, directory=str(tmp_path / "changed"))
     spawn(before, tmp_path, replace(changed, max_steps=5))
     spawn(after, tmp_path, changed)
@@ -195,13 +196,13 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches(
 
 
 def test_a_slow_reader_raises_data_wait_and_nothing_else(config, tmp_path, monkeypatch):
-    loop.train(config, device="cpu")
+    run_training(config, device="cpu")
     monkeypatch.setattr(
         "trainer.data.prefetch.read_batch",
         lambda places, read=read_batch: time.sleep(0.2) or read(places),
     )
     slow = replace(config, directory=str(tmp_path / "slow"))
-    loop.train(slow, device="cpu")
+    run_training(slow, device="cpu")
     for quick, waited in zip(metrics(config).values(), metrics(slow).values(), strict=True):
         assert all(
             quick[key] == waited[key]
@@ -229,7 +230,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(config, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "hash_files", slow)
     monkeypatch.setattr(loop.Training, "_update", counted)
-    loop.train(config, device="cpu")
+    run_training(config, device="cpu")
     # the save after step 4 is in flight at the start of steps 4 to 6 (counted from 0), and waited
     # for by none of them
     assert [step for step, in_flight in steps if in_flight][:3] == [4, 5, 6]
@@ -260,7 +261,7 @@ def test_a_trainer_that_waits_says_so_and_goes_on_with_the_next_generation(confi
 
     monkeypatch.setattr(loader.BatchLoader, "poll", poll)
     data = replace(config.data, at_end="wait")
-    result = loop.train(
+    result = run_training(
         replace(
             config, max_steps=6, data=data, telemetry=replace(config.telemetry, every_seconds=0.001)
         ),
@@ -279,7 +280,7 @@ def test_a_file_asks_a_run_to_stop_and_what_is_left_of_the_budget_is_told(config
         return update(self, batches)
 
     monkeypatch.setattr(loop.Training, "_update", asked)
-    result = loop.train(config, device="cpu")
+    result = run_training(config, device="cpu")
     assert (result.steps, result.reason) == (4, "it was asked to stop")
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
     assert summary.report.budget == 8 * 8 * 16
@@ -307,7 +308,7 @@ def test_held_out_loss_is_told_and_picks_the_best_checkpoint(config, tmp_path):
         data=replace(config.data, sources=(SourceConfig(str(run)),)),
         evaluation=EvaluationConfig(every_steps=4),
     )
-    loop.train(every, device="cpu")
+    run_training(every, device="cpu")
     rows = metrics(every)
     told = {step: row["held_out/loss"] for step, row in rows.items() if "held_out/loss" in row}
     assert list(told) == [4, 8, 12] and told[12] < told[4]

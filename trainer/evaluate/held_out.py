@@ -71,11 +71,9 @@ class Evaluation:
     published.
     """
 
-    def __init__(
-        self, config: EvaluationConfig, data: DataConfig, *, rank: int, world_size: int, device: str
-    ) -> None:
+    def __init__(self, config: EvaluationConfig, data: DataConfig, *, device: str) -> None:
         self._config, self._data, self._device = config, data, device
-        self._rank, self._world, self._ranks = rank, world_size, Ranks(rank)
+        self._ranks = Ranks()
         self._questions = self._ranks.on_first(
             partial(read_questions, config.cloze, config.cloze_questions)
         )
@@ -85,7 +83,7 @@ class Evaluation:
         rows = self._ranks.on_first(
             partial(_read_row_sets, self._config, self._data, self._questions)
         )
-        if rows and self._rank == 0 and self._config.held_out_rows and not rows.held_out:
+        if rows and self._ranks.leads and self._config.held_out_rows and not rows.held_out:
             _LOG.warning(
                 "no source has held anything out: there is no held-out loss; set pack.held_out"
             )
@@ -139,7 +137,9 @@ class Evaluation:
     def _rank_batches(self, rows: EvalRows, *, size: int) -> Iterator[EvalRows]:
         # one shape for each use, and never `packed_documents`: a compiled block needs another graph
         # for every other kind of batch
-        for batch in rank_batches(rows, size=size, rank=self._rank, world_size=self._world):
+        for batch in rank_batches(
+            rows, size=size, rank=self._ranks.rank, world_size=self._ranks.count
+        ):
             yield EvalRows(*(part.to(self._device) for part in batch))
 
 
@@ -166,31 +166,31 @@ def _read_row_sets(
     if not all(entries_by_run.values()):
         return None
     held_out = {}
-    for run, entries in entries_by_run.items() if config.held_out_rows > 0 else ():
-        part = next(
-            filter(None, (verify_held_out(run, entry, cache=data.cache_dir) for entry in entries)),
-            None,
-        )
-        if part:
-            count = min(config.held_out_rows, part.rows)
-            batch = read_batch(
-                [RowRef(run, part.name, part.rows, row, data.cache_dir) for row in range(count)]
-            )
-            held_out[run] = EvalRows(
-                batch.tokens, batch.documents, torch.full_like(batch.tokens, -1)
-            )
-    cloze = {}
-    if questions:
-        from stages.formats.tokens import load_encoding  # a trainer needs tiktoken only here
+    if config.held_out_rows:
+        for run, entries in entries_by_run.items():
+            if rows := _read_held_out(run, entries, config.held_out_rows, cache=data.cache_dir):
+                held_out[run] = rows
+    if not questions:
+        return _RowSets(held_out, {})
+    from stages.formats.tokens import load_encoding  # a trainer needs tiktoken only here
 
-        run, entries = next(iter(entries_by_run.items()))
-        shape = verify_generation(run, entries[0], mode="quick", cache=data.cache_dir)
-        encoding = load_encoding(shape.tokenizer)
-        cloze = {
-            name: pack_endings(name, of_file, encoding, seq_len=shape.seq_len)
-            for name, of_file in questions.items()
-        }
-    return _RowSets(held_out, cloze)
+    run, entries = next(iter(entries_by_run.items()))
+    shape = verify_generation(run, entries[0], mode="quick", cache=data.cache_dir)
+    pack = partial(pack_endings, encoding=load_encoding(shape.tokenizer), seq_len=shape.seq_len)
+    return _RowSets(held_out, {name: pack(name, of_file) for name, of_file in questions.items()})
+
+
+def _read_held_out(
+    run: str, entries: Sequence[dict[str, Any]], limit: int, *, cache: str
+) -> EvalRows | None:
+    """The first rows of the first generation that has any held out."""
+    splits = (verify_held_out(run, entry, cache=cache) for entry in entries)
+    split = next(filter(None, splits), None)
+    if split is None:
+        return None
+    rows = range(min(limit, split.rows))
+    batch = read_batch([RowRef(run, split.name, split.rows, row, cache) for row in rows])
+    return EvalRows(batch.tokens, batch.documents, torch.full_like(batch.tokens, -1))
 
 
 def _catalog_entries(source: SourceConfig) -> list[dict[str, Any]]:

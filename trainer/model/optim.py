@@ -1,8 +1,7 @@
 """Optimizers over sharded parameters, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,62 +59,45 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+# Adafactor: the second moment forgets as step^-DECAY_POWER; the others are as in the paper
+DECAY_POWER, EPS, LEAST_SCALE, CLIP = 0.8, 1e-30, 1e-3, 1.0
+
+
 class Adafactor(Optimizer):
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5) for FSDP2 parameters.
 
     The second moment of a matrix is kept as means over the rows and columns of the *global* matrix.
-    No momentum. Updates are clipped at an RMS of `clip` and scaled by lr x max(RMS of the
-    parameter, `least_scale`); weight decay is decoupled, lr x weight_decay. torch's own fails on
-    DTensors (2.13: in-place on a partial norm).
+    No momentum. Updates are clipped at an RMS of CLIP and scaled by lr x max(RMS of the parameter,
+    LEAST_SCALE); weight decay is decoupled, lr x weight_decay. torch's own fails on DTensors (2.13:
+    in-place on a partial norm).
 
     A step takes two all-reduces of a few numbers per column, over the ranks that share a copy, and
     overwrites gradients. ValueError for parameters that are not sharded by rows, or are sharded
     over different groups of ranks.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        weight_decay: float = 0.0,
-        decay_power: float = 0.8,
-        eps: float = 1e-30,
-        least_scale: float = 1e-3,
-        clip: float = 1.0,
-    ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "decay_power": decay_power}
-        super().__init__(params, defaults | {"eps": eps, "least_scale": least_scale, "clip": clip})
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def __init__(self, params: Any, *, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step over the parameters that have gradients. Does not sync with the GPU."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         pieces = [
             _Piece(p, self.state[p], group)
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None
         ]
-        if pieces:
-            ranks = _common_group(pieces)
-            # two messages for all parameters, instead of several for each
-            totals = _sum_over_ranks([piece.sums() for piece in pieces], ranks)
-            for piece, total in zip(pieces, totals, strict=True):
-                piece.grad_to_update(total)
-            totals = _sum_over_ranks([piece.update_square() for piece in pieces], ranks)
-            for piece, total in zip(pieces, totals, strict=True):
-                piece.apply(total)
-        return loss
+        if not pieces:
+            return
+        ranks = _common_group(pieces)
+        # two messages for all parameters, instead of several for each
+        totals = _sum_over_ranks([piece.sums() for piece in pieces], ranks)
+        for piece, total in zip(pieces, totals, strict=True):
+            piece.grad_to_update(total)
+        totals = _sum_over_ranks([piece.update_square() for piece in pieces], ranks)
+        for piece, total in zip(pieces, totals, strict=True):
+            piece.apply(total)
 
 
 class _Piece:
@@ -130,22 +112,20 @@ class _Piece:
         self.values, self.grad = _local(parameter), _local(parameter.grad)
         self.factored = parameter.ndim == 2
         if not state:
-            state.update(_zero_state(parameter, self.values))
+            state.update(_zero_state(parameter))
         state["step"] += 1
         # 1 - beta2, which is 1 at the first step
-        self.weight_of_new = float(state["step"]) ** -group["decay_power"]
+        self.weight_of_new = float(state["step"]) ** -DECAY_POWER
 
     def sums(self) -> Tensor:
         """[sum of squares]; for a matrix also [sum of row means, squared gradients by column …]."""
         squares = self.grad.square()
         value_square = self.values.square().sum().reshape(1)
         if not self.factored:
-            _local(self.state["square"]).lerp_(
-                squares.add_(self.options["eps"]), self.weight_of_new
-            )
+            _local(self.state["square"]).lerp_(squares.add_(EPS), self.weight_of_new)
             return value_square
         rows = _local(self.state["row_square"])
-        rows.lerp_(squares.mean(1) + self.options["eps"], self.weight_of_new)
+        rows.lerp_(squares.mean(1) + EPS, self.weight_of_new)
         return torch.cat([value_square, rows.sum().reshape(1), squares.sum(0)])
 
     def grad_to_update(self, total: Tensor) -> None:
@@ -156,7 +136,7 @@ class _Piece:
             return
         height = self.parameter.shape[0]
         columns = self.state["column_square"]
-        columns.lerp_(total[2:] / height + self.options["eps"], self.weight_of_new)
+        columns.lerp_(total[2:] / height + EPS, self.weight_of_new)
         rows = _local(self.state["row_square"]) / (total[1] / height)
         self.grad.mul_(rows.rsqrt()[:, None]).mul_(columns.rsqrt())
 
@@ -166,11 +146,7 @@ class _Piece:
     def apply(self, total: Tensor) -> None:
         lr = self.options["lr"]
         update_rms = (total[0] / self.parameter.numel()).sqrt()
-        scale = (
-            lr
-            * self.value_rms.clamp(min=self.options["least_scale"])
-            / (update_rms / self.options["clip"]).clamp(min=1.0)
-        )
+        scale = lr * self.value_rms.clamp(min=LEAST_SCALE) / (update_rms / CLIP).clamp(min=1.0)
         self.values.mul_(1 - lr * self.options["weight_decay"])
         self.values.sub_(self.grad.mul_(scale))
 
@@ -186,23 +162,13 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def _zero_state(parameter: Tensor, values: Tensor) -> dict[str, Any]:
+def _zero_state(parameter: Tensor) -> dict[str, Any]:
     """Zeros; those by row are sharded like the parameter, for checkpoints on other rank counts."""
     state: dict[str, Any] = {"step": torch.tensor(0.0)}
     if parameter.ndim != 2:
         return state | {"square": torch.zeros_like(parameter)}
-    rows: Tensor = values.new_zeros(len(values))
-    if isinstance(parameter, DTensor):
-        whole = parameter.shape[:1]
-        rows = DTensor.from_local(
-            rows,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=whole,
-            stride=(1,),
-        )
-    return state | {"row_square": rows, "column_square": values.new_zeros(parameter.shape[1])}
+    columns = _local(parameter).new_zeros(parameter.shape[1])
+    return state | {"row_square": torch.zeros_like(parameter.mean(1)), "column_square": columns}
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ from pipeline.config.train import load_training
 from stages.formats.errors import ConfigError
 from stages.pack.pack import PROVENANCE
 from stages.storage.catalog import GenerationError, read_catalog
+from tests.support.live_training import run_training
 from tests.support.loading import BOTH, data_config, next_when_published, on_two_ranks
 from tests.support.paths import ROOT
 from tests.support.processes import call_command
 from tests.support.shards import publish
-from trainer import loop
 from trainer.config import EvaluationConfig, SourceConfig
 from trainer.data import (
     generations,
@@ -509,7 +509,7 @@ def test_a_training_reads_evaluates_and_tells_on_the_store(config, tmp_path, url
         data = replace(config.data, sources=(SourceConfig(where),), cache_dir=str(cache))
         directory = tmp_path / name
         judged = EvaluationConfig(every_steps=6)
-        loop.train(
+        run_training(
             replace(config, directory=str(directory), data=data, evaluation=judged),
             device="cpu",
         )

@@ -114,8 +114,8 @@ def plain():
     return model.double()
 
 
-def evaluation(config, data, rank=0, world_size=1):
-    return Evaluation(config, data, rank=rank, world_size=world_size, device="cpu")
+def evaluation(config, data):
+    return Evaluation(config, data, device="cpu")
 
 
 def held_out(run, generation, rows):
@@ -221,11 +221,11 @@ def worker(rank, folder, config, data):
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
     seen = []
     evaluate.score_answers = lambda questions, found: seen.append(found) or ClozeScore(0, 0, 1, 0)
-    scores = evaluation(config, data, rank, 2).run(build()[0])
+    scores = evaluation(config, data).run(build()[0])
     if rank == 0:
         os.remove(config.cloze[0])
     try:
-        evaluation(config, data, rank, 2)
+        evaluation(config, data)
     except ConfigError as error:
         torch.save((scores, seen[0], str(error)), f"{folder}/seen.{rank}")
     dist.barrier()

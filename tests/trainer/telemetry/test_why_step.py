@@ -13,6 +13,7 @@ pytestmark = pytest.mark.train
 torch = pytest.importorskip("torch")
 
 from stages.pack.pack import PROVENANCE
+from tests.support.live_training import run_training
 from trainer import loop
 from trainer.telemetry.records import read_metrics
 from trainer.telemetry.spikes import SpikeDetector
@@ -51,7 +52,7 @@ def batches_of(monkeypatch):
 
 def test_the_rows_of_any_step_can_be_told_afterwards(config, provenance, monkeypatch):
     seen = batches_of(monkeypatch)
-    loop.train(config, device="cpu")  # 12 steps of 8 rows over 40: more than two epochs
+    run_training(config, device="cpu")  # 12 steps of 8 rows over 40: more than two epochs
     for step, rows in seen.items():
         blamed = why_step(Path(config.directory), step)
         assert [(b.row.generation, b.row.row) for b in blamed] == rows
@@ -64,7 +65,7 @@ def test_the_rows_of_any_step_can_be_told_afterwards(config, provenance, monkeyp
     ("step", "what"), [(0, "has no step 0; it has 1 to 12"), (13, "has no step 13; it has 1 to 12")]
 )
 def test_a_step_that_is_not_there_is_said_so(config, provenance, step, what):
-    loop.train(config, device="cpu")
+    run_training(config, device="cpu")
     with pytest.raises(LookupError, match=what):
         why_step(Path(config.directory), step)
     with pytest.raises(LookupError, match=r"there is no metrics\.jsonl"):
@@ -92,7 +93,7 @@ def spiking(monkeypatch):
 
 
 def test_a_spike_is_logged_with_its_worst_row_and_documents_first(config, provenance, spiking):
-    loop.train(config, device="cpu")
+    run_training(config, device="cpu")
     [spike] = map(json.loads, Path(config.directory, "spikes.jsonl").read_text().splitlines())
     told = read_metrics(Path(config.directory) / "metrics.jsonl")[6]
     assert (spike["step"], spike["loss"]) == (told["step"], told["loss"]) == (
@@ -124,7 +125,7 @@ def test_a_spike_is_skipped_where_that_was_asked_for(
         return update(self, batches)
 
     monkeypatch.setattr(loop.Training, "_update", watched)
-    loop.train(replace(config, skip_spikes=skip), device="cpu")
+    run_training(replace(config, skip_spikes=skip), device="cpu")
     assert all(map(torch.equal, weights[6], weights[7])) == skip
     assert not all(map(torch.equal, weights[7], weights[8]))
 

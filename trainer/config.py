@@ -3,18 +3,22 @@
 Each section is a strict dataclass; `pipeline.config.train` builds them from a TOML file.
 """
 
-from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-NotNegativeFloat = Annotated[float, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
 Sink = Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"]
 
 STOP = "stop"  # a file of this name in the directory asks the training to save and end
@@ -47,8 +51,8 @@ class ModelConfig:
     num_heads: Positive = 12
     num_kv_heads: Positive = 12
     ffn_dim: Positive = 2048
-    rope_theta: NotNegativeFloat = 500_000.0
-    norm_eps: NotNegativeFloat = 1e-5
+    rope_theta: NonNegativeFloat = 500_000.0
+    norm_eps: NonNegativeFloat = 1e-5
     tie_embeddings: bool = True
     attention: Literal["sdpa", "flex"] = "sdpa"
 
@@ -83,7 +87,7 @@ class ParallelConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
-    shard_size: NotNegative = 0
+    shard_size: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -94,12 +98,12 @@ class OptimizerConfig:
     """
 
     name: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    lr: NotNegativeFloat = 3e-4
-    betas: tuple[NotNegativeFloat, NotNegativeFloat] = (0.9, 0.95)
-    eps: NotNegativeFloat = 1e-8
-    momentum: NotNegativeFloat = 0.0
-    weight_decay: NotNegativeFloat = 0.1
-    clip_norm: NotNegativeFloat = 1.0
+    lr: NonNegativeFloat = 3e-4
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
+    eps: NonNegativeFloat = 1e-8
+    momentum: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -109,9 +113,9 @@ class ScheduleConfig:
     """
 
     name: Literal["cosine", "wsd", "linear"] = "cosine"
-    warmup_steps: NotNegative = 100
-    decay_share: NotNegativeFloat = 0.2
-    min_ratio: NotNegativeFloat = 0.1
+    warmup_steps: NonNegativeInt = 100
+    decay_share: NonNegativeFloat = 0.2
+    min_ratio: NonNegativeFloat = 0.1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -123,7 +127,7 @@ class SourceConfig:
     """
 
     run: str
-    weight: NotNegativeFloat = 1.0
+    weight: NonNegativeFloat = 1.0
     generations: tuple[str, ...] = ()
 
 
@@ -145,13 +149,13 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     global_batch_rows: Positive = 8
     micro_batch_rows: Positive = 8
-    workers: NotNegative = 0
-    shuffle_seed: NotNegative = 0
+    workers: NonNegativeInt = 0
+    shuffle_seed: NonNegativeInt = 0
     canonical_nodes: Positive = 64
-    batch_timeout_seconds: Seconds = 60.0
+    batch_timeout_seconds: PositiveFloat = 60.0
     at_end: Literal["stop", "wait", "repeat"] = "stop"
     max_epochs: Positive = 1
-    wait_seconds: NotNegativeFloat = 3600.0
+    wait_seconds: NonNegativeFloat = 3600.0
     verify: Literal["full", "quick"] = "full"
     cache_dir: str = ""
 
@@ -175,7 +179,7 @@ class CheckpointConfig:
     folder: str = ""
     every_steps: Positive = 100
     keep_last: Positive = 2
-    keep_best: NotNegative = 1
+    keep_best: NonNegativeInt = 1
     asynchronous: bool = True
 
 
@@ -192,7 +196,7 @@ class TelemetryConfig:
     sinks: tuple[Sink, ...] = ("console", "jsonl")
     feedback: str = ""
     name: str = ""
-    every_seconds: Seconds = 30.0
+    every_seconds: PositiveFloat = 30.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -205,8 +209,8 @@ class EvaluationConfig:
     ARC, of which the first `cloze_questions` are used.
     """
 
-    every_steps: NotNegative = 0
-    held_out_rows: NotNegative = 256
+    every_steps: NonNegativeInt = 0
+    held_out_rows: NonNegativeInt = 256
     cloze: tuple[str, ...] = ()
     cloze_questions: Positive = 500
 
@@ -231,9 +235,9 @@ class RayConfig:
     """
 
     workers: Positive = 1
-    min_workers: NotNegative = 0
+    min_workers: NonNegativeInt = 0
     gpus: Literal["auto", "yes", "no"] = "auto"
-    cpus_per_worker: NotNegativeFloat = 1.0
+    cpus_per_worker: NonNegativeFloat = 1.0
     max_failures: Annotated[int, Field(ge=-1)] = 3
 
     @model_validator(mode="after")
@@ -252,18 +256,18 @@ class TrainConfig:
     """
 
     directory: str
-    seed: NotNegative = 0
-    max_steps: NotNegative = 0
+    seed: NonNegativeInt = 0
+    max_steps: NonNegativeInt = 0
     skip_spikes: bool = False
     model: ModelConfig = PRESETS["tiny"]
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
-    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ray: RayConfig = RayConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @field_validator("directory")
     @classmethod

@@ -38,9 +38,8 @@ from trainer.ranks import Ranks, gather_objects
 from trainer.telemetry import feedback
 from trainer.telemetry.devices import gpu_health, peak_flops
 from trainer.telemetry.feedback_writer import Writer
-from trainer.telemetry.meter import Meter, SourceSums, mfu
+from trainer.telemetry.meter import Meter, SourceSums, SpikeDetector, mfu
 from trainer.telemetry.sinks import METRICS, Telemetry
-from trainer.telemetry.spikes import SpikeDetector
 from trainer.telemetry.why_step import CONFIG, SPIKES, RowLoss, log_spike
 
 MAX_BAD_STEPS = 10  # consecutive steps without a finite loss before a run gives up

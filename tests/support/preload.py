@@ -3,6 +3,6 @@
 import trainer.checkpoint
 import trainer.evaluate.held_out
 import trainer.loop  # noqa: F401
-from trainer.data.streaming import import_streaming
+from trainer.data.order import import_streaming
 
 import_streaming()

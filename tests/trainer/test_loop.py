@@ -198,7 +198,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches(
 def test_a_slow_reader_raises_data_wait_and_nothing_else(config, tmp_path, monkeypatch):
     run_training(config, device="cpu")
     monkeypatch.setattr(
-        "trainer.data.prefetch.read_batch",
+        "trainer.data.rows.read_batch",
         lambda places, read=read_batch: time.sleep(0.2) or read(places),
     )
     slow = replace(config, directory=str(tmp_path / "slow"))

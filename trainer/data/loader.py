@@ -1,7 +1,7 @@
 """Step 3 of a row's way to the loss: global batches, read ahead, for each rank of a training.
 
 plan    which rows the next step takes, the same on every rank (`order`, `source`)
-read    the rows of this rank's micro-batches, two steps ahead (`rows`, `prefetch`)
+read    the rows of this rank's micro-batches, two steps ahead (`rows`)
 next    hand out a step's micro-batches to the loop, which passes them to `model.step.accumulate`
 """
 
@@ -21,13 +21,12 @@ from trainer.data.order import (
     OrderSlice,
     Position,
     assign_sources,
+    import_streaming,
     micro_batches_per_rank,
     next_slices,
 )
-from trainer.data.prefetch import read_ahead
-from trainer.data.rows import Batch, RowRange, RowRef
+from trainer.data.rows import Batch, RowRange, RowRef, read_ahead
 from trainer.data.source import Source
-from trainer.data.streaming import import_streaming
 from trainer.ranks import Ranks
 
 POLL_SECONDS = 2.0  # between looks at the catalog while waiting
@@ -69,7 +68,10 @@ class BatchLoader:
         self._ranks = Ranks(rank, gather)
         self._sources = [Source(source, config, self._ranks) for source in config.sources]
         self._step = 0
-        self._shape: tuple[int, str] | None = None  # seq_len and tokenizer of all generations
+        self._shape: tuple[int | None, str | None] = (
+            None,
+            None,
+        )  # seq_len and tokenizer of all generations
         self._planned: deque[_Plan] = deque()  # steps that are being read
         self._batches: Iterator[Batch] | None = None
         self._closed = False
@@ -147,7 +149,7 @@ class BatchLoader:
     @property
     def seq_len(self) -> int | None:
         """Tokens of a row, None before the first generation is known."""
-        return self._shape[0] if self._shape else None
+        return self._shape[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step handed out (not after what is read ahead), as JSON.
@@ -218,7 +220,8 @@ class BatchLoader:
 
     def _check_shape(self, manifest: Manifest) -> None:
         shape = manifest.seq_len, manifest.tokenizer
-        self._shape = self._shape or shape
+        if self.seq_len is None:
+            self._shape = shape
         if shape != self._shape:
             raise generation_error(
                 manifest.name,
@@ -273,7 +276,7 @@ class BatchLoader:
     # --- state ------------------------------------------------------------------------------------
 
     def _state_at(self, step: int) -> dict[str, Any]:
-        seq_len, tokenizer = self._shape or (None, None)
+        seq_len, tokenizer = self._shape
         return {
             "step": step,
             "shuffle_seed": self._config.shuffle_seed,
@@ -297,7 +300,7 @@ class BatchLoader:
                 "restore them"
             )
         self._step = state["step"]
-        self._shape = None if state["seq_len"] is None else (state["seq_len"], state["tokenizer"])
+        self._shape = state["seq_len"], state["tokenizer"]
         for source, values in zip(self._sources, saved, strict=True):
             source.load(values)
         if [source.weight for source in self._sources] != [values["weight"] for values in saved]:

@@ -1,18 +1,22 @@
 """Step 1 of a row's way to the loss: which rows make a global batch.
 
-Arithmetic on counters and a seeded order, the same on every rank and for any number of ranks.
+Arithmetic on counters and a seeded order, the same on every rank and for any number of ranks. The
+shuffle is mosaicml-streaming's, which this module imports.
 Next: `rows` reads them, `loader` hands out batches, `model.step` computes gradients, `loop` trains.
 """
 
 import hashlib
+import importlib
 import itertools
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
-from trainer.data.streaming import import_streaming
 
 if TYPE_CHECKING:
     from trainer.data.generations import Manifest
@@ -142,3 +146,41 @@ def order_seed(manifest: "Manifest", epoch: int, *, seed: int) -> int:
     """
     key = f"{seed}/data.order/{manifest.sha256}/{epoch}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
+
+
+def import_streaming() -> Any:
+    """The module `streaming`, also if torchvision is missing or does not fit torch.
+
+    Takes 6-20 s the first time. `import streaming` loads its vision datasets, which load
+    torchvision; with CPU torch and a CUDA wheel of torchvision that raises "operator
+    torchvision::nms does not exist". We read no images: if the real torchvision does not import,
+    empty modules replace it while streaming is imported, and only then, so that no other code takes
+    them for the real ones.
+    """
+    if "streaming" in sys.modules:
+        return sys.modules["streaming"]
+    stand_ins: dict[str, ModuleType] = {}
+    try:
+        importlib.import_module("torchvision")
+    # missing; operators of another torch; libraries of another CUDA
+    except (ImportError, RuntimeError, OSError):
+        stand_ins = _torchvision_stand_ins()
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("streaming")
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def _torchvision_stand_ins() -> dict[str, ModuleType]:
+    """The names that streaming 0.13.0's vision/base.py imports."""
+    names = ("", ".datasets", ".transforms", ".transforms.functional")
+    # with a spec, which transformers looks at
+    modules = {
+        f"torchvision{name}": module_from_spec(ModuleSpec(f"torchvision{name}", None))
+        for name in names
+    }
+    modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
+    modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
+    return modules

@@ -1,4 +1,5 @@
-"""Step 2 of a row's way to the loss: read rows of published generations from their MDS shards.
+"""Step 2 of a row's way to the loss: read rows of published generations from their MDS shards,
+micro-batches ahead of training, in a thread or in worker processes.
 
 Of mosaicml-streaming (0.13.0) this uses the shard readers, and `order` the shuffle. Its
 StreamingDataset is not used because of how it fails: a missing or broken shard ends an epoch
@@ -8,19 +9,23 @@ generation. Here a row is read by generation and number: it is returned or an er
 reading needs no shared memory, locks or collectives.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from stages.formats import mds
 from stages.storage.catalog import generation_error
 from stages.storage.files import output_file
 from trainer.data.generations import folder_of
-from trainer.data.streaming import import_streaming
+from trainer.data.order import import_streaming
 
 
 class RowRef(NamedTuple):
@@ -75,6 +80,84 @@ def read_batch(refs: Sequence[RowRef]) -> Batch:
         [ref.run for ref in refs],
         [(ref.generation, ref.row) for ref in refs],
     )
+
+
+# --- read ahead ---------------------------------------------------------------------------------
+
+
+def read_ahead(
+    refs: Iterator[list[RowRef]], *, ahead: int, workers: int, timeout: float
+) -> Iterator[Batch]:
+    """The micro-batches of `refs` in order, `ahead` of them in flight.
+
+    They are read in a thread or, if `workers` > 0, in that many processes; `refs` is always
+    advanced in the caller's thread. queue.Empty or RuntimeError (torch's DataLoader has no narrower
+    one) if a batch takes longer than `timeout` seconds or its worker died. Drop the iterator to
+    stop reading.
+    """
+    if workers == 0:
+        return _read_in_thread(refs, ahead=ahead, timeout=timeout)
+    loader = DataLoader(
+        _RowDataset(),
+        sampler=refs,  # an iterator, consumed once: each item is what a worker reads
+        batch_size=None,
+        collate_fn=_identity,
+        num_workers=workers,
+        prefetch_factor=math.ceil(ahead / workers),
+        timeout=timeout,
+        # DataLoader draws a seed for the workers: not from the random state of the run
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+class _RowDataset(Dataset[Batch]):
+    """Runs in the workers; its indices are lists of RowRef."""
+
+    def __getitem__(self, refs: list[RowRef]) -> Batch:
+        return read_batch(refs)
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _read_in_thread(refs: Iterator[list[RowRef]], *, ahead: int, timeout: float) -> Iterator[Batch]:
+    """Read in one daemon thread: a read that hangs cannot keep the process alive."""
+    requests: queue.SimpleQueue[list[RowRef] | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+    threading.Thread(
+        target=_read_requests, args=(requests, results), name="rows", daemon=True
+    ).start()
+    num_pending = 0
+    try:
+        while True:
+            while num_pending < ahead and (batch_refs := next(refs, None)) is not None:
+                requests.put(batch_refs)
+                num_pending += 1
+            if num_pending == 0:
+                return
+            result = results.get(timeout=timeout)
+            num_pending -= 1
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:
+        requests.put(None)  # ends the thread
+
+
+def _read_requests(
+    requests: "queue.SimpleQueue[list[RowRef] | None]",
+    results: "queue.SimpleQueue[Batch | Exception]",
+) -> None:
+    while (refs := requests.get()) is not None:
+        try:
+            results.put(read_batch(refs))
+        except Exception as error:  # raised in the training thread
+            results.put(error)
+
+
+# --- shards -------------------------------------------------------------------------------------
 
 
 def _read_row(ref: RowRef) -> dict[str, Any]:

@@ -335,13 +335,8 @@ def to_json(value: Any) -> bytes:
 
 
 def _trainers(folder: str) -> list[str]:
-    fs, root = open_fs(folder)
-    try:
-        entries = fs.ls(root, detail=True)
-    except FileNotFoundError:
-        return []
-    files = (os.path.basename(e["name"]) for e in entries if e["type"] == "file")
-    return sorted({os.path.splitext(n)[0] for n in files if n.endswith((".json", ".jsonl"))})
+    files = (name for name in names_in(folder) if name.endswith((".json", ".jsonl")))
+    return sorted({os.path.splitext(name)[0] for name in files})
 
 
 def _modified(uri: str) -> float | None:

@@ -96,7 +96,7 @@ def test_published_generation_verifies_and_is_in_the_catalog(done):
 @pytest.mark.train
 def test_streaming_reads_every_row_and_token_that_the_manifest_counts(done):
     pytest.importorskip("torch")
-    from trainer.data.streaming import import_streaming
+    from trainer.data.order import import_streaming
 
     _, outcome, _ = done
     dataset = import_streaming().StreamingDataset(

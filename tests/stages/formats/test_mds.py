@@ -40,7 +40,7 @@ HASH_LISTS = [
 @pytest.fixture(scope="module")
 def streaming() -> Any:
     pytest.importorskip("torch")
-    from trainer.data.streaming import import_streaming
+    from trainer.data.order import import_streaming
 
     return import_streaming()
 

@@ -41,9 +41,8 @@ from trainer.data.generations import (
     verify_generation,
 )
 from trainer.data.loader import BatchLoader
-from trainer.data.order import epoch_order, order_seed
+from trainer.data.order import epoch_order, import_streaming, order_seed
 from trainer.data.rows import RowRef, read_batch
-from trainer.data.streaming import import_streaming
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +450,7 @@ def test_the_watchdog_names_what_it_waited_for(tmp_path, workers):
 def test_a_dead_worker_is_named_with_what_it_was_asked_for(tmp_path, monkeypatch):
     publish(tmp_path, 64)
     # the workers are forked: they see it
-    monkeypatch.setattr("trainer.data.prefetch.read_batch", lambda places: os._exit(1))
+    monkeypatch.setattr("trainer.data.rows.read_batch", lambda places: os._exit(1))
     with (
         BatchLoader(data_config(tmp_path, workers=2), rank=0, world_size=1) as data,
         pytest.raises(

@@ -19,10 +19,9 @@ from trainer.telemetry import devices
 from trainer.telemetry.devices import gpu_health, peak_flops
 from trainer.telemetry.feedback import Health, Source, Totals, read_lines, read_summaries, resumed
 from trainer.telemetry.feedback_writer import Writer
-from trainer.telemetry.meter import Meter, SourceSums, mfu, sum_by_source
+from trainer.telemetry.meter import Meter, SourceSums, SpikeDetector, mfu, sum_by_source
 from trainer.telemetry.records import read_metrics
 from trainer.telemetry.sinks import Telemetry, console, console_line, flatten
-from trainer.telemetry.spikes import SpikeDetector
 
 
 class Clock:

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 from stages.pack.pack import PROVENANCE
 from tests.support.live_training import run_training
 from trainer import loop
+from trainer.telemetry.meter import SpikeDetector
 from trainer.telemetry.records import read_metrics
-from trainer.telemetry.spikes import SpikeDetector
 from trainer.telemetry.why_step import (
     RowLoss,
     log_spike,

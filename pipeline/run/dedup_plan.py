@@ -8,14 +8,14 @@ that was killed lists the same units again.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.run.phase import Index, Phase, PhasePlan
+from pipeline.run.phase import Index, Phase, PhasePlan, PlanContext
 from stages.dedup import cluster, keep, keys, lines, shuffle
 from stages.dedup.cluster import ClusterTask, StarTask
 from stages.dedup.components import estimated_bytes
@@ -35,16 +35,6 @@ from stages.storage.parts import PartRef
 MAX_ROUNDS = 99
 
 
-class DedupContext(NamedTuple):
-    """What the units of a dedup phase are listed from; see PlanContext."""
-
-    config: DedupConfig
-    seed: int
-    before: Mapping[str, Phase]
-    here: Phase
-    indexes: Sequence[Index]
-
-
 class Group(NamedTuple):
     """Documents parts that are sorted into one file."""
 
@@ -57,19 +47,38 @@ class Group(NamedTuple):
         """Name of the units that work on this group."""
         return f"{self.number:05d}"
 
+    def unit(self, task: Any, *identity: Any) -> Unit:
+        """A unit that works on this group; `identity` is of what else it reads."""
+        return Unit(self.name, digest([self.identity, *identity]), task)
+
+
+class SortedFiles(NamedTuple):
+    """Sorted files that a shuffle reads, and the commits of the units that wrote them."""
+
+    sources: list[Source]
+    commits: list[Commit]
+
+    @property
+    def digests(self) -> list[str]:
+        """The identity of the files."""
+        return [c.digest for c in self.commits]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows. Of keys there are several per document."""
+        return sum(
+            c.result.rows if isinstance(c.result, KeysResult) else c.rows_out for c in self.commits
+        )
+
 
 # --- indexes of earlier batches -------------------------------------------------------------------
 
 
-def published_indexes(config: DedupConfig) -> list[Index]:
-    """The indexes of the runs in `against`, in order.
+def published_index(path: str, config: DedupConfig) -> Index:
+    """The index of a run that `dedup.against` names.
 
-    ConfigError if one is missing, was made with other settings, or has changed.
+    ConfigError if it is missing, was made with other settings, or has changed.
     """
-    return [_published_index(path, config) for path in config.against]
-
-
-def _published_index(path: str, config: DedupConfig) -> Index:
     uri = f"{path}/index.json"
     if not exists(uri):
         raise ConfigError(
@@ -81,25 +90,22 @@ def _published_index(path: str, config: DedupConfig) -> Index:
         keys.require_same_keys(entry["keys"], config, uri)
     except ValueError as error:
         raise ConfigError(f"dedup.against: {error}") from None
-    commits = Store(f"{path}/{entry['root']}", KeysResult).commits()
-    if any(
-        name not in commits or commits[name].digest != known
-        for name, known in entry["units"].items()
-    ):
+    root, documents, kept = (f"{path}/{entry[name]}" for name in ("root", "documents", "keep"))
+    commits = Store(root, KeysResult).commits()
+    if entry["units"] != {name: commits[name].digest for name in entry["units"] if name in commits}:
         raise ConfigError(
             f"dedup.against: the index of {path} is not the one that was published; "
             "run its batch again"
         )
-    root, documents, kept = (f"{path}/{entry[name]}" for name in ("root", "documents", "keep"))
     return Index(root, documents, kept, tuple(commits[name] for name in entry["units"]))
 
 
 def publish_index(run: str, index: Index) -> None:
     """Let later batches find this index, in place of an earlier one of the same run."""
-    entry: dict[str, Any] = {
-        name: getattr(index, name).removeprefix(f"{run}/") for name in ("root", "documents", "keep")
-    }
-    entry |= {
+    entry = {
+        "root": index.root.removeprefix(f"{run}/"),
+        "documents": index.documents.removeprefix(f"{run}/"),
+        "keep": index.keep.removeprefix(f"{run}/"),
         "keys": index.commits[0].result.keys,
         "units": {c.unit: c.digest for c in index.commits},
     }
@@ -109,7 +115,7 @@ def publish_index(run: str, index: Index) -> None:
 # --- units of each phase --------------------------------------------------------------------------
 
 
-def groups(context: DedupContext) -> list[Group]:
+def groups(context: PlanContext) -> list[Group]:
     """Documents parts in order, cut into groups of about `documents_per_unit` documents.
 
     An input that is added later joins the last group or begins a new one.
@@ -117,7 +123,7 @@ def groups(context: DedupContext) -> list[Group]:
     runs: list[list[tuple[PartRef, Commit]]] = []
     documents = 0
     for part, commit in context.before["extract"].parts():
-        if not runs or documents + commit.rows_out > context.config.documents_per_unit:
+        if not runs or documents + commit.rows_out > context.config.dedup.documents_per_unit:
             runs.append([])
             documents = 0
         runs[-1].append((part, commit))
@@ -128,189 +134,177 @@ def groups(context: DedupContext) -> list[Group]:
     ]
 
 
-def sort_units(context: DedupContext) -> PhasePlan:
-    if not context.config.enabled:
-        return PhasePlan([])
+def sort_units(context: PlanContext) -> PhasePlan:
+    if not context.config.dedup.enabled:
+        return PhasePlan()
     return PhasePlan([Unit(g.name, g.identity, SortTask(g.parts)) for g in groups(context)])
 
 
-def match_units(context: DedupContext) -> PhasePlan:
-    sources, commits = _written(context.before["dedup sort"], "keys")
-    if not sources:
-        return PhasePlan([])
+def match_units(context: PlanContext) -> PhasePlan:
+    files = _sorted_files(context, "sort", "keys")
+    if not files.sources:
+        return PhasePlan()
     for number, index in enumerate(context.indexes):
         tag = keys.index_tag(number)
-        sources += [Source(f"{index.root}/keys/{c.unit}", tag) for c in index.commits]
-        commits += index.commits
-    source = _shuffle(context, sources, context.config.layout, commits)
-    return _partition_units(source, _digests(commits))
+        files.sources.extend(Source(f"{index.root}/keys/{c.unit}", tag) for c in index.commits)
+        files.commits.extend(index.commits)
+    return _partition_units(context, files, context.config.dedup.layout)
 
 
-def star_units(context: DedupContext) -> PhasePlan:
+def star_units(context: PlanContext) -> PhasePlan:
     """All rounds so far, and the next one if they are done and the last two changed something."""
     if not _in_rounds(context):
-        return PhasePlan([])
-    matched = context.before["dedup match"]
+        return PhasePlan()
     units = [
-        Unit(
-            f"00-{n:05d}", digest(c.digest), StarTask("read", (matched.store.uri(c.output().path),))
-        )
-        for n, c in enumerate(matched.ordered())
+        Unit(f"00-{n:05d}", digest(commit.digest), StarTask("read", (part.uri,)))
+        for n, (part, commit) in enumerate(context.before["dedup match"].parts())
     ]
-    listed = list(units)
-    prepare: tuple[Callable[[], None], ...] = ()
+    listed, plan = units, PhasePlan()
     rounds: list[list[Commit]] = []
-    while (commits := context.here.commits_of(units)) is not None and not _settled(
-        [*rounds, commits]
-    ):
+    while (commits := context.here.commits_of(units)) is not None:
         rounds.append(commits)
+        if _settled(rounds):
+            break
         if len(rounds) > MAX_ROUNDS:
             raise RuntimeError(
                 f"dedup star has not settled after {MAX_ROUNDS} rounds; report this bug"
             )
-        plan = _partition_units(_shuffle_of_round(context, commits), _digests(commits))
-        operation: Literal["large", "small"] = "large" if len(rounds) % 2 else "small"
+        plan = _partitions(context, _files_of_round(context.here, commits), cluster.EDGES)
         units = [
-            u._replace(
-                name=f"{len(rounds):02d}-{u.name}", task=StarTask(operation, partition=u.task)
+            unit._replace(
+                name=f"{len(rounds):02d}-{unit.name}",
+                task=StarTask("large" if len(rounds) % 2 else "small", partition=unit.task),
             )
-            for u in plan.units
+            for unit in plan.units
         ]
-        listed, prepare = listed + units, plan.prepare
-    return PhasePlan(listed, prepare)
+        listed = [*listed, *units]
+    return plan._replace(units=listed)
 
 
-def cluster_units(context: DedupContext) -> PhasePlan:
+def cluster_units(context: PlanContext) -> PhasePlan:
     """One unit for the whole graph, or one per partition of the last round of stars."""
     if not context.before["dedup sort"].units:
-        return PhasePlan([])
+        return PhasePlan()
     first_ids = [int(g.parts[0].unit) << POSITION_BITS for g in groups(context)]
     uri = context.here.store.uri(f"groups-{digest(first_ids)}.parquet")
     write_groups = partial(_write_groups, uri, first_ids)
     if not _in_rounds(context):
-        matched = context.before["dedup match"]
-        edges = tuple(matched.store.uri(c.output().path) for c in matched.ordered())
-        identity = digest([first_ids, _digests(matched.ordered())])
-        units = [Unit("all", identity, ClusterTask(uri, edges))]
-        return PhasePlan(units, (write_groups,), _graph_bytes(context))
+        edges = context.before["dedup match"].parts()
+        identity = digest([first_ids, [commit.digest for _, commit in edges]])
+        task = ClusterTask(uri, tuple(part.uri for part, _ in edges))
+        return PhasePlan([Unit("all", identity, task)], (write_groups,), _graph_bytes(context))
     stars = context.before["dedup star"]
-    last = _last_round(stars)
-    source = _shuffle_of_round(context._replace(here=stars), last)
-    plan = _partition_units(source, _digests(last), first_ids)
+    last = max(c.unit[:2] for c in stars.ordered())
+    files = _files_of_round(stars, [c for c in stars.ordered() if c.unit.startswith(last)])
+    plan = _partitions(context._replace(here=stars), files, cluster.EDGES, first_ids)
     units = [u._replace(task=ClusterTask(uri, partition=u.task)) for u in plan.units]
     return PhasePlan(units, (*plan.prepare, write_groups))
 
 
-def rank_units(context: DedupContext) -> PhasePlan:
+def rank_units(context: PlanContext) -> PhasePlan:
     """One unit per group; with earlier batches, one more for their documents."""
     if not context.before["dedup sort"].units:
-        return PhasePlan([])
-    labels, commits = _labels(context)
-    labeled = digest(_digests(commits))
+        return PhasePlan()
+    labels, labeled = _labels(context)
     ranked = groups(context)
     if context.indexes:
         ranked = [*ranked, Group(len(ranked), (), "earlier")]
     units = [
-        Unit(
-            group.name,
-            digest([group.identity, labeled, context.config.keep_rule]),
+        group.unit(
             RankTask(group.number, group.parts, labels.uri),
+            digest(labeled),
+            context.config.dedup.keep_rule,
         )
         for group in ranked
     ]
     return PhasePlan(units, (partial(shuffle.transpose, labels),))
 
 
-def elect_units(context: DedupContext) -> PhasePlan:
-    sources, commits = _written(context.before["dedup rank"], "candidates")
-    source = _shuffle(context, sources, keep.CANDIDATES, commits)
-    plan = _partition_units(source, _digests(commits))
+def elect_units(context: PlanContext) -> PhasePlan:
+    plan = _partition_units(context, _sorted_files(context, "rank", "candidates"), keep.CANDIDATES)
     return _answering(plan, groups=len(groups(context)) + 1)
 
 
-def keep_units(context: DedupContext) -> PhasePlan:
+def keep_units(context: PlanContext) -> PhasePlan:
     """One unit per group; without dedup, all documents stay."""
-    config, labels_uri, verdicts_uri = context.config, None, None
-    identity: str = ""
+    config, labels_uri, verdicts_uri, identity = context.config.dedup, None, None, ""
     prepare: tuple[Callable[[], None], ...] = ()
     if config.enabled:
         labels, labeled = _labels(context)
-        sources, elected = _written(context.before["dedup elect"], "verdicts")
+        elected = _sorted_files(context, "elect", "verdicts")
         layout = keep.verdicts_layout(len(groups(context)) + 1)
-        verdicts = _single_lane_shuffle(context.here, sources, layout, elected)
+        verdicts = _shuffle_by_group(context.here, elected, layout)
         labels_uri, verdicts_uri = labels.uri, verdicts.uri
-        identity = digest([_digests(labeled), _digests(elected)])
+        identity = digest([labeled, elected.digests])
         prepare = (partial(shuffle.transpose, verdicts),)
+    seed = context.config.run.seed
     units = [
-        Unit(
-            group.name,
-            digest([group.identity, identity, config.verify_share]),
-            KeepTask(group.number, group.parts, labels_uri, verdicts_uri, context.seed),
+        group.unit(
+            KeepTask(group.number, group.parts, labels_uri, verdicts_uri, seed),
+            identity,
+            config.verify_share,
         )
         for group in groups(context)
     ]
     return PhasePlan(units, prepare)
 
 
-def alarm_units(context: DedupContext) -> PhasePlan:
-    sources, commits = _written(context.before["dedup keep"], "losses")
-    config = context.config
-    source = _shuffle(context, sources, keep.LOSSES, commits)
-    return _partition_units(source, _digests(commits), (config.alarm_share, config.alarm_documents))
+def alarm_units(context: PlanContext) -> PhasePlan:
+    config, files = context.config.dedup, _sorted_files(context, "keep", "losses")
+    limits = (config.alarm_share, config.alarm_documents)
+    return _partition_units(context, files, keep.LOSSES, limits)
 
 
-def index_units(context: DedupContext) -> PhasePlan:
+def index_units(context: PlanContext) -> PhasePlan:
     """One unit per group. No two kept documents share a key, so the index needs no merging."""
-    config = context.config
+    config = context.config.dedup
     if not config.enabled or config.write_index == "off":
-        return PhasePlan([])
-    units = []
-    for group, tables, kept in _kept_groups(context):
-        task = IndexTask(group.parts, tables if config.write_index == "kept" else ())
-        identity = digest([group.identity, kept.digest, config.write_index])
-        units.append(Unit(group.name, identity, task))
-    return PhasePlan(units)
-
-
-def lines_units(context: DedupContext) -> PhasePlan:
-    level = context.config.line_level
-    if level == "off":
-        return PhasePlan([])
+        return PhasePlan()
     return PhasePlan(
         [
-            Unit(
-                group.name,
-                digest([group.identity, kept.digest, level]),
-                LinesTask(group.number, group.parts, tables),
+            group.unit(
+                IndexTask(group.parts, tables if config.write_index == "kept" else ()),
+                kept.digest,
+                config.write_index,
             )
             for group, tables, kept in _kept_groups(context)
         ]
     )
 
 
-def repeats_units(context: DedupContext) -> PhasePlan:
-    sources, commits = _written(context.before["dedup lines"], "lines")
-    source = _shuffle(context, sources, lines.LINES, commits)
-    return _answering(_partition_units(source, _digests(commits)), groups=len(groups(context)))
+def lines_units(context: PlanContext) -> PhasePlan:
+    level = context.config.dedup.line_level
+    if level == "off":
+        return PhasePlan()
+    return PhasePlan(
+        [
+            group.unit(LinesTask(group.number, group.parts, tables), kept.digest, level)
+            for group, tables, kept in _kept_groups(context)
+        ]
+    )
 
 
-def cuts_units(context: DedupContext) -> PhasePlan:
-    if context.config.line_level == "off":
-        return PhasePlan([])
-    sources, commits = _written(context.before["dedup repeats"], "repeats")
-    layout = lines.repeats_layout(len(groups(context)))
-    repeats = _single_lane_shuffle(context.here, sources, layout, commits)
+def repeats_units(context: PlanContext) -> PhasePlan:
+    plan = _partition_units(context, _sorted_files(context, "lines", "lines"), lines.LINES)
+    return _answering(plan, groups=len(groups(context)))
+
+
+def cuts_units(context: PlanContext) -> PhasePlan:
+    if context.config.dedup.line_level == "off":
+        return PhasePlan()
+    files = _sorted_files(context, "repeats", "repeats")
+    repeats = _shuffle_by_group(context.here, files, lines.repeats_layout(len(groups(context))))
     units = [
-        u._replace(
-            fingerprint=digest([u.fingerprint, _digests(commits)]),
-            task=CutsTask(u.task, repeats.uri),
+        unit._replace(
+            fingerprint=digest([unit.fingerprint, files.digests]),
+            task=CutsTask(unit.task, repeats.uri),
         )
-        for u in context.before["dedup lines"].units
+        for unit in context.before["dedup lines"].units
     ]
     return PhasePlan(units, (partial(shuffle.transpose, repeats),))
 
 
-def _kept_groups(context: DedupContext) -> Iterator[tuple[Group, tuple[str, ...], Commit]]:
+def _kept_groups(context: PlanContext) -> Iterator[tuple[Group, tuple[str, ...], Commit]]:
     """Each group with the keep tables of its parts, by URI, and the commit that wrote them."""
     phase = context.before["dedup keep"]
     for group, commit in zip(groups(context), phase.ordered(), strict=True):
@@ -321,62 +315,44 @@ def _kept_groups(context: DedupContext) -> Iterator[tuple[Group, tuple[str, ...]
 # --- shuffles -------------------------------------------------------------------------------------
 
 
-def _written(phase: Phase, kind: str) -> tuple[list[Source], list[Commit]]:
-    """The sorted files of one kind that a phase wrote, one per unit, and the commits."""
-    commits = phase.ordered()
-    return [Source(phase.store.uri(kind, c.unit)) for c in commits], commits
+def _sorted_files(context: PlanContext, phase: str, kind: str) -> SortedFiles:
+    """The sorted files of one kind that a phase of dedup wrote, one per unit."""
+    written = context.before[f"dedup {phase}"]
+    commits = written.ordered()
+    return SortedFiles([Source(written.store.uri(kind, c.unit)) for c in commits], commits)
 
 
-def _digests(commits: Sequence[Commit]) -> list[str]:
-    return [c.digest for c in commits]
-
-
-def _num_rows(commit: Commit) -> int:
-    """Rows of a unit's sorted files: of keys there are several per document."""
-    return commit.result.rows if isinstance(commit.result, KeysResult) else commit.rows_out
-
-
-def _shuffle(
-    context: DedupContext, sources: Sequence[Source], layout: Layout, commits: Sequence[Commit]
-) -> Shuffle:
-    """A shuffle in partitions of about `partition_bytes`; ConfigError if memory is too small."""
-    config = context.config
-    least = 4 * len(sources) * shuffle.MIN_READ
-    if least > config.memory:
+def _partition_units(
+    context: PlanContext, files: SortedFiles, layout: Layout, *identity: Any
+) -> PhasePlan:
+    """As `_partitions`; ConfigError if a worker's memory is too small to read all files at once."""
+    least, memory = 4 * len(files.sources) * shuffle.MIN_READ, context.config.dedup.memory
+    if least > memory:
         raise ConfigError(
-            f"{context.here.name}: a worker reads {len(sources):,} files at once, which takes "
-            f"{least:,} bytes; dedup.memory is {config.memory:,}. Raise it, or "
+            f"{context.here.name}: a worker reads {len(files.sources):,} files at once, which "
+            f"takes {least:,} bytes; dedup.memory is {memory:,}. Raise it, or "
             "dedup.documents_per_unit"
         )
-    return _sized_shuffle(context, sources, layout, commits, rows=sum(map(_num_rows, commits)))
+    return _partitions(context, files, layout, *identity)
 
 
-def _sized_shuffle(
-    context: DedupContext,
-    sources: Sequence[Source],
-    layout: Layout,
-    commits: Sequence[Commit],
-    *,
-    rows: int,
-) -> Shuffle:
-    size = context.config.partition_bytes
-    per_lane = shuffle.partitions_per_lane(rows, layout, files=len(sources), partition_bytes=size)
-    store, identity = context.here.store, _digests(commits)
-    return shuffle.plan(store, sources, layout, per_lane=per_lane, identity=identity)
+def _partitions(
+    context: PlanContext, files: SortedFiles, layout: Layout, *identity: Any
+) -> PhasePlan:
+    """A shuffle in partitions of about `partition_bytes`, and a unit for each of them.
 
-
-def _single_lane_shuffle(
-    phase: Phase, sources: Sequence[Source], layout: Layout, commits: Sequence[Commit]
-) -> Shuffle:
-    """A shuffle with one partition per lane: each group of documents reads its own lane."""
-    return shuffle.plan(phase.store, sources, layout, per_lane=1, identity=_digests(commits))
-
-
-def _partition_units(source: Shuffle, digests: list[str], *identity: Any) -> PhasePlan:
-    """One unit per partition of a shuffle; its task is a PartitionTask."""
-    if not source.sources:
-        return PhasePlan([])
-    hashed = digest([digests, source.per_lane, *identity])
+    A unit's task is a PartitionTask.
+    """
+    if not files.sources:
+        return PhasePlan()
+    per_lane = shuffle.partitions_per_lane(
+        files.rows,
+        layout,
+        files=len(files.sources),
+        partition_bytes=context.config.dedup.partition_bytes,
+    )
+    source = _shuffle(context.here, files, layout, per_lane)
+    hashed = digest([files.digests, per_lane, *identity])
     units = [
         Unit(f"{n:05d}", digest([hashed, n]), PartitionTask(source.uri, n))
         for n in range(source.partitions)
@@ -384,17 +360,29 @@ def _partition_units(source: Shuffle, digests: list[str], *identity: Any) -> Pha
     return PhasePlan(units, (partial(shuffle.transpose, source),))
 
 
+def _shuffle(phase: Phase, files: SortedFiles, layout: Layout, per_lane: int) -> Shuffle:
+    return shuffle.plan(
+        phase.store, files.sources, layout, per_lane=per_lane, identity=files.digests
+    )
+
+
+def _shuffle_by_group(phase: Phase, files: SortedFiles, layout: Layout) -> Shuffle:
+    """A shuffle with one partition per lane: each group of documents reads its own lane."""
+    return _shuffle(phase, files, layout, per_lane=1)
+
+
 def _answering(plan: PhasePlan, *, groups: int) -> PhasePlan:
     """The units of a plan, with answers that go back to groups of documents."""
-    units = [u._replace(task=AnswerTask(u.task, groups)) for u in plan.units]
-    return plan._replace(units=units)
+    return plan._replace(
+        units=[unit._replace(task=AnswerTask(unit.task, groups)) for unit in plan.units]
+    )
 
 
-def _labels(context: DedupContext) -> tuple[Shuffle, list[Commit]]:
-    phase = context.before["dedup cluster"]
-    sources, commits = _written(phase, "labels")
+def _labels(context: PlanContext) -> tuple[Shuffle, list[str]]:
+    """The shuffle of cluster labels by group of documents, and the digests of its files."""
+    files = _sorted_files(context, "cluster", "labels")
     layout = cluster.labels_layout(len(groups(context)))
-    return _single_lane_shuffle(phase, sources, layout, commits), commits
+    return _shuffle_by_group(context.before["dedup cluster"], files, layout), files.digests
 
 
 def _write_groups(uri: str, first_ids: Sequence[int]) -> None:
@@ -406,12 +394,12 @@ def _write_groups(uri: str, first_ids: Sequence[int]) -> None:
 # --- rounds ---------------------------------------------------------------------------------------
 
 
-def _in_rounds(context: DedupContext) -> bool:
+def _in_rounds(context: PlanContext) -> bool:
     """Whether the graph is too large for one process."""
-    return _graph_bytes(context) > context.config.cluster_memory
+    return _graph_bytes(context) > context.config.dedup.cluster_memory
 
 
-def _graph_bytes(context: DedupContext) -> int:
+def _graph_bytes(context: PlanContext) -> int:
     """Upper bound of the memory to cluster the graph in one process, in bytes.
 
     An edge adds at most two documents: its own and the center of its star.
@@ -422,12 +410,10 @@ def _graph_bytes(context: DedupContext) -> int:
     return estimated_bytes(min(2 * edges, documents + earlier))
 
 
-def _shuffle_of_round(context: DedupContext, commits: Sequence[Commit]) -> Shuffle:
+def _files_of_round(stars: Phase, commits: list[Commit]) -> SortedFiles:
     """The rows that a round of stars wrote; a unit writes one or more sorted files."""
     files = [o.path for c in commits for o in c.outputs if o.path.endswith(".rows")]
-    sources = [Source(context.here.store.uri(path.removesuffix(".rows"))) for path in files]
-    rows = sum(c.rows_out for c in commits)
-    return _sized_shuffle(context, sources, cluster.EDGES, commits, rows=rows)
+    return SortedFiles([Source(stars.store.uri(f.removesuffix(".rows"))) for f in files], commits)
 
 
 def _settled(rounds: Sequence[Sequence[Commit]]) -> bool:
@@ -439,11 +425,6 @@ def _settled(rounds: Sequence[Sequence[Commit]]) -> bool:
 
 def _outputs(commits: Sequence[Commit]) -> list[list[str]]:
     return [[o.sha256 for o in c.outputs] for c in commits]
-
-
-def _last_round(stars: Phase) -> list[Commit]:
-    last = max(c.unit[:2] for c in stars.ordered())
-    return [c for c in stars.ordered() if c.unit.startswith(last)]
 
 
 def heavy_losses(commits: Sequence[Commit]) -> list[HeavyLoss]:

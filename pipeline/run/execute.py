@@ -52,7 +52,9 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.root = config.run.directory
-        self.indexes = dedup_plan.published_indexes(config.dedup)
+        self.indexes = [
+            dedup_plan.published_index(path, config.dedup) for path in config.dedup.against
+        ]
         self.files = file_digests(config)
         self.keys = stage_keys(config, self.indexes, self.files)
         self.invocation = uuid.uuid4().hex[:12]

@@ -17,7 +17,7 @@ class PhasePlan(NamedTuple):
     unit, 0 for what the stage's configuration says.
     """
 
-    units: list[Unit]
+    units: Sequence[Unit] = ()
     prepare: tuple[Callable[[], None], ...] = ()
     memory: int = 0
 
@@ -28,7 +28,7 @@ class Phase:
 
     name: str
     store: Store
-    units: list[Unit]
+    units: Sequence[Unit]
     commits: dict[str, Commit] = field(default_factory=dict)
     prepare: tuple[Callable[[], None], ...] = ()
     memory: int = 0

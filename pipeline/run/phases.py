@@ -7,7 +7,6 @@ from typing import Any, Literal
 from pipeline.config.sections import Config
 from pipeline.engine.units import Resources, Work
 from pipeline.run import dedup_plan, plans
-from pipeline.run.dedup_plan import DedupContext
 from pipeline.run.phase import PhasePlan, PlanContext
 from stages.dedup import cluster, keep, keys, lines, match
 from stages.extract import extract
@@ -71,18 +70,9 @@ class PhaseSpec:
 
 
 def _dedup(
-    name: str, work: Work, units: Callable[[DedupContext], PhasePlan], **fields: Any
+    name: str, work: Work, list_units: Callable[[PlanContext], PhasePlan], **fields: Any
 ) -> PhaseSpec:
-    """A phase of dedup, which needs only its own section and the seed."""
-
-    def list_units(context: PlanContext) -> PhasePlan:
-        config = context.config
-        return units(
-            DedupContext(
-                config.dedup, config.run.seed, context.before, context.here, context.indexes
-            )
-        )
-
+    """A phase of dedup, whose workers need only its own section."""
     return PhaseSpec(f"dedup {name}", work, list_units, lambda config: config.dedup, **fields)
 
 

@@ -24,6 +24,7 @@ from pipeline.controller.decide import decide
 from pipeline.engine import units
 from pipeline.engine.lease import Fenced, fence, lease
 from pipeline.run.execute import Outcome, Progress, execute
+from pipeline.run.inputs import write_numbers
 from stages.formats.errors import ConfigError
 from stages.read.fetch import expand_inputs
 from stages.storage.catalog import read_catalog
@@ -122,8 +123,8 @@ def _begin(series: str, earlier: Sequence[Batch], paths: Sequence[str]) -> Batch
     inputs = tuple((first + n, path) for n, path in enumerate(paths))
     number = len(earlier) + 1
     batch = Batch(number, f"{series}/batches/{number:04d}", inputs, time.time(), None)
-    _write_inputs(f"{series}/inputs.jsonl", [*numbered, *inputs])
-    _write_inputs(f"{batch.directory}/inputs.jsonl", inputs)
+    write_numbers(series, {path: n for n, path in (*numbered, *inputs)})
+    write_numbers(batch.directory, {path: n for n, path in inputs})
     record = {"inputs": [{"ordinal": n, "path": p} for n, p in inputs], "started": batch.started}
     if not create_only(f"{batch.directory}/batch.json", json.dumps(record).encode()):
         raise Fenced(
@@ -131,11 +132,6 @@ def _begin(series: str, earlier: Sequence[Batch], paths: Sequence[str]) -> Batch
             "command finishes it"
         )
     return batch
-
-
-def _write_inputs(uri: str, inputs: Sequence[tuple[int, str]]) -> None:
-    lines = "".join(json.dumps({"ordinal": n, "path": p}) + "\n" for n, p in inputs)
-    write_atomically(uri, lines.encode())
 
 
 def _batch_config(config: Config, batch: Batch, earlier: Sequence[Batch]) -> Config:

@@ -19,14 +19,19 @@ class Setting(NamedTuple):
 
 def show(config: Config) -> Iterator[Setting]:
     """Every key of the sections and filters in use; for a language only those that differ."""
+    for key, value, origin in settings(config):
+        yield Setting(key, to_toml(value), origin)
+
+
+def settings(config: Config) -> Iterator[tuple[str, Any, str]]:
+    """As `show`, with the values themselves."""
     values: dict[str, Any] = {}
     for name, section in config.in_use():
         for key, value in _leaves(name, section):
             general = general_key(key)
             if general not in values or value != values[general]:
                 values[key] = value
-                origin = config.origins.get(key, config.origins.get(general, "default"))
-                yield Setting(key, to_toml(value), origin)
+                yield key, value, config.origins.get(key, config.origins.get(general, "default"))
 
 
 def by_key(settings: Iterable[Setting]) -> dict[str, dict[str, str]]:

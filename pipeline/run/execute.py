@@ -7,14 +7,13 @@ on disk.
 
 import dataclasses
 import itertools
-import tomllib
 import uuid
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from pipeline.config.digests import file_digests
 from pipeline.config.sections import Config
-from pipeline.config.show import show
+from pipeline.config.show import settings
 from pipeline.engine.lease import lease
 from pipeline.engine.units import PhaseWork, RunUnits, UnitOutcome
 from pipeline.run import dedup_plan
@@ -24,7 +23,7 @@ from pipeline.run.phase import Index, Phase, PlanContext
 from pipeline.run.phases import PHASES, SPECS, STAGES, PhaseSpec
 from pipeline.run.publish import Published, publish
 from pipeline.run.state import IndexRef, RunState, Setting, read_state, state_or_new, write_state
-from stages.storage.ledger import Commit, Store
+from stages.storage.ledger import Commit, Store, Unit
 
 
 class RunFailed(RuntimeError):
@@ -86,12 +85,21 @@ class Run:
         self.phases[spec.name] = phase
         return phase
 
+    def list_phase(self, spec: PhaseSpec, inputs: Sequence[Input]) -> Phase:
+        """As `read_phase`, and record the units: commits of others no longer count."""
+        phase = self.read_phase(spec, inputs)
+        phase.store.list_units(phase.units)
+        return phase
+
     def state(self) -> RunState:
         """The state that this run found, with its own invocation, keys and settings."""
         state = state_or_new(self.root).begun(self.invocation, self.keys)
         return dataclasses.replace(
             state,
-            config=_settings(self.config),
+            config={
+                key: Setting(None if value == "off" else value, origin)
+                for key, value, origin in settings(self.config)
+            },
             files=self.files,
             indexes=tuple(IndexRef(index.documents, index.keep) for index in self.indexes),
         )
@@ -160,22 +168,16 @@ def execute(
         failed: dict[str, list[str]] = {}
         specs = [s for s in PHASES if last is None or STAGES.index(s.stage) <= STAGES.index(last)]
         for spec in specs:
-            phase = run.read_phase(spec, inputs)
-            phase.store.list_units(phase.units)
+            phase = run.list_phase(spec, inputs)
             if not _is_reached(spec, first):
                 _require_done(phase, spec, config)
                 continue
             write_state(run.root, state.at_work(stage=spec.name))
             errors = run_phase(run, spec, phase, progress, run_units)
-            while spec.in_rounds and not errors:
-                phase = run.read_phase(spec, inputs)
-                if not phase.pending:
-                    break
-                phase.store.list_units(phase.units)
-                errors = run_phase(run, spec, phase, progress, run_units)
+            while spec.in_rounds and (phase := run.list_phase(spec, inputs)).pending:
+                run_phase(run, spec, phase, progress, run_units)
             if errors:
                 failed[spec.name] = errors
-            check_failures(phase, errors, _max_failed_share(spec, config), config)
         published = run.publish(inputs) if "pack" in run.phases else None
         if published or ("pack" not in run.phases and only is None):
             run.publish_index()
@@ -189,25 +191,13 @@ def execute(
         return Outcome(failed, published)
 
 
-def _settings(config: Config) -> dict[str, Setting]:
-    settings = {}
-    for key, text, origin in show(config):
-        value = tomllib.loads(f"value = {text}")["value"]
-        settings[key] = Setting(None if value == "off" else value, origin)
-    return settings
-
-
 def _is_reached(spec: PhaseSpec, first: str | None) -> bool:
     return first is None or STAGES.index(spec.stage) >= STAGES.index(first)
 
 
-def _max_failed_share(spec: PhaseSpec, config: Config) -> float:
-    return config.run.max_failed_share if spec.may_fail else 0.0
-
-
 def _require_done(phase: Phase, spec: PhaseSpec, config: Config) -> None:
     failed = phase.store.failures()
-    bearable = _max_failed_share(spec, config) * len(phase.units)
+    bearable = spec.max_failed_share(config) * len(phase.units)
     if any(u.name not in failed for u in phase.pending) or len(phase.pending) > bearable:
         raise RunFailed(
             f"stage '{spec.stage}' has {len(phase.pending)} of {len(phase.units)} units to do "
@@ -218,7 +208,10 @@ def _require_done(phase: Phase, spec: PhaseSpec, config: Config) -> None:
 def run_phase(
     run: Run, spec: PhaseSpec, phase: Phase, progress: Progress, run_units: RunUnits
 ) -> list[str]:
-    """Do the pending units of a phase; returns the errors of those that failed."""
+    """Do the pending units of a phase; returns the errors of those that failed.
+
+    RunFailed if there are more than the configuration allows.
+    """
     if not phase.units:
         return []
     pending = phase.pending
@@ -228,15 +221,15 @@ def run_phase(
         if spec.named_by_input:
             _withdraw_unlisted(phase)
     progress.begin(phase.name, run=run.root, units=len(phase.units), done=phase.ordered())
-    quarantined = _quarantined(phase)
-    pending = [unit for unit in pending if unit.name not in {o.unit for o in quarantined}]
+    quarantined = _quarantined(phase, pending)
+    pending = [unit for unit in pending if unit.name not in quarantined]
     attempts = run.config.run.attempts
     work = PhaseWork(spec.work, spec.plan(run.config), phase.store, attempts, run.invocation)
     resources = spec.resources(run.config)
     resources = resources._replace(memory=max(resources.memory, phase.memory))
-    outcomes = run_units(phase.name, work, pending, resources) if pending else iter(())
+    outcomes = run_units(phase.name, work, pending, resources) if pending else ()
     errors = []
-    for outcome in itertools.chain(quarantined, outcomes):
+    for outcome in itertools.chain(quarantined.values(), outcomes):
         progress.advance(phase.name, outcome)
         if outcome.commit is not None:
             phase.commits[outcome.unit] = outcome.commit
@@ -244,17 +237,19 @@ def run_phase(
             errors.append(f"{outcome.unit}: {outcome.error}")
     progress.end(phase.name)
     phase.store.clear("attempts", run.invocation)
+    _check_failures(phase, errors, spec.max_failed_share(run.config), run.config)
     return errors
 
 
-def _quarantined(phase: Phase) -> list[UnitOutcome]:
-    """Outcomes of pending units that an earlier run quarantined, for the same input."""
-    failures = phase.store.failures() if phase.pending else {}
-    return [
-        UnitOutcome(unit.name, None, failures[unit.name].error)
-        for unit in phase.pending
-        if unit.name in failures and failures[unit.name].quarantined == unit.fingerprint
-    ]
+def _quarantined(phase: Phase, pending: Sequence[Unit]) -> dict[str, UnitOutcome]:
+    """Outcomes of pending units that an earlier run quarantined, for the same input, by unit."""
+    fingerprints = {unit.name: unit.fingerprint for unit in pending}
+    failures = phase.store.failures() if pending else {}
+    return {
+        name: UnitOutcome(name, None, failure.error)
+        for name, failure in failures.items()
+        if failure.quarantined and failure.quarantined == fingerprints.get(name)
+    }
 
 
 def _withdraw_unlisted(phase: Phase) -> None:
@@ -265,7 +260,7 @@ def _withdraw_unlisted(phase: Phase) -> None:
             phase.store.withdraw(name)
 
 
-def check_failures(
+def _check_failures(
     phase: Phase, errors: list[str], max_failed_share: float, config: Config
 ) -> None:
     """RunFailed when more units failed than the configuration allows, by share or by number."""

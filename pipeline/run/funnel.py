@@ -1,5 +1,6 @@
 """The funnel of a run: rows in, rows dropped by each rule, rows out."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,14 +25,10 @@ def funnel(
 ) -> list[FunnelRow]:
     """From records to tokens, summed over commits: counts at points, and losses by rule between."""
     rows = [FunnelRow("extract", None, sum(c.rows_in for c in extracted), "records")]
-    rows += _losses("extract", extracted)
-    rows.append(FunnelRow("extract", None, sum(c.rows_out for c in extracted)))
-    if clustered:
-        rows += _losses("dedup", clustered)
-        rows.append(FunnelRow("dedup", None, sum(c.rows_out for c in clustered)))
-    if refined:
-        rows += _losses("refine", refined)
-        rows.append(FunnelRow("refine", None, sum(c.rows_out for c in refined)))
+    for stage, commits in (("extract", extracted), ("dedup", clustered), ("refine", refined)):
+        if commits or stage == "extract":
+            rows += _losses(stage, commits)
+            rows.append(FunnelRow(stage, None, sum(c.rows_out for c in commits)))
     if packed:
         rows += _losses("pack", packed)
         rows.append(FunnelRow("pack", None, sum(c.result.tokens for c in packed), "tokens"))
@@ -42,11 +39,10 @@ def funnel(
 
 
 def _losses(stage: str, commits: Sequence[Commit]) -> list[FunnelRow]:
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for commit in commits:
-        for rule, count in commit.counts.items():
-            if rule != "kept":
-                counts[rule] = counts.get(rule, 0) + count
+        counts.update(commit.counts)
+    del counts["kept"]
     return [
         FunnelRow(stage, rule, count)
         for rule, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -1,7 +1,7 @@
 """The inputs of a run: its append-only list, from whose numbers document ids are made."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ def list_inputs(root: str, config: InputConfig, *, extend: bool) -> list[Input]:
     for path in paths:
         numbers.setdefault(path, len(numbers))
     if extend:
-        write_numbers(root, numbers.items())
+        write_numbers(root, numbers)
     with ThreadPoolExecutor(32) as pool:
         fingerprints = list(pool.map(_fingerprint, paths))
     return [Input(numbers[p], p, f) for p, f in zip(paths, fingerprints, strict=True)]
@@ -52,9 +52,9 @@ def input_numbers(root: str) -> dict[str, int]:
     return {r["path"]: r["ordinal"] for r in map(json.loads, read_bytes(uri).splitlines())}
 
 
-def write_numbers(root: str, numbers: Iterable[tuple[str, int]]) -> None:
-    """Replace the list of inputs by (path, number) pairs."""
-    lines = [json.dumps({"ordinal": n, "path": p}) + "\n" for p, n in numbers]
+def write_numbers(root: str, numbers: Mapping[str, int]) -> None:
+    """Replace the list of inputs: the number of each, by path."""
+    lines = [json.dumps({"ordinal": n, "path": p}) + "\n" for p, n in numbers.items()]
     write_atomically(f"{root}/inputs.jsonl", "".join(lines).encode())
 
 

@@ -53,6 +53,10 @@ class PhaseSpec:
         """The stage that the phase belongs to."""
         return next(stage for stage in STAGES if stage == self.name.split()[0])
 
+    def max_failed_share(self, config: Config) -> float:
+        """The share of the phase's units that may fail."""
+        return config.run.max_failed_share if self.may_fail else 0.0
+
     def resources(self, config: Config) -> Resources:
         """What a worker needs, by the stage's section of the configuration."""
         section = getattr(config, self.stage)

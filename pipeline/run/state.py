@@ -6,7 +6,6 @@ and decoded here and nowhere else.
 
 import dataclasses
 import json
-import math
 import os
 import socket
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from stages.storage.files import exists, read_bytes, write_atomically
 
@@ -121,14 +121,9 @@ def state_or_new(root: str) -> RunState:
 
 def write_state(root: str, state: RunState) -> None:
     """Replace the run.json of a run directory."""
-    record = dataclasses.asdict(state) | {
-        "version": VERSION,
-        "config": {
-            key: {"value": _to_json(s.value), "origin": s.origin} for key, s in state.config.items()
-        },
-    }
-    data = json.dumps(record, indent=1, allow_nan=False).encode()
-    write_atomically(f"{root}/run.json", data)
+    record = dataclasses.asdict(state) | {"version": VERSION}
+    # strict JSON has no word for infinity
+    write_atomically(f"{root}/run.json", to_json(record, indent=1, inf_nan_mode="strings"))
 
 
 def decode_state(record: Mapping[str, Any], uri: str) -> RunState:
@@ -171,14 +166,8 @@ def _with_ner_key(keys: Mapping[str, str]) -> dict[str, str]:
     return {"ner" if name == "names" else name: key for name, key in keys.items()}
 
 
-def _to_json(value: Any) -> Any:
-    """A setting for strict JSON, which has no word for infinity."""
-    if isinstance(value, list | tuple):
-        return [_to_json(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_json(v) for v in value]
-    return float(value) if value in ("inf", "-inf") else value
+    # "inf" was written before "Infinity"
+    return float(value) if value in ("Infinity", "-Infinity", "inf", "-inf") else value

@@ -173,7 +173,7 @@ def calibrate(
     Extracts and deduplicates first, as a run would. Writes RUN/calibration.json, which the next run
     reads, and a plot.
     """
-    from pipeline.config.calibration import CALIBRATED
+    from pipeline.config.percentiles import CALIBRATED
     from pipeline.config.show import by_key, show
     from pipeline.engine.ray_plan import on_ray
     from pipeline.study.calibrate import SHOWN, write_plot

@@ -1,7 +1,6 @@
 """Checks that span sections: the filters and files they name exist, and their settings agree."""
 
 import os
-from collections import Counter
 from typing import Any
 
 from pipeline.config.build import check_known
@@ -34,11 +33,9 @@ def _check_chains(config: Config) -> None:
     for stage in ("extract", "refine"):
         key, names = f"{stage}.filters", getattr(config, stage).filters
         for name in names:
-            # the error is located where the list of filters is
-            origins = {name: config.origins.get(key, "")}
-            check_known(name, config.filters, f"filter (in {key})", origins)
-        if max(Counter(names).values(), default=0) > 1:
-            raise error_at(key, f" names a filter twice: {list(names)}", config.origins)
+            check_known(name, config.filters, f"filter (in {key})", at=key)
+        if len(set(names)) < len(names):
+            raise error_at(key, f" names a filter twice: {list(names)}")
     if twice := {*config.extract.filters} & {*config.refine.filters}:
         raise ConfigError(
             f"filter '{min(twice)}' is in extract.filters and in refine.filters; once is enough"
@@ -49,39 +46,39 @@ def _check_pack(config: Config) -> None:
     try:
         tokens.check_encoding(config.pack.encoding, config.pack.vocabulary_dir)
     except ValueError as error:
-        raise error_at("pack.encoding", f": {error}", config.origins) from error
+        raise error_at("pack.encoding", f": {error}") from error
     hashes = config.pack.hashes
     if len(set(hashes)) < len(hashes) or not mds.HASHES.keys() >= set(hashes):
         text = f" = {list(hashes)}: give unique names of {sorted(mds.HASHES)}"
-        raise error_at("pack.hashes", text, config.origins)
+        raise error_at("pack.hashes", text)
 
 
 def _check_dedup(config: Config) -> None:
-    dedup, origins = config.dedup, config.origins
+    dedup = config.dedup
     if absolute_path(config.run.directory) in map(absolute_path, dedup.against):
         text = " names run.directory: a batch cannot be compared with itself"
-        raise error_at("dedup.against", text, origins)
+        raise error_at("dedup.against", text)
     for field, off in (("verify_share", 0.0), ("line_level", "off")):
         if getattr(dedup, field) != off and not config.extract.keep_text:
             text = " needs the texts: set extract.keep_text = true"
-            raise error_at(f"dedup.{field}", text, origins)
+            raise error_at(f"dedup.{field}", text)
     if dedup.keep_rule == "newest" and config.input.format in ("jsonl", "parquet"):
         text = f" = 'newest': {config.input.format} inputs have no crawl date; use longest or first"
-        raise error_at("dedup.keep_rule", text, origins)
+        raise error_at("dedup.keep_rule", text)
     _, best, column = dedup.keep_rule.partition("best:")
     if best:
         scores = score_columns(config.chain(config.extract.filters))
         kind = f"score (in dedup.keep_rule = '{dedup.keep_rule}')"
-        check_known(column, [*scores, "num_chars", "language_score"], kind, origins)
+        check_known(column, [*scores, "num_chars", "language_score"], kind, at="dedup.keep_rule")
 
 
 def _check_files(config: Config) -> None:
     for key, path in files_of(config):
         if not is_local(path):
             text = f" = {path}: models and lists must have a local path on every worker"
-            raise error_at(key, text, config.origins)
+            raise error_at(key, text)
         if not os.path.exists(path):
-            raise error_at(key, f": no such file or folder: {path}", config.origins)
+            raise error_at(key, f": no such file or folder: {path}")
 
 
 def _check_sections(config: Config) -> None:
@@ -93,21 +90,19 @@ def _check_sections(config: Config) -> None:
         for language, filter in named.all():
             if language:
                 where = f"per_language.{language}.{name}"
-                _check_section(where, filter, (language,), config.origins)
+                _check_section(where, filter, (language,))
             elif others or not allowed:
-                _check_section(name, filter, others, config.origins)
-    _check_section("language", config.language, allowed, config.origins)
+                _check_section(name, filter, others)
+    _check_section("language", config.language, allowed)
     if config.refine.scrub_pii:
-        _check_section("pii", config.pii, allowed, config.origins)
+        _check_section("pii", config.pii, allowed)
     if config.ner.enabled:
-        _check_section("ner", config.ner, allowed, config.origins)
+        _check_section("ner", config.ner, allowed)
 
 
-def _check_section(
-    where: str, section: Any, languages: tuple[str, ...], origins: dict[str, str]
-) -> None:
+def _check_section(where: str, section: Any, languages: tuple[str, ...]) -> None:
     if hasattr(section, "check"):
         try:
             section.check(languages)
         except ValueError as error:
-            raise error_at(where, f": {error}", origins) from error
+            raise error_at(where, f": {error}") from error

@@ -4,15 +4,16 @@ that. Every key is checked before any work starts.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from filters import available, filter_class
 from pipeline.config.build import build, check_known
-from pipeline.config.calibration import check_calibration, read_calibration
 from pipeline.config.check import check
 from pipeline.config.languages import RawConfig, build_by_language, build_section
 from pipeline.config.paths import with_absolute_paths
+from pipeline.config.percentiles import check_calibration, read_calibration
 from pipeline.config.sections import SECTIONS, Config, RunConfig
-from pipeline.config.source import read_source
+from pipeline.config.source import located, read_source
 
 
 def load(
@@ -24,11 +25,16 @@ def load(
     bound nothing. ConfigError for the first problem.
     """
     sections, origins = read_source(file, overrides)
+    with located(origins):
+        return _build_config(sections, origins, calibrated=calibrated)
+
+
+def _build_config(sections: dict[str, Any], origins: dict[str, str], *, calibrated: bool) -> Config:
     per_language = sections.pop("per_language", {})
     classes = {**SECTIONS, **{name: filter_class(name) for name in available()}}
     for name in sections:
-        check_known(name, [*classes, "per_language"], "section or stage", origins)
-    run = build("run", RunConfig, sections.get("run", {}), origins)
+        check_known(name, [*classes, "per_language"], "section or stage")
+    run = build("run", RunConfig, sections.get("run", {}))
     raw = RawConfig(sections, per_language, origins, read_calibration(run, required=calibrated))
     built = {name: build_section(name, cls, raw) for name, cls in classes.items()}
     config = Config(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from filters import files
@@ -17,28 +18,24 @@ def absolute_path(path: str) -> str:
     return os.path.abspath(path.removeprefix("file://"))
 
 
-def check_survives_job(key: str, path: str, origins: dict[str, str]) -> None:
+def check_survives_job(key: str, path: str) -> None:
     """ConfigError for a path of outputs inside the working directory of a Ray job."""
     if _in_job_directory(absolute_path(path)):
         text = (
             f" = '{path}' lies in the job's working directory, which other nodes do not see and "
             "Ray removes with the job; write an absolute path that every node sees, or s3://..."
         )
-        raise error_at(key, text, origins)
+        raise error_at(key, text)
 
 
 def with_absolute_paths(config: Config) -> Config:
     """The configuration with all its paths absolute."""
-    run, dedup = config.run, config.dedup
-    check_survives_job("run.directory", run.directory, config.origins)
-    check_survives_job("run.catalog", run.catalog, config.origins)
-    directory, catalog = absolute_path(run.directory), absolute_path(run.catalog)
+    check_survives_job("run.directory", config.run.directory)
+    check_survives_job("run.catalog", config.run.catalog)
     sections = {name: _with_absolute_files(getattr(config, name)) for name in SECTIONS}
-    sections["run"] = dataclasses.replace(run, directory=directory, catalog=catalog)
-    inputs = tuple(map(_input_path, config.input.paths))
-    sections["input"] = dataclasses.replace(config.input, paths=inputs)
-    against = tuple(map(absolute_path, dedup.against))
-    sections["dedup"] = dataclasses.replace(dedup, against=against)
+    sections["run"] = replace_paths(config.run, ("directory", "catalog"))
+    sections["dedup"] = replace_paths(config.dedup, ("against",))
+    sections["input"] = replace_paths(config.input, ("paths",), _input_path)
     return dataclasses.replace(
         config,
         **sections,
@@ -46,6 +43,20 @@ def with_absolute_paths(config: Config) -> Config:
         per_language={
             name: {language: _with_absolute_files(f) for language, f in variants.items()}
             for name, variants in config.per_language.items()
+        },
+    )
+
+
+def replace_paths(
+    section: Any, fields: Iterable[str], absolute: Callable[[str], str] = absolute_path
+) -> Any:
+    """A section with absolute paths in some of its fields, each of one path or a tuple of them."""
+    paths = {name: getattr(section, name) for name in fields}
+    return dataclasses.replace(
+        section,
+        **{
+            name: tuple(map(absolute, value)) if isinstance(value, tuple) else absolute(value)
+            for name, value in paths.items()
         },
     )
 
@@ -66,11 +77,4 @@ def _in_job_directory(path: str) -> bool:
 
 
 def _with_absolute_files(section: Any) -> Any:
-    absolute = {
-        name: tuple(map(_input_path, paths))
-        if isinstance(getattr(section, name), tuple)
-        else _input_path(*paths)
-        for name, paths in files(section).items()
-        if paths
-    }
-    return dataclasses.replace(section, **absolute)
+    return replace_paths(section, files(section), _input_path)

@@ -9,11 +9,19 @@ cuts at the 30th and 60th of each language (arXiv:1911.00359, 5.1), DCLM keeps t
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.config.digests import measured_with, texts_made_with
+from pipeline.config.paths import absolute_path
+from pipeline.config.sections import Config, RunConfig
+from stages.formats.errors import ConfigError
+from stages.storage.files import read_bytes
+
+CALIBRATED = "of `gristmill calibrate`"  # ends the origin of a bound that is a percentile
 
 STEPS = 1000  # the table holds every tenth of a percent; between them it is interpolated
 ALL = ""  # the language of all documents together
@@ -103,21 +111,96 @@ def resolve(limits: Sequence[Any], score: str, language: str, table: Table | Non
         raise ValueError(
             f"the first percentile must be below the second, got {limits[0]} and {limits[1]}"
         )
-    numbers = []
-    for limit, percent, end, open_end in (
-        (limits[0], low, 0, -math.inf),
-        (limits[1], high, 100, math.inf),
-    ):
+
+    def number(limit: Any, percent: float | None, end: int, open_end: float) -> Any:
         if percent is None:
-            numbers.append(limit)
-        elif table is None or percent == end:
-            numbers.append(open_end)
-        else:
-            numbers.append(table.value(score, percent, language))
-    return numbers
+            return limit
+        if table is None or percent == end:
+            return open_end
+        return table.value(score, percent, language)
+
+    return [number(limits[0], low, 0, -math.inf), number(limits[1], high, 100, math.inf)]
 
 
 def _percent(limit: Any) -> float | None:
     """The percentage that "p60" names, None for anything else."""
     match = _PERCENTILE.fullmatch(limit) if isinstance(limit, str) else None
     return float(match[1]) if match and float(match[1]) <= 100 else None
+
+
+# --- the table of a run ---------------------------------------------------------------------------
+
+
+class Calibration(NamedTuple):
+    """A table of percentiles and where it lies; without one, percentiles are an error if
+    `required`, and bound nothing if not.
+    """
+
+    uri: str
+    table: Table | None
+    required: bool
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages that have percentiles of their own."""
+        return self.table.languages if self.table else []
+
+    def resolve(self, limits: Sequence[Any], score: str, language: str) -> list[Any]:
+        """As `resolve`. ValueError if the percentiles are wrong, or the table lacks them."""
+        if len(limits) != 2:
+            raise ValueError("give [low, high]")
+        if self.required and self.table is None:
+            raise ValueError(
+                "there is no table of percentiles: run `gristmill calibrate` with this config, "
+                f"which writes {self.uri}"
+            )
+        try:
+            return resolve(limits, score, language, self.table)
+        except LookupError as error:
+            raise ValueError(f"{self.uri} {error}") from None
+
+
+def read_calibration(run: RunConfig, *, required: bool) -> Calibration:
+    """The calibration of a run; without its table if there is none, or if not `required`."""
+    uri = absolute_path(run.calibration) or f"{absolute_path(run.directory)}/calibration.json"
+    table = None
+    try:
+        if required:
+            table = parse(read_bytes(uri))
+    except FileNotFoundError:
+        if run.calibration:
+            raise ConfigError(
+                f"run.calibration: no such file: {uri}; write it with `gristmill calibrate`"
+            ) from None
+    except ValueError as error:
+        raise ConfigError(f"{uri}: {error}") from None
+    return Calibration(uri, table, required)
+
+
+def check_calibration(
+    config: Config, calibration: Calibration, raw: Iterable[dict[str, Any]]
+) -> None:
+    """ConfigError if percentiles are used whose table was measured in another way.
+
+    `raw` are the sections as written, for all documents and for each language.
+    """
+    if calibration.table is None:
+        return
+    names = {
+        name
+        for sections in raw
+        for name, section in sections.items()
+        if isinstance(section, dict) and keys_with_percentiles(section)
+    }
+    made_with = calibration.table.made_with
+    for name in sorted(names & {"language", *config.extract.filters, *config.refine.filters}):
+        if made_with.get(name) != measured_with(config, name):
+            raise ConfigError(
+                f"{calibration.uri} was measured with other settings or another model of '{name}'; "
+                "run `gristmill calibrate` again"
+            )
+    if names and made_with.get("texts", texts := texts_made_with(config)) != texts:
+        raise ConfigError(
+            f"{calibration.uri} was measured on texts of another extract.engine (or its options) "
+            "or dedup.line_level; run `gristmill calibrate` again"
+        )

@@ -6,7 +6,8 @@ Every key's origin is kept ("c.toml:6" or "command line"), so that errors can na
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +33,29 @@ def read_source(file: str | Path | None, overrides: Sequence[str] = ()) -> Sourc
     return source
 
 
-def error_at(key: str, text: str, origins: dict[str, str]) -> ConfigError:
-    """A ConfigError that begins with the origin of `key`, if it has one: 'c.toml:6: KEY TEXT'."""
-    return ConfigError(f"{location(key, origins)}{key}{text}")
+class KeyProblem(ConfigError):
+    """A ConfigError about a key; `located` begins its message with the key's origin."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
-def location(key: str, origins: dict[str, str]) -> str:
+def error_at(key: str, text: str) -> KeyProblem:
+    """The usual form of a KeyProblem: 'KEY TEXT'."""
+    return KeyProblem(f"{key}{text}", key)
+
+
+@contextmanager
+def located(origins: dict[str, str]) -> Iterator[None]:
+    """Begin the message of a KeyProblem with the origin of its key, if it has one: 'c.toml:6: '."""
+    try:
+        yield
+    except KeyProblem as error:
+        raise ConfigError(f"{_location(error.key, origins)}{error}") from error
+
+
+def _location(key: str, origins: dict[str, str]) -> str:
     """Where a key was set, as the start of a message; "" if nowhere.
 
     If the key has no origin of its own, that of the first key under it, or of a section around it.

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from filters.suggest import did_you_mean
 from pipeline.config.build import build
-from pipeline.config.paths import absolute_path, check_survives_job
-from pipeline.config.source import error_at, read_source
+from pipeline.config.paths import check_survives_job, replace_paths
+from pipeline.config.source import error_at, located, read_source
 from trainer.config import PRESETS, TrainConfig
 
 
@@ -19,37 +19,40 @@ def load_training(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     absolute.
     """
     values, origins = read_source(file, overrides)
+    with located(origins):
+        return _build_config(values)
+
+
+def _build_config(values: dict[str, Any]) -> TrainConfig:
     model = values.get("model", {})
     if isinstance(model, dict) and "preset" in model:
         preset = model.pop("preset")
         if preset not in PRESETS:
             text = f" = {preset!r}: there is no such preset{did_you_mean(str(preset), PRESETS)}"
-            raise error_at("model.preset", text, origins)
+            raise error_at("model.preset", text)
         values["model"] = dataclasses.asdict(PRESETS[preset]) | model
-    config = cast(TrainConfig, build("", TrainConfig, values, origins))
-    check_survives_job("directory", config.directory, origins)
-    check_survives_job("checkpoint.folder", config.checkpoint.folder, origins)
+    config = cast(TrainConfig, build("", TrainConfig, values))
+    check_survives_job("directory", config.directory)
+    check_survives_job("checkpoint.folder", config.checkpoint.folder)
     config = _with_absolute_paths(config)
     runs = [source.run for source in config.data.sources]
     if twice := [run for run in runs if runs.count(run) > 1]:
         text = f" names {twice[0]} twice; set its weight instead"
-        raise error_at("data.sources", text, origins)
+        raise error_at("data.sources", text)
     return config
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers may run in another folder, and a source is known by its path."""
     replace = dataclasses.replace
-    sources = tuple(
-        replace(source, run=absolute_path(source.run)) for source in config.data.sources
-    )
-    cache_dir = absolute_path(config.data.cache_dir or f"{config.directory}/cache")
-    cloze = tuple(map(absolute_path, config.evaluation.cloze))
-    return replace(
+    sources = tuple(replace_paths(source, ["run"]) for source in config.data.sources)
+    cache_dir = config.data.cache_dir or f"{config.directory}/cache"
+    data = replace(config.data, sources=sources, cache_dir=cache_dir)
+    config = replace(
         config,
-        directory=absolute_path(config.directory),
-        data=replace(config.data, sources=sources, cache_dir=cache_dir),
-        checkpoint=replace(config.checkpoint, folder=absolute_path(config.checkpoint.folder)),
-        evaluation=replace(config.evaluation, cloze=cloze),
-        telemetry=replace(config.telemetry, feedback=absolute_path(config.telemetry.feedback)),
+        data=replace_paths(data, ["cache_dir"]),
+        checkpoint=replace_paths(config.checkpoint, ["folder"]),
+        evaluation=replace_paths(config.evaluation, ["cloze"]),
+        telemetry=replace_paths(config.telemetry, ["feedback"]),
     )
+    return cast(TrainConfig, replace_paths(config, ["directory"]))

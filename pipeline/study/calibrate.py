@@ -14,8 +14,8 @@ import numpy as np
 
 from filters import rules
 from pipeline.config import percentiles
-from pipeline.config.calibration import CALIBRATED
 from pipeline.config.digests import measured_with, selection_settings, texts_made_with
+from pipeline.config.percentiles import CALIBRATED
 from pipeline.config.sections import Config, general_key
 from pipeline.engine import units
 from pipeline.engine.lease import lease

@@ -20,8 +20,6 @@ from pipeline.run.state import read_state
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, names_in, open_fs, read_bytes, remove_tree
 
-_MATCHED_AGAINST = ("extract", "dedup")
-
 
 class Garbage(NamedTuple):
     """A folder or file that can be removed, its size, and the Unix time of its newest file (None:
@@ -67,20 +65,15 @@ def collect(
     return garbage
 
 
-def _stores(root: str) -> Iterator[tuple[str, str, str]]:
-    """Stage, key and URI of each store."""
-    for stage in STAGES:
-        for key in names_in(f"{root}/{stage}"):
-            yield stage, key, f"{root}/{stage}/{key}"
-
-
 def _superseded(root: str) -> Iterator[Garbage]:
     keys = {*read_state(root).keys.values(), *_index_keys(root)}
-    for _, key, uri in _stores(root):
-        if key in keys:
-            yield from _interrupted_writes(uri)
-        else:
-            yield _measure(uri, "superseded")
+    for stage in STAGES:
+        for key in names_in(f"{root}/{stage}"):
+            uri = f"{root}/{stage}/{key}"
+            if key in keys:
+                yield from _interrupted_writes(uri)
+            else:
+                yield _measure(uri, "superseded")
 
 
 def _scratch(root: str) -> Iterator[Garbage]:
@@ -108,10 +101,11 @@ def _index_keys(root: str) -> Iterator[str]:
 
 
 def _intermediate(root: str) -> Iterator[Garbage]:
-    keys = set(read_state(root).keys.values())
-    for stage, key, uri in _stores(root):
-        if stage not in _MATCHED_AGAINST and key in keys:
-            yield _measure(uri, "intermediate")
+    keys = read_state(root).keys.values()
+    for stage in ("refine", "pack"):
+        for key in names_in(f"{root}/{stage}"):
+            if key in keys:
+                yield _measure(f"{root}/{stage}/{key}", "intermediate")
 
 
 def _unpublished(root: str) -> Iterator[Garbage]:

@@ -139,7 +139,7 @@ def replay(run: RunFolder) -> None:
     Exit 1 where this version decides differently.
     """
     from pipeline.batches.batch import decisions as read_decisions
-    from pipeline.controller.replay import replay as decide_again
+    from pipeline.controller.decide import replay as decide_again
 
     lines = read_decisions(run)
     mismatches = decide_again(lines)

@@ -2,18 +2,23 @@
 that. Every key is checked before any work starts.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from filters import available, filter_class
 from pipeline.config.build import build, check_known
-from pipeline.config.check import check
+from pipeline.config.digests import files_of
 from pipeline.config.languages import RawConfig, build_by_language, build_section
-from pipeline.config.paths import with_absolute_paths
+from pipeline.config.paths import absolute_path, with_absolute_paths
 from pipeline.config.percentiles import check_calibration, read_calibration
 from pipeline.config.sections import SECTIONS, Config, RunConfig
-from pipeline.config.source import located, read_source
+from pipeline.config.source import error_at, located, read_source
+from stages.formats import mds, tokens
+from stages.formats.document import score_columns
+from stages.formats.errors import ConfigError
+from stages.storage.files import is_local
 
 
 def load(
@@ -43,7 +48,104 @@ def _build_config(sections: dict[str, Any], origins: dict[str, str], *, calibrat
         per_language=build_by_language(classes, built["language"].allowed, raw),
         origins=origins,
     )
-    check(config)
+    _check(config)
     config = with_absolute_paths(config)
     check_calibration(config, raw.calibration, [sections, *raw.per_language.values()])
     return config
+
+
+# --- checks that span sections --------------------------------------------------------------------
+
+
+def _check(config: Config) -> None:
+    """ConfigError for the first problem that one section alone cannot know of."""
+    if not config.run.directory:
+        raise ConfigError(
+            "run.directory is not set: name the directory of the run, e.g. run.directory=runs/first"
+        )
+    if not config.input.paths:
+        raise ConfigError("input.paths is empty: name files, globs, folders or listings to read")
+    _check_chains(config)
+    _check_pack(config)
+    _check_dedup(config)
+    _check_files(config)
+    _check_sections(config)
+
+
+def _check_chains(config: Config) -> None:
+    for stage in ("extract", "refine"):
+        key, names = f"{stage}.filters", getattr(config, stage).filters
+        for name in names:
+            check_known(name, config.filters, f"filter (in {key})", at=key)
+        if len(set(names)) < len(names):
+            raise error_at(key, f" names a filter twice: {list(names)}")
+    if twice := {*config.extract.filters} & {*config.refine.filters}:
+        raise ConfigError(
+            f"filter '{min(twice)}' is in extract.filters and in refine.filters; once is enough"
+        )
+
+
+def _check_pack(config: Config) -> None:
+    try:
+        tokens.check_encoding(config.pack.encoding, config.pack.vocabulary_dir)
+    except ValueError as error:
+        raise error_at("pack.encoding", f": {error}") from error
+    hashes = config.pack.hashes
+    if len(set(hashes)) < len(hashes) or not mds.HASHES.keys() >= set(hashes):
+        text = f" = {list(hashes)}: give unique names of {sorted(mds.HASHES)}"
+        raise error_at("pack.hashes", text)
+
+
+def _check_dedup(config: Config) -> None:
+    dedup = config.dedup
+    if absolute_path(config.run.directory) in map(absolute_path, dedup.against):
+        text = " names run.directory: a batch cannot be compared with itself"
+        raise error_at("dedup.against", text)
+    for field, off in (("verify_share", 0.0), ("line_level", "off")):
+        if getattr(dedup, field) != off and not config.extract.keep_text:
+            text = " needs the texts: set extract.keep_text = true"
+            raise error_at(f"dedup.{field}", text)
+    if dedup.keep_rule == "newest" and config.input.format in ("jsonl", "parquet"):
+        text = f" = 'newest': {config.input.format} inputs have no crawl date; use longest or first"
+        raise error_at("dedup.keep_rule", text)
+    _, best, column = dedup.keep_rule.partition("best:")
+    if best:
+        scores = score_columns(config.chain(config.extract.filters))
+        kind = f"score (in dedup.keep_rule = '{dedup.keep_rule}')"
+        check_known(column, [*scores, "num_chars", "language_score"], kind, at="dedup.keep_rule")
+
+
+def _check_files(config: Config) -> None:
+    for key, path in files_of(config):
+        if not is_local(path):
+            text = f" = {path}: models and lists must have a local path on every worker"
+            raise error_at(key, text)
+        if not os.path.exists(path):
+            raise error_at(key, f": no such file or folder: {path}")
+
+
+def _check_sections(config: Config) -> None:
+    """Run the sections' own checks of their models and lists for the languages they will see."""
+    allowed = config.language.allowed
+    for name in (*config.extract.filters, *config.refine.filters):
+        named = config.named(name)
+        others = tuple(language for language in allowed if language not in dict(named.by_language))
+        for language, filter in named.all():
+            if language:
+                where = f"per_language.{language}.{name}"
+                _check_section(where, filter, (language,))
+            elif others or not allowed:
+                _check_section(name, filter, others)
+    _check_section("language", config.language, allowed)
+    if config.refine.scrub_pii:
+        _check_section("pii", config.pii, allowed)
+    if config.ner.enabled:
+        _check_section("ner", config.ner, allowed)
+
+
+def _check_section(where: str, section: Any, languages: tuple[str, ...]) -> None:
+    if hasattr(section, "check"):
+        try:
+            section.check(languages)
+        except ValueError as error:
+            raise error_at(where, f": {error}") from error

@@ -21,8 +21,9 @@ the share of its tokens that it took from this one counts. Feedback does not say
 reads only some generations: it seems to have the others before it.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -34,7 +35,9 @@ from pipeline.controller.records import (
     Need,
     PlanState,
     Production,
+    Record,
     State,
+    from_json,
 )
 from trainer.telemetry import feedback
 
@@ -60,8 +63,7 @@ def decide(inputs: Inputs, policy: Policy) -> Decision:
         for t in inputs.trainers
         if t.trainer in demand.live and (need := _need(t, rates, context))
     }
-    state = _state(needs, inputs.trainers)
-    plan, why = _plan(state, needs, context)
+    state, plan, why = _plan(needs, context)
     if plan > inputs.inputs_left:
         why.append(f"the listing has only {inputs.inputs_left} inputs left")
     # a skipped batch leaves the plan, for the next decision to start from
@@ -181,7 +183,8 @@ def _order(rate: float, position: float, budget: int | None, context: _Context) 
     Each step rises, or stays, with the rate and falls, or stays, with the position; so does the
     maximum over trainers.
     """
-    policy, base, tokens_per_input = context.policy, context.base, context.production[0]
+    policy, base = context.policy, context.base
+    tokens_per_input = context.production.tokens_per_input
     need = rate * (policy.horizon_hours * HOUR + context.lead) - position
     if base is not None and tokens_per_input is not None:
         band, plan = rate * policy.dead_band * policy.horizon_hours * HOUR, base * tokens_per_input
@@ -196,56 +199,47 @@ def _order(rate: float, position: float, budget: int | None, context: _Context) 
 # --- the decision ---------------------------------------------------------------------------------
 
 
-def _state(needs: Mapping[str, Need], trainers: Sequence[feedback.Summary]) -> State:
-    live = list(needs.values())
-    if live:
-        finishing = all(n.covered for n in live)
+def _plan(needs: Mapping[str, Need], context: _Context) -> tuple[State, int, list[str]]:
+    """The state, inputs (however many the listing has left), and the reasons."""
+    policy, tokens_per_input = context.policy, context.production.tokens_per_input
+    trainers, before = context.inputs.trainers, context.inputs.before.plan
+    if needs:
+        finishing = all(need.covered for need in needs.values())
     else:
         finishing = bool(trainers) and all(t.report.budget == 0 for t in trainers)
     if finishing:
-        return "FINISHING"
-    if any(n.short for n in live):
-        return "STARVED"
-    orders = _orders(needs)
+        return "FINISHING", 0, ["the unread tokens cover all that trainers may still read"]
+    short = any(need.short for need in needs.values())
+    orders = [need.tokens for need in needs.values() if need.tokens is not None]
     if not orders:
-        return "BLIND"
-    return "GLUT" if max(orders) <= 0 else "BALANCED"
-
-
-def _orders(needs: Mapping[str, Need]) -> list[float]:
-    return [n.tokens for n in needs.values() if n.tokens is not None]
-
-
-def _plan(state: State, needs: Mapping[str, Need], context: _Context) -> tuple[int, list[str]]:
-    """Inputs, however many the listing has left, and the reasons."""
-    policy, tokens_per_input = context.policy, context.production.tokens_per_input
-    if state == "FINISHING":
-        return 0, ["the unread tokens cover all that trainers may still read"]
-    orders = _orders(needs)
-    if not orders:
-        return _without_order(context, live=bool(needs), why="no live trainer reports its speed")
+        why = "no live trainer reports its speed"
+        return "STARVED" if short else "BLIND", *_without_order(
+            context, context.base if needs else before, why
+        )
     order = max(orders)
     if order <= 0:
-        return 0, ["tokens unread or in production exceed the need and the dead band"]
+        reason = "tokens unread or in production exceed the need and the dead band"
+        return "STARVED" if short else "GLUT", 0, [reason]
+    state: State = "STARVED" if short else "BALANCED"
     if tokens_per_input is None:
         why = "most batches yielded nothing, or there is none"
-        return _without_order(context, live=True, why=why)
+        return state, *_without_order(context, context.base, why)
     exact = order / tokens_per_input
     # rounded first: an unchanged plan, times the yield and divided by it, may exceed itself in the
     # last bit
     plan = max(policy.min_inputs, math.ceil(round(min(exact, policy.max_inputs), 6)))
     after = f"dead band and slew from {context.base}" if context.base else "no plan before it"
-    return plan, [
+    reason = (
         f"{order:,.0f} tokens / {tokens_per_input:,.0f} per input = {exact:,.1f} inputs ({after}), "
         f"within [{policy.min_inputs}, {policy.max_inputs}]: {plan}"
-    ]
+    )
+    return state, plan, [reason]
 
 
-def _without_order(context: _Context, *, live: bool, why: str) -> tuple[int, list[str]]:
+def _without_order(context: _Context, last: int | None, why: str) -> tuple[int, list[str]]:
     """Without feedback, or without a yield to divide by: the last plan, else the static one."""
-    inputs, policy = context.inputs, context.policy
+    inputs, policy, source = context.inputs, context.policy, "the last plan stays"
     # the 0 of trainers that finished stays until another one comes
-    last, source = context.base if live else inputs.before.plan, "the last plan stays"
     if last is None or not (inputs.trainers or inputs.before.seen):
         last, source = policy.static_inputs, "and there is no plan to keep"
     plan = 0 if last == 0 else min(max(policy.min_inputs, last), policy.max_inputs)
@@ -254,39 +248,66 @@ def _without_order(context: _Context, *, live: bool, why: str) -> tuple[int, lis
 
 def _trainer_reasons(
     needs: Mapping[str, Need], demand: feedback.Demand, context: _Context
-) -> list[str]:
+) -> Iterator[str]:
     """What is known of each trainer."""
-    reasons = [f"{name} is stale: it has not reported for too long" for name in demand.stale]
-    reasons += [
-        f"{name} takes no more of this series: it is done, or reads others"
-        for name in demand.live
-        if name not in needs
-    ]
+    for name in demand.stale:
+        yield f"{name} is stale: it has not reported for too long"
+    for name in demand.live:
+        if name not in needs:
+            yield f"{name} takes no more of this series: it is done, or reads others"
     for name, need in needs.items():
-        reasons += _need_reasons(name, need, context)
-    return reasons
+        yield from _need_reasons(name, need, context)
 
 
-def _need_reasons(name: str, need: Need, context: _Context) -> list[str]:
+def _need_reasons(name: str, need: Need, context: _Context) -> Iterator[str]:
     policy, production, rate = context.policy, context.production, need.tokens_per_second
-    horizon, lead, reasons = policy.horizon_hours, context.lead / HOUR, []
+    horizon, lead = policy.horizon_hours, context.lead / HOUR
     if rate is not None:
         budget = "" if need.budget is None else f", budget {need.budget:,}"
-        reasons.append(
+        yield (
             f"{name}: {rate:,.0f} tokens/s x ({horizon:g} h horizon + {lead:,.1f} h batch) = "
             f"{rate * (horizon + lead) * HOUR:,.0f} tokens; {need.unread:,} unread, "
             f"{production.pending:,.0f} in production{budget}"
         )
         if rate * production.seconds_per_input > (production.tokens_per_input or 0.0):
-            reasons.append(
+            yield (
                 f"{name} reads faster than batches are made: larger batches do not help, more "
                 "workers may"
             )
     if need.short:
-        reasons.append(f"{name} is short: it has less than {policy.starved_hours:g} h to read")
+        yield f"{name} is short: it has less than {policy.starved_hours:g} h to read"
     if need.stalled:
-        reasons.append(
+        yield (
             f"{name} waits for data with {need.unread:,} tokens to read: its loader is too slow, "
             "not the supply"
         )
-    return reasons
+
+
+# --- replay ---------------------------------------------------------------------------------------
+
+
+class Mismatch(NamedTuple):
+    """A line, counted from 1, that cannot be read or that this version decides differently."""
+
+    line: int
+    what: str
+
+
+def replay(lines: Iterable[bytes]) -> list[Mismatch]:
+    """Decide each Record again and compare all figures; the wording of reasons may differ."""
+    mismatches = []
+    names = [field.name for field in dataclasses.fields(Decision) if field.name != "reasons"]
+    for number, line in enumerate(lines, 1):
+        try:
+            record = from_json(Record, line)
+            again = decide(record.inputs, record.policy)
+        # arithmetic fails on numbers that only a broken line has
+        except (ValueError, ArithmeticError) as error:
+            what = f"cannot be read: {' '.join(str(error).split())[:200]}"
+            mismatches.append(Mismatch(number, what))
+            continue
+        for name in names:
+            before, now = getattr(record.decision, name), getattr(again, name)
+            if before != now:
+                mismatches.append(Mismatch(number, f"{name} was {before!r}, is {now!r}"))
+    return mismatches

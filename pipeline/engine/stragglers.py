@@ -49,7 +49,7 @@ class _Copies:
         if copy is not None:
             _end_copy(copy)
             commit = commit_for(unit, work.store)
-            outcome = UnitOutcome(unit.name, commit, None) if commit else outcome
+            outcome = UnitOutcome(unit.name, commit) if commit else outcome
         if outcome.commit is not None:
             self.rates.append(outcome.commit.seconds / max(1, unit.bytes))
         return outcome

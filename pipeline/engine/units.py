@@ -41,7 +41,7 @@ class UnitOutcome(NamedTuple):
 
     unit: str
     commit: Commit | None
-    error: str | None
+    error: str | None = None
 
 
 class PhaseWork(NamedTuple):
@@ -93,15 +93,15 @@ def run_unit(unit: Unit, work: PhaseWork) -> UnitOutcome:
         before = work.store.commit_of(unit.name)
         if before is not None and before.fingerprint == unit.fingerprint:
             # Ray retries a task of many units from its first one
-            return UnitOutcome(unit.name, before, None)
+            return UnitOutcome(unit.name, before)
         if before is not None:
             # before its outputs are replaced: a commit must never vouch for other bytes
             work.store.withdraw(unit.name)
         _count_attempt(unit, work)
-        return UnitOutcome(unit.name, do_unit(unit, work), None)
+        return UnitOutcome(unit.name, do_unit(unit, work))
     except Exception as error:  # a unit that cannot be done must not take the others with it
         if commit := commit_for(unit, work.store):
-            return UnitOutcome(unit.name, commit, None)
+            return UnitOutcome(unit.name, commit)
         return _record_failure(unit, work, error)
 
 

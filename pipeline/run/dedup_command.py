@@ -4,7 +4,7 @@ result.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +26,14 @@ from stages.storage.parts import read_columns
 
 FORMATS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
 _ALONE = (
-    *("extract.filters=[]", "language.identify=false", "language.allowed=[]", "language.score=off"),
-    *(
-        "extract.gate.enabled=false",
-        "opt_out.reject=false",
-        "extract.max_text_chars=1_000_000_000",
-        "extract.keep_text=false",
-    ),
+    "extract.filters=[]",
+    "language.identify=false",
+    "language.allowed=[]",
+    "language.score=off",
+    "extract.gate.enabled=false",
+    "opt_out.reject=false",
+    "extract.max_text_chars=1_000_000_000",
+    "extract.keep_text=false",
 )
 
 
@@ -131,7 +132,8 @@ def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Resu
         _write(temporary, root, commits, state)
     rows: Counter[str] = Counter()
     for commit in commits["extract"]:
-        rows.update({rule: count for rule, count in commit.counts.items() if rule != "kept"})
+        rows.update(commit.counts)
+    del rows["kept"]  # dedup counts these
     for commit in commits["dedup keep"]:
         rows.update(commit.counts)
     clusters = sum(
@@ -146,53 +148,48 @@ def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Resu
 
 def _write(path: Path, root: str, commits: dict[str, list[Commit]], state: RunState) -> None:
     documents, kept = (store_of(root, state, phase) for phase in ("extract", "dedup keep"))
-    parts = [(c.unit, documents.uri(c.output().path)) for c in commits["extract"]]
-    found = [
-        ("cluster_id", pa.uint64()),
-        ("cluster_size", pa.int64()),
-        ("keep", pa.bool_()),
-        ("rule", pa.string()),
-    ]
-    place = [("path", pa.string()), ("row", pa.int64())]
+    uris = {c.unit: documents.uri(c.output().path) for c in commits["extract"]}
     schema = pa.schema(
-        [("id", _id_type(commits["extract"], [uri for _, uri in parts])), *found, *place]
+        {
+            "id": _id_type(commits["extract"], uris.values()),
+            "cluster_id": pa.uint64(),
+            "cluster_size": pa.int64(),
+            "keep": pa.bool_(),
+            "rule": pa.string(),
+            "path": pa.string(),
+            "row": pa.int64(),
+        }
     )
+    columns = ["doc_id", "source_id", "warc_file", "warc_offset", "rejected_by"]
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for unit, uri in parts:
-            rows = read_columns(
-                uri, ["doc_id", "source_id", "warc_file", "warc_offset", "rejected_by"]
-            )
-            keep = read_columns(
-                kept.uri("keep", f"{unit}.parquet"),
-                ["doc_id", "cluster_id", "cluster_size", "keep", "rule"],
-            )
-            writer.write_table(_joined(rows, keep, schema))
+        for unit, uri in uris.items():
+            keep = read_columns(kept.uri("keep", f"{unit}.parquet"), ["doc_id", *schema.names[1:5]])
+            writer.write_table(_joined(read_columns(uri, columns), keep, schema))
 
 
 def _joined(rows: pa.Table, keep: pa.Table, schema: pa.Schema) -> pa.Table:
     """Rows of an input with their keep rows, if they have any; both are in order of doc_id."""
-    indices = pc.index_in(rows["doc_id"], value_set=keep["doc_id"].combine_chunks())
-    verdicts = keep.take(indices)
-    columns = {
-        "id": rows["source_id"].cast(schema.field("id").type),
-        "cluster_id": verdicts["cluster_id"],
-        "cluster_size": verdicts["cluster_size"],
-        "keep": pc.fill_null(verdicts["keep"], False),
-        "rule": pc.coalesce(rows["rejected_by"], verdicts["rule"]),
-        "path": rows["warc_file"],
-        "row": rows["warc_offset"],
-    }
+    verdicts = keep.take(pc.index_in(rows["doc_id"], value_set=keep["doc_id"].combine_chunks()))
+    columns = [
+        rows["source_id"].cast(schema.field("id").type),
+        verdicts["cluster_id"],
+        verdicts["cluster_size"],
+        pc.fill_null(verdicts["keep"], False),
+        pc.coalesce(rows["rejected_by"], verdicts["rule"]),
+        rows["warc_file"],
+        rows["warc_offset"],
+    ]
     return pa.table(columns, schema=schema)
 
 
-def _id_type(extracted: Sequence[Commit], uris: Sequence[str]) -> pa.DataType:
+def _id_type(extracted: Sequence[Commit], uris: Iterable[str]) -> pa.DataType:
     """The ids' type: integers stay integers of the inputs' type, so that tables can be joined."""
     types = {commit.result.id_type or "string" for commit in extracted}
-    found = pa.type_for_alias(types.pop()) if len(types) == 1 else pa.string()
-    if not pa.types.is_integer(found):
+    id_type = pa.type_for_alias(types.pop()) if len(types) == 1 else pa.string()
+    if not pa.types.is_integer(id_type):
         return pa.string()
     ids = (read_columns(uri, ["source_id"])["source_id"] for uri in uris)
-    return found if all(_are_integers(column, found) for column in ids) else pa.string()
+    return id_type if all(_are_integers(column, id_type) for column in ids) else pa.string()
 
 
 def _are_integers(ids: pa.ChunkedArray, of: pa.DataType) -> bool:

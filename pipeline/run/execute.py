@@ -108,7 +108,7 @@ class Run:
         """Let later batches deduplicate against this one, if it has an index."""
         phase = self.phases["dedup index"]
         if phase.units:
-            documents, kept = (self.store(name).root for name in ("extract", "dedup keep"))
+            documents, kept = self.store("extract").root, self.store("dedup keep").root
             index = Index(phase.store.root, documents, kept, tuple(phase.ordered()))
             dedup_plan.publish_index(self.root, index)
 
@@ -141,7 +141,7 @@ def plan(config: Config, *, only: str | None, first: str | None) -> list[Phase]:
     return [
         phase
         for name, phase in run.phases.items()
-        if _is_reached(SPECS[name], only or first) and only in (None, SPECS[name].stage)
+        if SPECS[name].stage in _stages(only or first, only)
     ]
 
 
@@ -166,10 +166,11 @@ def execute(
         state = run.state().at_work(stage="extract", generation=None, last=asked)
         write_state(run.root, state)
         failed: dict[str, list[str]] = {}
-        specs = [s for s in PHASES if last is None or STAGES.index(s.stage) <= STAGES.index(last)]
-        for spec in specs:
+        for spec in PHASES:
+            if spec.stage not in _stages(None, last):
+                break
             phase = run.list_phase(spec, inputs)
-            if not _is_reached(spec, first):
+            if spec.stage not in _stages(first, last):
                 _require_done(phase, spec, config)
                 continue
             write_state(run.root, state.at_work(stage=spec.name))
@@ -191,8 +192,9 @@ def execute(
         return Outcome(failed, published)
 
 
-def _is_reached(spec: PhaseSpec, first: str | None) -> bool:
-    return first is None or STAGES.index(spec.stage) >= STAGES.index(first)
+def _stages(first: str | None, last: str | None) -> tuple[str, ...]:
+    """The stages from `first` to `last`, by default from the start or to the end."""
+    return STAGES[STAGES.index(first or "extract") : STAGES.index(last or "pack") + 1]
 
 
 def _require_done(phase: Phase, spec: PhaseSpec, config: Config) -> None:

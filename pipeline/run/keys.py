@@ -8,7 +8,7 @@ from filters import rules, settings
 from pipeline.config.digests import file_digests
 from pipeline.config.sections import Config, section_of
 from pipeline.run.phase import Index
-from pipeline.run.plans import extract_plan
+from pipeline.run.phases import extract_plan
 from stages.dedup.config import VERSION as DEDUP_VERSION
 from stages.extract import extract
 from stages.pack import pack

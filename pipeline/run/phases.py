@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 from pipeline.config.sections import Config
 from pipeline.engine.units import Resources, Work
-from pipeline.run import dedup_plan, plans
+from pipeline.run import dedup_plan
 from pipeline.run.phase import PhasePlan, PlanContext
 from stages.dedup import cluster, keep, keys, lines, match
 from stages.extract import extract
 from stages.pack import pack
 from stages.refine import ner, refine
-from stages.storage.ledger import Store
+from stages.storage.digests import digest
+from stages.storage.ledger import Store, Unit
 
 Stage = Literal["extract", "dedup", "refine", "pack"]
 STAGES: tuple[Stage, ...] = ("extract", "dedup", "refine", "pack")
@@ -24,7 +25,7 @@ class PhaseSpec:
 
     `name` is the stage, and the part of it where a stage has several phases. `plan` makes what each
     worker is given of the configuration. `result` is the type of the commits' results. `key` names
-    the stage key of the phase's folder, the stage's own by default. `unit` says what one unit is.
+    the stage key of the phase's folder, the stage's own by default.
     """
 
     name: str
@@ -33,14 +34,13 @@ class PhaseSpec:
     plan: Callable[[Config], Any]
     result: type | None = None
     key: str = ""
-    unit: Literal["input", "group", "partition", "graph", "corpus group"] = "group"
+    # a unit is an input. Some may fail, up to run.max_failed_share: a missing part of documents or
+    # corpus is a known loss, but missing edges would let duplicates through unseen
+    by_input: bool = False
     # absent from most runs
     optional: bool = False
     # its counts are the stage's rows in the funnel
     in_funnel: bool = False
-    # failed units are bearable, up to run.max_failed_share: a missing part of documents or corpus
-    # is a known loss, but missing edges would let duplicates through unseen
-    may_fail: bool = False
     # its units are listed again after each round, until none is new
     in_rounds: bool = False
     # outputs are named by input and not by unit, so that another unit's may take their place
@@ -55,7 +55,7 @@ class PhaseSpec:
 
     def max_failed_share(self, config: Config) -> float:
         """The share of the phase's units that may fail."""
-        return config.run.max_failed_share if self.may_fail else 0.0
+        return config.run.max_failed_share if self.by_input else 0.0
 
     def resources(self, config: Config) -> Resources:
         """What a worker needs, by the stage's section of the configuration."""
@@ -73,6 +73,104 @@ class PhaseSpec:
         return Store(self.folder(root, stage_keys), self.result)
 
 
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def extract_plan(config: Config) -> extract.ExtractPlan:
+    return extract.ExtractPlan(
+        config=config.extract,
+        input=config.input,
+        fetch=config.fetch,
+        url_policy=config.url_policy,
+        opt_out=config.opt_out,
+        language=config.named("language"),
+        filters=config.chain(config.extract.filters),
+        signature=config.dedup.signature,
+        seed=config.run.seed,
+    )
+
+
+def refine_plan(config: Config) -> refine.RefinePlan:
+    filters = config.chain(config.refine.filters)
+    return refine.RefinePlan(
+        config.refine, filters, config.pii, config.run.seed, config.dedup.line_level
+    )
+
+
+# --- units ----------------------------------------------------------------------------------------
+
+
+def extract_units(context: PlanContext) -> PhasePlan:
+    """One unit per input, in order of numbers: ids ascend from unit to unit."""
+    stores = context.reusable_stores
+    return PhasePlan(
+        [
+            Unit(
+                i.unit, i.fingerprint, extract.ExtractTask(i.path, i.ordinal, stores), i.bytes or 0
+            )
+            for i in sorted(context.inputs)
+        ]
+    )
+
+
+def refine_units(context: PlanContext) -> PhasePlan:
+    """One unit per documents part that dedup has decided on."""
+    before = context.before
+    keep, cuts = before["dedup keep"], before["dedup cuts"]
+    keep_tables, cut_tables = keep.outputs(), cuts.outputs()
+    units = []
+    for part, commit in before["extract"].parts():
+        decided = keep_tables.get(f"keep/{part.unit}.parquet")
+        if decided is None:
+            continue
+        cut = cut_tables.get(f"cuts/{part.unit}.parquet")
+        task = refine.RefineTask(
+            part.uri, keep.store.uri(decided.path), cuts.store.uri(cut.path) if cut else None
+        )
+        identity = digest([commit.digest, decided.sha256, cut.sha256 if cut else None])
+        units.append(Unit(part.unit, identity, task, commit.output().bytes))
+    return PhasePlan(units)
+
+
+def ner_units(context: PlanContext) -> PhasePlan:
+    """One unit per corpus part of refine, if there is entity recognition at all."""
+    if not context.config.ner.enabled:
+        return PhasePlan()
+    refined = context.before["refine"]
+    outputs = [(c.unit, c.output("corpus")) for c in refined.ordered()]
+    return PhasePlan(
+        [
+            Unit(name, o.sha256, ner.NerTask(refined.store.uri(o.path)), o.bytes)
+            for name, o in outputs
+        ]
+    )
+
+
+def pack_units(context: PlanContext) -> PhasePlan:
+    """One unit per group of corpus parts, drawn by the run's seed."""
+    config = context.config
+    source = context.before["refine ner" if config.ner.enabled else "refine"]
+    outputs = [(c.unit, c.output("corpus")) for c in source.ordered() if c.rows_out]
+    parts = [
+        pack.CorpusPart(unit, source.store.uri(o.path), o.bytes, o.sha256) for unit, o in outputs
+    ]
+    groups = pack.group_parts(parts, group_bytes=config.pack.group_bytes, seed=config.run.seed)
+    return PhasePlan(
+        [
+            Unit(
+                f"{number:05d}",
+                digest([part.digest for part in group]),
+                pack.PackTask(tuple(group)),
+                sum(part.bytes for part in group),
+            )
+            for number, group in enumerate(groups)
+        ]
+    )
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
 def _dedup(
     name: str, work: Work, list_units: Callable[[PlanContext], PhasePlan], **fields: Any
 ) -> PhaseSpec:
@@ -84,12 +182,11 @@ PHASES: tuple[PhaseSpec, ...] = (
     PhaseSpec(
         "extract",
         extract.extract_unit,
-        plans.extract_units,
-        plans.extract_plan,
+        extract_units,
+        extract_plan,
         extract.ExtractResult,
-        unit="input",
+        by_input=True,
         in_funnel=True,
-        may_fail=True,
     ),
     # the graph of copies does not depend on which copy stays: its key has no keep rule
     _dedup("sort", keys.sort_unit, dedup_plan.sort_units, result=keys.KeysResult, key="graph"),
@@ -99,25 +196,22 @@ PHASES: tuple[PhaseSpec, ...] = (
         dedup_plan.match_units,
         result=match.MatchResult,
         key="graph",
-        unit="partition",
     ),
     _dedup(
         "star",
         cluster.star_unit,
         dedup_plan.star_units,
         key="graph",
-        unit="partition",
         optional=True,
         in_rounds=True,
     ),
-    _dedup("cluster", cluster.cluster_unit, dedup_plan.cluster_units, key="graph", unit="graph"),
+    _dedup("cluster", cluster.cluster_unit, dedup_plan.cluster_units, key="graph"),
     _dedup("rank", keep.rank_unit, dedup_plan.rank_units),
     _dedup(
         "elect",
         keep.elect_unit,
         dedup_plan.elect_units,
         result=keep.ElectResult,
-        unit="partition",
     ),
     _dedup(
         "keep",
@@ -132,13 +226,10 @@ PHASES: tuple[PhaseSpec, ...] = (
         keep.alarm_unit,
         dedup_plan.alarm_units,
         result=keep.AlarmResult,
-        unit="partition",
     ),
     _dedup("index", keys.index_unit, dedup_plan.index_units, result=keys.KeysResult, optional=True),
     _dedup("lines", lines.lines_unit, dedup_plan.lines_units, optional=True),
-    _dedup(
-        "repeats", lines.repeats_unit, dedup_plan.repeats_units, unit="partition", optional=True
-    ),
+    _dedup("repeats", lines.repeats_unit, dedup_plan.repeats_units, optional=True),
     _dedup(
         "cuts",
         lines.cuts_unit,
@@ -150,32 +241,29 @@ PHASES: tuple[PhaseSpec, ...] = (
     PhaseSpec(
         "refine",
         refine.refine_unit,
-        plans.refine_units,
-        plans.refine_plan,
+        refine_units,
+        refine_plan,
         refine.RefineResult,
-        unit="input",
+        by_input=True,
         in_funnel=True,
-        may_fail=True,
     ),
     PhaseSpec(
         "refine ner",
         ner.ner_unit,
-        plans.ner_units,
-        plans.ner_plan,
+        ner_units,
+        lambda config: ner.NerPlan(config.ner),
         ner.NerResult,
         key="ner",
-        unit="input",
+        by_input=True,
         optional=True,
-        may_fail=True,
         actors=True,
     ),
     PhaseSpec(
         "pack",
         pack.pack_unit,
-        plans.pack_units,
-        plans.pack_plan,
+        pack_units,
+        lambda config: pack.PackPlan(config.pack, config.run.seed),
         pack.PackResult,
-        unit="corpus group",
         in_funnel=True,
     ),
 )

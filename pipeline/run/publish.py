@@ -124,13 +124,11 @@ def _building_folder(run: str, name: str) -> Iterator[Path]:
             yield folder
         return
     root = local_path(run) / "generations"
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".building-*"):
-        shutil.rmtree(leftover)
     # a crash between the rename and the catalog's line leaves an unlisted folder of the next name
-    shutil.rmtree(root / name, ignore_errors=True)
+    for leftover in (*root.glob(".building-*"), root / name):
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = root / f".building-{name}"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:
@@ -232,13 +230,10 @@ def _merge_provenance(folder: Path, tables: Iterable[pa.Table], rows: Sequence[i
 
 
 def _link_or_download(uri: str, target: Path) -> None:
-    if is_local(uri):
-        try:
-            os.link(local_path(uri), target)  # same disk: no second copy of the data
-            return
-        except OSError:
-            pass
-    download(uri, target)
+    try:
+        os.link(local_path(uri), target)  # same disk: no second copy of the data
+    except OSError:
+        download(uri, target)
 
 
 def _move_folder(folder: Path, uri: str) -> None:

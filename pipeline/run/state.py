@@ -12,9 +12,9 @@ import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from stages.storage.files import exists, read_bytes, write_atomically
@@ -23,11 +23,19 @@ VERSION = 2  # 1 stored the settings as TOML text
 _HISTORY = 100  # invocations that are kept
 
 
+def _from_json(value: Any) -> Any:
+    """A setting, with the infinities that strict JSON writes as strings."""
+    if isinstance(value, list):
+        return [_from_json(v) for v in value]
+    # "inf" was written before "Infinity"
+    return float(value) if value in ("Infinity", "-Infinity", "inf", "-inf") else value
+
+
 @dataclass(frozen=True)
 class Setting:
     """A value of the configuration (None for "off"), and where it came from."""
 
-    value: Any
+    value: Annotated[Any, BeforeValidator(_from_json)]
     origin: str
 
 
@@ -104,14 +112,22 @@ class RunState:
 
 
 def read_state(root: str) -> RunState:
-    """The run.json of a run directory. FileNotFoundError with advice if it is none."""
+    """The run.json of a run directory. FileNotFoundError with advice if it is none.
+
+    ValueError names the file if it is of another version.
+    """
     uri = f"{root.rstrip('/')}/run.json"
     try:
-        return decode_state(json.loads(read_bytes(uri)), uri)
+        record = json.loads(read_bytes(uri))
+        if record.get("version", 1) == 1:
+            record |= _from_version_1(record)
+        return _STATE.validate_python(record)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{root} is not a run directory (it has no run.json); give the config's run.directory"
         ) from None
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ValueError(f"{uri} is not a run.json of this version: {error}") from error
 
 
 def state_or_new(root: str) -> RunState:
@@ -124,22 +140,6 @@ def write_state(root: str, state: RunState) -> None:
     record = dataclasses.asdict(state) | {"version": VERSION}
     # strict JSON has no word for infinity
     write_atomically(f"{root}/run.json", to_json(record, indent=1, inf_nan_mode="strings"))
-
-
-def decode_state(record: Mapping[str, Any], uri: str) -> RunState:
-    """A RunState from JSON; ValueError names the file if it is not one."""
-    known = {f.name for f in dataclasses.fields(RunState)}
-    fields = {name: value for name, value in record.items() if name in known}
-    try:
-        if record.get("version", 1) == 1:
-            fields |= _from_version_1(record)
-        fields["config"] = {
-            key: Setting(_from_json(entry["value"]), entry["origin"])
-            for key, entry in fields["config"].items()
-        }
-        return _STATE.validate_python(fields)
-    except (KeyError, TypeError, ValidationError) as error:
-        raise ValueError(f"{uri} is not a run.json of this version: {error}") from error
 
 
 _STATE: TypeAdapter[RunState] = TypeAdapter(RunState)
@@ -164,10 +164,3 @@ def _from_version_1(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_ner_key(keys: Mapping[str, str]) -> dict[str, str]:
     return {"ner" if name == "names" else name: key for name, key in keys.items()}
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_from_json(v) for v in value]
-    # "inf" was written before "Infinity"
-    return float(value) if value in ("Infinity", "-Infinity", "inf", "-inf") else value

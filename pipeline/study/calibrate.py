@@ -24,8 +24,7 @@ from pipeline.report.page import write_page
 from pipeline.run import query
 from pipeline.run.execute import Progress, Run, execute, plan, run_phase
 from pipeline.run.phase import Phase
-from pipeline.run.phases import PHASES, SPECS
-from pipeline.run.plans import refine_plan
+from pipeline.run.phases import PHASES, SPECS, refine_plan
 from stages.formats.document import score_columns
 from stages.refine import refine
 from stages.storage.digests import digest

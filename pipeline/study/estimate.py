@@ -346,7 +346,7 @@ def _by_input(phase: str, amount: Callable[[Commit], float], measured: _Measured
 
 def _is_by_input(phase: str) -> bool:
     """Whether a unit of the phase is an input."""
-    return SPECS[phase].unit == "input"
+    return SPECS[phase].by_input
 
 
 def _whole_units(phase: str, measured: _Measured) -> int:

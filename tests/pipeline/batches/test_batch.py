@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.batches import batch as batching
 from pipeline.batches.batch import batches, decisions
+from pipeline.controller.decide import replay
 from pipeline.controller.records import Record, from_json
-from pipeline.controller.replay import replay
 from pipeline.engine.lease import Held, lease
 from pipeline.inspect.verify import verify_path
 from pipeline.run import execute, publish

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.batches.batch import decisions
+from pipeline.controller.decide import replay
 from pipeline.controller.records import Record, from_json
-from pipeline.controller.replay import replay
 from pipeline.report import series
 from stages.storage.catalog import read_catalog
 from tests.support.live_training import LIVE_TRAINING, step_records

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.controller.decide import HOUR, decide
+from pipeline.controller.decide import HOUR, decide, replay
 from pipeline.controller.policy import Policy
 from pipeline.controller.records import (
     Batch,
@@ -24,7 +24,6 @@ from pipeline.controller.records import (
     from_json,
     to_json,
 )
-from pipeline.controller.replay import replay
 from trainer.telemetry.feedback import Report, Source, Summary
 
 SERIES = "s3://bucket/series"

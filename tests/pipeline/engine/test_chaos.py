@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.batches.batch import batches, decisions, run_batch
 from pipeline.config.load import load
-from pipeline.controller.replay import replay
+from pipeline.controller.decide import replay
 from pipeline.engine import lease
 from pipeline.engine.units import in_process
 from pipeline.inspect.verify import verify_path

@@ -17,6 +17,7 @@ from pipeline.config.digests import file_digests, measured_with, texts_made_with
 from pipeline.config.load import load
 from pipeline.config.show import show
 from pipeline.models.benchmark_index import build_index
+from pipeline.models.options import IndexOptions
 from pipeline.run.execute import Run
 from pipeline.run.keys import stage_keys
 from pipeline.run.state import RunState, Setting
@@ -443,7 +444,7 @@ def test_the_bound_by_which_a_filter_cuts_decides_what_it_and_those_after_it_mea
     (tmp_path / "set.jsonl").write_text(
         json.dumps({"question": " ".join(f"word{i}" for i in range(40))}) + "\n"
     )
-    build_index([str(tmp_path / "set.jsonl")], output=tmp_path / "index")
+    build_index(IndexOptions(files=[str(tmp_path / "set.jsonl")], output=tmp_path / "index"))
     text = f"[extract]\nfilters = ['decontamination', 'c4']\n[decontamination]\nindex = '{tmp_path}/index'\n"
     for action, same in (("drop", True), ("trim", False)):
         bounds = [f"decontamination.coverage=[0, {x}]" for x in (0.1, 0.9)]

@@ -211,11 +211,14 @@ def ablate(
     Prints documents, tokens, losses by rule, overlap and hosts.
     """
     from pipeline.study.ablate import ablate as compare
-    from pipeline.study.ablate import comparison, without
+    from pipeline.study.ablate import comparison, switched_off
 
     before = load_config(config, overrides)
-    after = load_config(against or config, [*(overrides or []), *(settings or [])])
-    result = compare(before, without(after, drop or []))
+    changed = [*(overrides or []), *(settings or [])]
+    after = load_config(against or config, changed)
+    if drop:
+        after = load_config(against or config, [*changed, *switched_off(after, drop)])
+    result = compare(before, after)
     if as_json:
         print_json(result)
         return

@@ -10,17 +10,19 @@ counts are of these parts.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from filters import rules
+from filters import derived, rules, settings
 from filters.suggest import did_you_mean
-from pipeline.config.sections import Config
+from pipeline.config.digests import IRRELEVANT_KEYS, file_digests
+from pipeline.config.sections import Config, general_key, section_of
+from pipeline.config.show import show, to_toml
 from pipeline.report.sample import Ledger, read_ledger, spread
 from pipeline.run import query
 from pipeline.run.publish import published_to
 from pipeline.run.query import quoted
-from pipeline.study.measured import require_measured
 from stages.formats.document import NamedFilter, score_columns
 from stages.formats.errors import ConfigError
 from stages.storage.catalog import read_catalog
@@ -76,35 +78,24 @@ class Ablation:
     parts: tuple[int, int]
 
 
-def without(config: Config, dropped: Sequence[str]) -> Config:
-    """The configuration without filters ("c4") or single rules of them ("c4.sentence_count").
+def switched_off(config: Config, dropped: Sequence[str]) -> Iterator[str]:
+    """Overrides without the bounds of filters ("c4") or of single rules ("c4.sentence_count").
 
-    ConfigError for names that it does not have.
+    ConfigError for names that the configuration does not have.
     """
+    names = {*config.extract.filters, *config.refine.filters}
+    known = {"language": config.language, "pii": config.pii}
+    known |= {name: filter for name, filter in config.filters.items() if name in names}
+    all_rules = {name: [f"{name}.{rule}" for rule in rules(known[name])] for name in known}
+    choices = all_rules | {rule: [rule] for of_filter in all_rules.values() for rule in of_filter}
     for name in dropped:
-        section, _, rule = name.partition(".")
-        names = {*config.extract.filters, *config.refine.filters}
-        known = {"language": config.language, "pii": config.pii}
-        known |= {n: config.filters[n] for n in config.filters if n in names}
-        if section not in known or (rule and rule not in rules(known[section])):
-            hint = did_you_mean(
-                name, [*known, *(f"{n}.{r}" for n in known for r in rules(known[n]))]
-            )
+        if name not in choices:
+            hint = did_you_mean(name, choices)
             raise ConfigError(f"--drop {name}: this config has no such filter or rule{hint}")
-        config = _without_bounds(config, section, [rule] if rule else list(rules(known[section])))
-    return config
-
-
-def _without_bounds(config: Config, section: str, names: Sequence[str]) -> Config:
-    def opened(filter: Any) -> Any:
-        return dataclasses.replace(filter, **dict.fromkeys(names))
-
-    variants = {lang: opened(f) for lang, f in config.per_language.get(section, {}).items()}
-    config = dataclasses.replace(config, per_language=config.per_language | {section: variants})
-    if section in config.filters:
-        filters = config.filters | {section: opened(config.filters[section])}
-        return dataclasses.replace(config, filters=filters)
-    return dataclasses.replace(config, **{section: opened(getattr(config, section))})
+        for rule in choices[name]:
+            yield f"{rule}='off'"
+            for language in config.per_language.get(section_of(rule), {}):
+                yield f"per_language.{language}.{rule}='off'"
 
 
 def ablate(before: Config, after: Config) -> Ablation:
@@ -129,20 +120,18 @@ def ablate(before: Config, after: Config) -> Ablation:
     ratio = _tokens_per_char(ledger)
     with query.connect(parts, {}) as connection:
         connection.execute(_judged(connection, before, after)).fetchall()
-        outcomes = {
+        outcomes: dict[str, Any] = {
             side: _outcome(connection, side, ratio, _allows_more(config, ledger))
             for side, config in (("before", before), ("after", after))
         }
-        [both, only_before, only_after] = _rows(connection, _OVERLAP)[0]
+        both, only_before, only_after, jaccard = _rows(connection, _OVERLAP)[0]
         hosts = [Host(*row) for row in _rows(connection, _CHANGED_HOSTS)]
-    union = both + only_before + only_after
     return Ablation(
-        before=outcomes["before"],
-        after=outcomes["after"],
+        **outcomes,
         both=both,
         only_before=only_before,
         only_after=only_after,
-        jaccard=both / union if union else 1.0,
+        jaccard=jaccard,
         hosts=hosts,
         tokens_per_char=ratio,
         parts=(len(chosen), len(extracted)),
@@ -182,9 +171,10 @@ _LOSS = """
     WHEN d.rejected_by IS NOT NULL THEN 'unmeasured' WHEN r.doc_id IS NULL THEN 'dedup'
     {refine} ELSE 'kept' END"""
 _OVERLAP = """
-    SELECT count(*) FILTER (before = 'kept' AND after = 'kept'),
-        count(*) FILTER (before = 'kept' AND after <> 'kept'),
-        count(*) FILTER (before <> 'kept' AND after = 'kept')
+    SELECT count(*) FILTER (before = 'kept' AND after = 'kept') AS "both",
+        count(*) FILTER (before = 'kept' AND after <> 'kept') AS only_before,
+        count(*) FILTER (before <> 'kept' AND after = 'kept') AS only_after,
+        coalesce("both" / nullif("both" + only_before + only_after, 0), 1.0) AS jaccard
     FROM judged"""
 _CHANGED_HOSTS = f"""
     SELECT host, count(*) FILTER (before = 'kept') AS b, count(*) FILTER (after = 'kept') AS a
@@ -273,3 +263,53 @@ def comparison(ablation: Ablation) -> Iterator[tuple[str, int | None, int | None
     for rule, pair in sorted(pairs.items(), key=lambda item: (-max(item[1]), item[0])):
         yield f"lost to {rule}", *pair
     yield "past extract, never measured", before.unmeasured, after.unmeasured
+
+
+# --- what a run has measured ----------------------------------------------------------------------
+
+# besides bounds, these sections and these keys of others change no document
+_FREE_SECTIONS = {"run", "fetch", "pack", "ner"}
+_FREE_KEYS = {"filters", "allowed", *IRRELEVANT_KEYS}
+
+
+def require_measured(config: Config, ledger: Ledger) -> None:
+    """ValueError unless the run measured what this configuration needs, in the same way."""
+    measured = {*ledger.setting("extract.filters", []), *ledger.setting("refine.filters", [])}
+    for name in (*config.extract.filters, *config.refine.filters):
+        if name not in measured:
+            scores = ", ".join(sorted(measured))
+            raise ValueError(f"{ledger.root} did not measure '{name}'; it has scores of {scores}")
+    now = {key: value for key, value, _ in show(config)}
+    then = {key: to_toml(setting.value) for key, setting in ledger.state.config.items()}
+    for key in sorted(now.keys() | {key for key in then if key.startswith("per_language.")}):
+        # a language without a value of its own has the value for all
+        before, after = (values.get(key, values.get(general_key(key))) for values in (then, now))
+        if before is None or after is None or _portable(before) == _portable(after):
+            continue
+        if _changes_scores(key, config):
+            raise ValueError(
+                f"{ledger.root} measured with {key} = {before}, not {after}: only bounds can be "
+                "changed without running it"
+            )
+    measured_by = ledger.state.files
+    for key, content in file_digests(config).items():
+        if section_of(key) not in _FREE_SECTIONS and measured_by.get(key, content) != content:
+            raise ValueError(
+                f"{ledger.root} measured with another file than {now.get(key, key)} now is ({key});"
+                " run it again with this one"
+            )
+
+
+def _portable(value: str) -> str:
+    """A value as a Ray job has it that was submitted with this directory."""
+    return value.replace(f'"{os.getcwd()}/', '"')
+
+
+def _changes_scores(key: str, config: Config) -> bool:
+    name, field = section_of(key), key.rpartition(".")[2]
+    if name in _FREE_SECTIONS or field in _FREE_KEYS:
+        return False
+    section = config.filters.get(name) or getattr(config, name)
+    if field in derived(section):
+        return False
+    return field not in rules(section) or field in settings(section)

@@ -21,7 +21,7 @@ from pipeline.models.options import IndexOptions
 from pipeline.run.execute import Run
 from pipeline.run.keys import stage_keys
 from pipeline.run.state import RunState, Setting
-from pipeline.study.measured import require_measured
+from pipeline.study.ablate import require_measured
 from stages.formats.errors import ConfigError
 from tests.support.paths import ROOT
 

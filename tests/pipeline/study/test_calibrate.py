@@ -22,7 +22,7 @@ from pipeline.inspect import export, why
 from pipeline.report.sample import Sample
 from pipeline.run import results
 from pipeline.run.state import read_state
-from pipeline.study.ablate import ablate, without
+from pipeline.study.ablate import ablate, switched_off
 from pipeline.study.calibrate import calibrate, changed_since, write_plot
 from stages.formats.errors import ConfigError
 from tests.support.inline import Silent, run_inline
@@ -291,14 +291,18 @@ def test_an_ablation_says_what_a_run_then_does(run, tmp_path, changes):
     assert found.after.chars == chars
 
 
+def dropping(run, name):
+    return load(None, [*run, *switched_off(load(None, run), [name])])
+
+
 def test_dropping_a_filter_of_refine_is_exact_and_of_extract_counted_apart(run):
     config = load(None, run)
-    found = ablate(config, without(config, ["gopher_quality"]))
+    found = ablate(config, dropping(run, "gopher_quality"))
     total = found.before.documents + sum(
         n for rule, n in found.before.losses.items() if rule.startswith("gopher_quality")
     )
     assert found.after.documents == total and found.only_before == 0
-    found = ablate(config, without(config, ["c4.sentence_count"]))
+    found = ablate(config, dropping(run, "c4.sentence_count"))
     assert found.after.documents == found.before.documents
     assert found.after.unmeasured == found.before.losses["c4.sentence_count"] > 0
 
@@ -321,7 +325,7 @@ def test_tokens_are_those_of_the_run_per_character(run):
 )
 def test_dropping_what_is_not_there_is_refused(run, dropped, message):
     with pytest.raises(ConfigError, match=message):
-        without(load(None, run), [dropped])
+        dropping(run, dropped)
 
 
 def test_a_filter_that_was_not_measured_is_refused(run):

@@ -218,30 +218,23 @@ def _timed(work: engine.Work, unit: Unit, plan: Any, store: Store) -> tuple[floa
 # --- from the sample to the whole run -------------------------------------------------------------
 
 
-class Cost(NamedTuple):
-    """A part that does not depend on the input, and the rest by sampled input."""
-
-    fixed: float
-    by_input: Floats
-
-
-def expected(costs: Sequence[Cost], shares: Sequence[float], *, factor: float = 1.0) -> Figure:
-    """The sum of costs of all input, times `factor`; the sampled inputs are these shares of it.
+def expected(cost: Floats, shares: Sequence[float]) -> Figure:
+    """The cost of all input. `cost` is the part that does not depend on the input, then the rest by
+    sampled input (see `_cost`); the sampled inputs are these shares of all.
 
     The interval is a bootstrap: from the 5th to the 95th percentile of what is expected from inputs
     drawn again from the sampled ones, with replacement. It is narrowed by the share that was
     sampled (finite population correction), None for fewer than three inputs, and rather too narrow
     for few. It covers chance in the choice of the inputs, nothing else.
     """
-    fixed, x = factor * sum(c.fixed for c in costs), np.asarray(shares)
-    y = factor * sum((c.by_input for c in costs), np.zeros(len(x)))
+    x, y = np.asarray(shares), cost[1:]
     value = y.sum() / x.sum()
     if len(x) < 3:
-        return Figure(float(fixed + value))
+        return Figure(float(cost[0] + value))
     drawn = np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x)))
     low, high = np.quantile(y[drawn].sum(axis=1) / x[drawn].sum(axis=1), (0.05, 0.95)) - value
     unknown = math.sqrt(max(0.0, 1 - x.sum()))
-    return Figure(*(float(fixed + value + error * unknown) for error in (0.0, low, high)))
+    return Figure(*(float(cost[0] + value + error * unknown) for error in (0.0, low, high)))
 
 
 class _Measured(NamedTuple):
@@ -256,41 +249,42 @@ class _Measured(NamedTuple):
 
 
 class _Phase(NamedTuple):
-    """A phase of the whole run."""
+    """A phase of the whole run; costs are as `expected` takes them."""
 
     name: str
     units: int
-    seconds: Cost
+    seconds: Floats
     wall_seconds: float
-    bytes: Cost
+    bytes: Floats
 
 
 def _whole_run(measured: _Measured, *, price: float, keys: dict[str, str]) -> Estimate:
     commits, shares = measured.sampled.commits, measured.sample.shares
     phases = [_phase(p, measured) for p in SPECS if commits[p]]
 
+    nothing = np.zeros(len(shares) + 1)
+
     def stage(name: str, phases: Sequence[_Phase], start: float = 0.0) -> StageEstimate:
-        seconds = [p.seconds for p in phases]
+        seconds = sum((p.seconds for p in phases), nothing)
         return StageEstimate(
             stage=name,
             units=max((p.units for p in phases), default=0),
             core_seconds=expected(seconds, shares),
             wall_seconds=start + sum(p.wall_seconds for p in phases),
-            bytes=expected([p.bytes for p in phases], shares),
-            cost=expected(seconds, shares, factor=price / 3600),
+            bytes=expected(sum((p.bytes for p in phases), nothing), shares),
+            cost=expected(seconds * (price / 3600), shares),
         )
 
     start = measured.sampled.idle_seconds
     rows_in, kept = (sum(getattr(c, n) for c in commits["dedup keep"]) for n in _ROWS)
-    tokens = _by_input("pack", _tokens, measured)
     return Estimate(
         share=sum(shares),
         units=len(shares),
         inputs=measured.inputs,
         cores=measured.cores,
-        stages=[stage(s, [p for p in phases if p.name.split()[0] == s]) for s in STAGES],
+        stages=[stage(s, [p for p in phases if SPECS[p.name].stage == s]) for s in STAGES],
         total=stage("total", phases, start),
-        tokens=expected([Cost(0.0, tokens)], shares),
+        tokens=expected(np.append(0.0, _by_input("pack", _tokens, measured)), shares),
         start_seconds=start,
         duplicates=1 - kept / rows_in if rows_in else None,
         keys=keys,
@@ -301,31 +295,35 @@ _ROWS = ("rows_in", "rows_out")
 
 
 def _phase(name: str, measured: _Measured) -> _Phase:
-    commits, config = measured.sampled.commits[name], getattr(measured.config, name.split()[0])
+    commits, config = measured.sampled.commits[name], _section(name, measured)
     units = _whole_units(name, measured)
     workers = min(units, int(measured.cores / config.num_cpus), config.parallelism or units)
     workers = max(1, workers)
-    load = max(0.0, *(_noted("load", c) for c in commits))
-    seconds = _cost(name, partial(_noted, "cpu"), measured, units=units)
-    seconds = seconds._replace(fixed=seconds.fixed + load * workers)
+    seconds = _cost(name, lambda c: float(c.notes["cpu"]), measured, units=units)
+    seconds[0] += workers * max(0.0, *(float(c.notes["load"]) for c in commits))
     size = _cost(name, _bytes, measured, units=units)
     if _is_by_input(name) and not measured.sample.is_whole:
-        size = Cost(0.0, _by_input(name, _bytes, measured) * _density(commits, name, measured))
-    work = max(0.0, expected([seconds], measured.sample.shares).value)
-    cpu, wall = (sum(_noted(what, c) for c in commits) for what in ("cpu", "wall"))
+        size = np.append(0.0, _by_input(name, _bytes, measured) * _density(name, measured))
+    work = max(0.0, expected(seconds, measured.sample.shares).value)
+    cpu, wall = (sum(float(c.notes[what]) for c in commits) for what in ("cpu", "wall"))
     # a unit also waits for the disk, the network and other work
     wall_seconds = math.ceil(units / workers) * work / units * wall / max(1e-3, cpu)
     return _Phase(name, units, seconds, wall_seconds, size)
 
 
+def _section(phase: str, measured: _Measured) -> Any:
+    """The section of the configuration of a phase's stage."""
+    return getattr(measured.config, SPECS[phase].stage)
+
+
 def _cost(
     phase: str, amount: Callable[[Commit], float], measured: _Measured, *, units: int
-) -> Cost:
-    """An amount of a phase, divided into the overhead of all units and the rest."""
+) -> Floats:
+    """An amount of a phase: the overhead of all units, then the rest by sampled input."""
     empty = [amount(c) for c in measured.empty.commits[phase]]
     overhead = sum(empty) / max(1, len(empty))
     rest = _by_input(phase, lambda c: amount(c) - overhead, measured)
-    return Cost(overhead * units, rest)
+    return np.append(overhead * units, rest)
 
 
 def _by_input(phase: str, amount: Callable[[Commit], float], measured: _Measured) -> Floats:
@@ -367,26 +365,23 @@ def _whole_units(phase: str, measured: _Measured) -> int:
     return max(1, min(measured.inputs, math.ceil(groups)))
 
 
-def _density(commits: Sequence[Commit], phase: str, measured: _Measured) -> float:
+def _density(phase: str, measured: _Measured) -> float:
     """Bytes of a phase's small Parquet parts written as one part, over their own bytes: full row
     groups compress better than those of a few rows.
     """
-    rows = getattr(measured.config, phase.split()[0]).batch_size
+    commits, rows = measured.sampled.commits[phase], _section(phase, measured).batch_size
     if sum(c.rows_in for c in commits) >= rows * len(commits):
         return 1.0
     root, file = measured.sampled.directory, BytesIO()
     store = store_of(root, read_state(root), phase)
-    table = pa.concat_tables(store.read_part(c) for c in commits)
-    pq.write_table(table, file, compression="zstd", row_group_size=rows)
-    return float(min(1.0, file.tell() / sum(c.output().bytes for c in commits)))
-
-
-def _noted(what: str, commit: Commit) -> float:
-    return float(commit.notes[what])
+    for output in commits[0].outputs:
+        table = pa.concat_tables(store.read_part(c, kind=output.kind) for c in commits)
+        pq.write_table(table, file, compression="zstd", row_group_size=rows)
+    return min(1.0, file.tell() / sum(map(_bytes, commits)))
 
 
 def _bytes(commit: Commit) -> float:
-    return float(sum(o.bytes for o in commit.outputs))
+    return sum(o.bytes for o in commit.outputs)
 
 
 def _chars(commit: Commit) -> float:

@@ -78,7 +78,7 @@ def build_index(options: IndexOptions) -> dict[str, Any]:
         raise ValueError(f"min_words must be between 1 and n = {n}, got {min_words}")
     inputs = [*options.files, *(path.partition("=")[2] for path in options.files), *background]
     check_outputs([options.output], inputs, kind="an index", is_ours=_is_index)
-    digests = sorted(map(_background_sha256, background))
+    digests = sorted(file_sha256(Path(path)) for path in background)
     by_name = {file[:3]: file for path in options.files for file in evaluation_files(path)}
     files = [by_name[name] for name in sorted(by_name)]
     passages = [_passages_of(file, min_words=min_words) for file in files]
@@ -295,13 +295,6 @@ def _background_texts(path: str) -> Iterator[str]:
         yield read_plain_text(path)
     else:
         yield from (t for file in evaluation_files(path) for row in file.rows for t in row or ())
-
-
-def _background_sha256(path: str) -> str:
-    try:
-        return file_sha256(Path(path))
-    except OSError as error:
-        raise ValueError(f"background {path}: cannot be read ({error}); give a file") from None
 
 
 # --- writing --------------------------------------------------------------------------------------

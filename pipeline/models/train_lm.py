@@ -63,7 +63,10 @@ def train_lm(options: LmOptions) -> dict[str, Any]:
         texts = _write_texts(options, Path(scratch), use_pieces=use_pieces)
         if options.sentencepiece:
             _train_sentencepiece(texts.train, new_spm, size=options.sentencepiece)
-        texts = _split_into_pieces(texts, new_spm) if use_pieces else texts
+        if use_pieces:
+            splitter = ccnet.Splitter(str(new_spm))
+            texts.counts["tokens"] = _split_into_pieces(texts.train, splitter)
+            _split_into_pieces(texts.held_out, splitter)
         # --discount_fallback acts only where a small text leaves the Kneser-Ney discounts undefined
         estimate = ("-o", options.order, "-S", options.memory, "--prune", *prune.split(","))
         lmplz_options = [*map(str, estimate), "--discount_fallback", *(options.lmplz_option or ())]
@@ -213,25 +216,16 @@ def sample_lines(text: Path, *, limit: int) -> list[str]:
     return [line for _, line in sample]
 
 
-def _split_into_pieces(texts: ScratchTexts, spm: Path) -> ScratchTexts:
-    splitter = ccnet.Splitter(str(spm))
-    train, held_out = (path.with_name(f"{path.name}.pieces") for path in texts[:2])
-    tokens = _copy_in_pieces(texts.train, train, splitter)
-    _copy_in_pieces(texts.held_out, held_out, splitter)
-    texts.counts["tokens"] = tokens
-    return texts._replace(train=train, held_out=held_out)
-
-
-def _copy_in_pieces(source: Path, target: Path, splitter: ccnet.Splitter) -> int:
-    """Write the lines of `source` in pieces to `target`, and delete `source`; number of pieces."""
-    count = 0
-    with source.open("rb") as lines, target.open("wb") as output:
+def _split_into_pieces(path: Path, splitter: ccnet.Splitter) -> int:
+    """Replace the lines of a scratch file by their pieces; returns the number of pieces."""
+    count, target = 0, path.with_suffix(".pieces")
+    with path.open("rb") as lines, target.open("wb") as output:
         for line in lines:
             pieces = b" ".join(map(splitter.__getitem__, line.split()))
             if pieces or line == b"\n":  # a given SentencePiece model may drop all of a line
                 output.write(pieces + b"\n")
                 count += len(pieces.split())
-    source.unlink()
+    target.replace(path)
     return count
 
 

@@ -10,12 +10,12 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filters.model_card import digest
 from filters.suggest import did_you_mean
+from pipeline.models.evaluation_sets import format_of
 from stages.read.records import (
     UNREADABLE,
     compression_by_name,
@@ -23,11 +23,11 @@ from stages.read.records import (
     json_lines,
     parquet_rows,
 )
-from stages.storage.digests import bytes_sha256
+from stages.storage.digests import bytes_sha256, file_sha256
 
 RUN_KINDS = ("corpus", "rejected", "documents")
 
-_RUN_ROWS = re.compile(r"(?P<run>.+?):(?P<kind>\w+)(?P<condition>:.*)?")
+_RUN_ROWS = re.compile(r"(.+):(\w+)")
 
 
 class RunRows(NamedTuple):
@@ -67,7 +67,7 @@ class Source:
                 f"source {self.name}: {self.documents} documents without a word; "
                 f"use a source with text{self._advice()}"
             )
-        sha256 = self._texts.hexdigest() if self._rows else digest(Path(self.name))
+        sha256 = self._texts.hexdigest() if self._rows else file_sha256(Path(self.name))
         condition = {"where": self._where} if self._where else {}
         counts = {"documents": self.documents, "words": words}
         return {"path": self.name, **condition, "sha256": sha256, **counts}
@@ -107,11 +107,13 @@ def documents(source: str | Path, *, text_column: str = "text", where: str = "")
         raise ValueError(f"source {path}: is a run; name a kind of its rows: {kinds}")
     if not path.is_file():
         raise ValueError(f"source {path}: no such file; rows of a run are named as RUN:corpus")
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst")), "")
+    suffix = format_of(path)
     if suffix == ".txt":
         return _txt_texts(path)
-    if suffix in (".jsonl", ".parquet"):
-        return _column_texts(path, suffix=suffix, column=text_column)
+    if suffix == ".parquet":
+        return _column_texts(path, _parquet_rows(path, text_column), text_column)
+    if suffix == ".jsonl":
+        return _column_texts(path, _jsonl_rows(path), text_column)
     raise ValueError(
         f"source {path}: must be .txt, .jsonl (each also .gz or .zst) or .parquet, "
         "or rows of a run, RUN:corpus"
@@ -126,15 +128,10 @@ def run_rows(source: str) -> RunRows | None:
     match = _RUN_ROWS.fullmatch(source)
     if match is None or Path(source).is_file():
         return None
-    rows = RunRows(match["run"], match["kind"])
+    rows = RunRows(*match.groups())
     if rows.kind not in RUN_KINDS:
         suggestion = did_you_mean(rows.kind, RUN_KINDS)
         raise ValueError(f"source {source}: no rows '{rows.kind}' in a run{suggestion}")
-    if match["condition"] is not None:
-        raise ValueError(
-            f"source {source}: a source has no condition; write {rows.run}:{rows.kind}, and the "
-            "condition as SQL with --where, e.g. \"quality.score\" < 0.1 or language = 'en'"
-        )
     return rows
 
 
@@ -184,23 +181,15 @@ def _errors_name(path: Path) -> Iterator[None]:
 def _txt_texts(path: Path) -> Iterator[str]:
     with _errors_name(path), path.open("rb") as file:
         stream = decompressed(file, compression_by_name(path))
-        block: list[str] = []
-        for line in chain(io.TextIOWrapper(stream, encoding="utf-8-sig"), [""]):
-            if line.strip():
-                block.append(line)
-            elif block:
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig")
+        for is_text, block in groupby(lines, key=lambda line: bool(line.strip())):
+            if is_text:
                 yield "".join(block)
-                block = []
 
 
-def _column_texts(path: Path, *, suffix: str, column: str) -> Iterator[str]:
-    """Texts of a column; null is no document."""
+def _column_texts(path: Path, rows: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
+    """Texts of a column of rows, each with its place; null is no document."""
     with _errors_name(path):
-        rows = (
-            ((f"row {number}", row) for number, row in enumerate(parquet_rows(path, [column]), 1))
-            if suffix == ".parquet"
-            else _jsonl_rows(path)
-        )
         for place, row in rows:
             if not isinstance(row, dict) or not isinstance(row.get(column, row), str | None):
                 raise ValueError(
@@ -209,6 +198,11 @@ def _column_texts(path: Path, *, suffix: str, column: str) -> Iterator[str]:
                 )
             if row[column] is not None:
                 yield row[column]
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(parquet_rows(path, [column]), start=1):
+        yield f"row {number}", row
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -200,9 +200,11 @@ def _columns(config: Config) -> dict[str, tuple[str, str]]:
 
 def _documents(connection: "duckdb.DuckDBPyConnection") -> dict[str, int]:
     """Sampled documents, of all languages and of each."""
-    sql = "SELECT coalesce(language, ''), count(*) FROM sample GROUP BY 1 ORDER BY 1"
-    counts = dict(connection.execute(sql).fetchall())
-    return {percentiles.ALL: sum(counts.values())} | {k: n for k, n in counts.items() if k}
+    sql = """
+        SELECT $all, count(*) FROM sample
+        UNION ALL
+        SELECT language, count(*) FROM sample WHERE language <> '' GROUP BY 1 ORDER BY 1"""
+    return dict(connection.execute(sql, {"all": percentiles.ALL}).fetchall())
 
 
 def _values(

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -72,8 +72,7 @@ def _draw_records(
     share: float,
     folder: str,
 ) -> Sample:
-    parts: dict[int, list[bytes]] = {}
-    shares: dict[int, float] = {}
+    parts, shares = defaultdict[int, list[bytes]](list), defaultdict[int, float](float)
     taken = 0
     for number, file in enumerate(files):
         start = random.Random(derive_seed(config.run.seed, "records", file.path)).random()
@@ -83,11 +82,11 @@ def _draw_records(
                 total += len(record)
                 if is_drawn(i, share=share, start=start):
                     part = number if len(files) >= UNITS else taken % UNITS
-                    parts.setdefault(part, []).append(record)
+                    parts[part].append(record)
                     sizes[part] += len(record)
                     taken += 1
         for part, size in sizes.items():
-            shares[part] = shares.get(part, 0.0) + weights[file.ordinal] * size / total
+            shares[part] += weights[file.ordinal] * size / total
     paths = [write_part(folder, f"part-{part}", parts[part], config) for part in parts]
     return Sample(paths, [shares[part] for part in parts], False)
 

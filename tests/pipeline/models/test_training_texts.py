@@ -198,15 +198,6 @@ def test_rows_of_a_run_are_distinguished_from_files(source: str, expected: tuple
     assert run_rows(source) == expected
 
 
-@pytest.mark.parametrize("condition", ["quality.score<0.1", "host!=a:b", ""])
-def test_the_old_language_of_conditions_is_refused_with_the_new_option(condition: str) -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"a source has no condition; write runs/a:rejected, and .* SQL with --where",
-    ):
-        run_rows(f"runs/a:rejected:{condition}")
-
-
 def test_a_condition_without_rows_of_a_run_is_refused() -> None:
     check_where("language = 'en'", ["a.txt", "runs/a:corpus"])
     check_where("", ["a.txt"])

@@ -146,6 +146,24 @@ def print_json(value: Any, *, indent: int | None = 1) -> None:
     print(to_json(value, indent=indent))
 
 
+def print_template(name: str, **values: Any) -> None:
+    """Print a template of this package. Values are escaped: only the template has markup."""
+    from jinja2 import Environment, StrictUndefined
+
+    from pipeline.report.page import duration, size
+
+    environment = Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: escape(str(value)),
+    )
+    environment.filters |= {"commas": "{:,}".format, "duration": duration, "size": size}
+    text = Path(__file__).with_name("templates").joinpath(name).read_text(encoding="utf-8")
+    out.print(environment.from_string(text).render(**values), end="")
+
+
 def number_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int
 ) -> Table:

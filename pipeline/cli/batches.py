@@ -24,6 +24,7 @@ from pipeline.cli import (
     out,
     print_json,
     print_table,
+    print_template,
     user_errors,
     warn,
 )
@@ -31,7 +32,6 @@ from pipeline.cli.runs import run as run_command
 from stages.formats.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.batches.batch import BatchResult
     from pipeline.config.sections import Config
 
 command = partial(app.command, rich_help_panel="Batches and operations")
@@ -95,23 +95,9 @@ def _run_batch(
         decision = d and {"state": d.state, "inputs": d.inputs, "reasons": d.reasons}
         print_json({"batch": result.batch, "decision": decision}, indent=None)
     else:
-        _print_batch(result)
+        print_template("batch.txt.j2", decision=result.decision, batch=result.batch)
     if result.outcome and result.outcome.failed:
         raise typer.Exit(3)
-
-
-def _print_batch(result: "BatchResult") -> None:
-    if result.decision:
-        for line in result.decision.reasons:
-            out.print(escape(line))
-        out.print(f"{result.decision.state}: {result.decision.inputs} inputs")
-    if result.batch:
-        done = result.batch.done or {}
-        generation = "nothing was kept"
-        if done.get("generation"):
-            generation = f"{done['generation']}, {done['tokens']:,} tokens"
-        count = len(result.batch.inputs)
-        out.print(f"batch {result.batch.number}: {count} inputs, {generation}")
 
 
 @command()
@@ -209,7 +195,7 @@ def estimate(
     """
     from pipeline.engine.ray_plan import on_ray
     from pipeline.study.estimate import estimate as measure
-    from pipeline.study.estimate import summary
+    from pipeline.study.estimate import table_rows, with_interval
     from pipeline.study.sample import parse_share
 
     settings = load_config(config, overrides)
@@ -221,10 +207,9 @@ def estimate(
     if as_json:
         print_json(result)
         return
-    rows, notes = summary(result)
-    print_table(("stage", "units", "core-seconds", "wall", "bytes", "cost"), rows)
-    for note in notes:
-        out.print(note)
+    print_table(("stage", "units", "core-seconds", "wall", "bytes", "cost"), table_rows(result))
+    tokens = with_interval(result.tokens, ",.0f")
+    print_template("estimate.txt.j2", result=result, tokens=tokens)
 
 
 @command()
@@ -271,7 +256,6 @@ def collect_garbage(
     Published generations are never touched.
     """
     from pipeline.batches import gc
-    from pipeline.report.page import size
 
     before = time.time() - keep_days * 86_400 if keep_days else None
     find = gc.collect if delete else gc.find
@@ -279,8 +263,4 @@ def collect_garbage(
     if as_json:
         print_json(garbage, indent=None)
         return
-    for g in garbage:
-        out.print(f"{g.reason:12} {size(g.bytes):>8}  {escape(g.uri)}")
-    end = "can be removed with --delete" if garbage else "there is nothing to remove"
-    total = size(sum(g.bytes for g in garbage))
-    out.print(f"{len(garbage)} of {total}: {'removed' if delete else end}")
+    print_template("gc.txt.j2", garbage=garbage, delete=delete)

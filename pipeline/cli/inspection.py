@@ -4,7 +4,7 @@ import csv
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipeline.cli import (
     out,
     print_json,
     print_table,
+    print_template,
     print_wide,
 )
 from stages.formats.errors import ConfigError
@@ -167,26 +168,13 @@ def why(
     if as_json:
         print_json(fates)
     else:
-        _print_fates(fates)
+        print_template("why.txt.j2", fates=fates)
     if not fates:
         err.print(
             f"{escape(url)}: this run has no document of that URL "
             "(records that are no documents are only counted)"
         )
         raise typer.Exit(1)
-
-
-def _print_fates(fates: Sequence[dict[str, Any]]) -> None:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: escape(str(value)),
-    )
-    template = Path(__file__).with_name("why.txt.j2").read_text(encoding="utf-8")
-    out.print(environment.from_string(template).render(fates=fates), end="")
 
 
 @command()
@@ -230,14 +218,7 @@ def ablate(
             if left is not None and right is not None
         ),
     )
-    read, total = result.parts
-    out.print(
-        f"overlap {result.jaccard:.1%}: {result.both:,} documents in both, "
-        f"{result.only_before:,} only before, {result.only_after:,} only after; "
-        f"read {read:,} of {total:,} parts"
-    )
-    for host in result.hosts:
-        out.print(f"  {escape(host.host or '(no host)')}: {host.before:,} → {host.after:,}")
+    print_template("ablate.txt.j2", result=result)
 
 
 @command()
@@ -261,19 +242,9 @@ def verify(
     if as_json:
         print_json(results)
     else:
-        for result in results:
-            _print_verified(result)
+        print_template("verify.txt.j2", results=results)
     if any(result.faults for result in results):
         raise typer.Exit(1)
-
-
-def _print_verified(result: Any) -> None:
-    state = f"[red]{len(result.faults)} faults[/red]" if result.faults else "[green]whole[/green]"
-    counts = f"{result.shards} shards, {result.rows:,} rows, {result.tokens:,} tokens"
-    out.print(f"{result.path}: {state}; {counts}")
-    for fault in result.faults:
-        what = f"{fault.what}: expected {fault.expected}, found {fault.actual}"
-        out.print(escape(f"  {fault.shard}: {what}"))
 
 
 @command()

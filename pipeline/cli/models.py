@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rich.markup import escape
 
-from pipeline.cli import app, out, print_table
+from pipeline.cli import app, out, print_table, print_template
 from pipeline.models.options import ClassifierOptions, IndexOptions, LmOptions
 
 Options = TypeVar("Options")
@@ -53,7 +53,7 @@ def _train_lm(options: LmOptions) -> None:
     from pipeline.models.train_lm import train_lm
 
     with _ended_by_sigterm():
-        train_lm(options)
+        print_template("train_lm.txt.j2", card=train_lm(options))
 
 
 @command("train-classifier", ClassifierOptions)
@@ -65,7 +65,7 @@ def _train_classifier(options: ClassifierOptions) -> None:
     from pipeline.models.train_classifier import train_classifier
 
     with _ended_by_sigterm():
-        train_classifier(options)
+        print_template("train_classifier.txt.j2", card=train_classifier(options))
 
 
 @command("index-benchmarks", IndexOptions)

@@ -25,7 +25,6 @@ from stages.formats.errors import ConfigError
 
 BATCH = 1000  # documents predicted at once
 PERCENTILES = tuple(range(1, 100))
-PRINTED_PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 
 Floats = npt.NDArray[np.float64]
 
@@ -70,7 +69,7 @@ def train_classifier(options: ClassifierOptions) -> dict[str, Any]:
             )
             calibration = {"calibration": _calibrate(sample, model, measured_labels, keep_best)}
     shown = options if options.sample else replace(options, keep_best="")
-    card = write_card(
+    return write_card(
         options.output,
         kind="fasttext",
         normalizer=quality.NORMALIZER,
@@ -89,8 +88,6 @@ def train_classifier(options: ClassifierOptions) -> dict[str, Any]:
         held_out=measured,
         **calibration,
     )
-    _print_summary(card)
-    return card
 
 
 def _sources(options: ClassifierOptions) -> dict[str, list[str]]:
@@ -322,19 +319,3 @@ def threshold(scores: Floats, percent: float) -> dict[str, float]:
     score = float(descending[number - 1])
     kept = round(float((descending >= score).sum() / len(scores) * 100), 2)
     return {"percent": percent, "threshold": score, "kept": kept}
-
-
-def _print_summary(card: dict[str, Any]) -> None:
-    for label, figures in card["held_out"].items():
-        print(
-            f"{card['name']}: held out, '{label}' {figures['documents']:,}, "
-            f"others {figures['others']:,}, AUC {figures['auc']:.4f}"
-        )
-        print("  score at least  keeps   precision  recall")
-        for at in map(PERCENTILES.index, PRINTED_PERCENTILES):
-            row = (figures[name][at] for name in ("thresholds", "kept", "precision", "recall"))
-            print("  {:<14.6g}  {:<6.1%}  {:<9.4f}  {:.4f}".format(*row))
-    for label, rows in card.get("calibration", {}).get("thresholds", {}).items():
-        for row in rows:
-            cut = f"{label} >= {row['threshold']!r} (keeps {row['kept']:g} %)"
-            print(f"  to keep the best {row['percent']:g} % of the sample: {cut}")

@@ -77,7 +77,7 @@ def train_lm(options: LmOptions) -> dict[str, Any]:
         _call(kenlm.build_binary, *quantize, *place, "trie", arpa, model)
         measured = _measure(texts.held_out, model=model)
         pieces = {"sentencepiece": _describe_sentencepiece(new_spm)} if use_pieces else {}
-    card = write_card(
+    return write_card(
         options.output,
         kind="kenlm",
         normalizer=ccnet.PIECES if use_pieces else ccnet.WORDS,
@@ -92,8 +92,6 @@ def train_lm(options: LmOptions) -> dict[str, Any]:
         held_out=measured,
         **pieces,
     )
-    _print_summary(card)
-    return card
 
 
 def _prune_counts(options: LmOptions) -> str:
@@ -300,15 +298,3 @@ def _held_out_documents(path: Path) -> Iterator[ccnet.Lines]:
             if not is_blank:
                 lines = list(group)
                 yield ccnet.Lines(lines, [len(line.split()) for line in lines])
-
-
-def _print_summary(card: dict[str, Any]) -> None:
-    held_out, train = card["held_out"], card["train"]
-    print(
-        f"{card['name']}: {train['tokens']:,} tokens in {train['lines']:,} lines of "
-        f"{train['documents']:,} documents"
-    )
-    print(
-        f"  held out: perplexity {held_out['perplexity']}; percentiles of "
-        f"{held_out['documents']:,} documents {held_out['percentiles']}"
-    )

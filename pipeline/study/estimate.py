@@ -16,7 +16,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -123,37 +123,21 @@ def estimate(
     return result
 
 
-def summary(result: Estimate) -> tuple[list[list[str]], list[str]]:
-    """The estimate for reading: a row of cells per stage, and sentences."""
-    rows = [
-        [
+def table_rows(result: Estimate) -> Iterator[list[str]]:
+    """The estimate for reading: a row of cells per stage."""
+    for s in (*result.stages, result.total):
+        yield [
             s.stage,
             f"{s.units:,}",
-            _with_interval(s.core_seconds, ",.1f"),
+            with_interval(s.core_seconds, ",.1f"),
             duration(s.wall_seconds),
-            _with_interval(s.bytes, ",.0f"),
-            _with_interval(s.cost, ",.4g"),
+            with_interval(s.bytes, ",.0f"),
+            with_interval(s.cost, ",.4g"),
         ]
-        for s in (*result.stages, result.total)
-    ]
-    intervals = "90% intervals in brackets, from resampling these units"
-    if result.total.core_seconds.low is None:
-        intervals = "too few for intervals; raise --sample"
-    notes = [
-        f"{_with_interval(result.tokens, ',.0f')} tokens expected",
-        f"{result.share:.3%} sampled, {result.units} units: {intervals}",
-        f"wall time is for {result.cores:,} cores; it includes {duration(result.start_seconds)} "
-        "to start Ray and to plan",
-    ]
-    if result.duplicates is not None:
-        notes.append(
-            f"at least {result.duplicates:.1%} of what dedup reads are duplicates; more input has "
-            "more, so later stages, bytes and tokens will be lower"
-        )
-    return rows, notes
 
 
-def _with_interval(figure: Figure, form: str) -> str:
+def with_interval(figure: Figure, form: str) -> str:
+    """A figure for reading, with its interval if it has one."""
     if figure.low is None or figure.high is None:
         return f"{figure.value:{form}}"
     return f"{figure.value:{form}} ({max(0.0, figure.low):{form}} to {figure.high:{form}})"

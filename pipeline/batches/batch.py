@@ -16,7 +16,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.config.sections import Config
 from pipeline.controller import records
@@ -192,10 +192,11 @@ def _decide(
 
 
 def _batch_record(batch: Batch) -> records.Batch:
-    count, done = len(batch.inputs), batch.done
-    if done is None:
-        return records.Batch(count, "running", batch.started)
-    return records.Batch(count, "published", batch.started, done["finished"], done["tokens"])
+    state: Literal["running", "published"] = "published" if batch.done else "running"
+    done = batch.done or {}
+    return records.Batch(
+        len(batch.inputs), state, batch.started, done.get("finished"), done.get("tokens", 0)
+    )
 
 
 def decisions(series: str) -> list[bytes]:

@@ -141,7 +141,7 @@ def open_progress(settings: "Config", log: Log = Log.bars) -> Any:
 
 def print_json(value: Any, *, indent: int | None = 1) -> None:
     """Print a value for scripts."""
-    from pipeline.run.json_output import to_json
+    from stages.formats.json_output import to_json
 
     print(to_json(value, indent=indent))
 

@@ -293,7 +293,7 @@ def sql(
 
 
 def _print_json_rows(records: Iterator[dict[str, Any]]) -> None:
-    from pipeline.run.json_output import to_json
+    from stages.formats.json_output import to_json
 
     separator = "["
     for row in records:
@@ -319,7 +319,7 @@ _NUMBERS = ("int", "uint", "float", "double", "decimal")
 
 def _cell(value: Any) -> str:
     """A value as text: nested ones as JSON, bytes as hex, null as nothing."""
-    from pipeline.run.json_output import to_json
+    from stages.formats.json_output import to_json
 
     if isinstance(value, dict | list | bool):
         return to_json(value)

@@ -3,8 +3,6 @@
 Field names are the keys of decisions.jsonl: logs of earlier versions must stay readable.
 """
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -12,6 +10,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as validated
 
 from pipeline.controller.policy import FINITE, Policy
+from stages.formats import json_output
 from trainer.telemetry import feedback
 
 State = Literal["STARVED", "BALANCED", "GLUT", "FINISHING", "BLIND"]
@@ -136,7 +135,7 @@ class Record:
 
 def to_json(value: Any) -> bytes:
     """A value of this module as one line of JSON, without a newline."""
-    return json.dumps(_plain(value), allow_nan=False).encode()
+    return json_output.to_json(value).encode()
 
 
 def from_json(kind: type[_T], line: bytes) -> _T:
@@ -145,13 +144,3 @@ def from_json(kind: type[_T], line: bytes) -> _T:
     ValueError if it is not one, or a Record of another version.
     """
     return TypeAdapter(kind).validate_json(line)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    elif hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -7,6 +7,7 @@ between units.
 
 import pickle
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline.engine.cluster import actors_that_fit, largest_node_memory, start
@@ -25,18 +26,17 @@ def on_ray(address: str | None = None) -> RunUnits:
     Ray starts with the first unit.
     """
 
-    def run_units(
-        name: str, work: PhaseWork, units: Sequence[Unit], resources: Resources
-    ) -> Iterator[UnitOutcome]:
-        start(address)
-        return _run_plan(name, work, units, resources)
-
-    return run_units
+    return partial(_run_plan, address)
 
 
 def _run_plan(
-    name: str, work: PhaseWork, units: Sequence[Unit], resources: Resources
+    address: str | None,
+    name: str,
+    work: PhaseWork,
+    units: Sequence[Unit],
+    resources: Resources,
 ) -> Iterator[UnitOutcome]:
+    start(address)
     import ray.data
 
     blocks = min(len(units), MAX_BLOCKS)

@@ -65,14 +65,12 @@ def second_copies(
     """
     copies, stop = _Copies({unit.name: unit for unit in units}), threading.Event()
     watch = threading.Thread(target=_watch, args=(name, work, copies, resources, stop), daemon=True)
-    if not resources.actors:
-        watch.start()
+    watch.start()
     try:
         yield copies
     finally:
         stop.set()
-        if not resources.actors:
-            watch.join()
+        watch.join()
         for copy in copies.tasks.values():
             _end_copy(copy)
 
@@ -80,12 +78,14 @@ def second_copies(
 def _watch(
     name: str, work: PhaseWork, copies: _Copies, resources: Resources, stop: threading.Event
 ) -> None:
-    """Start late units again while there is room.
+    """Start late units of tasks again while there is room.
 
     Idle processors mean that all other units have been running since they became idle.
     """
     import ray
 
+    if resources.actors:
+        return
     memory = min(resources.memory, largest_node_memory())
     remote = ray.remote(num_cpus=resources.num_cpus, memory=memory, max_retries=0)(_run_copy)
     remote = remote.options(name=f"{name} again")

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.run import query
-from pipeline.run.json_output import to_json
 from pipeline.run.results import REJECTED, all_commits, result_parts, result_schemas
 from pipeline.run.state import read_state
+from stages.formats.json_output import to_json
 from stages.storage.files import open_fs
 from stages.storage.parts import schema_of
 

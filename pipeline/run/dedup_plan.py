@@ -233,7 +233,7 @@ def keep_units(context: PlanContext) -> PhasePlan:
         labels, labeled = _labels(context)
         elected = _sorted_files(context, "elect", "verdicts")
         layout = keep.verdicts_layout(len(groups(context)) + 1)
-        verdicts = _shuffle_by_group(context.here, elected, layout)
+        verdicts = _shuffle(context.here, elected, layout)
         labels_uri, verdicts_uri = labels.uri, verdicts.uri
         identity = digest([labeled, elected.digests])
         prepare = (partial(shuffle.transpose, verdicts),)
@@ -293,7 +293,7 @@ def cuts_units(context: PlanContext) -> PhasePlan:
     if context.config.dedup.line_level == "off":
         return PhasePlan()
     files = _sorted_files(context, "repeats", "repeats")
-    repeats = _shuffle_by_group(context.here, files, lines.repeats_layout(len(groups(context))))
+    repeats = _shuffle(context.here, files, lines.repeats_layout(len(groups(context))))
     units = [
         unit._replace(
             fingerprint=digest([unit.fingerprint, files.digests]),
@@ -351,7 +351,7 @@ def _partitions(
         files=len(files.sources),
         partition_bytes=context.config.dedup.partition_bytes,
     )
-    source = _shuffle(context.here, files, layout, per_lane)
+    source = _shuffle(context.here, files, layout, per_lane=per_lane)
     hashed = digest([files.digests, per_lane, *identity])
     units = [
         Unit(f"{n:05d}", digest([hashed, n]), PartitionTask(source.uri, n))
@@ -360,15 +360,13 @@ def _partitions(
     return PhasePlan(units, (partial(shuffle.transpose, source),))
 
 
-def _shuffle(phase: Phase, files: SortedFiles, layout: Layout, per_lane: int) -> Shuffle:
+def _shuffle(phase: Phase, files: SortedFiles, layout: Layout, *, per_lane: int = 1) -> Shuffle:
+    """A shuffle in the store of a phase. With one partition per lane, each group of documents reads
+    its own lane.
+    """
     return shuffle.plan(
         phase.store, files.sources, layout, per_lane=per_lane, identity=files.digests
     )
-
-
-def _shuffle_by_group(phase: Phase, files: SortedFiles, layout: Layout) -> Shuffle:
-    """A shuffle with one partition per lane: each group of documents reads its own lane."""
-    return _shuffle(phase, files, layout, per_lane=1)
 
 
 def _answering(plan: PhasePlan, *, groups: int) -> PhasePlan:
@@ -382,7 +380,7 @@ def _labels(context: PlanContext) -> tuple[Shuffle, list[str]]:
     """The shuffle of cluster labels by group of documents, and the digests of its files."""
     files = _sorted_files(context, "cluster", "labels")
     layout = cluster.labels_layout(len(groups(context)))
-    return _shuffle_by_group(context.before["dedup cluster"], files, layout), files.digests
+    return _shuffle(context.before["dedup cluster"], files, layout), files.digests
 
 
 def _write_groups(uri: str, first_ids: Sequence[int]) -> None:

@@ -56,6 +56,7 @@ class Run:
         ]
         self.files = file_digests(config)
         self.keys = stage_keys(config, self.indexes, self.files)
+        self.reusable_stores = self._reusable_stores()
         self.invocation = uuid.uuid4().hex[:12]
         self.phases: dict[str, Phase] = {}
 
@@ -70,18 +71,11 @@ class Run:
     def read_phase(self, spec: PhaseSpec, inputs: Sequence[Input]) -> Phase:
         """A phase as it is on disk, listed from the phases that were read before it."""
         store = self.store(spec.name)
-        commits = store.commits()
+        phase = Phase(spec.name, store, commits=store.commits())
         context = PlanContext(
-            self.config,
-            inputs,
-            self.phases,
-            Phase(spec.name, store, [], commits),
-            self.indexes,
-            self._reusable_stores() if spec.name == "extract" else (),
+            self.config, inputs, self.phases, phase, self.indexes, self.reusable_stores
         )
-        units, prepare, memory = spec.list_units(context)
-        done = {u.name: commits[u.name] for u in units if u.name in commits}
-        phase = Phase(spec.name, store, units, done, prepare, memory)
+        phase.units, phase.prepare, phase.memory = spec.list_units(context)
         self.phases[spec.name] = phase
         return phase
 

@@ -16,7 +16,6 @@ from stages.refine import ner, refine
 from stages.storage.digests import digest
 
 RESOURCES = {"num_cpus", "memory", "parallelism", "batch_size"}
-_POLICY = ("keep_rule", "verify_share")
 
 
 def stage_keys(
@@ -34,11 +33,14 @@ def stage_keys(
     def files_of(*sections: str) -> dict[str, str]:
         return {key: content for key, content in contents.items() if section_of(key) in sections}
 
-    keys = {"extract": _extract_key(config, files_of)}
+    extracting = extract_plan(config)
+    read = files_of("language", "url_policy", *config.extract.filters)
+    content = digest([extract.content_settings(extracting), read])
+    keys = {"extract": content[:8] + digest(extract.policy_settings(extracting))[:8]}
     earlier = [[c.digest for c in index.commits] for index in indexes]
     graph = [keys["extract"], DEDUP_VERSION, config.dedup.enabled, config.dedup.signature, earlier]
     keys["graph"] = digest(graph)
-    policy = [getattr(config.dedup, name) for name in _POLICY]
+    policy = [config.dedup.keep_rule, config.dedup.verify_share]
     keys["dedup"] = digest([graph, policy, config.run.seed])
     chain = [
         (named.name, [(language, settings(f), rules(f)) for language, f in named.all()])
@@ -54,13 +56,6 @@ def stage_keys(
     packing = _section(config.pack) | {"vocabulary_dir": files_of("pack")}
     keys["pack"] = digest([keys["ner"], pack.VERSION, packing, config.run.seed])
     return keys
-
-
-def _extract_key(config: Config, files_of: Any) -> str:
-    plan = extract_plan(config)
-    read = files_of("language", "url_policy", *config.extract.filters)
-    content = digest([extract.content_settings(plan), read])
-    return content[:8] + digest(extract.policy_settings(plan))[:8]
 
 
 def _section(section: Any) -> dict[str, Any]:

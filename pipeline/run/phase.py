@@ -28,7 +28,7 @@ class Phase:
 
     name: str
     store: Store
-    units: Sequence[Unit]
+    units: Sequence[Unit] = ()
     commits: dict[str, Commit] = field(default_factory=dict)
     prepare: tuple[Callable[[], None], ...] = ()
     memory: int = 0

@@ -9,7 +9,7 @@ manifest last, and the catalog is replaced only if it is what it was when the ge
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +71,7 @@ def publish(
     commits: Sequence[Commit],
     config: PackConfig,
     *,
-    sources: dict[str, int],
+    sources: Mapping[str, int],
 ) -> Published:
     """Publish the parts of pack commits as the next generation, unless that is published already.
 
@@ -91,9 +91,9 @@ def publish(
     name = f"gen-{len(catalog) + 1:04d}"
     uri = generation_uri(run, name)
     with _building_folder(run, name) as folder:
-        manifest = _build(
-            folder, store, commits, config, name=name, identity=identity, sources=sources
-        )
+        manifest = {"name": name, "identity": identity}
+        manifest |= _build(folder, store, commits, config, sources)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         mismatches = generation_mismatches(folder, manifest)
         if mismatches:
             raise PublishError(
@@ -140,16 +140,12 @@ def _build(
     store: Store,
     commits: Sequence[Commit],
     config: PackConfig,
-    *,
-    name: str,
-    identity: str,
-    sources: dict[str, int],
+    sources: Mapping[str, int],
 ) -> dict[str, Any]:
-    written = _assemble(folder, store, commits, TRAINING)
+    """Put a generation into `folder`; its manifest."""
     encoding = tokens.load_encoding(config.encoding, config.vocabulary_dir)
-    manifest = {
-        "name": name,
-        "identity": identity,
+    held_out = [c for c in commits if "pack.held_out" in c.counts]
+    return {
         "rows": sum(c.rows_out for c in commits),
         "tokens": sum(c.result.tokens for c in commits),
         "documents": sum(c.rows_in - c.counts.get("pack.held_out", 0) for c in commits),
@@ -160,27 +156,16 @@ def _build(
         "end_of_text": encoding.eot_token,
         "sources": sources,  # documents by input file, those held out included
         "provenance": "provenance.parquet",
-        **written,
-        "held_out": _held_out(folder / "held_out", store, commits, seq_len=config.seq_len),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    return manifest
-
-
-def _held_out(
-    folder: Path, store: Store, commits: Sequence[Commit], *, seq_len: int
-) -> dict[str, Any] | None:
-    """Put the held-out split into `folder`; its part of the manifest, None if there is none."""
-    commits = [c for c in commits if "pack.held_out" in c.counts]
-    if not commits:
-        return None
-    folder.mkdir()
-    return {
-        "rows": sum(c.result.held_out_rows for c in commits),
-        "tokens": sum(c.result.held_out_tokens for c in commits),
-        "documents": sum(c.counts["pack.held_out"] for c in commits),
-        "seq_len": seq_len,
-        **_assemble(folder, store, commits, HELD_OUT),
+        **_assemble(folder, store, commits, TRAINING),
+        "held_out": {
+            "rows": sum(c.result.held_out_rows for c in held_out),
+            "tokens": sum(c.result.held_out_tokens for c in held_out),
+            "documents": sum(c.counts["pack.held_out"] for c in held_out),
+            "seq_len": config.seq_len,
+            **_assemble(folder / "held_out", store, held_out, HELD_OUT),
+        }
+        if held_out
+        else None,
     }
 
 
@@ -189,15 +174,15 @@ def _assemble(
 ) -> dict[str, Any]:
     """Put a split into `folder`: shards, one index, provenance; their entries in the manifest."""
     names = [f"part-{c.unit}" for c in commits]
-    for part, commit in zip(names, commits, strict=True):
-        (folder / part).mkdir()
+    indexes = []
+    for name, commit in zip(names, commits, strict=True):
+        part = folder / name
+        part.mkdir(parents=True)
         for output in commit.outputs:
             if output.kind == split.parts:
-                target = folder / part / os.path.basename(output.path)
-                _link_or_download(store.uri(output.path), target)
-    indexes = [mds.read_index(folder / part) for part in names]
-    for part in names:
-        (folder / part / mds.INDEX).unlink()
+                _link_or_download(store.uri(output.path), part / os.path.basename(output.path))
+        indexes.append(mds.read_index(part))
+        (part / mds.INDEX).unlink()
     index = mds.merge_indexes(names, indexes)
     mds.write_index(folder, index)
     rows = [sum(shard["samples"] for shard in index["shards"]) for index in indexes]

@@ -35,8 +35,18 @@ def connect(
     """
     import duckdb
 
+    settings: dict[str, Any] = {
+        "memory_limit": memory,
+        "threads": threads,
+        "async_threads": threads,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "allow_persistent_secrets": False,
+        "validate_external_file_cache": "NO_VALIDATION",
+        "python_enable_replacements": False,
+    }
     with scratch_folder("gristmill-sql") as scratch:
-        connection = duckdb.connect(":memory:", config=_settings(str(scratch), memory, threads))
+        connection = duckdb.connect(":memory:", config=settings | {"temp_directory": str(scratch)})
         try:
             # settings of extensions are unknown before; a cursor does not inherit SESSION settings
             for setting in ("parquet_can_have_nan = true", "TimeZone = 'UTC'"):
@@ -93,20 +103,6 @@ def table(connection: "duckdb.DuckDBPyConnection", sql: str, parameters: Any = N
 def quoted(value: object, mark: str = "'") -> str:
     """A string literal of SQL; with '"' as mark, a name."""
     return mark + str(value).replace(mark, mark * 2) + mark
-
-
-def _settings(scratch: str, memory: str, threads: int) -> dict[str, Any]:
-    return {
-        "memory_limit": memory,
-        "threads": threads,
-        "async_threads": threads,
-        "temp_directory": scratch,
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-        "allow_persistent_secrets": False,
-        "validate_external_file_cache": "NO_VALIDATION",
-        "python_enable_replacements": False,
-    }
 
 
 def _create_view(connection: "duckdb.DuckDBPyConnection", name: str, sql: str) -> None:

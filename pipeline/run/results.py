@@ -89,11 +89,13 @@ def open_results(
     state = read_state(root)
     commits = all_commits(root, state)
     parts = result_parts(root, state, commits)
-    tables = {"commits": commits_table(commits)}
-    views = {"rejected": REJECTED}
-    schemas = result_schemas(parts)
     with query.connect(
-        parts, schemas, tables=tables, views=views, memory=memory, threads=threads
+        parts,
+        result_schemas(parts),
+        tables={"commits": commits_table(commits)},
+        views={"rejected": REJECTED},
+        memory=memory,
+        threads=threads,
     ) as connection:
         yield connection
 
@@ -127,7 +129,7 @@ def result_schemas(parts: Mapping[str, Sequence[str]]) -> dict[str, pa.Schema]:
 def commits_table(commits: Mapping[str, Sequence[Commit]]) -> pa.Table:
     """One row per commit, in order of phases and units."""
     rows = [
-        {name: getattr(commit, name, None) for name in _COMMITS.names}
+        vars(commit)
         | {
             "phase": phase,
             "bytes_out": sum(o.bytes for o in commit.outputs),

@@ -99,16 +99,10 @@ class RunState:
         )
 
     def begun(self, invocation: str, keys: dict[str, str]) -> "RunState":
-        """This state with a new invocation in its history, unless it is there already."""
-        if self.invocation == invocation:
-            return self
+        """This state with a new invocation in its history."""
         entry = Invocation(invocation, round(time.time(), 3), keys)
-        return dataclasses.replace(
-            self,
-            invocation=invocation,
-            keys=keys,
-            history=(*self.history[1 - _HISTORY :], entry),
-        )
+        history = (*self.history[1 - _HISTORY :], entry)
+        return dataclasses.replace(self, invocation=invocation, keys=keys, history=history)
 
 
 def read_state(root: str) -> RunState:
@@ -149,15 +143,15 @@ def _from_version_1(record: Mapping[str, Any]) -> dict[str, Any]:
     config = {}
     for key, entry in record.get("config", {}).items():
         value = tomllib.loads(f"value = {entry['value']}")["value"]
-        config[key] = {"value": None if value == "off" else value, "origin": entry["origin"]}
-    history = record.get("history", [])
+        config[key] = {**entry, "value": None if value == "off" else value}
+    history = [
+        {"invocation": "", **entry, "keys": _with_ner_key(entry.get("keys", {}))}
+        for entry in record.get("history", [])
+    ]
     return {
         "config": config,
         "keys": _with_ner_key(record.get("keys", {})),
-        "history": [
-            {"invocation": "", **entry, "keys": _with_ner_key(entry.get("keys", {}))}
-            for entry in history
-        ],
+        "history": history,
         "process": record.get("pid"),
     }
 

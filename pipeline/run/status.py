@@ -65,8 +65,7 @@ def run_status(root: str) -> RunStatus:
     phases = {}
     for spec in PHASES:
         store = store_of(root, state, spec.name)
-        commits = store.listed_commits()
-        phases[spec.name] = phase_status(spec.name, store, commits, since=since)
+        phases[spec.name] = phase_status(spec.name, store, store.listed_commits(), since=since)
     return RunStatus(root, state.stage, state.process, state.generation, phases)
 
 
@@ -75,11 +74,7 @@ def phase_status(
 ) -> PhaseStatus:
     """The status of a phase with these commits. `since` is when the latest invocation began."""
     listed, done = store.listed_units(), {c.unit for c in commits}
-    failures = {
-        unit: failure
-        for unit, failure in store.failures().items()
-        if unit in listed and unit not in done
-    }
+    failures = {u: f for u, f in store.failures().items() if u in listed and u not in done}
     recent = [c for c in commits if c.finished >= since] or commits
     busy, left = wall_time(recent), len(listed) - len(done) - len(failures)
     extracted = _extract_results(commits)
@@ -89,7 +84,7 @@ def phase_status(
         done=len(done),
         failed=len(failures),
         left=left,
-        errors={unit: failure.error for unit, failure in failures.items()},
+        errors={unit: f.error for unit, f in failures.items()},
         quarantined=sum(f.quarantined == listed[unit] for unit, f in failures.items()),
         rows_in=sum(c.rows_in for c in commits),
         rows_out=sum(c.rows_out for c in commits),

@@ -1,12 +1,12 @@
 """Kept and dropped pages by host, language, origin and input file."""
 
-import json
-from collections import Counter
-from collections.abc import Sequence
 from typing import NamedTuple
 
+import pyarrow as pa
+
 from pipeline.report.sample import Ledger, Sample
-from stages.storage.files import exists, read_bytes
+from pipeline.run.inputs import input_numbers
+from pipeline.run.results import commits_table
 from stages.storage.parts import unit_name
 
 LOST = 0.9  # a host or input file that lost more than this share is pointed out
@@ -37,19 +37,12 @@ class Ranking(NamedTuple):
     """The first groups in some order, and totals of the others."""
 
     groups: list[Group]
-    others: int = 0
-    other_pages: int = 0
-    other_kept: int = 0
-
-    @classmethod
-    def of(cls, groups: Sequence[Group], limit: int) -> "Ranking":
-        """The first `limit` of ordered groups."""
-        rest = groups[limit:]
-        return cls(
-            list(groups[:limit]), len(rest), sum(g.total for g in rest), sum(g.kept for g in rest)
-        )
+    others: int
+    other_pages: int
+    other_kept: int
 
 
+LOST_GROUP = f"kept + dropped >= {MANY} AND dropped > (kept + dropped) * {LOST}::DOUBLE"
 # of rules that dropped equally many, the last by name counts
 _GROUP_BY = """
 CREATE TABLE "by {column}" AS
@@ -61,23 +54,51 @@ SELECT name,
     coalesce(sum(n) FILTER (fate IS NOT NULL), 0)::BIGINT AS dropped,
     max_by(fate, (n, fate)) FILTER (fate IS NOT NULL) AS main_rule
 FROM fates GROUP BY name"""
+# exact; copies count as dropped only once refine has read a file
+_BY_INPUT = """
+CREATE TABLE "by input" AS
+WITH extracted AS (FROM commits WHERE phase = 'extract'),
+refined AS (SELECT unit, rows_out FROM commits WHERE phase = 'refine'),
+fates AS (
+    SELECT unit, unnest(map_keys(counts)) AS fate, unnest(map_values(counts)) AS n FROM extracted
+    UNION ALL
+    SELECT unit, 'dedup, refine', extracted.rows_out - refined.rows_out
+    FROM extracted JOIN refined USING (unit)),
+drops AS (
+    SELECT unit, sum(n) AS dropped, min_by(fate, (-n, fate = 'dedup, refine', fate)) AS main_rule
+    FROM fates WHERE n > 0 AND fate NOT IN ('kept', 'warc.not_response') GROUP BY unit)
+SELECT coalesce(inputs.path, 'input ' || unit) AS name,
+    coalesce(refined.rows_out, extracted.rows_out) AS kept,
+    coalesce(drops.dropped, 0)::BIGINT AS dropped,
+    drops.main_rule
+FROM extracted LEFT JOIN refined USING (unit) LEFT JOIN drops USING (unit)
+LEFT JOIN inputs USING (unit)
+WHERE kept + coalesce(drops.dropped, 0) > 0"""
 _RANKING = """
 SELECT *, count(*) OVER () AS groups, sum(kept) OVER ()::BIGINT AS all_kept,
     sum(kept + dropped) OVER ()::BIGINT AS all_pages
 FROM "by {column}" WHERE {where} ORDER BY {order}, name LIMIT {limit}"""
 
 
-def rankings(sample: Sample) -> dict[str, Ranking]:
-    """Groups by column, the largest first; hosts also by kept and dropped pages and losses."""
+def rankings(ledger: Ledger, sample: Sample) -> dict[str, Ranking]:
+    """Groups by column, the largest first; hosts also by kept and dropped pages and losses.
+
+    Input files are ordered by the share that they lost.
+    """
     for column in _GROUPED:
         where = "opt_out IS NOT NULL" if column == "opt_out" else "true"
         sample.connection.execute(_GROUP_BY.format(column=column, where=where)).fetchall()
-    lost = f"kept + dropped >= {MANY} AND dropped > (kept + dropped) * {LOST}::DOUBLE"
+    inputs = [{"unit": unit_name(n), "path": p} for p, n in input_numbers(ledger.root).items()]
+    schema = pa.schema([("unit", pa.string()), ("path", pa.string())])
+    sample.connection.from_arrow(pa.Table.from_pylist(inputs, schema)).create("inputs")
+    sample.connection.from_arrow(commits_table(ledger.commits)).create("commits")
+    sample.connection.execute(_BY_INPUT).fetchall()
     return {column: _ranking(sample, column) for column in _GROUPED} | {
         "crawl_month": _ranking(sample, "crawl_month", order="name", limit=1_000_000),
         "host by kept": _ranking(sample, "host", order="kept DESC"),
         "host by dropped": _ranking(sample, "host", where="dropped > 0", order="dropped DESC"),
-        "host lost": _ranking(sample, "host", where=lost, limit=2 * SHOWN),
+        "host lost": _ranking(sample, "host", where=LOST_GROUP, limit=2 * SHOWN),
+        "input": _ranking(sample, "input", order="kept / (kept + dropped), kept + dropped DESC"),
     }
 
 
@@ -91,41 +112,10 @@ def _ranking(
 ) -> Ranking:
     rows = sample.rows(_RANKING.format(column=column, where=where, order=order, limit=limit))
     groups = [Group(r["name"], r["kept"], r["dropped"], r["main_rule"]) for r in rows]
-    if not rows:
-        return Ranking(groups)
+    first = rows[0] if rows else {"groups": 0, "all_pages": 0, "all_kept": 0}
     return Ranking(
         groups,
-        rows[0]["groups"] - len(groups),
-        rows[0]["all_pages"] - sum(g.total for g in groups),
-        rows[0]["all_kept"] - sum(g.kept for g in groups),
+        first["groups"] - len(groups),
+        first["all_pages"] - sum(g.total for g in groups),
+        first["all_kept"] - sum(g.kept for g in groups),
     )
-
-
-def input_files(ledger: Ledger) -> list[Group]:
-    """Pages by input file, exact, largest losses first.
-
-    Copies count as lost only once refine has read a file.
-    """
-    paths = _input_paths(ledger.root)
-    refined = {c.unit: c.rows_out for c in ledger.commits["refine"]}
-    groups = []
-    for commit in ledger.commits["extract"]:
-        pages = Counter(
-            {r: n for r, n in commit.counts.items() if r not in ("warc.not_response", "kept")}
-        )
-        kept = refined.get(commit.unit, commit.rows_out)
-        after = commit.rows_out - kept
-        main = min(pages, key=lambda r: (-pages[r], r)) if pages else None
-        if after and (main is None or after > pages[main]):
-            main = "dedup, refine"
-        name = paths.get(commit.unit, f"input {commit.unit}")
-        groups.append(Group(name, kept, pages.total() + after, main))
-    return sorted(
-        (g for g in groups if g.total), key=lambda g: (g.kept / g.total, -g.total, g.name)
-    )
-
-
-def _input_paths(root: str) -> dict[str, str]:
-    uri = f"{root}/inputs.jsonl"
-    lines = read_bytes(uri).splitlines() if exists(uri) else []
-    return {unit_name(record["ordinal"]): record["path"] for record in map(json.loads, lines)}

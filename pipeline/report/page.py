@@ -1,6 +1,7 @@
 """Pages of this package: templates with one style, and numbers formatted for reading."""
 
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 from filters import Bound
@@ -11,7 +12,7 @@ from stages.storage.files import write_atomically
 def write_page(uri: str, template: str, **values: Any) -> None:
     """Write a page from a template of this folder; every crawled string is escaped."""
     templates = environment()
-    for format in (number, percent, size, duration, bound, counted, clean):
+    for format in (number, percent, size, duration, moment, bound, counted, clean):
         templates.filters[format.__name__] = format
     for chart in (histogram_svg, columns_svg):
         templates.globals[chart.__name__] = chart
@@ -54,6 +55,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def moment(seconds: float) -> str:
+    """Unix time for reading, to the minute."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M UTC}"
 
 
 def bound(limits: Bound) -> str:

@@ -5,24 +5,26 @@ from the sampled parts.
 """
 
 import json
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from pipeline.config.show import to_toml
 from pipeline.report.charts import Histogram
 from pipeline.report.distributions import Score, lengths, scores
 from pipeline.report.duplicates import Duplicates, read_duplicates
-from pipeline.report.groups import SHOWN, Ranking, input_files, rankings
-from pipeline.report.sample import Ledger, open_sample, read_ledger
+from pipeline.report.groups import LOST_GROUP, Ranking, rankings
+from pipeline.report.sample import Ledger, open_sample, read_ledger, summed
 from pipeline.report.texts import Entity, Example, entities, examples
 from pipeline.run import publish
 from pipeline.run.funnel import FunnelRow, funnel
-from pipeline.run.phases import SPECS
+from pipeline.run.phases import FUNNEL_PHASES, SPECS, STAGES
+from pipeline.run.state import RunState
 from pipeline.run.status import PhaseStatus, phase_status
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, read_bytes
+from stages.storage.ledger import Commit
 
 
 class Loss(NamedTuple):
@@ -62,29 +64,25 @@ class NoteCount(NamedTuple):
 
 @dataclass
 class ReportData:
-    """Everything the page shows."""
+    """Everything the page shows. `missing` are stages that have not run under the current keys."""
 
     root: str
-    stage: str
-    last: str
-    keys: dict[str, str]
+    state: RunState
     generation: str | None
     manifest: dict[str, Any]
-    started: datetime
-    last_commit: datetime | None
+    last_commit: float | None
     settings: list[tuple[str, str, str]]
+    missing: list[str]
     funnel: list[FunnelStage]
     phases: list[PhaseStatus]
     estimate: list[Comparison]
     failures: list[tuple[str, str, str]]
     parts: tuple[int, int]
-    refined: bool
     sampled_documents: int
     sampled_corpus: int
     scores: list[Score]
     notes: dict[str, list[NoteCount]]
     groups: dict[str, Ranking]
-    inputs: Ranking
     lost_inputs: int
     duplicates: Duplicates
     entities: list[Entity]
@@ -96,38 +94,34 @@ class ReportData:
 def gather(root: str) -> ReportData:
     """Read a run into report data."""
     ledger = read_ledger(root)
-    state = ledger.state
+    state, commits = ledger.state, ledger.commits
     since = state.started or 0.0
-    phases = [phase_status(p, ledger.store(p), ledger.commits[p], since=since) for p in SPECS]
-    inputs = input_files(ledger)
-    ends = [p.last_commit for p in phases if p.last_commit is not None]
+    phases = [phase_status(p, ledger.store(p), commits[p], since=since) for p in SPECS]
     generation = state.generation if state.stage == "done" else None
-    rows = funnel(*(ledger.commits[p] for p in ("extract", "dedup keep", "refine", "pack")))
+    rows = funnel(*(commits[phase] for phase in FUNNEL_PHASES.values()))
     totals = _totals(ledger, rows)
+    asked = STAGES[: STAGES.index(state.last) + 1]
     with open_sample(ledger) as sample:
+        groups = rankings(ledger, sample)
         return ReportData(
             root=root,
-            last=state.last,
-            stage=state.stage,
-            keys=state.keys,
+            state=state,
             generation=generation,
-            manifest=_manifest(publish.published_to(root, ledger.state), generation),
-            started=_moment(since),
-            last_commit=_moment(max(ends)) if ends else None,
+            manifest=_manifest(publish.published_to(root, state), generation),
+            last_commit=max((p.last_commit for p in phases if p.last_commit), default=None),
             settings=[(key, to_toml(s.value), s.origin) for key, s in state.config.items()],
-            funnel=_funnel_stages(rows, ledger),
+            missing=[stage for stage in asked if not commits[FUNNEL_PHASES[stage]]],
+            funnel=list(_funnel_stages(rows, commits)),
             phases=[p for p in phases if p.units or not SPECS[p.name].optional],
             estimate=_estimate(ledger, phases, totals),
             failures=[(p.name, unit, error) for p in phases for unit, error in p.errors.items()],
             parts=(sample.parts, sample.of),
-            refined=bool(ledger.commits["refine"]),
             sampled_documents=sample.count("pages"),
             sampled_corpus=sample.count("refined WHERE rejected_by IS NULL"),
             scores=scores(ledger, sample),
             notes=_notes(ledger),
-            groups=rankings(sample),
-            inputs=Ranking.of(inputs, SHOWN),
-            lost_inputs=sum(g.lost for g in inputs),
+            groups=groups,
+            lost_inputs=sample.count(f'"by input" WHERE {LOST_GROUP}'),
             duplicates=read_duplicates(ledger, sample),
             entities=entities(ledger, sample),
             lengths=lengths(sample),
@@ -136,40 +130,31 @@ def gather(root: str) -> ReportData:
         )
 
 
-def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
-
-
 def _manifest(root: str, generation: str | None) -> dict[str, Any]:
     uri = f"{root}/generations/{generation}/manifest.json"
-    if (
-        generation is None
-        or generation not in {e["name"] for e in read_catalog(root)}
-        or not exists(uri)
-    ):
-        return {}
-    manifest: dict[str, Any] = json.loads(read_bytes(uri))
+    manifest: dict[str, Any] = {}
+    if generation in {entry["name"] for entry in read_catalog(root)} and exists(uri):
+        manifest = json.loads(read_bytes(uri))
     return manifest
 
 
 # --- funnel, time, totals -------------------------------------------------------------------------
 
 
-def _funnel_stages(rows: Sequence[FunnelRow], ledger: Ledger) -> list[FunnelStage]:
-    ran = {"extract": "extract", "dedup": "dedup keep", "refine": "refine"}
-    points = {(r.stage, r.unit): r.count for r in rows if r.rule is None}
-    stages, count, unit = [], points[("extract", "records")], "records"
-    for stage, phase in ran.items():
-        done = bool(ledger.commits[phase])
-        losses, left = [], count
+def _funnel_stages(
+    rows: Sequence[FunnelRow], commits: Mapping[str, Sequence[Commit]]
+) -> Iterator[FunnelStage]:
+    count, unit = rows[0].count, "records"
+    for stage in ("extract", "dedup", "refine"):
+        losses, left, end = [], count, None
         for row in rows:
             if row.stage == stage and row.rule is not None:
                 left -= row.count
                 losses.append(Loss(row.rule, row.count, max(0, left)))
-        end = points.get((stage, "documents")) if done else None
-        stages.append(FunnelStage(stage, unit, count, losses, end))
+            elif row.stage == stage and row.unit == "documents" and commits[FUNNEL_PHASES[stage]]:
+                end = row.count
+        yield FunnelStage(stage, unit, count, losses, end)
         count, unit = end or 0, "documents"
-    return stages
 
 
 def _estimate(
@@ -184,46 +169,32 @@ def _estimate(
         return []
     compared = []
     for stage in estimate["stages"]:
-        phases_of_stage = [p for p in phases if p.name.split()[0] == stage["stage"]]
-        for unit, real in (
-            ("core_seconds", sum(p.cpu_seconds for p in phases_of_stage)),
-            ("bytes", sum(p.bytes_written for p in phases_of_stage)),
-        ):
-            compared.append(
-                Comparison(f"{stage['stage']}: {unit.replace('_', '-')}", stage[unit], real)
-            )
-    return [
-        *compared,
-        Comparison(
-            "tokens", estimate["tokens"], (totals["tokens"] or 0) + (totals["held_out_tokens"] or 0)
-        ),
-    ]
+        name = stage["stage"]
+        own = [p for p in phases if p.name.split()[0] == name]
+        seconds, written = sum(p.cpu_seconds for p in own), sum(p.bytes_written for p in own)
+        compared.append(Comparison(f"{name}: core-seconds", stage["core_seconds"], seconds))
+        compared.append(Comparison(f"{name}: bytes", stage["bytes"], written))
+    tokens = (totals["tokens"] or 0) + (totals["held_out_tokens"] or 0)
+    return [*compared, Comparison("tokens", estimate["tokens"], tokens)]
 
 
 def _totals(ledger: Ledger, rows: Sequence[FunnelRow]) -> dict[str, int | None]:
-    names = (
-        "documents",
-        "chars",
-        "tokens",
-        "rows",
-        "row_tokens",
-        "packed_documents",
-        "held_out",
-        "held_out_tokens",
-    )
-    totals: dict[str, int | None] = dict.fromkeys(names)
-    totals |= {"records": rows[0].count, "units": len(ledger.commits["extract"])}
-    if ledger.commits["refine"]:
-        totals["documents"] = sum(c.rows_out for c in ledger.commits["refine"])
-        totals["chars"] = sum(c.result.chars_out for c in ledger.commits[ledger.corpus_phase])
-    if packed := ledger.commits["pack"]:
-        totals["tokens"] = sum(c.result.tokens for c in packed)
-        rows_out = sum(c.rows_out for c in packed)
-        totals |= {"rows": rows_out, "row_tokens": rows_out * ledger.setting("pack.seq_len", 0)}
-        totals["packed_documents"] = sum(c.counts["kept"] for c in packed)
-        totals["held_out"] = sum(c.counts.get("pack.held_out", 0) for c in packed)
-        totals["held_out_tokens"] = sum(c.result.held_out_tokens for c in packed)
-    return totals
+    """None where the stage has not run."""
+    points = {f"{row.stage} {row.unit}": row.count for row in rows if row.rule is None}
+    corpus, packed = ledger.commits[ledger.corpus_phase], ledger.commits["pack"]
+    counts = summed(commit.counts for commit in packed)
+    return {
+        "records": points["extract records"],
+        "units": len(ledger.commits["extract"]),
+        "documents": points.get("refine documents"),
+        "chars": sum(commit.result.chars_out for commit in corpus),
+        "tokens": points.get("pack tokens"),
+        "rows": points.get("pack rows"),
+        "row_tokens": points.get("pack rows", 0) * ledger.setting("pack.seq_len", 0),
+        "packed_documents": counts["kept"],
+        "held_out": counts["pack.held_out"],
+        "held_out_tokens": points.get("pack held-out tokens", 0),
+    }
 
 
 # --- notes ---------------------------------------------------------------------------------------
@@ -231,16 +202,18 @@ def _totals(ledger: Ledger, rows: Sequence[FunnelRow]) -> dict[str, int | None]:
 
 def _notes(ledger: Ledger) -> dict[str, list[NoteCount]]:
     """Values by note, most frequent first; notes without a value are left out."""
-    sums: dict[str, dict[str, NoteCount]] = {}
+    documents: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    dropped: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for commit in [*ledger.commits["extract"], *ledger.commits["refine"]]:
-        for column, tally in commit.result.tallies.items():
-            for value, (documents, dropped) in tally.items():
-                before = sums.setdefault(column, {}).get(value, NoteCount(value, 0, 0))
-                sums[column][value] = NoteCount(
-                    value, before.documents + documents, before.dropped + dropped
-                )
+        for note, tally in commit.result.tallies.items():
+            for value, (measured, rejected) in tally.items():
+                documents[note][value] += measured
+                dropped[note][value] += rejected
     return {
-        column: sorted(values.values(), key=lambda n: (-n.documents, n.value))
-        for column, values in sums.items()
-        if any(values)
+        note: [
+            NoteCount(value, count, dropped[note][value])
+            for value, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ]
+        for note, counts in documents.items()
+        if any(counts)
     }

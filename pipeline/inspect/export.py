@@ -6,9 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.report.sample import read_ledger
 from pipeline.run import query
-from pipeline.run.results import REJECTED, all_commits, result_parts, result_schemas
-from pipeline.run.state import read_state
+from pipeline.run.results import REJECTED, result_schemas
 from stages.formats.json_output import to_json
 from stages.storage.files import open_fs
 from stages.storage.parts import schema_of
@@ -16,30 +16,25 @@ from stages.storage.parts import schema_of
 Parts = dict[str, list[str]]
 
 
-def tables(root: str, kind: str) -> Iterator[pa.Table]:
+def tables(root: str, kind: str) -> pa.RecordBatchReader:
     """The rows of 'documents', 'keep', 'corpus' or 'rejected' (of both stages), in order of units.
 
     Columns of parts are united, absent ones null.
     """
-    parts = _parts(root)
-    yield from _tables(parts, kind, _schema(parts, kind))
+    parts = read_ledger(root).parts
+    schema = _schema(parts, kind)
+    return pa.RecordBatchReader.from_batches(schema, _batches(parts, kind, schema))
 
 
 def export(root: str, kind: str, *, format: str, output: str) -> int:
     """Write the rows of a kind to one file (see `tables`); returns their number."""
-    parts = _parts(root)
-    schema = _schema(parts, kind)
+    rows = tables(root, kind)
     fs, path = open_fs(output)
     if "/" in path:
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
     writers = {"parquet": _write_parquet, "jsonl": _write_jsonl}
     with fs.open(path, "wb") as stream:
-        return writers[format](stream, schema, _tables(parts, kind, schema))
-
-
-def _parts(root: str) -> Parts:
-    state = read_state(root)
-    return result_parts(root, state, all_commits(root, state))
+        return writers[format](stream, rows)
 
 
 def _schema(parts: Parts, kind: str) -> pa.Schema:
@@ -57,7 +52,7 @@ def _united(parts: Parts, kind: str) -> pa.Schema:
     return pa.unify_schemas(schemas or [result_schemas(parts)[kind]])
 
 
-def _tables(parts: Parts, kind: str, schema: pa.Schema) -> Iterator[pa.Table]:
+def _batches(parts: Parts, kind: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     columns = ", ".join(query.quoted(name, '"') for name in schema.names)
     views = {"rejected": REJECTED}
     with (
@@ -65,22 +60,22 @@ def _tables(parts: Parts, kind: str, schema: pa.Schema) -> Iterator[pa.Table]:
         query.select(connection, f"SELECT {columns} FROM {kind}") as reader,
     ):
         for batch in reader:
-            yield pa.Table.from_batches([batch]).cast(schema)
+            yield batch.cast(schema)
 
 
-def _write_parquet(stream: Any, schema: pa.Schema, rows: Iterator[pa.Table]) -> int:
+def _write_parquet(stream: Any, rows: pa.RecordBatchReader) -> int:
     count = 0
-    with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        for table in rows:
-            writer.write_table(table)
-            count += table.num_rows
+    with pq.ParquetWriter(stream, rows.schema, compression="zstd") as writer:
+        for batch in rows:
+            writer.write_batch(batch)
+            count += batch.num_rows
     return count
 
 
-def _write_jsonl(stream: Any, _: pa.Schema, rows: Iterator[pa.Table]) -> int:
+def _write_jsonl(stream: Any, rows: pa.RecordBatchReader) -> int:
     count = 0
-    for table in rows:
-        for row in table.to_pylist():
+    for batch in rows:
+        for row in batch.to_pylist():
             stream.write(to_json(row).encode() + b"\n")
-        count += table.num_rows
+        count += batch.num_rows
     return count

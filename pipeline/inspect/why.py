@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pipeline.report.sample import Ledger, Row, Sample, earlier_row, open_sample, read_ledger
 from pipeline.run import query
 from pipeline.run.publish import published_to
-from pipeline.run.results import result_parts, result_schemas
+from pipeline.run.results import result_schemas
 from stages.storage.catalog import generation_uri, read_catalog
 from stages.storage.files import exists
 
@@ -34,9 +34,8 @@ def _doc_ids(ledger: Ledger, url: str) -> list[int]:
     bare = url.strip().rstrip("/")
     hosts = [bare] if "://" in bare else [f"https://{bare}", f"http://{bare}"]
     urls = [host + end for host in hosts for end in ("", "/")]
-    parts = result_parts(ledger.root, ledger.state, ledger.commits)
-    schemas = result_schemas(parts)
-    with query.connect({"documents": parts["documents"]}, schemas) as connection:
+    documents = {"documents": ledger.parts["documents"]}
+    with query.connect(documents, result_schemas(ledger.parts)) as connection:
         table = query.table(connection, _DOC_IDS, {"urls": urls, "id": url})
     ids: list[int] = table["doc_id"].to_pylist()
     return ids
@@ -114,19 +113,21 @@ def _generations(root: str, doc_id: int) -> list[Row]:
 
 def _kept_copy(ledger: Ledger, keep: Row) -> Row:
     """The copy that stays, of this run or of an earlier batch, whose `documents` are then named."""
-    doc_id, store, columns = keep["kept_id"], None, ("url", "source_id")
-    if keep["kept_in"] is None:
-        row = ledger.row("extract", "documents", doc_id, *columns)
-    else:
-        earlier = ledger.state.indexes[keep["kept_in"]]
+    doc_id, kept_in, store = keep["kept_id"], keep["kept_in"], None
+    if kept_in is not None:
+        earlier = ledger.state.indexes[kept_in]
         store = earlier.documents
         # an index of all documents may name one that was itself dropped for another
-        verdict = earlier_row(earlier.keep, "keep", doc_id)
+        verdict = earlier_row(earlier.keep, "keep", doc_id, "kept_id", "kept_in")
         if verdict and verdict["kept_in"] is None:
             doc_id = verdict["kept_id"]
-        row = earlier_row(store, "documents", doc_id, *columns)
-    named = {name: row and row[name] for name in columns}
-    return {"doc_id": doc_id, **named, "documents": store}
+    row = ledger.document(doc_id, kept_in, "url", "source_id") or {}
+    return {
+        "doc_id": doc_id,
+        "url": row.get("url"),
+        "source_id": row.get("source_id"),
+        "documents": store,
+    }
 
 
 # --- percentiles ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from filters import Bound
 from pipeline.report.charts import Histogram, binned
 from pipeline.report.sample import Ledger, Sample
 from pipeline.run.query import quoted
@@ -19,13 +20,12 @@ class Score(NamedTuple):
 
     name: str
     stage: str
-    bound: tuple[float, float] | None
+    bound: Bound
     histogram: Histogram | None
-    measured: int
     outside: float
     not_numbers: int
     first_dropped: int
-    by_language: dict[str, tuple[float, float] | None]
+    by_language: dict[str, Bound]
 
 
 def scores(ledger: Ledger, sample: Sample) -> list[Score]:
@@ -65,7 +65,6 @@ def _score(name: str, stage: str, ledger: Ledger, sample: Sample, column: str = 
         stage=stage,
         bound=bound,
         histogram=binned({s: values[verdicts == i] for i, s in enumerate(series)}, bound),
-        measured=len(values),
         outside=float(1 - inside.mean()) if len(values) and bound is not None else 0.0,
         not_numbers=int(np.isnan(values).sum()),
         first_dropped=int((verdicts == 2).sum()),

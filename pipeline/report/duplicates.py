@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.report.charts import Floats, Histogram, binned
 from pipeline.report.page import clean
-from pipeline.report.sample import Ledger, Sample, earlier_row, summed
+from pipeline.report.sample import Ledger, Sample, summed
 from pipeline.report.texts import EXCERPT, Piece
 from pipeline.run import dedup_plan
 from stages.dedup.config import EARLIER
@@ -65,8 +65,6 @@ class Alarm(NamedTuple):
     """Groups that lost too much: the first ones, their number, and the listed ones by kind."""
 
     ran: bool
-    share: float
-    least: int
     first: list[GroupLoss]
     total: int
     kinds: dict[str, int]
@@ -83,24 +81,19 @@ class Bucket(NamedTuple):
     buckets: int
 
 
-class Similarities(NamedTuple):
-    """Similarities of dropped documents with their kept copies."""
-
-    share: float
-    measured: int
-    histogram: Histogram | None
-
-
 @dataclass
 class Duplicates:
-    """Everything that the section on duplicates shows."""
+    """Everything that the section on duplicates shows.
 
-    enabled: bool
-    against: int
+    `similarity` of dropped documents with their kept copies: of those `measured` in all parts, the
+    ones in the sampled parts.
+    """
+
     documents: int
     rules: dict[str, int]
     sizes: dict[str, dict[str, int]]
-    measured: Similarities
+    measured: int
+    similarity: Histogram | None
     clusters: list[Cluster]
     alarm: Alarm
     giants: list[Bucket]
@@ -118,16 +111,11 @@ def read_duplicates(ledger: Ledger, sample: Sample) -> Duplicates:
     by_size = sorted(sizes.items(), key=lambda item: int(item[0].split("-")[0]))
     similarity = sample.values("SELECT similarity FROM keep WHERE similarity IS NOT NULL")
     return Duplicates(
-        enabled=ledger.setting("dedup.enabled", True),
-        against=len(ledger.state.indexes),
         documents=sum(c.rows_in for c in kept),
         rules={rule: counts[rule] for rule in RULES},
         sizes={name.replace("-", "–"): {"clusters": clusters} for name, clusters in by_size},
-        measured=Similarities(
-            share=float(ledger.setting("dedup.verify_share", 0.0)),
-            measured=sum(c.result.measured for c in kept),
-            histogram=similarities(similarity),
-        ),
+        measured=sum(c.result.measured for c in kept),
+        similarity=similarities(similarity),
         clusters=list(_clusters(ledger)),
         alarm=_alarm(ledger),
         giants=_giants(ledger),
@@ -166,8 +154,7 @@ def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
     rows = [row for row in verdicts if row]
     if not rows:
         return []
-    dropped = next((r for r in rows if r["rule"] is not None), None)
-    kept = (dropped["kept_id"], dropped["kept_in"]) if dropped else (rows[0]["doc_id"], None)
+    kept = (rows[0]["kept_id"], rows[0]["kept_in"])  # the same in all rows of a cluster
     others = [
         _copy(ledger, r["doc_id"])._replace(rule=r["rule"], similarity=r["similarity"])
         for r in rows
@@ -178,14 +165,10 @@ def _copies(ledger: Ledger, ids: Sequence[int]) -> list[Copy]:
 
 def _copy(ledger: Ledger, doc_id: int, kept_in: int | None = None) -> Copy:
     """A document of this batch, or of the earlier one with the number `kept_in`."""
-    columns, batch = ("url", "source_id", "text"), None
-    if kept_in is None:
-        row = ledger.row("extract", "documents", doc_id, *columns)
-    else:
-        store = ledger.state.indexes[kept_in].documents  # RUN/extract/<key>
-        batch = clean(store.rsplit("/", 2)[0])
-        row = earlier_row(store, "documents", doc_id, *columns)
-    row = row or {}
+    row = ledger.document(doc_id, kept_in, "url", "source_id", "text") or {}
+    batch = None
+    if kept_in is not None:  # RUN/extract/<key>
+        batch = clean(ledger.state.indexes[kept_in].documents.rsplit("/", 2)[0])
     name = row.get("url") or row.get("source_id") or f"document {doc_id}"
     return Copy(clean(name), row.get("text"), batch)
 
@@ -265,14 +248,8 @@ def _alarm(ledger: Ledger) -> Alarm:
         GroupLoss(loss.kind, _loss_name(ledger, loss), loss.documents, loss.dropped)
         for loss in losses[:_SOURCES]
     ]
-    return Alarm(
-        ran=bool(commits),
-        share=float(ledger.setting("dedup.alarm_share", 0.9)),
-        least=int(ledger.setting("dedup.alarm_documents", 20)),
-        first=first,
-        total=sum(c.rows_out for c in commits),  # a commit lists a thousand of them at most
-        kinds=dict(Counter(loss.kind for loss in losses)),
-    )
+    total = sum(c.rows_out for c in commits)  # a commit lists a thousand of them at most
+    return Alarm(bool(commits), first, total, Counter(loss.kind for loss in losses))
 
 
 def _loss_name(ledger: Ledger, loss: HeavyLoss) -> str:

@@ -51,8 +51,8 @@ class Ledger:
         return self.state.setting(key, default)
 
     def bound(self, rule: str) -> Bound:
-        low_and_high = self.setting(rule)
-        return low_and_high and (float(low_and_high[0]), float(low_and_high[1]))
+        limits = self.setting(rule)
+        return limits and (float(limits[0]), float(limits[1]))
 
     def bounds_by_language(self, rule: str) -> dict[str, Bound]:
         """The bounds of a rule for languages that have their own."""
@@ -75,12 +75,23 @@ class Ledger:
             for phase, commits in self.commits.items()
         }
 
+    @cached_property
+    def parts(self) -> dict[str, list[str]]:
+        """URIs of all parts of each kind of row."""
+        return result_parts(self.root, self.state, self.commits)
+
     def row(self, phase: str, kind: str, doc_id: int, *columns: str) -> Row | None:
         """A row of a committed part, None where there is none. Without `columns`, all of them."""
         path = f"{kind}/{unit_of(doc_id)}.parquet"
         if path not in self.outputs[phase]:
             return None
         return _row_of_part(self.store(phase).uri(path), doc_id, columns)
+
+    def document(self, doc_id: int, kept_in: int | None, *columns: str) -> Row | None:
+        """A document of this run, or of the earlier batch with the number `kept_in`."""
+        if kept_in is None:
+            return self.row("extract", "documents", doc_id, *columns)
+        return earlier_row(self.state.indexes[kept_in].documents, "documents", doc_id, *columns)
 
 
 def summed(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
@@ -152,7 +163,7 @@ def open_sample(ledger: Ledger) -> Iterator[Sample]:
     units = {commit.unit for commit in extracted}
     parts = {
         kind: [uri for uri in uris if PurePath(uri).stem in units]
-        for kind, uris in result_parts(ledger.root, ledger.state, ledger.commits).items()
+        for kind, uris in ledger.parts.items()
     }
     packed = spread(ledger.commits["pack"], rows=lambda commit: commit.rows_in)
     parts["spans"] = [

@@ -1,12 +1,12 @@
 """The report of a series: tokens published and consumed, hours of supply, its batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
-from pipeline.batches.batch import batches, decisions
+from pipeline.batches.batch import Batch, batches, decisions
 from pipeline.controller.records import Decision, Record, from_json
 from pipeline.report.charts import Point, lines_svg
 from pipeline.report.page import write_page
@@ -44,18 +44,15 @@ def gather(root: str) -> SeriesData:
     """Read a series: its batches, its log of decisions, its trainers' lines."""
     begun = batches(root)
     records = [from_json(Record, line) for line in decisions(root)]
-    published = [(b.done["finished"], float(b.done["tokens"])) for b in begun if b.done]
-    start = min([b.started for b in begun], default=0.0)
-    curves = {"published": [(start, 0.0), *_sums(published)]} if begun else {}
     reading = feedback.read_summaries(f"{root}/feedback")
+    curves = {"published": _published(begun)} if begun else {}
     for trainer in sorted({s.trainer for s in reading.summaries}):
         lines = feedback.read_lines(f"{root}/feedback", trainer).summaries
         times = [datetime.fromisoformat(line.time).timestamp() for line in lines]
-        curves[f"consumed by {trainer}"] = list(
-            zip(times, map(float, feedback.consumed(lines)), strict=True)
-        )
-    last_seen = max((at for line in curves.values() for at, _ in line), default=0.0)
-    if begun:
+        consumed = map(float, feedback.consumed(lines))
+        curves[f"consumed by {trainer}"] = list(zip(times, consumed, strict=True))
+    if begun:  # up to when anything was last seen
+        last_seen = max(at for line in curves.values() for at, _ in line)
         curves["published"].append((last_seen, curves["published"][-1][1]))
     hours = [
         (r.inputs.now, r.decision.supply_hours)
@@ -63,19 +60,28 @@ def gather(root: str) -> SeriesData:
         if r.decision.supply_hours is not None
     ]
     last = records[-1].decision if records else None
-    return SeriesData(root, curves, hours, _rows(begun, records), last, reading.faults)
+    return SeriesData(root, curves, hours, list(_rows(begun, records)), last, reading.faults)
+
+
+def _published(begun: Sequence[Batch]) -> Points:
+    """Tokens published so far, in steps: a batch is published as a whole."""
+    points, total = [(min(b.started for b in begun), 0.0)], 0.0
+    for finished, tokens in sorted((b.done["finished"], b.done["tokens"]) for b in begun if b.done):
+        points += [(finished, total), (finished, total + tokens)]
+        total += tokens
+    return points
 
 
 def write_report(root: str) -> str:
     """Write SERIES/report.html and return its path."""
-    uri = f"{root.rstrip('/')}/report.html"
-    data = gather(root.rstrip("/"))
+    root = root.rstrip("/")
+    data = gather(root)
     charts = {
         "tokens": _chart(data.curves, "tokens"),
         "supply": _chart({"supply": data.supply_hours}, "hours of supply"),
     }
-    write_page(uri, "series.html.j2", d=data, charts=charts)
-    return uri
+    write_page(f"{root}/report.html", "series.html.j2", d=data, charts=charts)
+    return f"{root}/report.html"
 
 
 def _chart(curves: dict[str, Points], title: str) -> Markup:
@@ -86,35 +92,20 @@ def _chart(curves: dict[str, Points], title: str) -> Markup:
     return lines_svg(curves, title, ends=(first, last))
 
 
-def _rows(begun: Sequence[Any], records: Sequence[Record]) -> list[Row]:
+def _rows(begun: Sequence[Batch], records: Sequence[Record]) -> Iterator[Row]:
     """Each batch with the last decision that was made before it."""
     decided = {len(record.inputs.batches) + 1: record.decision for record in records}
-    rows = []
     for batch in begun:
-        decision, done = decided.get(batch.number), batch.done or {}
-        yielded = decision.production.tokens_per_input if decision else None
-        rows.append(
-            Row(
-                number=batch.number,
-                begun=datetime.fromtimestamp(batch.started, UTC),
-                state=decision.state if decision else "",
-                planned=decision.inputs if decision else None,
-                taken=len(batch.inputs),
-                expected=None if yielded is None else yielded * len(batch.inputs),
-                tokens=done.get("tokens"),
-                seconds=done["finished"] - batch.started if done else None,
-                generation=done.get("generation"),
-            )
+        decision, done, taken = decided.get(batch.number), batch.done or {}, len(batch.inputs)
+        tokens_per_input = decision.production.tokens_per_input if decision else None
+        yield Row(
+            number=batch.number,
+            begun=datetime.fromtimestamp(batch.started, UTC),
+            state=decision.state if decision else "",
+            planned=decision.inputs if decision else None,
+            taken=taken,
+            expected=None if tokens_per_input is None else tokens_per_input * taken,
+            tokens=done.get("tokens"),
+            seconds=done["finished"] - batch.started if done else None,
+            generation=done.get("generation"),
         )
-    return rows
-
-
-def _sums(points: Sequence[tuple[float, float]]) -> Points:
-    total, sums = 0.0, []
-    for at, value in sorted(points):
-        # a step: a batch is published as a whole
-        sums += [
-            (at, total),
-            (at, total := total + value),
-        ]
-    return sums

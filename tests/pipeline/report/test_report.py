@@ -181,12 +181,7 @@ def test_scores_carry_their_bound_and_the_share_outside(hostile_run):
     score = next(
         s for s in gather(str(hostile_run)).scores if s.name == "gopher_quality.word_count"
     )
-    assert (score.stage, score.bound, score.measured, score.first_dropped) == (
-        "extract",
-        (50, 100_000),
-        15,
-        6,
-    )
+    assert (score.stage, score.bound, score.first_dropped) == ("extract", (50, 100_000), 6)
     assert math.isclose(score.outside, 6 / 15)
     assert {n: sum(c) for n, c in score.histogram.series.items()} == {
         "kept": 9,
@@ -354,7 +349,7 @@ def test_where_no_kept_copy_is_of_this_batch_nothing_can_be_measured(tmp_path, f
     config = make_config(tmp_path, [source], *JSONL, GOPHER, against, "dedup.verify_share=1.0")
     run_inline(config, until="dedup")
     found, section = duplicates_of(config.run.directory)
-    assert (found.rules["dedup.earlier"], found.measured.measured, found.measured.histogram) == (
+    assert (found.rules["dedup.earlier"], found.measured, found.similarity) == (
         2,
         0,
         None,
@@ -366,8 +361,8 @@ def test_measured_similarities(tmp_path, first_batch):
     config = second_batch(tmp_path, first_batch, "dedup.verify_share=1.0")
     found, section = duplicates_of(config.run.directory)
     assert found.rules == {"dedup.exact": 1, "dedup.near": 2, "dedup.earlier": 4}
-    assert found.measured.measured == 3, "copies of earlier batches are not measured"
-    assert {n: sum(c) for n, c in found.measured.histogram.series.items()} == {"dropped": 3}
+    assert found.measured == 3, "copies of earlier batches are not measured"
+    assert {n: sum(c) for n, c in found.similarity.series.items()} == {"dropped": 3}
     assert "3 measured · median" in section
     near = next(c for c in found.clusters if "near.example" in c.members[0].url)
     assert [m.rule for m in near.members] == [None, "dedup.near", "dedup.near"]

@@ -85,11 +85,10 @@ class Metrics:
         """All metric families as of now. Never raises."""
         scrape = _Scrape(self.root)
         scrape.read()
-        faults = set(scrape.faults)
-        for fault in sorted(faults - self.faults):
+        for fault in sorted(scrape.faults - self.faults):
             self._report_fault(fault)
-        self.faults = faults
-        scrape.add("up", not faults)
+        self.faults = scrape.faults
+        scrape.add("up", not self.faults)
         return list(scrape.families.values())
 
 
@@ -110,7 +109,7 @@ class _Scrape:
     def __init__(self, root: str) -> None:
         self.root = root
         self.families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-        self.faults: list[str] = []
+        self.faults: set[str] = set()
 
     def add(self, name: str, value: float | None, **labels: str) -> None:
         """Add a number under a key of _HELP; an unknown one is left out."""
@@ -130,7 +129,7 @@ class _Scrape:
         try:
             yield
         except Exception as error:
-            self.faults.append(f"{what}: {type(error).__name__}: {error}")
+            self.faults.add(f"{what}: {type(error).__name__}: {error}")
 
     def read(self) -> None:
         """Add all metrics but `up`."""
@@ -207,7 +206,7 @@ class _Scrape:
         trainers: list[feedback.Summary] = []
         with self.reading(f"{home}/feedback"):
             trainers, faults = feedback.read_summaries(f"{home}/feedback")
-            self.faults += [f"{home}/feedback/{fault.where}: {fault.what}" for fault in faults]
+            self.faults |= {f"{home}/feedback/{fault.where}: {fault.what}" for fault in faults}
         for trainer in trainers:
             self._add_trainer(trainer)
         uri = f"{home}/catalog.jsonl"

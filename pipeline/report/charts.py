@@ -19,6 +19,7 @@ from markupsafe import Markup
 from filters import Bound
 
 Floats = npt.NDArray[np.float64]
+Scale = Literal["linear", "log"]
 BINS = 48
 Point = tuple[float, float]
 LINE_COLORS = 5  # classes c0, c1, ... of page.css
@@ -28,7 +29,7 @@ _MAX_POINTS = 400  # of a line: with more, each point is the mean of several, ov
 class Histogram(NamedTuple):
     """Counts per bin by series; `bound` as configured (None: no limit), `median` of all values."""
 
-    scale: Literal["linear", "log"]
+    scale: Scale
     edges: Floats
     series: dict[str, list[int]]
     bound: Bound
@@ -59,9 +60,7 @@ def binned(values: Mapping[str, Floats], bound: Bound = None) -> Histogram | Non
     if not len(everything):
         return None
     low, high, median = (float(f(everything)) for f in (np.min, np.max, np.median))
-    scale: Literal["linear", "log"] = (
-        "log" if low >= 0 and high > 30 and high > 12 * median else "linear"
-    )
+    scale: Scale = "log" if low >= 0 and high > max(30, 12 * median) else "linear"
     low, high = _with_bound(low, high, bound, scale)
     if scale == "log":
         edges = np.expm1(np.linspace(math.log1p(low), math.log1p(high), BINS + 1))
@@ -80,7 +79,7 @@ def _few_integers(values: Floats, low: float, high: float) -> bool:
     return whole and 1 < high - low <= BINS
 
 
-def _with_bound(low: float, high: float, bound: Bound, scale: str) -> tuple[float, float]:
+def _with_bound(low: float, high: float, bound: Bound, scale: Scale) -> tuple[float, float]:
     span = (high - low) or 1.0
     for limit in bound or ():
         far = 0.0 if scale == "log" and limit >= 0 else max(low - limit, limit - high) / span
@@ -127,13 +126,21 @@ def columns_svg(columns: Mapping[str, Mapping[str, int]], title: str) -> Markup:
     return Markup(_macros().columns(title, columns, peak))
 
 
+def compact(value: float) -> str:
+    """A number short enough for an axis: 1,500 as '1.5k'."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.3g}"
+
+
 def lines_svg(
     lines: Mapping[str, Sequence[Point]],
     title: str,
     *,
     ends: tuple[str, str],
     from_zero: bool = True,
-    label: Callable[[float], str] | None = None,
+    label: Callable[[float], str] = compact,
 ) -> Markup:
     """Lines by name over one x axis, whose ends are labeled; empty when there is no point.
 
@@ -149,7 +156,7 @@ def lines_svg(
     drawn = [
         _line(name, (np.reshape(line, (-1, 2)) - origin) / size) for name, line in lines.items()
     ]
-    return Markup(_macros().lines(title, drawn, list(map(label or compact, ticks)), ends))
+    return Markup(_macros().lines(title, drawn, list(map(label, ticks)), ends))
 
 
 def _line(name: str, points: Floats) -> Line:
@@ -172,7 +179,7 @@ def ticks_between(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.floor(low / step), math.ceil((low + span) / step) + 1)]
 
 
-def _ticks_inside(low: float, high: float, scale: str) -> list[float]:
+def _ticks_inside(low: float, high: float, scale: Scale) -> list[float]:
     if scale == "log":
         inside = [p for p in (0.0, *(10.0**n for n in range(16))) if low <= p <= high]
         return inside if len(inside) > 1 else [low, high]
@@ -185,14 +192,6 @@ def _round_step(span: float) -> float:
     """The smallest of 1, 2, 5 times a power of ten that divides a span into at most five steps."""
     magnitude = 10.0 ** math.floor(math.log10(span / 5))
     return next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= span / 5 * 0.999)
-
-
-def compact(value: float) -> str:
-    """A number short enough for an axis: 1,500 as '1.5k'."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.3g}"
 
 
 # --- templates ------------------------------------------------------------------------------------

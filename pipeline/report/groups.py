@@ -16,21 +16,17 @@ _GROUPED = ("host", "language", "charset_source", "crawl_month", "opt_out")
 
 
 class Group(NamedTuple):
-    """Documents with a value in common: kept so far, dropped, and the rule that dropped most."""
+    """Documents with a value in common: kept so far, dropped, and the rule that dropped most.
+
+    `lost`: whether it had at least MANY and lost over LOST of them.
+    """
 
     name: str
     kept: int
     dropped: int
-    main_rule: str | None = None
-
-    @property
-    def total(self) -> int:
-        return self.kept + self.dropped
-
-    @property
-    def lost(self) -> bool:
-        """Whether a group of at least MANY lost over LOST of its documents."""
-        return self.total >= MANY and self.dropped > LOST * self.total
+    total: int
+    main_rule: str | None
+    lost: bool
 
 
 class Ranking(NamedTuple):
@@ -75,8 +71,8 @@ FROM extracted LEFT JOIN refined USING (unit) LEFT JOIN drops USING (unit)
 LEFT JOIN inputs USING (unit)
 WHERE kept + coalesce(drops.dropped, 0) > 0"""
 _RANKING = """
-SELECT *, count(*) OVER () AS groups, sum(kept) OVER ()::BIGINT AS all_kept,
-    sum(kept + dropped) OVER ()::BIGINT AS all_pages
+SELECT *, kept + dropped AS total, {lost} AS lost, count(*) OVER () AS groups,
+    sum(kept) OVER ()::BIGINT AS all_kept, sum(total) OVER ()::BIGINT AS all_pages
 FROM "by {column}" WHERE {where} ORDER BY {order}, name LIMIT {limit}"""
 
 
@@ -110,8 +106,9 @@ def _ranking(
     order: str = "kept + dropped DESC",
     limit: int = SHOWN,
 ) -> Ranking:
-    rows = sample.rows(_RANKING.format(column=column, where=where, order=order, limit=limit))
-    groups = [Group(r["name"], r["kept"], r["dropped"], r["main_rule"]) for r in rows]
+    sql = _RANKING.format(column=column, where=where, order=order, limit=limit, lost=LOST_GROUP)
+    rows = sample.rows(sql)
+    groups = [Group(*(row[name] for name in Group._fields)) for row in rows]
     first = rows[0] if rows else {"groups": 0, "all_pages": 0, "all_kept": 0}
     return Ranking(
         groups,

@@ -35,7 +35,7 @@ PANELS = (
         "Loss, nats per token",
         {"loss": "training", "held_out/loss": "held out"},
         from_zero=False,
-        label=lambda value: f"{value:.4g}",
+        label="{:.4g}".format,
     ),
     Panel(
         "Tokens per second",
@@ -44,7 +44,7 @@ PANELS = (
     Panel(
         "Data wait, share of step time",
         {"data_wait": "data wait"},
-        label=lambda value: f"{value:.3g} %",
+        label="{:.3g} %".format,
     ),
 )
 

@@ -31,7 +31,7 @@ def measure(path: Path) -> tuple[ReadStats, Counter[str], int]:
 
 def row(name: str, stats: ReadStats, kinds: Counter[str]) -> str:
     reasons = ", ".join(f"{reason} {count}" for reason, count in stats.skipped.most_common())
-    numbers = (stats.records, kinds["html"], kinds["text"], stats.lost_members, stats.lost_bytes)
+    numbers = (stats.records, kinds["html"], kinds["text"], stats.damaged_places, stats.lost_bytes)
     return f"{name[:64]:64} {'{:>8,}{:>7,}{:>6,}{:>8,}{:>10,}'.format(*numbers)}  {reasons}"
 
 
@@ -47,7 +47,7 @@ def main(data: Path) -> None:
             print(row(f"{folder}/{path.name}", stats, kinds))
             total.records += stats.records
             total.skipped += stats.skipped
-            total.lost_members += stats.lost_members
+            total.damaged_places += stats.damaged_places
             total.lost_bytes += stats.lost_bytes
             total.bytes_total += stats.bytes_total
             total_kinds += kinds

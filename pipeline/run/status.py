@@ -40,6 +40,7 @@ class PhaseStatus:
     bytes_written: int
     lost_bytes: int
     lost_members: int
+    truncated: int
     reapplied: int
     rows_per_second: float | None
     bytes_per_second: float | None
@@ -94,6 +95,7 @@ def phase_status(
         bytes_written=sum(o.bytes for c in commits for o in c.outputs),
         lost_bytes=sum(r.lost_bytes for r in extracted),
         lost_members=sum(r.lost_members for r in extracted),
+        truncated=sum(r.truncated for r in extracted),
         reapplied=sum(r.reapplied for r in extracted),
         rows_per_second=sum(c.rows_in for c in recent) / busy if busy else None,
         bytes_per_second=_bytes_read(recent) / busy if busy else None,

@@ -41,7 +41,7 @@ from stages.read.records import InputConfig, id_type, read_texts
 from stages.read.warc import ReadStats, Record, begins_as_warc, read_records
 from stages.storage.ledger import Commit, Store, Unit
 
-VERSION = 3
+VERSION = 4
 _NO_DOCUMENT = ("not_response",)
 
 
@@ -76,14 +76,17 @@ class ExtractTask:
 class ExtractResult:
     """What was read and kept of an input file.
 
-    `bytes_in` is the size of the file; `lost_bytes` in `lost_members` places could not be read.
-    `chars_out` are characters of the kept documents. `id_type` is the type of the source ids of
-    JSONL and Parquet inputs, "" for others. `reapplied`: the bounds were applied to stored scores.
+    `bytes_in` is the size of the file; `lost_bytes` in `lost_members` damaged places are in no
+    record that could be read (compressed, where they cannot be decompressed). `truncated` pages may
+    be only a part of what was crawled. `chars_out` are characters of the kept documents. `id_type`
+    is the type of the source ids of JSONL and Parquet inputs, "" for others. `reapplied`: the
+    bounds were applied to stored scores.
     """
 
     bytes_in: int = 0
     lost_bytes: int = 0
     lost_members: int = 0
+    truncated: int = 0
     chars_out: int = 0
     languages: dict[str, int] = field(default_factory=dict)
     tallies: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -117,15 +120,21 @@ def _extract_web(
     stats, extractor = ReadStats(), _extractor(plan)
     started = extractor.cpu_seconds
     result = _write_documents(_web_rows(path, task, plan, stats), commit, plan, store)
-    if not stats.records and stats.lost_bytes and not begins_as_warc(path):
+    lost_bytes = stats.lost_bytes + stats.unreadable_bytes
+    if not stats.records and lost_bytes and not begins_as_warc(path):
         raise ValueError(
-            f"{task.path}: no WARC record in {stats.lost_bytes:,} bytes; input.format is "
+            f"{task.path}: no WARC record in {lost_bytes:,} bytes; input.format is "
             f"{plan.input.format}, should it be jsonl or parquet?"
         )
     commit.rows_in = stats.records
     commit.cpu_seconds = round(extractor.cpu_seconds - started, 3)  # of the child process
     commit.counts |= {f"warc.{r}": stats.skipped[r] for r in _NO_DOCUMENT if stats.skipped[r]}
-    return replace(result, lost_bytes=stats.lost_bytes, lost_members=stats.lost_members)
+    return replace(
+        result,
+        lost_bytes=lost_bytes,
+        lost_members=stats.damaged_places,
+        truncated=stats.truncated,
+    )
 
 
 def _apply_bounds(

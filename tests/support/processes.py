@@ -29,6 +29,14 @@ def descendants(name: str) -> list[int]:
     return sorted(ids)
 
 
+def wait_for_exit(process_id: int) -> None:
+    """Return when the process is gone: Ray kills one some time after it has answered that it did."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(process_id).wait(timeout=60)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on at this moment."""
     with ExitStack() as stack:

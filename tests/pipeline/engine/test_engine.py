@@ -35,6 +35,7 @@ from pipeline.run.status import run_status
 from stages.extract import extract
 from stages.storage.ledger import Commit, Failure, Output, Store, Unit
 from tests.support.inline import Silent, make_config
+from tests.support.processes import wait_for_exit
 
 SMALL = Resources(1.0, 100_000_000)
 NO_FILTERS = (
@@ -139,7 +140,7 @@ def test_a_unit_is_late_by_the_rates_of_the_others_and_its_own_size(rates, waite
 @pytest.mark.ray
 @pytest.mark.kill
 def test_a_unit_that_hangs_is_begun_again_and_the_first_commit_stands(ray_session, tmp_path):
-    # one attempt: second copies are none
+    # one attempt: second copies do not count as attempts
     task = PhaseWork(_slow_once, None, Store(str(tmp_path)), 1, "i", patience=1.0)
     units = [unit(name) for name in ("hangs", "a", "b", "c")]
     ends = {done.unit: done for done in on_ray()("hangs once", task, units, SMALL)}
@@ -150,7 +151,7 @@ def test_a_unit_that_hangs_is_begun_again_and_the_first_commit_stands(ray_sessio
     assert (
         tmp_path / "kind" / "hangs"
     ).read_text() == "the same bytes" and task.store.failures() == {}
-    assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}")
+    wait_for_exit(int((tmp_path / "pid").read_text()))
 
 
 def _slow_once(unit, plan, store):
@@ -170,7 +171,7 @@ def test_a_late_unit_that_ends_after_all_ends_its_second_copy(ray_session, tmp_p
     task = PhaseWork(_slow_twice, None, Store(str(tmp_path)), 1, "i", patience=1.0)
     ends = {done.unit: done for done in on_ray()("slow", task, [unit("slow"), unit("a")], SMALL)}
     assert ends["slow"].commit.rows_in == 1 and starts(task.store).count("slow") == 2
-    assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}")
+    wait_for_exit(int((tmp_path / "pid").read_text()))
 
 
 def _slow_twice(unit, plan, store):

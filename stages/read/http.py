@@ -1,4 +1,4 @@
-"""Undo HTTP's transfer and content encodings."""
+"""Read HTTP responses as crawlers store them: status, headers, and the body without encodings."""
 
 import re
 import zlib
@@ -7,6 +7,55 @@ from typing import NamedTuple
 
 import brotli
 import zstandard
+
+MAX_HEADER = 1 << 18  # bytes, as in browsers
+_STATUS_LINE = re.compile(
+    rb"\s*(?:HTTPS?(?:/[0-9.]*)?|ICY)[ \t]+([0-9]{1,3})(?![0-9])([^\r\n]*)", re.I
+)
+_BLANK_LINE = re.compile(rb"\r?\n[ \t]*\r?\n")
+
+
+class Response(NamedTuple):
+    """The head of a response: its headers, names in lower case, and where its body starts."""
+
+    status: int
+    headers: dict[str, str]
+    body_start: int
+
+
+def parse_response(block: bytes) -> Response | None:
+    """The final response in `block`; None if it does not begin with a status line and headers.
+
+    What comes before it is skipped: interim responses (RFC 9110, 15.2) and those of a proxy to
+    CONNECT. Of a header that is repeated the last value counts, of X-Robots-Tag all of them, as
+    none may hide a refusal in another.
+    """
+    start = 0
+    while (status_line := _STATUS_LINE.match(block, start)) is not None:
+        blank = _BLANK_LINE.search(block, start, start + MAX_HEADER)
+        if blank is None and len(block) > start + MAX_HEADER:
+            return None
+        body_start = len(block) if blank is None else blank.end()
+        status = int(status_line[1])
+        is_interim = 100 <= status < 200 or b"connection established" in status_line[2].lower()
+        if is_interim and _STATUS_LINE.match(block, body_start):
+            start = body_start
+            continue
+        head = block[status_line.end() : len(block) if blank is None else blank.start()]
+        return Response(status, _parse_headers(head), body_start)
+    return None
+
+
+def _parse_headers(head: bytes) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for line in re.sub(rb"\r?\n[ \t]+", b" ", head).decode("latin-1").split("\n"):
+        name, colon, value = line.partition(":")
+        name, value = name.strip().lower(), value.strip()
+        if name == "x-robots-tag" and name in headers:
+            value = f"{headers[name]}, {value}"
+        if colon:
+            headers[name] = value
+    return headers
 
 
 class Body(NamedTuple):

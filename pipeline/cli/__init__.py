@@ -6,14 +6,13 @@ Importing the command line loads no heavy library: each command imports what it 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Exit, Option, Typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
 
 
-app = typer.Typer(
+app = Typer(
     cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,10 +42,10 @@ INTERRUPTED = 130  # exit code
 out = Console(highlight=False, soft_wrap=True)
 err = Console(highlight=False, soft_wrap=True, stderr=True)
 
-Stage = StrEnum("Stage", ["extract", "dedup", "refine", "pack"])
-Kind = StrEnum("Kind", ["documents", "keep", "corpus", "rejected"])
-Format = StrEnum("Format", ["jsonl", "parquet"])
-Log = StrEnum("Log", ["bars", "json"])
+Stage = Literal["extract", "dedup", "refine", "pack"]
+Kind = Literal["documents", "keep", "corpus", "rejected"]
+Format = Literal["jsonl", "parquet"]
+Log = Literal["bars", "json"]
 
 
 def absolute_path(path: str) -> str:
@@ -56,30 +55,30 @@ def absolute_path(path: str) -> str:
     return paths.absolute_path(path)
 
 
-ConfigFile = Annotated[Path, typer.Argument(help="TOML file, e.g. configs/quickstart.toml")]
+ConfigFile = Annotated[Path, Argument(help="TOML file, e.g. configs/quickstart.toml")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="section.key=value, overrides the file", metavar="[SECTION.KEY=VALUE]..."),
+    Argument(help="section.key=value, overrides the file", metavar="[SECTION.KEY=VALUE]..."),
 ]
 RunFolder = Annotated[
     str,
-    typer.Argument(
+    Argument(
         help="run directory (run.directory of the config)", metavar="RUN", callback=absolute_path
     ),
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to use (default: $RAY_ADDRESS, or else this machine)"),
+    Option(help="Ray cluster to use (default: $RAY_ADDRESS, or else this machine)"),
 ]
 LogAs = Annotated[
     Log,
-    typer.Option(
+    Option(
         "--log",
         envvar="GRISTMILL_LOG",
         help="progress on stderr: bars on a terminal, or a JSON line for each unit",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+AsJson = Annotated[bool, Option("--json", help="print JSON for scripts")]
 
 
 def load_config(
@@ -124,7 +123,7 @@ def _exit_code(error: Exception) -> int | None:
 def fail(message: object, code: int) -> NoReturn:
     """Print an error and exit."""
     err.print(f"[bold red]error[/bold red] {escape(str(message))}")
-    raise typer.Exit(code)
+    raise Exit(code)
 
 
 def warn(message: str, *, kind: str = "warning") -> None:
@@ -132,11 +131,11 @@ def warn(message: str, *, kind: str = "warning") -> None:
     err.print(f"[yellow]{kind}[/yellow] {escape(message)}")
 
 
-def open_progress(settings: "Config", log: Log = Log.bars) -> Any:
+def open_progress(settings: "Config", log: Log = "bars") -> Any:
     """A context manager that shows the progress of a run on stderr."""
     from pipeline.cli.progress import Bars, JsonLog
 
-    return JsonLog(sys.stderr, settings.run.directory) if log == Log.json else Bars()
+    return JsonLog(sys.stderr, settings.run.directory) if log == "json" else Bars()
 
 
 def print_json(value: Any, *, indent: int | None = 1) -> None:
@@ -146,7 +145,7 @@ def print_json(value: Any, *, indent: int | None = 1) -> None:
     print(to_json(value, indent=indent))
 
 
-def print_template(name: str, **values: Any) -> None:
+def print_template(name: str, console: Console = out, **values: Any) -> None:
     """Print a template of this package. Values are escaped: only the template has markup."""
     from jinja2 import Environment, StrictUndefined
 
@@ -161,26 +160,19 @@ def print_template(name: str, **values: Any) -> None:
     )
     environment.filters |= {"commas": "{:,}".format, "duration": duration, "size": size}
     text = Path(__file__).with_name("templates").joinpath(name).read_text(encoding="utf-8")
-    out.print(environment.from_string(text).render(**values), end="")
-
-
-def number_table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int
-) -> Table:
-    """A table whose columns after the first `text_columns` hold numbers."""
-    table = Table(*headings, box=None, pad_edge=False)
-    for column in table.columns[text_columns:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    return table
+    console.print(environment.from_string(text).render(**values), end="")
 
 
 def print_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1
 ) -> None:
-    """Print a table of numbers."""
-    print_wide(number_table(headings, rows, text_columns))
+    """Print a table whose columns after the first `text_columns` hold numbers."""
+    table = Table(*headings, box=None, pad_edge=False)
+    for column in table.columns[text_columns:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    print_wide(table)
 
 
 def print_wide(table: Table) -> None:

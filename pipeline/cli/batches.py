@@ -5,8 +5,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.markup import escape
+from typer import Argument, Exit, Option
 
 from pipeline.cli import (
     INTERRUPTED,
@@ -42,10 +42,10 @@ def batch(
     config: ConfigFile,
     overrides: Overrides = None,
     inputs: Annotated[
-        int | None, typer.Option(help="number of inputs, instead of the controller's", min=0)
+        int | None, Option(help="number of inputs, instead of the controller's", min=0)
     ] = None,
     address: Address = None,
-    log: LogAs = Log.bars,
+    log: LogAs = "bars",
     as_json: AsJson = False,
 ) -> None:
     """Publish the next generation of a series, sized for its trainers; or finish the batch that has
@@ -58,11 +58,9 @@ def batch(
 def schedule(
     config: ConfigFile,
     overrides: Overrides = None,
-    every: Annotated[
-        str, typer.Option(help="time from one batch to the next, as 30m, 6h or 1d")
-    ] = "6h",
+    every: Annotated[str, Option(help="time from one batch to the next, as 30m, 6h or 1d")] = "6h",
     address: Address = None,
-    log: LogAs = Log.bars,
+    log: LogAs = "bars",
 ) -> None:
     """Repeat `gristmill batch` until this process ends; a failed batch is finished next time."""
     from pipeline.batches.batch import parse_interval
@@ -76,7 +74,7 @@ def schedule(
         try:
             with user_errors():
                 _run_batch(load_config(config, overrides), None, address, log, False)
-        except typer.Exit as exit:  # already reported; the next batch resumes what is committed
+        except Exit as exit:  # already reported; the next batch resumes what is committed
             if exit.exit_code == INTERRUPTED:
                 raise
         time.sleep(max(0.0, pause - (time.monotonic() - began)))
@@ -97,7 +95,7 @@ def _run_batch(
     else:
         print_template("batch.txt.j2", decision=result.decision, batch=result.batch)
     if result.outcome and result.outcome.failed:
-        raise typer.Exit(3)
+        raise Exit(3)
 
 
 @command()
@@ -134,7 +132,7 @@ def replay(run: RunFolder) -> None:
     different = len({m.line for m in mismatches})
     out.print(f"{len(lines)} decisions, {different} decided differently")
     if mismatches:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @command()
@@ -142,13 +140,13 @@ def retry(
     config: ConfigFile,
     names: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             help="failed units (default: all), and overrides",
             metavar="[UNIT|SECTION.KEY=VALUE]...",
         ),
     ] = None,
     address: Address = None,
-    log: LogAs = Log.bars,
+    log: LogAs = "bars",
     as_json: AsJson = False,
 ) -> None:
     """Run failed and quarantined units again; of a series, those of the batch that has begun."""
@@ -176,15 +174,13 @@ def retry(
 def estimate(
     config: ConfigFile,
     overrides: Overrides = None,
-    sample: Annotated[
-        str, typer.Option(help="share of the input to run, as a percentage")
-    ] = "0.1%",
+    sample: Annotated[str, Option(help="share of the input to run, as a percentage")] = "0.1%",
     price_per_core_hour: Annotated[
-        float, typer.Option(help="of a processor core, in any currency")
+        float, Option(help="of a processor core, in any currency")
     ] = 0.0,
-    nodes: Annotated[int, typer.Option(help="machines that the run will have", min=1)] = 1,
+    nodes: Annotated[int, Option(help="machines that the run will have", min=1)] = 1,
     cores_per_node: Annotated[
-        int, typer.Option(help="cores of each; 0: as many as this machine has", min=0)
+        int, Option(help="cores of each; 0: as many as this machine has", min=0)
     ] = 0,
     address: Address = None,
     as_json: AsJson = False,
@@ -217,9 +213,9 @@ def metrics(
     run: RunFolder,
     port: Annotated[
         int | None,
-        typer.Option("--serve", help="answer GET /metrics on this port", min=0, max=65535),
+        Option("--serve", help="answer GET /metrics on this port", min=0, max=65535),
     ] = None,
-    host: Annotated[str, typer.Option(help="address to serve on")] = "127.0.0.1",
+    host: Annotated[str, Option(help="address to serve on")] = "127.0.0.1",
 ) -> None:
     """Print the state of a run or series as Prometheus reads it; from its files alone.
 
@@ -236,19 +232,19 @@ def metrics(
         thread.join()
     print(generate_latest(metrics).decode(), end="")
     if metrics.faults:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @command("gc")
 def collect_garbage(
     run: RunFolder,
     delete: Annotated[
-        bool, typer.Option("--delete", help="remove it; the default is to list it")
+        bool, Option("--delete", help="remove it; the default is to list it")
     ] = False,
     intermediate: Annotated[
-        bool, typer.Option(help="also what only `why` still reads of published batches")
+        bool, Option(help="also what only `why` still reads of published batches")
     ] = False,
-    keep_days: Annotated[float, typer.Option(help="keep newer files", min=0)] = 0.0,
+    keep_days: Annotated[float, Option(help="keep newer files", min=0)] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """List or remove what nothing in a run or series refers to any more.

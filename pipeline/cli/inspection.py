@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Exit, Option
 
 from pipeline.cli import (
     AsJson,
@@ -156,7 +156,7 @@ def report(run: RunFolder) -> None:
 
 @command()
 def why(
-    run: RunFolder, url: Annotated[str, typer.Argument(metavar="URL|ID")], as_json: AsJson = False
+    run: RunFolder, url: Annotated[str, Argument(metavar="URL|ID")], as_json: AsJson = False
 ) -> None:
     """Show what happened to a page, found by URL or by the id in its input.
 
@@ -174,7 +174,7 @@ def why(
             f"{escape(url)}: this run has no document of that URL "
             "(records that are no documents are only counted)"
         )
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @command()
@@ -183,14 +183,14 @@ def ablate(
     overrides: Overrides = None,
     drop: Annotated[
         list[str] | None,
-        typer.Option(help="filter or rule to leave out, e.g. c4 or c4.sentence_count"),
+        Option(help="filter or rule to leave out, e.g. c4 or c4.sentence_count"),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="section.key=value for the second side", metavar="KEY=VALUE"),
+        Option("--set", help="section.key=value for the second side", metavar="KEY=VALUE"),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="the config of the second side, if it is another file")
+        Path | None, Option(help="the config of the second side, if it is another file")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -225,7 +225,7 @@ def ablate(
 def verify(
     path: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="PATH", help="a generation, or a run for all of its", callback=absolute_path
         ),
     ],
@@ -244,15 +244,15 @@ def verify(
     else:
         print_template("verify.txt.j2", results=results)
     if any(result.faults for result in results):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @command()
 def export(
     run: RunFolder,
-    stage: Annotated[Kind, typer.Option(help="which documents")],
-    format: Annotated[Format, typer.Option(help="file format")] = Format.jsonl,
-    output: Annotated[str, typer.Option("-o", "--output", help="file to write")] = "",
+    stage: Annotated[Kind, Option(help="which documents")],
+    format: Annotated[Format, Option(help="file format")] = "jsonl",
+    output: Annotated[str, Option("-o", "--output", help="file to write")] = "",
 ) -> None:
     """Write documents, keep table, corpus or rejected documents of a run to one file."""
     from pipeline.inspect.export import export as write_export
@@ -266,10 +266,10 @@ def export(
 @command()
 def sql(
     run: RunFolder,
-    query: Annotated[str, typer.Argument(metavar="SELECT", help="one SELECT in DuckDB's SQL")],
+    query: Annotated[str, Argument(metavar="SELECT", help="one SELECT in DuckDB's SQL")],
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="print CSV with a header")] = False,
-    rows: Annotated[int, typer.Option(help="rows of the table to print; the rest is cut")] = 50,
+    as_csv: Annotated[bool, Option("--csv", help="print CSV with a header")] = False,
+    rows: Annotated[int, Option(help="rows of the table to print; the rest is cut")] = 50,
 ) -> None:
     """Query a run with SQL: the views documents, keep, corpus, rejected and commits. It reads only.
 

@@ -2,14 +2,13 @@
 
 import inspect
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
 from rich.markup import escape
 
-from pipeline.cli import app, out, print_table, print_template
+from pipeline.cli import app, err, out, print_table, print_template
 from pipeline.models.options import ClassifierOptions, IndexOptions, LmOptions
 
 Options = TypeVar("Options")
@@ -32,19 +31,14 @@ def command(
     return add
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def _end_on_sigterm() -> None:
     """Turn SIGTERM into SystemExit, so that scratch files, perhaps four corpora, are deleted."""
 
     def end(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the deletion
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, end)
 
 
 @command("train-lm", LmOptions)
@@ -52,8 +46,8 @@ def _train_lm(options: LmOptions) -> None:
     """Train a KenLM model for the filter `perplexity`, with KenLM's lmplz (make kenlm)."""
     from pipeline.models.train_lm import train_lm
 
-    with _ended_by_sigterm():
-        print_template("train_lm.txt.j2", card=train_lm(options))
+    _end_on_sigterm()
+    print_template("train_lm.txt.j2", card=train_lm(options))
 
 
 @command("train-classifier", ClassifierOptions)
@@ -64,8 +58,10 @@ def _train_classifier(options: ClassifierOptions) -> None:
     """
     from pipeline.models.train_classifier import train_classifier
 
-    with _ended_by_sigterm():
-        print_template("train_classifier.txt.j2", card=train_classifier(options))
+    _end_on_sigterm()
+    card = train_classifier(options)
+    print_template("near_duplicates.txt.j2", err, shared=card["near_duplicates"]["shared"])
+    print_template("train_classifier.txt.j2", card=card)
 
 
 @command("index-benchmarks", IndexOptions)

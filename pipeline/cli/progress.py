@@ -108,9 +108,9 @@ class JsonLog:
         if outcome.commit is None:
             self._write("failed", phase, unit=outcome.unit, error=outcome.error)
         else:
-            commit = outcome.commit
+            fields = vars(outcome.commit)
             names = ("unit", "seconds", "rows_in", "rows_out")
-            self._write("done", phase, **{name: getattr(commit, name) for name in names})
+            self._write("done", phase, **{name: fields[name] for name in names})
 
     def end(self, phase: str) -> None:
         """Log the end of a phase."""

@@ -4,22 +4,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Exit, Option
 
 from pipeline.cli import (
     Address,
     AsJson,
     ConfigFile,
-    Log,
     LogAs,
     Overrides,
     Stage,
     absolute_path,
     app,
     load_config,
-    number_table,
     open_progress,
     out,
     print_json,
@@ -40,17 +38,17 @@ def run(
     config: ConfigFile,
     overrides: Overrides = None,
     only: Annotated[
-        Stage | None, typer.Option(help="run this stage only; those before it must be done")
+        Stage | None, Option(help="run this stage only; those before it must be done")
     ] = None,
     first: Annotated[
         Stage | None,
-        typer.Option("--from", help="begin at this stage; those before it must be done"),
+        Option("--from", help="begin at this stage; those before it must be done"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print what would be done, and stop")
+        bool, Option("--dry-run", help="print what would be done, and stop")
     ] = False,
     address: Address = None,
-    log: LogAs = Log.bars,
+    log: LogAs = "bars",
     as_json: AsJson = False,
 ) -> None:
     """Run a config: extract, dedup, refine, pack, publish.
@@ -106,7 +104,7 @@ def _print_funnel(rows: "Sequence[FunnelRow]") -> None:
     from pipeline.run.funnel import stage_bases
 
     totals = stage_bases(rows)
-    table = number_table(
+    print_table(
         ("stage", "rule", "count", "share"),
         (
             (row.stage, f"[bold]= {row.unit}[/bold]", f"[bold]{row.count:,}[/bold]", "")
@@ -121,9 +119,6 @@ def _print_funnel(rows: "Sequence[FunnelRow]") -> None:
         ),
         text_columns=2,
     )
-    for column in table.columns:
-        column.no_wrap = True
-    out.print(table, soft_wrap=False)
 
 
 def _end(root: str, failed: object) -> None:
@@ -134,7 +129,7 @@ def _end(root: str, failed: object) -> None:
     if message is not None:
         warn(message, kind="alarm")
     if failed:
-        raise typer.Exit(3)
+        raise Exit(3)
 
 
 def _print_plan(phases: list[Any], as_json: bool) -> None:
@@ -162,7 +157,7 @@ def calibrate(
     config: ConfigFile,
     overrides: Overrides = None,
     sample: Annotated[
-        int, typer.Option(help="number of documents to measure, approximately", min=100)
+        int, Option(help="number of documents to measure, approximately", min=100)
     ] = 5000,
     address: Address = None,
     as_json: AsJson = False,
@@ -218,30 +213,28 @@ def calibrate(
 def dedup(
     paths: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             help="JSONL (.gz, .zst) or Parquet files, folders, patterns, s3:// URIs",
             metavar="PATH...",
         ),
     ],
     output: Annotated[
         str,
-        typer.Option(
+        Option(
             "-o",
             "--output",
             help="folder for keep.parquet, the report, and the state to resume from",
         ),
     ],
-    text_column: Annotated[str, typer.Option(help="column of the text")] = "text",
-    id_column: Annotated[str, typer.Option(help="column of the id; '' if there is none")] = "id",
+    text_column: Annotated[str, Option(help="column of the text")] = "text",
+    id_column: Annotated[str, Option(help="column of the id; '' if there is none")] = "id",
     against: Annotated[
         list[str] | None,
-        typer.Option(help="output of an earlier dedup with dedup.write_index=kept"),
+        Option(help="output of an earlier dedup with dedup.write_index=kept"),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="section.key=value, e.g. dedup.num_bands=26", metavar="KEY=VALUE"
-        ),
+        Option("--set", help="section.key=value, e.g. dedup.num_bands=26", metavar="KEY=VALUE"),
     ] = None,
     address: Address = None,
     as_json: AsJson = False,

@@ -4,8 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from pipeline.cli import AsJson, ConfigFile, Overrides, app, out, print_json, print_table
 
@@ -18,9 +18,7 @@ def train(
     overrides: Overrides = None,
     ray: Annotated[
         bool,
-        typer.Option(
-            help="workers of Ray Train, restarted when one dies; --no-ray: this process alone"
-        ),
+        Option(help="workers of Ray Train, restarted when one dies; --no-ray: this process alone"),
     ] = True,
 ) -> None:
     """Train a model on published generations, from its last checkpoint if it has one.
@@ -40,8 +38,8 @@ def train(
 
 @command("why-step")
 def why_step_command(
-    directory: Annotated[Path, typer.Argument(help="directory of a training", metavar="TRAINING")],
-    step: Annotated[int, typer.Argument(help="the step, as in metrics.jsonl", min=1)],
+    directory: Annotated[Path, Argument(help="directory of a training", metavar="TRAINING")],
+    step: Annotated[int, Argument(help="the step, as in metrics.jsonl", min=1)],
     as_json: AsJson = False,
 ) -> None:
     """Print the rows and documents of a training step; of a loss spike by falling loss."""
@@ -72,14 +70,12 @@ def why_step_command(
 @command("export-model")
 def export_model(
     training: Annotated[
-        str, typer.Argument(help="directory of a training, or folder or URL of its checkpoints")
+        str, Argument(help="directory of a training, or folder or URL of its checkpoints")
     ],
     output: Annotated[
-        str, typer.Argument(help="folder or URL to write config.json and model.safetensors to")
+        str, Argument(help="folder or URL to write config.json and model.safetensors to")
     ],
-    step: Annotated[
-        int | None, typer.Option(help="step of the checkpoint (default: the newest)")
-    ] = None,
+    step: Annotated[int | None, Option(help="step of the checkpoint (default: the newest)")] = None,
 ) -> None:
     """Write a checkpoint's weights as transformers loads them:
     LlamaForCausalLM.from_pretrained(OUTPUT).

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ def card_path(model: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[Path, ...]]:
-    """Temporary paths; those that were written become `outputs` on success. The first is the model.
+    """Temporary paths; those that were written become `outputs`, which are in one folder, on
+    success. The first is the model.
 
     ValueError at once if that would replace a source, or anything but a model that has a card. The
     old card is deleted before anything is replaced, so that no card describes another model.
@@ -40,10 +42,10 @@ def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[P
         kind="a model with a card of ours",
         is_ours=lambda path: bool(card) and ("sentencepiece" in card or path not in outputs[1:]),
     )
-    for output in outputs:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tuple(output.with_name(f".{output.name}.{os.getpid()}") for output in outputs)
-    try:
+    folder = outputs[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        temporary = tuple(Path(scratch, output.name) for output in outputs)
         yield temporary
         card_path(outputs[0]).unlink(missing_ok=True)
         for written, output in zip(temporary, outputs, strict=True):
@@ -51,9 +53,6 @@ def replacing(*outputs: Path, sources: Sequence[str | Path]) -> Iterator[tuple[P
                 written.replace(output)
             else:
                 output.unlink(missing_ok=True)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
 
 
 def check_outputs(

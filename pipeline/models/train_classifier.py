@@ -2,7 +2,6 @@
 
 import random
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,7 +51,6 @@ def train_classifier(options: ClassifierOptions) -> dict[str, Any]:
         }
         texts = write_texts(readers, Path(scratch, "texts"), held_out=options.held_out)
         unique = distinct(texts)
-        _warn_of_shared(unique.shared)
         train = [i for i in unique.kept if not texts.is_held_out[i]]
         test = [i for i in unique.kept if texts.is_held_out[i]]
         train_counts = _label_counts(texts, train)
@@ -173,17 +171,6 @@ def _check_splits(
             held_out=options.held_out,
             sources=names,
             of=f" of label '{label}' that no other label has",
-        )
-
-
-def _warn_of_shared(shared: Iterable[dict[str, Any]]) -> None:
-    for row in shared:
-        both = " and ".join(
-            f"{n:,} texts of '{label}' ({row['share'][label]:.1%})"
-            for label, n in row["documents"].items()
-        )
-        print(
-            f"warning: {both} are near-duplicates of each other; left out of both", file=sys.stderr
         )
 
 

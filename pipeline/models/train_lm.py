@@ -50,7 +50,7 @@ def train_lm(options: LmOptions) -> dict[str, Any]:
         raise ValueError(f"bits = {options.bits}: must be 0 (not quantized) to 25")
     prune = _prune_counts(options)
     check_where(options.where, options.sources)
-    kenlm = find_kenlm()
+    lmplz, build_binary = find_kenlm()
     use_pieces = bool(options.sentencepiece or options.sentencepiece_model)
     spm = Path(f"{options.output}.spm")
     with (
@@ -71,10 +71,10 @@ def train_lm(options: LmOptions) -> dict[str, Any]:
         estimate = ("-o", options.order, "-S", options.memory, "--prune", *prune.split(","))
         lmplz_options = [*map(str, estimate), "--discount_fallback", *(options.lmplz_option or ())]
         arpa = Path(scratch, "arpa")
-        _call(kenlm.lmplz, *lmplz_options, "-T", scratch, "--text", texts.train, "--arpa", arpa)
+        _call(lmplz, *lmplz_options, "-T", scratch, "--text", texts.train, "--arpa", arpa)
         quantize = ("-q", options.bits, "-b", options.bits) if options.bits else ()
         place = ("-S", options.memory, "-T", scratch)
-        _call(kenlm.build_binary, *quantize, *place, "trie", arpa, model)
+        _call(build_binary, *quantize, *place, "trie", arpa, model)
         measured = _measure(texts.held_out, model=model)
         pieces = {"sentencepiece": _describe_sentencepiece(new_spm)} if use_pieces else {}
     return write_card(
@@ -85,7 +85,7 @@ def train_lm(options: LmOptions) -> dict[str, Any]:
         command=command_line("train-lm", replace(options, prune=prune)),
         versions=versions("ufal.kenlm", *(["sentencepiece"] if use_pieces else [])),
         # it prints no version of its own
-        lmplz={"sha256": file_sha256(Path(kenlm.lmplz)), "options": lmplz_options},
+        lmplz={"sha256": file_sha256(Path(lmplz)), "options": lmplz_options},
         corpus=fingerprint(texts.sources),
         sources=texts.sources,
         train=texts.counts,
@@ -237,20 +237,13 @@ def _describe_sentencepiece(spm: Path) -> dict[str, Any]:
 # --- KenLM ----------------------------------------------------------------------------------------
 
 
-class Kenlm(NamedTuple):
-    """Paths of KenLM's programs."""
-
-    lmplz: str
-    build_binary: str
-
-
-def find_kenlm() -> Kenlm:
-    """KenLM's programs in $GRISTMILL_KENLM_BIN, else .kenlm/bin, else on PATH."""
+def find_kenlm() -> list[str]:
+    """KenLM's lmplz and build_binary: in $GRISTMILL_KENLM_BIN, else .kenlm/bin, else on PATH."""
     chosen = os.environ.get("GRISTMILL_KENLM_BIN")
     for path in (chosen,) if chosen else (str(Path(".kenlm", "bin")), None):
-        lmplz, build_binary = (shutil.which(name, path=path) for name in Kenlm._fields)
-        if lmplz and build_binary:
-            return Kenlm(lmplz, build_binary)
+        programs = [shutil.which(name, path=path) for name in ("lmplz", "build_binary")]
+        if all(programs):
+            return list(filter(None, programs))
     raise ValueError(
         f"KenLM's lmplz and build_binary: not found in {chosen or '.kenlm/bin and on PATH'}; build "
         "them with `make kenlm` (tools/build_kenlm.sh), or set $GRISTMILL_KENLM_BIN to their folder"

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from filters import quality
+from pipeline.__main__ import app
 from pipeline.models import train_classifier as module
 from pipeline.models.labeled_texts import distinct, write_texts
 from pipeline.models.options import ClassifierOptions
@@ -197,20 +199,22 @@ def test_copies_are_dropped_as_a_slow_loop_over_clusters_says(
     assert sorted(kept) == sorted(expected)
 
 
-def test_leaking_sources_are_warned_about_and_stand_on_the_card(
-    texts: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_leaking_sources_are_warned_about_and_stand_on_the_card(texts: Path) -> None:
     Path("both.txt").write_text(
         LISTING
         + "\nOne that only this one has: "
         + LONG
         + "\n\nanother of its own\n\nand a third\n\n"
     )
-    card = train({"hq": ["prose.txt", "both.txt"], "lq": ["listing.txt", "code.txt"]})
+    positive = ("--positive", "prose.txt", "--positive", "both.txt")
+    negative = ("--negative", "listing.txt", "--negative", "code.txt")
+    options = ("-o", "q.ftz", "--licence", "x", "--held-out", "0.3", "--buckets", "1000")
+    result = CliRunner().invoke(app, ["train-classifier", *positive, *negative, *options])
     assert (
         "warning: 8 texts of 'hq' (42.1%) and 8 texts of 'lq' (50.0%) are near-duplicates"
-        in capsys.readouterr().err
+        in result.stderr
     )
+    card = json.loads(Path("q.ftz.json").read_text())
     assert card["near_duplicates"]["shared"][0]["documents"] == {"hq": 8, "lq": 8}
     assert (
         sum(card["train"].values())

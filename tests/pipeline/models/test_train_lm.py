@@ -349,7 +349,7 @@ def test_find_kenlm_looks_where_the_environment_says(
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("GRISTMILL_KENLM_BIN", str(tmp_path))
-    assert find_kenlm() == (str(tmp_path / "lmplz"), str(tmp_path / "build_binary"))
+    assert find_kenlm() == [str(tmp_path / "lmplz"), str(tmp_path / "build_binary")]
 
 
 @pytest.mark.parametrize("lines", [1, 7, 50, 400])

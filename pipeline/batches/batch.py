@@ -170,9 +170,6 @@ def _decide(
     """Ask the controller, and log its inputs with its decision."""
     series = config.run.directory
     lines = decisions(series)
-    before = records.PlanState()
-    if lines:
-        before = records.from_json(records.Record, lines[-1]).decision.memory
     inputs = records.Inputs(
         now=now,
         series=series,
@@ -182,7 +179,9 @@ def _decide(
         trainers=tuple(feedback.read_summaries(f"{series}/feedback").summaries),
         batches=tuple(_batch_record(batch) for batch in earlier),
         inputs_left=inputs_left,
-        before=before,
+        before=records.from_json(records.Record, lines[-1]).decision.memory
+        if lines
+        else records.PlanState(),
     )
     decision = decide(inputs, config.schedule)
     fence()

@@ -233,7 +233,7 @@ def run_phase(
             errors.append(f"{outcome.unit}: {outcome.error}")
     progress.end(phase.name)
     phase.store.clear("attempts", run.invocation)
-    _check_failures(phase, errors, spec.max_failed_share(run.config), run.config)
+    _check_failures(spec, phase, errors, run.config)
     return errors
 
 
@@ -256,14 +256,12 @@ def _withdraw_unlisted(phase: Phase) -> None:
             phase.store.withdraw(name)
 
 
-def _check_failures(
-    phase: Phase, errors: list[str], max_failed_share: float, config: Config
-) -> None:
+def _check_failures(spec: PhaseSpec, phase: Phase, errors: list[str], config: Config) -> None:
     """RunFailed when more units failed than the configuration allows, by share or by number."""
-    most = config.run.max_failed_units
-    by_share = len(errors) > max_failed_share * len(phase.units)
+    share, most = spec.max_failed_share(config), config.run.max_failed_units
+    by_share = len(errors) > share * len(phase.units)
     if by_share or (most is not None and len(errors) > most):
-        limit = f"share allows {max_failed_share:.1%}" if by_share else f"units allows {most}"
+        limit = f"share allows {share:.1%}" if by_share else f"units allows {most}"
         shown = "\n  ".join(errors[:5])
         raise RunFailed(
             f"{len(errors)} of {len(phase.units)} units of '{phase.name}' failed "

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,11 +135,9 @@ def _location(uri: str) -> str:
 
 
 def _allow_files(connection: "duckdb.DuckDBPyConnection", uris: set[str]) -> None:
-    remote: dict[str, list[str]] = {}
-    for uri in sorted(uris):
-        if not is_local(uri):
-            remote.setdefault(uri.partition("://")[0], []).append(uri)
-    for protocol, urls in remote.items():
+    remote = sorted(uri for uri in uris if not is_local(uri))
+    for protocol, same in itertools.groupby(remote, key=lambda uri: uri.partition("://")[0]):
+        urls = list(same)
         connection.register_filesystem(_ListedFiles(open_fs(urls[0])[0], protocol, urls))
     allowed = ", ".join(quoted(_location(uri)) for uri in sorted(uris))
     connection.execute(f"SET allowed_paths = [{allowed}]").fetchall()

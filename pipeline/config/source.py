@@ -72,14 +72,13 @@ def _location(key: str, origins: dict[str, str]) -> str:
 def _read_toml(file: Path) -> Source:
     try:
         text = file.read_text(encoding="utf-8")
+        return Source(tomllib.loads(text), _line_numbers(file, text))
     except FileNotFoundError:
         neighbors = ", ".join(map(str, sorted(file.parent.glob("*.toml"))))
         hint = f"; there are {neighbors}" if neighbors else ""
         raise ConfigError(f"no such config file: {file}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
-    try:
-        return Source(tomllib.loads(text), _line_numbers(file, text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
 

@@ -336,6 +336,16 @@ def table(config, **scores):
 UP, DOWN = [float(i) for i in range(1001)], [float(i) / 10 for i in range(1001)]
 
 
+def test_numbers_of_a_language_need_no_percentiles_of_it(config, tmp_path):
+    general = 'c4.sentence_count=["p10", "p100"]'
+    file = tmp_path / "cal.json"
+    file.write_bytes(table(config(PER_LANGUAGE), c4__sentence_count={"": UP, "en": UP}))
+    loaded = config(PER_LANGUAGE, f"run.calibration={file}", general)
+    assert loaded.named("c4").of("de").sentence_count == (2, 1000)
+    shown = {key: origin for key, _, origin in show(loaded)}
+    assert "percentiles" not in shown["per_language.de.c4.sentence_count"]
+
+
 def test_percentiles_are_looked_up_per_language_and_say_so(config, tmp_path):
     plain = config(PER_LANGUAGE)
     (tmp_path / "cal.json").write_bytes(

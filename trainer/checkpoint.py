@@ -63,22 +63,17 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run, in a local folder or at a URL.
 
-    All ranks make one and call its methods (but `poll`) in the same order.
+    All ranks make one and call its methods in the same order.
 
     At most one save is in flight. A thread writes, hashes, makes meta.json and removes old
     checkpoints; it exchanges data over a gloo group of its own: in the training's group it would
     meet the training's collectives in another order on each rank.
 
-    ValueError for a URL of an unknown kind, with * ? [ in it, or made a Path, or a config that
-    would keep nothing; ImportError, which says what to install, where fsspec lacks the client.
+    ValueError for a URL of an unknown kind, with * ? [ in it, or made a Path; ImportError, which
+    says what to install, where fsspec lacks the client.
     """
 
     def __init__(self, folder: Path | str, config: CheckpointConfig) -> None:
-        if config.keep_last < 1 or config.keep_best < 0:
-            raise ValueError(
-                f"checkpoint.keep_last {config.keep_last} must be 1 or more, "
-                f"keep_best {config.keep_best} 0 or more"
-            )
         self._folder, self._config = locate(folder), config
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         gather = partial(gather_objects, group=self._group)
@@ -120,13 +115,6 @@ class Checkpoints:
         written = async_save(state, storage_writer=writer, process_group=self._group)
         assert isinstance(written, Future)
         self._pending = self._thread.submit(self._commit, folder, meta, written)
-
-    def poll(self) -> bool:
-        """Whether a save is still being written, as this rank sees it.
-
-        Needs no other rank, never raises.
-        """
-        return self._pending is not None and not self._pending.done()
 
     def finish(self) -> None:
         """Wait for the save in flight, if any.

@@ -127,7 +127,7 @@ class SourceConfig:
     """
 
     run: str
-    weight: NonNegativeFloat = 1.0
+    weight: PositiveFloat = 1.0
     generations: tuple[str, ...] = ()
 
 

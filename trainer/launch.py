@@ -152,8 +152,7 @@ def _train_on_ray(config: TrainConfig) -> dict[str, Any]:
         scaling_config=api.ScalingConfig(
             num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
             use_gpu=on_gpus,
-            resources_per_worker={"CPU": config.ray.cpus_per_worker}
-            | ({"GPU": 1} if on_gpus else {}),
+            resources_per_worker={"CPU": config.ray.cpus_per_worker, "GPU": int(on_gpus)},
         ),
         run_config=api.RunConfig(
             name="ray",

@@ -85,3 +85,8 @@ def restored(folder, optimizer="adamw"):
 
 def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "trainer.checkpoint"]
+
+
+def is_saving(checkpoints: Checkpoints) -> bool:
+    """Whether a save is still being written, as this rank sees it."""
+    return checkpoints._pending is not None and not checkpoints._pending.done()

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.checkpoints import is_saving
 from tests.support.examples import at_most
 from tests.support.ranks import fork_context, run_ranks
 
@@ -201,11 +202,11 @@ def overlap(folder):
     in_flight = 0
     for step in range(3):
         train(*state, step)
-        in_flight += checkpoints.poll()
+        in_flight += is_saving(checkpoints)
     FileSystemWriter.write_data = write
     done.set()
     checkpoints.finish()
-    return in_flight, checkpoints.poll(), checkpoints.latest().step
+    return in_flight, is_saving(checkpoints), checkpoints.latest().step
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +303,7 @@ def test_what_is_saved_is_the_state_at_save_and_not_at_the_time_of_writing(held_
     expected = whole(*state)
     extra["rows"].append(2)
     train(*state, 2, 3)
-    assert checkpoints.poll()  # nothing was written before these steps
+    assert is_saving(checkpoints)  # nothing was written before these steps
     held_back.set()
     checkpoints.finish()
     saved, again = restored(tmp_path)

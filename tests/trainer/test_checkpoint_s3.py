@@ -21,6 +21,7 @@ from tests.support.checkpoints import (
     NOW,
     PATIENCE,
     assert_same,
+    is_saving,
     restored,
     train,
     trained,
@@ -170,11 +171,11 @@ def test_training_goes_on_while_an_upload_is_in_flight(run, monkeypatch):
     expected = whole(*state)
     assert begun.wait(PATIENCE)
     train(*state, 2, 3)
-    assert checkpoints.poll()
+    assert is_saving(checkpoints)
     assert not files().exists(run)  # no object, so no checkpoint
     done.set()
     checkpoints.finish()
-    assert not checkpoints.poll()
+    assert not is_saving(checkpoints)
     assert_same(whole(*restored(run)[1]), expected)
 
 
@@ -293,7 +294,7 @@ def test_a_server_that_stops_is_an_error_and_the_state_remains(tmp_path, s3_serv
             ):
                 call()
     s3fs.S3FileSystem.clear_instance_cache()  # of instances that know the server that is gone
-    assert not checkpoints.poll()
+    assert not is_saving(checkpoints)
     assert_same(whole(*state), expected)
     train(*state, 2)
     Checkpoints(tmp_path / "elsewhere", NOW).save(3, *state, {})

@@ -62,16 +62,13 @@ class BatchLoader:
     ) -> None:
         global_rows, micro_rows = config.global_batch_rows, config.micro_batch_rows
         self._micro_batches = micro_batches_per_rank(global_rows, micro_rows, world_size)
-        if not config.sources or min(source.weight for source in config.sources) <= 0:
-            raise ValueError("data.sources needs at least one source, each with a weight above 0")
-        self._config, self._rank, self._world = config, rank, world_size
+        if not config.sources:
+            raise ValueError("data.sources needs at least one source")
+        self._config = config
         self._ranks = Ranks(rank, gather)
         self._sources = [Source(source, config, self._ranks) for source in config.sources]
-        self._step = 0
-        self._shape: tuple[int | None, str | None] = (
-            None,
-            None,
-        )  # seq_len and tokenizer of all generations
+        # seq_len and tokenizer of all generations
+        self._shape: tuple[int | None, str | None] = (None, None)
         self._planned: deque[_Plan] = deque()  # steps that are being read
         self._batches: Iterator[Batch] | None = None
         self._closed = False
@@ -88,7 +85,7 @@ class BatchLoader:
                 )
         if state is not None:
             self._ranks.agree(partial(self._check_orders, state))
-        self._state = self._state_at(self._step)
+        self._state = self._state_at(0 if state is None else state["step"])
 
     def __enter__(self) -> "BatchLoader":
         return self
@@ -108,9 +105,9 @@ class BatchLoader:
         """
         if self._closed:
             raise ValueError("this loader is closed; create one from its state_dict()")
-        if step != self._step:
+        if step != self._state["step"]:
             raise ValueError(
-                f"asked for step {step}, but the loader stands at {self._step}; "
+                f"asked for step {step}, but the loader stands at {self._state['step']}; "
                 "create one from the state of that step"
             )
         for source, state in zip(self._sources, self._state["sources"], strict=True):
@@ -119,7 +116,7 @@ class BatchLoader:
         batches = self._collect() or self._collect()
         if batches:
             plan = self._planned.popleft()
-            self._step, self._empty_since = step + 1, None
+            self._empty_since = None
             self._state, self.row_ranges = plan.state, plan.row_ranges
         return batches
 
@@ -187,10 +184,11 @@ class BatchLoader:
             row_ranges[source.run] += source.row_ranges(slices)
             queues.append(source.row_refs(slices))
         refs = [next(queues[owner]) for owner in owners]
-        first, stop = (rank * rows // self._world for rank in (self._rank, self._rank + 1))
         size = self._config.micro_batch_rows
-        micro_batches = [refs[i : i + size] for i in range(first, stop, size)]
-        state = self._state_at(self._step + len(self._planned) + 1)
+        rank_rows = self._micro_batches * size
+        first = self._ranks.rank * rank_rows
+        micro_batches = [refs[i : i + size] for i in range(first, first + rank_rows, size)]
+        state = self._state_at(self._state["step"] + len(self._planned) + 1)
         return _Plan(micro_batches, row_ranges, state)
 
     def _next_slices(self, source: Source, count: int) -> tuple[list[OrderSlice], Position] | None:
@@ -299,7 +297,6 @@ class BatchLoader:
                 f"the checkpoint has {len(saved)} sources, the config {len(self._sources)}; "
                 "restore them"
             )
-        self._step = state["step"]
         self._shape = state["seq_len"], state["tokenizer"]
         for source, values in zip(self._sources, saved, strict=True):
             source.load(values)

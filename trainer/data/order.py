@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from trainer.data.generations import Manifest
+from trainer.data.generations import Manifest
 
 I64 = npt.NDArray[np.int64]
 
@@ -118,7 +117,7 @@ def interleave(order: I64, parts: int) -> I64:
     return order[np.argsort(turns, kind="stable")]
 
 
-def epoch_order(manifest: "Manifest", epoch: int, *, seed: int, nodes: int) -> I64:
+def epoch_order(manifest: Manifest, epoch: int, *, seed: int, nodes: int) -> I64:
     """All rows of a generation in the order of an epoch, int64 [rows], each exactly once.
 
     It is the order of a StreamingDataset with num_canonical_nodes=`nodes`, shuffle_algo="py1e" and
@@ -139,7 +138,7 @@ def epoch_order(manifest: "Manifest", epoch: int, *, seed: int, nodes: int) -> I
     return interleave(get_shuffle("py1e", shard_rows, nodes, seed, 0, block), nodes)
 
 
-def order_seed(manifest: "Manifest", epoch: int, *, seed: int) -> int:
+def order_seed(manifest: Manifest, epoch: int, *, seed: int) -> int:
     """32 bits from seed, content and epoch.
 
     Sources of the same shape do not shuffle alike, and a run that was moved shuffles as before.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from trainer.data.rows import RowRef, read_batch
 from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers
 from trainer.model.llama import Transformer
 from trainer.model.packing import next_tokens
-from trainer.model.parallel import sum_over_ranks
 from trainer.ranks import Ranks
 
 _LOG = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Evaluation:
             return Scores(None, {}, {})
         training = model.training
         model.eval()
-        sums = [x for rows in self._rows.held_out.values() for x in self._sum_loss(model, rows)]
+        sums = [self._sum_loss(model, rows) for rows in self._rows.held_out.values()]
         cloze = {
             name: self._score_cloze(model, rows, self._questions[name])
             for name, rows in self._rows.cloze.items()
@@ -105,7 +105,9 @@ class Evaluation:
         model.train(training)
         if not sums:
             return Scores(None, {}, cloze)
-        nats, targets = sum_over_ranks(*sums, device=self._device).cpu().view(-1, 2).unbind(1)
+        total = torch.stack(sums)
+        dist.all_reduce(total)
+        nats, targets = total.cpu().unbind(1)
         sources = dict(zip(self._rows.held_out, (nats / targets).tolist(), strict=True))
         return Scores(float(nats.sum() / targets.sum()), sources, cloze)
 
@@ -132,7 +134,8 @@ class Evaluation:
                 reduction="none",
             )
             likelihoods.index_add_(0, endings[is_scored], -nats.double())
-        return score_answers(questions, sum_over_ranks(*likelihoods, device=self._device).tolist())
+        dist.all_reduce(likelihoods)
+        return score_answers(questions, likelihoods.tolist())
 
     def _rank_batches(self, rows: EvalRows, *, size: int) -> Iterator[EvalRows]:
         # one shape for each use, and never `packed_documents`: a compiled block needs another graph

@@ -84,8 +84,8 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk_nats = []
         by_hidden = torch.empty_like(hidden_TD)
         by_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-        chunks = _chunks(hidden_TD, targets, vocabulary=len(weight_VD))
-        for (hidden, target), out in zip(chunks, _split(by_hidden, len(weight_VD)), strict=True):
+        chunks = _chunks(hidden_TD, targets, by_hidden, vocabulary=len(weight_VD))
+        for hidden, target, out in chunks:
             nats, by_logits = kernel(hidden @ weight_VD.T, target)
             chunk_nats.append(nats)
             out.copy_(by_logits @ weight_VD)
@@ -106,12 +106,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return by_hidden * scale, by_weight * scale, None, None
 
 
-def _split(states: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+def _chunks(states: Tensor, *others: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, ...]]:
     """Cut along positions, so that the logits of a chunk fit in LOGITS_BYTES."""
     limit = LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"])
-    return torch.split(states, max(1, limit // (4 * vocabulary)))
-
-
-def _chunks(states: Tensor, targets: Tensor, *, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    parts = _split(states, vocabulary)
-    return zip(parts, torch.split(targets, len(parts[0])), strict=True)
+    size = max(1, limit // (4 * vocabulary))
+    return zip(*(torch.split(tensor, size) for tensor in (states, *others)), strict=True)

@@ -1,6 +1,5 @@
 """Write the feedback of a trainer (`trainer.telemetry.feedback`) from a thread of its own."""
 
-import math
 import re
 import threading
 import time
@@ -30,7 +29,7 @@ class Writer:
     `previous` is the last line of the attempt before, None for a first start. An attempt should
     write a line as it begins, or a restart that dies before its first line is not counted. A slow
     or absent store never delays a step: a thread writes the lines, a line is dropped while the one
-    before it is being written, and errors are counted in `failures`, the last one kept in `error`.
+    before it is being written, and the last error is kept in `error`.
     At the start the store must answer. ValueError for a name that is not a file name, and for
     feedback of another version.
     """
@@ -49,8 +48,6 @@ class Writer:
             raise ValueError(
                 f"a trainer is named by letters, digits, '.', '_' and '-', got {trainer!r}"
             )
-        if not 0 < every_seconds < math.inf:
-            raise ValueError(f"every_seconds must be above 0, got {every_seconds}")
         # kept, because fsspec would make another client in each thread that writes a line
         self._fs, root = open_fs(folder)
         self._fs.makedirs(root, exist_ok=True)
@@ -61,7 +58,6 @@ class Writer:
         self._thread: threading.Thread | None = None
         self.previous = _last_summary(folder.rstrip("/"), trainer)
         self._sequence = 0 if self.previous is None else self.previous.sequence + 1
-        self.dropped = self.failures = 0
         self.error: str | None = None
 
     def due(self) -> bool:
@@ -72,8 +68,7 @@ class Writer:
         """Write a line, whether due or not."""
         now = self._monotonic()
         self._next = now + self._every
-        if self._thread is not None and self._thread.is_alive():
-            self.dropped += 1
+        if not self.flush(timeout_seconds=0):
             return
         line = self._line(report, now)
         # a daemon: a store that hangs must not keep the process from ending
@@ -83,21 +78,15 @@ class Writer:
 
     def flush(self, *, timeout_seconds: float = 10.0) -> bool:
         """Wait for the line that is being written; False if it takes longer."""
-        if self._thread is None:
-            return True
-        self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+        return self._thread is None or not self._thread.is_alive()
 
-    def close(self, report: Report, *, timeout_seconds: float = 10.0) -> bool:
-        """Write the last line, of state "stopped" or "failed".
-
-        False if the store did not take it in time.
-        """
-        if not self.flush(timeout_seconds=timeout_seconds):
-            return False
-        before = self.failures
-        self.write(report)
-        return self.flush(timeout_seconds=timeout_seconds) and self.failures == before
+    def close(self, report: Report, *, timeout_seconds: float = 10.0) -> None:
+        """Write the last line, of state "stopped" or "failed", if the store takes it in time."""
+        if self.flush(timeout_seconds=timeout_seconds):
+            self.write(report)
+            self.flush(timeout_seconds=timeout_seconds)
 
     def _line(self, report: Report, now: float) -> bytes:
         record = {
@@ -122,7 +111,6 @@ class Writer:
                 self._fs.pipe_file(f"{self._uri}.json", line)  # one PUT is atomic
         # each store's client has its own errors, and none of them may stop the training
         except Exception as error:
-            self.failures += 1
             self.error = repr(error)
 
 

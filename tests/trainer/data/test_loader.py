@@ -313,7 +313,6 @@ def test_new_weights_hold_from_where_they_were_changed(published):
         ({}, 3, "run with 1, 2, 4 ranks"),
         ({"global_batch_rows": 7}, 1, "positive multiple of micro_batch_rows=2"),
         ({"sources": ()}, 1, "at least one source"),
-        ({"sources": (SourceConfig("run", 0.0),)}, 1, "a weight above 0"),
     ],
 )
 def test_a_config_that_cannot_work_says_what_would(published, options, ranks, message):

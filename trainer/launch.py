@@ -194,21 +194,16 @@ def _stop_on_signals(config: TrainConfig) -> Iterator[None]:
     A second signal ends this process at once.
     """
 
-    def request_stop(*_: object) -> None:
-        Path(config.directory, STOP).touch()
-        print("asked the workers to save and end; repeat to end at once", file=sys.stderr)
-        restore()
+    with ExitStack() as handlers:
 
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        def request_stop(*_: object) -> None:
+            Path(config.directory, STOP).touch()
+            print("asked the workers to save and end; repeat to end at once", file=sys.stderr)
+            handlers.close()
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    handlers = {number: signal.signal(number, request_stop) for number in signals}
-    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers.callback(signal.signal, number, signal.signal(number, request_stop))
         yield
-    finally:
-        restore()
 
 
 @contextmanager

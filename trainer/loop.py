@@ -110,7 +110,6 @@ class Training:
                 state=extra.get("supply"),
             )
         )
-        self.runs = list(dict.fromkeys(source.run for source in config.data.sources))
         self.evaluation = (
             Evaluation(config.evaluation, config.data, device=device)
             if config.evaluation.every_steps
@@ -179,7 +178,7 @@ class Training:
                 while self.loader.should_wait() and not self._should_stop():
                     if self.loader.poll():
                         break
-                    self._write_feedback("waiting", when_due=True)
+                    self._write_feedback("waiting")
                 else:
                     return []
         largest = max(int(batch.tokens.max()) for batch in batches)
@@ -195,7 +194,7 @@ class Training:
         config = self.config
         rate = learning_rate(self.step, config.max_steps, config.schedule, config.optimizer.lr)
         set_learning_rate(self.optimizer, rate)
-        sums = accumulate(self.model, batches, self.runs, device=self.device)
+        sums = accumulate(self.model, batches, list(self.loader.row_ranges), device=self.device)
         norm = clip_grad_norm(self.model.parameters(), config.optimizer.clip_norm)
         result = self._step_result(sums, norm)
         if result.is_finite and not (result.is_spike and config.skip_spikes):
@@ -218,11 +217,12 @@ class Training:
         """The step as Python numbers, which waits for the device: here a step ends."""
         *flat, grad_norm = torch.cat([sums.by_run.flatten(), norm.double().reshape(1)]).tolist()
         sources = {}
-        for run, tokens, targets, nats in zip(
-            self.runs, flat[::3], flat[1::3], flat[2::3], strict=True
+        ranges = self.loader.row_ranges.items()
+        for (run, parts), tokens, targets, nats in zip(
+            ranges, flat[::3], flat[1::3], flat[2::3], strict=True
         ):
             rows = Counter[str]()
-            for part in self.loader.row_ranges[run]:
+            for part in parts:
                 rows[part.generation] += part.stop - part.start
             sources[run] = SourceSums(dict(rows), int(tokens), nats, int(targets))
         nats = sum(source.loss_sum for source in sources.values())
@@ -288,10 +288,10 @@ class Training:
             health = asdict(self.health) if self.health else {}
             scores: dict[str, float] = self.scores.figures() if self.scores else {}
             self.telemetry.step(record | self.meter.rates()._asdict() | health | scores)
-        self._write_feedback("running", when_due=True)
+        self._write_feedback("running")
 
-    def _write_feedback(self, state: feedback.State, *, when_due: bool = False) -> None:
-        if self.writer and (not when_due or self.writer.due()):
+    def _write_feedback(self, state: feedback.State) -> None:
+        if self.writer and self.writer.due():
             self.writer.write(self._report(state))
 
     def _report(self, state: feedback.State) -> feedback.Report:

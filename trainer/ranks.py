@@ -10,7 +10,7 @@ _T = TypeVar("_T")
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """The values of all ranks, by rank. Collective. With NCCL, set this rank's device first."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
@@ -35,12 +35,12 @@ class Ranks:
         own: tuple[type[Exception], ...] = (ValueError, ImportError),
         other: type[Exception] = OSError,
     ) -> None:
-        has_others = dist.is_available() and dist.is_initialized()
-        self.rank = rank if rank is not None else dist.get_rank() if has_others else 0
-        self._gather = gather or gather_objects
+        if rank is None:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+        self.rank, self._gather = rank, gather or gather_objects
         self._own, self._other = own, other
         self.count = len(self._gather(None))  # on every rank, as it is a collective
-        self.leads = self.rank == 0 or self.count == 1
+        self.leads = rank == 0 or self.count == 1
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective."""

@@ -46,7 +46,6 @@ class Manifest(NamedTuple):
     name: str
     sha256: str
     rows: int
-    tokens: int
     seq_len: int
     tokenizer: str
     shard_rows: tuple[int, ...]
@@ -176,7 +175,7 @@ def _verify(
             if mode == "full" and (str(folder), sha256) not in _hashed:
                 raise_first(name, hash_mismatches(folder, shards))
                 _hashed.add((str(folder), sha256))
-    shape = {key: split[key] for key in ("rows", "tokens", "seq_len", "tokenizer")}
+    shape = {key: split[key] for key in ("rows", "seq_len", "tokenizer")}
     return Manifest(run, name, sha256, **shape, shard_rows=tuple(s["rows"] for s in shards))
 
 

@@ -8,7 +8,7 @@ next    hand out a step's micro-batches to the loop, which passes them to `model
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,14 +58,13 @@ class BatchLoader:
         rank: int,
         world_size: int,
         state: Mapping[str, Any] | None = None,
-        gather: Callable[[Any], list[Any]] | None = None,
     ) -> None:
         global_rows, micro_rows = config.global_batch_rows, config.micro_batch_rows
         self._micro_batches = micro_batches_per_rank(global_rows, micro_rows, world_size)
         if not config.sources:
             raise ValueError("data.sources needs at least one source")
         self._config = config
-        self._ranks = Ranks(rank, gather)
+        self._ranks = Ranks(rank)
         self._sources = [Source(source, config, self._ranks) for source in config.sources]
         # seq_len and tokenizer of all generations
         self._shape: tuple[int | None, str | None] = (None, None)
@@ -73,7 +72,7 @@ class BatchLoader:
         self._batches: Iterator[Batch] | None = None
         self._closed = False
         self._empty_since: float | None = None
-        self.row_ranges: dict[str, list[RowRange]] = {}
+        self.row_ranges: dict[str, list[RowRange]] = {s.run: [] for s in config.sources}
         import_streaming()  # takes seconds: before workers start, each of which would import it
         if state is not None:
             self._load(state)

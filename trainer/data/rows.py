@@ -9,6 +9,7 @@ generation. Here a row is read by generation and number: it is returned or an er
 reading needs no shared memory, locks or collectives.
 """
 
+import itertools
 import math
 import queue
 import threading
@@ -126,14 +127,20 @@ def _read_in_thread(refs: Iterator[list[RowRef]], *, ahead: int, timeout: float)
     """Read in one daemon thread: a read that hangs cannot keep the process alive."""
     requests: queue.SimpleQueue[list[RowRef] | None] = queue.SimpleQueue()
     results: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
-    threading.Thread(
-        target=_read_requests, args=(requests, results), name="rows", daemon=True
-    ).start()
+
+    def read_requests() -> None:
+        for request in iter(requests.get, None):
+            try:
+                results.put(read_batch(request))
+            except Exception as error:  # raised in the training thread
+                results.put(error)
+
+    threading.Thread(target=read_requests, name="rows", daemon=True).start()
     num_pending = 0
     try:
         while True:
-            while num_pending < ahead and (batch_refs := next(refs, None)) is not None:
-                requests.put(batch_refs)
+            for request in itertools.islice(refs, ahead - num_pending):
+                requests.put(request)
                 num_pending += 1
             if num_pending == 0:
                 return
@@ -144,17 +151,6 @@ def _read_in_thread(refs: Iterator[list[RowRef]], *, ahead: int, timeout: float)
             yield result
     finally:
         requests.put(None)  # ends the thread
-
-
-def _read_requests(
-    requests: "queue.SimpleQueue[list[RowRef] | None]",
-    results: "queue.SimpleQueue[Batch | Exception]",
-) -> None:
-    while (refs := requests.get()) is not None:
-        try:
-            results.put(read_batch(refs))
-        except Exception as error:  # raised in the training thread
-            results.put(error)
 
 
 # --- shards -------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Optimizers over sharded parameters, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Generator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -82,73 +84,58 @@ class Adafactor(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step over the parameters that have gradients. Does not sync with the GPU."""
-        pieces = [
-            _Piece(p, self.state[p], group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
+        parameters = [
+            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
-        if not pieces:
+        if not parameters:
             return
-        ranks = _common_group(pieces)
+        ranks = _common_group([p for p, _ in parameters])
+        updates = [_update(p, self.state[p], group) for p, group in parameters]
         # two messages for all parameters, instead of several for each
-        totals = _sum_over_ranks([piece.sums() for piece in pieces], ranks)
-        for piece, total in zip(pieces, totals, strict=True):
-            piece.grad_to_update(total)
-        totals = _sum_over_ranks([piece.update_square() for piece in pieces], ranks)
-        for piece, total in zip(pieces, totals, strict=True):
-            piece.apply(total)
+        totals = _sum_over_ranks([next(update) for update in updates], ranks)
+        squares = [update.send(total) for update, total in zip(updates, totals, strict=True)]
+        totals = _sum_over_ranks(squares, ranks)
+        for update, total in zip(updates, totals, strict=True):
+            with suppress(StopIteration):
+                update.send(total)
 
 
-class _Piece:
-    """This rank's rows of one parameter; a step calls its methods in the order given here.
+def _update(
+    parameter: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> Generator[Tensor, Tensor, None]:
+    """Update this rank's rows of a parameter; twice yields what it needs summed over ranks.
 
     A vector has a second moment for each entry instead of means over rows and columns.
     """
-
-    def __init__(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        self.parameter, self.state, self.options = parameter, state, group
-        self.values, self.grad = _local(parameter), _local(parameter.grad)
-        self.factored = parameter.ndim == 2
-        if not state:
-            state.update(_zero_state(parameter))
-        state["step"] += 1
-        # 1 - beta2, which is 1 at the first step
-        self.weight_of_new = float(state["step"]) ** -DECAY_POWER
-
-    def sums(self) -> Tensor:
-        """[sum of squares]; for a matrix also [sum of row means, squared gradients by column …]."""
-        squares = self.grad.square()
-        value_square = self.values.square().sum().reshape(1)
-        if not self.factored:
-            _local(self.state["square"]).lerp_(squares.add_(EPS), self.weight_of_new)
-            return value_square
-        rows = _local(self.state["row_square"])
-        rows.lerp_(squares.mean(1) + EPS, self.weight_of_new)
-        return torch.cat([value_square, rows.sum().reshape(1), squares.sum(0)])
-
-    def grad_to_update(self, total: Tensor) -> None:
-        """Divide the gradient, in place, by the root of its second moment."""
-        self.value_rms = (total[0] / self.parameter.numel()).sqrt()
-        if not self.factored:
-            self.grad.mul_(_local(self.state["square"]).rsqrt())
-            return
-        height = self.parameter.shape[0]
-        columns = self.state["column_square"]
-        columns.lerp_(total[2:] / height + EPS, self.weight_of_new)
-        rows = _local(self.state["row_square"]) / (total[1] / height)
-        self.grad.mul_(rows.rsqrt()[:, None]).mul_(columns.rsqrt())
-
-    def update_square(self) -> Tensor:
-        return self.grad.square().sum().reshape(1)
-
-    def apply(self, total: Tensor) -> None:
-        lr = self.options["lr"]
-        update_rms = (total[0] / self.parameter.numel()).sqrt()
-        scale = lr * self.value_rms.clamp(min=LEAST_SCALE) / (update_rms / CLIP).clamp(min=1.0)
-        self.values.mul_(1 - lr * self.options["weight_decay"])
-        self.values.sub_(self.grad.mul_(scale))
+    assert parameter.grad is not None
+    values, grad = _local(parameter), _local(parameter.grad)
+    if not state:
+        state.update(_zero_state(parameter))
+    state["step"] += 1
+    weight_of_new = float(state["step"]) ** -DECAY_POWER  # 1 - beta2, which is 1 at the first step
+    squares, value_square = grad.square(), values.square().sum().reshape(1)
+    # the gradient becomes the update, in place: divided by the root of its second moment
+    if parameter.ndim == 2:
+        height = parameter.shape[0]
+        rows, columns = _local(state["row_square"]), state["column_square"]
+        rows.lerp_(squares.mean(1) + EPS, weight_of_new)
+        sums = torch.cat([value_square, rows.sum().reshape(1), squares.sum(0)])
+        del squares
+        total = yield sums
+        columns.lerp_(total[2:] / height + EPS, weight_of_new)
+        grad.mul_((rows / (total[1] / height)).rsqrt()[:, None]).mul_(columns.rsqrt())
+    else:
+        second_moment = _local(state["square"])
+        second_moment.lerp_(squares.add_(EPS), weight_of_new)
+        del squares
+        total = yield value_square
+        grad.mul_(second_moment.rsqrt())
+    update_total = yield grad.square().sum().reshape(1)
+    value_rms = (total[0] / parameter.numel()).sqrt()
+    update_rms = (update_total[0] / parameter.numel()).sqrt()
+    scale = group["lr"] * value_rms.clamp(min=LEAST_SCALE) / (update_rms / CLIP).clamp(min=1.0)
+    values.mul_(1 - group["lr"] * group["weight_decay"])
+    values.sub_(grad.mul_(scale))
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -175,9 +162,9 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _common_group(pieces: list[_Piece]) -> dist.ProcessGroup | None:
+def _common_group(parameters: list[Tensor]) -> dist.ProcessGroup | None:
     """The ranks that share one copy of the parameters; None if each parameter is whole here."""
-    groups = {_shard_group(piece.parameter) for piece in pieces}
+    groups = {_shard_group(parameter) for parameter in parameters}
     if len(groups) > 1:
         raise ValueError(
             "Adafactor: parameters are sharded over different groups of ranks; "

@@ -75,8 +75,8 @@ class Meter:
     ) -> None:
         self._before = self._totals = Totals() if totals is None else totals
         self._sources = {
-            name: SourceSums(known["rows"], known["tokens"], 0.0, 0)
-            for name, known in self._before.sources.items()
+            name: SourceSums(totals_of_source["rows"], totals_of_source["tokens"], 0.0, 0)
+            for name, totals_of_source in self._before.sources.items()
         }
         self._clock = clock
         self._start = self._last = clock()

@@ -33,9 +33,7 @@ class Telemetry:
     stop a training.
     """
 
-    def __init__(
-        self, folder: Path, *, run: str, sinks: Sequence[str] = ("console", "jsonl")
-    ) -> None:
+    def __init__(self, folder: Path, *, run: str, sinks: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._sinks = {name: _open_sink(name, folder, run) for name in dict.fromkeys(sinks)}
         self.failed: dict[str, str] = {}

@@ -104,7 +104,7 @@ def rows_of(found: list[list[Row]]) -> list[Row]:
 
 def manifest(*shard_rows: int) -> Manifest:
     return Manifest(
-        "run", "gen-0001", "0" * 64, sum(shard_rows), 0, SEQ_LEN, "cl100k_base", shard_rows
+        "run", "gen-0001", "0" * 64, sum(shard_rows), SEQ_LEN, "cl100k_base", shard_rows
     )
 
 
@@ -574,15 +574,11 @@ def test_two_processes_share_the_batches_of_one_and_raise_what_only_rank_0_can_s
     assert together == [[row[1:] for row in step] for step in alone]
 
 
-def test_a_fault_that_only_another_rank_sees_is_raised_on_rank_0(published):
+def test_a_fault_that_only_another_rank_sees_is_raised_on_rank_0(published, monkeypatch):
     missing = GenerationError("generation gen-0001: a shard is not on this node's disk")
+    monkeypatch.setattr("trainer.ranks.gather_objects", lambda own: [own, (None, missing)])
     with pytest.raises(GenerationError, match="not on this node's disk"):
-        BatchLoader(
-            data_config(published(24)),
-            rank=0,
-            world_size=2,
-            gather=lambda mine: [mine, (None, missing)],
-        )
+        BatchLoader(data_config(published(24)), rank=0, world_size=2)
 
 
 def test_a_generation_is_hashed_once_in_a_process(published, monkeypatch):

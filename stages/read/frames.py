@@ -23,7 +23,11 @@ from isal import isal_zlib
 START = re.compile(rb"WARC/\d+\.\d+[ \t]*\r?\n(?:WARC|Content)-[A-Za-z-]{1,40}[ \t]*:")
 _START_LENGTH = 100  # bytes of the longest match that matters
 _VERSION = re.compile(rb"WARC/\d+\.\d+[ \t]*\r?\n")
-_TYPE = re.compile(rb"^WARC-Type[ \t]*:", re.IGNORECASE | re.MULTILINE)
+# what every header has at most once
+_SINGLE_FIELDS = re.compile(
+    rb"^(warc-(?:type|date|record-id|target-uri)|content-length)[ \t]*:",
+    re.IGNORECASE | re.MULTILINE,
+)
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 _NOT_PADDING = re.compile(rb"[^\0\r\n\t ]")
 _MAX_HEADER = 1 << 20
@@ -366,9 +370,10 @@ def _frame_at(stream: _Stream, start: int, keep: int) -> tuple[Frame | None, int
         end, is_cut = swallowed, True
     if is_cut:
         block = block[: end - body].removesuffix(b"\r\n\r\n").removesuffix(b"\n\n")
-    # two headers that have run into one
-    is_merged = len(_TYPE.findall(header)) > 1
-    return Frame(stream.offset_of(start), fields, block, is_cut or is_merged), end
+    # two headers that have run into one, or one without its most important line
+    names = [name.lower() for name in _SINGLE_FIELDS.findall(header)]
+    is_damaged = len(set(names)) < len(names) or b"warc-type" not in names
+    return Frame(stream.offset_of(start), fields, block, is_cut or is_damaged), end
 
 
 def _end_of_block(stream: _Stream, body: int, length: int | None) -> tuple[int | None, bool]:

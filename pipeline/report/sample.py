@@ -1,4 +1,4 @@
-"""What the report reads of a run: its commit records, and the rows of a sample of its parts.
+"""What report, why and export read of a run: commit records, and rows of a sample of its parts.
 
 At most MAX_PARTS parts, spread evenly over the run. Texts stay in the parts; those of the few
 documents that are shown are read later, from their row groups alone.

@@ -70,16 +70,13 @@ def _context(ledger: Ledger, doc_id: int, entity: str) -> list[Piece]:
     row = ledger.row(ledger.corpus_phase, "corpus", doc_id, "text", "pii_spans")
     spans = row["pii_spans"] if row else []
     span = next((s for s in spans if s["entity"] == entity), None)
-    return _in_context(row["text"], span["start"], span["end"]) if row and span else []
-
-
-def _in_context(text: str, start: int, end: int) -> list[Piece]:
-    def flat(part: str) -> str:
-        return clean(part.replace("\n", " "))
-
-    before = ("…" if start > _CONTEXT else "") + flat(text[max(0, start - _CONTEXT) : start])
-    after = flat(text[end : end + _CONTEXT]) + ("…" if end + _CONTEXT < len(text) else "")
-    return [Piece(before), Piece(flat(text[start:end]), marked=True), Piece(after)]
+    if row is None or span is None:
+        return []
+    text, start, end = row["text"], span["start"], span["end"]
+    before = ("…" if start > _CONTEXT else "") + text[max(0, start - _CONTEXT) : start]
+    after = text[end : end + _CONTEXT] + ("…" if end + _CONTEXT < len(text) else "")
+    pieces = (Piece(before), Piece(text[start:end], marked=True), Piece(after))
+    return [Piece(clean(part.replace("\n", " ")), marked) for part, marked in pieces]
 
 
 def examples(ledger: Ledger, sample: Sample) -> dict[str, list[Example]]:

@@ -1,4 +1,4 @@
-"""What Prometheus is told of a run or series, the dashboard that shows it, and the log for
+"""The metrics of a run or series for Prometheus, the dashboard that shows them, and the log for
 collectors.
 """
 
@@ -44,25 +44,25 @@ PLAIN = (
 
 
 def parsed(text, parse=text_string_to_metric_families):
-    """Values by (name without prefix, labels but `run`); that no number is told twice is asserted
-    on the way.
+    """Values by (name without prefix, labels but `run`); asserts that no number is given
+    twice.
     """
-    found = {}
+    values = {}
     for sample in (s for family in parse(text) for s in family.samples):
         labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k != "run"))
         key = (sample.name.removeprefix("gristmill_"), *labels)
-        assert key not in found
-        found[key] = sample.value
-    return found
+        assert key not in values
+        values[key] = sample.value
+    return values
 
 
 def scraped(root):
     """What one scrape gives, and what it could not read."""
-    told = []
-    return parsed(generate_latest(Metrics(str(root), told.append)).decode()), told
+    faults = []
+    return parsed(generate_latest(Metrics(str(root), faults.append)).decode()), faults
 
 
-def tell(root, *, rows, speed, state="running"):
+def write_feedback(root, *, rows, speed, state="running"):
     sources = {str(root): Source("gen-0001", {"gen-0001": rows}, 1, 1.0)}
     report = Report(
         state, 5, 700, 900, speed and speed / 2, speed, 0.25, 0.4, None, 9.0, 3, sources, None, None
@@ -76,7 +76,7 @@ def series(tmp_path_factory):
     folder = tmp_path_factory.mktemp("metrics")
     settings = series_config(folder, write_listing(folder / "crawl"))
     run_one_batch(settings)
-    tell(folder / "series", rows=1, speed=50.0)
+    write_feedback(folder / "series", rows=1, speed=50.0)
     run_one_batch(settings, inputs=3)
     return folder / "series"
 
@@ -88,8 +88,8 @@ def copy(series, tmp_path):
 
 
 def test_the_numbers_are_those_of_the_files(series):
-    found, told = scraped(series)
-    assert (told, found["up",]) == ([], 1)
+    values, faults = scraped(series)
+    assert (faults, values["up",]) == ([], 1)
     for batch, inputs in (("0001", 4), ("0002", 3)):
         root = f"{series}/batches/{batch}"
         commits = results.all_commits(root, read_state(root))
@@ -102,55 +102,55 @@ def test_the_numbers_are_those_of_the_files(series):
             counts = sum((Counter(c.counts) for c in commits[phase]), Counter())
             assert {
                 k[2][1]: v
-                for k, v in found.items()
+                for k, v in values.items()
                 if k[0] == "documents_total" and k[1:][0][1] == batch and k[3][1] == stage
             } == counts
             assert sum(counts.values()) == sum(c.rows_in for c in commits[phase]) > 0
         labels = (("batch", batch), ("phase", "extract"))
         assert (
-            found["units", *labels, ("state", "done")] == inputs
-            and found["units", *labels, ("state", "left")] == 0
+            values["units", *labels, ("state", "done")] == inputs
+            and values["units", *labels, ("state", "left")] == 0
         )
-        assert found["written_bytes_total", *labels] == sum(
+        assert values["written_bytes_total", *labels] == sum(
             o.bytes for c in commits["extract"] for o in c.outputs
         )
         assert (
-            found["read_bytes_total", *labels]
+            values["read_bytes_total", *labels]
             == sum(c.result.bytes_in for c in commits["extract"])
             > 0
         )
-        assert found["cpu_seconds_total", *labels] == pytest.approx(
+        assert values["cpu_seconds_total", *labels] == pytest.approx(
             sum(c.cpu_seconds for c in commits["extract"])
         )
-        assert found["last_commit_timestamp_seconds", *labels] == max(
+        assert values["last_commit_timestamp_seconds", *labels] == max(
             c.finished for c in commits["extract"]
         )
-        assert found["rows_per_second", *labels] > 0
+        assert values["rows_per_second", *labels] > 0
     tokens = [e["tokens"] for e in read_catalog(str(series))]
-    assert (found["published_generations_total",], found["published_tokens_total",]) == (
+    assert (values["published_generations_total",], values["published_tokens_total",]) == (
         2,
         sum(tokens),
     )
-    assert found["published_timestamp_seconds",] == pytest.approx(
+    assert values["published_timestamp_seconds",] == pytest.approx(
         (series / "catalog.jsonl").stat().st_mtime
     )
 
 
 def test_supply_and_demand_are_those_of_the_moment_and_the_state_that_of_the_last_decision(series):
-    found, _ = scraped(series)
+    values, _ = scraped(series)
     [first, second] = read_catalog(str(series))
     unread = first["tokens"] * (first["rows"] - 1) // first["rows"] + second["tokens"]
     # the last decision was made before the second generation was there
-    assert found["supply_tokens",] == unread and found["supply_seconds",] == pytest.approx(
+    assert values["supply_tokens",] == unread and values["supply_seconds",] == pytest.approx(
         unread / 50.0
     )
-    assert found["demand_tokens_per_second",] == 50.0
-    states = {key[1][1]: value for key, value in found.items() if key[0] == "decision_state"}
+    assert values["demand_tokens_per_second",] == 50.0
+    states = {key[1][1]: value for key, value in values.items() if key[0] == "decision_state"}
     assert sum(states.values()) == 1 and states["STARVED"] == 1 and len(states) == 5
-    assert found["inputs_left",] == 10 - 4 - 3
+    assert values["inputs_left",] == 10 - 4 - 3
     tiny = ("trainer", "tiny")
     assert {
-        n: found[f"trainer_{n}", tiny]
+        n: values[f"trainer_{n}", tiny]
         for n in ("consumed_tokens", "restarts_total", "mfu_ratio", "data_wait_ratio")
     } == {
         "consumed_tokens": 700,
@@ -159,19 +159,19 @@ def test_supply_and_demand_are_those_of_the_moment_and_the_state_that_of_the_las
         "data_wait_ratio": 0.25,
     }
     assert (
-        found["trainer_processed_tokens_total", tiny] == 900
-        and found["trainer_tokens_per_second", tiny] == 25.0
+        values["trainer_processed_tokens_total", tiny] == 900
+        and values["trainer_tokens_per_second", tiny] == 25.0
     )
     assert (
-        found["trainer_state", ("state", "running"), tiny] == 1
-        and found["trainer_state", ("state", "failed"), tiny] == 0
+        values["trainer_state", ("state", "running"), tiny] == 1
+        and values["trainer_state", ("state", "failed"), tiny] == 0
     )
 
 
 def test_a_trainer_that_has_just_restarted_is_as_fast_as_at_the_last_decision(copy):
-    tell(copy, rows=1, speed=None)
-    found, told = scraped(copy)
-    assert told == [] and found["demand_tokens_per_second",] == 50.0
+    write_feedback(copy, rows=1, speed=None)
+    values, faults = scraped(copy)
+    assert faults == [] and values["demand_tokens_per_second",] == 50.0
 
 
 BROKEN = {
@@ -189,40 +189,44 @@ BROKEN = {
 @pytest.mark.parametrize("garbage", [b"{", b"null", b'["a"]', b"\xff\x00"])
 @pytest.mark.parametrize("pattern", BROKEN)
 def test_a_broken_file_is_told_and_the_rest_is_served(series, copy, pattern, garbage):
-    """Broken as a disk or a careless hand may leave it; whole again, all is told again."""
+    """Broken as a disk or a person may leave it; once it is whole again, all is served again."""
     whole, _ = scraped(series)
     files = list(copy.glob(pattern))
     before = [file.read_bytes() for file in files]
     for file in files:
         file.write_bytes(garbage)
-    told = []
-    tend = Metrics(str(copy), told.append)
-    found = parsed(generate_latest(tend).decode())
-    assert files and found["up",] == 0
+    faults = []
+    collector = Metrics(str(copy), faults.append)
+    values = parsed(generate_latest(collector).decode())
+    assert files and values["up",] == 0
     # a fault names the file, or the folder of its phase
-    assert any(str(file).startswith(line.split(": ")[0]) for file in files for line in told), told
+    assert any(str(file).startswith(line.split(": ")[0]) for file in files for line in faults), (
+        faults
+    )
     # nothing that other files say is missing
     others = {name for other, name in BROKEN.items() if other != pattern}
-    assert [name for name in others if not any(key[0] == name for key in found)] == []
+    assert [name for name in others if not any(key[0] == name for key in values)] == []
     # counters of an unreadable catalog are left out: a 0 would read as a reset
-    assert (("published_generations_total",) in found) == (pattern != "catalog.jsonl")
+    assert (("published_generations_total",) in values) == (pattern != "catalog.jsonl")
     for file, data in zip(files, before, strict=True):
         file.write_bytes(data)
-    assert parsed(generate_latest(tend).decode()).keys() == whole.keys()
+    assert parsed(generate_latest(collector).decode()).keys() == whole.keys()
 
 
 def test_a_fault_is_told_once_for_as_long_as_it_stands(copy):
-    told = []
-    tend = Metrics(str(copy), told.append)
+    faults = []
+    collector = Metrics(str(copy), faults.append)
     (copy / "catalog.jsonl").write_text("{")
     for _ in range(3):
-        tend.collect()
+        collector.collect()
     assert (
-        len(told) == 1 and "catalog.jsonl: GenerationError" in told[0] and tend.faults == set(told)
+        len(faults) == 1
+        and "catalog.jsonl: GenerationError" in faults[0]
+        and collector.faults == set(faults)
     )
     shutil.copy(copy / "inputs.jsonl", copy / "catalog.jsonl")
-    tend.collect()
-    assert len(told) == 2 and "KeyError" in told[1]
+    collector.collect()
+    assert len(faults) == 2 and "KeyError" in faults[1]
 
 
 def test_what_is_no_run_is_down_and_exits_1(tmp_path):
@@ -235,8 +239,8 @@ def test_what_is_no_run_is_down_and_exits_1(tmp_path):
 def test_a_series_that_waits_for_its_first_batch_is_up(tmp_path):
     settings = series_config(tmp_path, write_listing(tmp_path / "crawl"))
     assert run_one_batch(settings, inputs=0).batch is None
-    found, told = scraped(tmp_path / "series")
-    assert told == [] and found["up",] == 1 and found["inputs_left",] == 10
+    values, faults = scraped(tmp_path / "series")
+    assert faults == [] and values["up",] == 1 and values["inputs_left",] == 10
     run_one_batch(settings, inputs=2)
     run_one_batch(settings, inputs=0)  # the listing was as short already when this was decided
     assert scraped(tmp_path / "series")[0]["inputs_left",] == 8
@@ -246,15 +250,15 @@ def test_a_series_that_waits_for_its_first_batch_is_up(tmp_path):
     (batch / "batch.json").write_text(
         json.dumps({"inputs": [{"ordinal": 0, "path": "0"}], "started": 1.0})
     )
-    found, told = scraped(tmp_path / "series")
-    assert told == [] and found["up",] == 1 and found["inputs_left",] == 7
+    values, faults = scraped(tmp_path / "series")
+    assert faults == [] and values["up",] == 1 and values["inputs_left",] == 7
 
 
 def test_only_the_newest_batches_tell_of_their_units(series, monkeypatch):
     monkeypatch.setattr(metrics, "BATCHES", 1)
-    found, _ = scraped(series)
-    assert {dict(key[1:])["batch"] for key in found if key[0] == "units"} == {"0002"}
-    assert found["published_generations_total",] == 2
+    values, _ = scraped(series)
+    assert {dict(key[1:])["batch"] for key in values if key[0] == "units"} == {"0002"}
+    assert values["published_generations_total",] == 2
 
 
 def test_a_run_by_itself_has_no_batch_and_its_trainer_a_supply(tmp_path):
@@ -274,19 +278,20 @@ def test_a_run_by_itself_has_no_batch_and_its_trainer_a_supply(tmp_path):
     )
     run_inline(config)
     root = config.run.directory
-    tell(root, rows=0, speed=2.0)
-    found, told = scraped(root)
-    assert told == [] and not any(key[0].startswith("decision") for key in found)
+    write_feedback(root, rows=0, speed=2.0)
+    values, faults = scraped(root)
+    assert faults == [] and not any(key[0].startswith("decision") for key in values)
     extract = (("batch", ""), ("phase", "extract"))
     assert {
-        s: found["units", *extract, ("state", s)] for s in ("done", "failed", "quarantined", "left")
+        s: values["units", *extract, ("state", s)]
+        for s in ("done", "failed", "quarantined", "left")
     } == {
         "done": 1,
         "failed": 1,
         "quarantined": 0,
         "left": 0,
     }
-    assert found["supply_seconds",] == found["published_tokens_total",] / 2.0 > 0
+    assert values["supply_seconds",] == values["published_tokens_total",] / 2.0 > 0
 
 
 def empty_store():
@@ -328,22 +333,22 @@ FILES = {
 }
 
 
-@given(st.sampled_from([(file, key) for file, held in FILES.items() for key in held]), JSON)
+@given(st.sampled_from([(file, key) for file, content in FILES.items() for key in content]), JSON)
 def test_whatever_stands_in_a_file_something_is_served(place, value):
-    """One value of a good file is any other; what the files without it tell is told as before."""
+    """One value of a good file is any other; metrics of the other files stay the same."""
     root = empty_store()
-    for file, held in FILES.items():
-        changed = held | {place[1]: value} if file == place[0] else held
+    for file, content in FILES.items():
+        changed = content | {place[1]: value} if file == place[0] else content
         fsspec.filesystem("memory").pipe_file(f"{root}/{file}", json.dumps(changed).encode())
-    found, told = scraped(root)
-    assert found["up",] == (not told)
+    values, faults = scraped(root)
+    assert values["up",] == (not faults)
     if place[0] == "catalog.jsonl":
         assert (
-            found["documents_total", ("batch", ""), ("reason", "c4.lorem"), ("stage", "extract")]
+            values["documents_total", ("batch", ""), ("reason", "c4.lorem"), ("stage", "extract")]
             == 1
         )
     elif place[0] != "run.json":
-        assert found["published_tokens_total",] == 60
+        assert values["published_tokens_total",] == 60
 
 
 def test_it_is_served_afresh_in_both_formats(copy):
@@ -356,24 +361,24 @@ def test_it_is_served_afresh_in_both_formats(copy):
 
     kind, text = get()
     assert kind.startswith("text/plain") and parsed(text) == scraped(copy)[0]
-    tell(copy, rows=2, speed=10.0, state="stopped")
+    write_feedback(copy, rows=2, speed=10.0, state="stopped")
     kind, text = get(Accept="application/openmetrics-text")
-    found = parsed(text, parse_openmetrics)
+    values = parsed(text, parse_openmetrics)
     assert (
         kind.startswith("application/openmetrics-text")
-        and found["trainer_state", ("state", "stopped"), ("trainer", "tiny")] == 1
+        and values["trainer_state", ("state", "stopped"), ("trainer", "tiny")] == 1
     )
-    assert "supply_seconds" not in {key[0] for key in found}  # nobody reads any more
+    assert "supply_seconds" not in {key[0] for key in values}  # nobody reads any more
 
 
 def test_a_run_on_an_object_store_tells_the_same(series, s3_bucket):
     fs = fsspec.filesystem("s3")
     files = [path for path in series.rglob("*.json*") if "generations" not in path.parts]
     fs.pipe({f"{s3_bucket}/series/{path.relative_to(series)}": path.read_bytes() for path in files})
-    there, told = scraped(f"{s3_bucket}/series")
+    there, faults = scraped(f"{s3_bucket}/series")
     here, _ = scraped(series)
     clocks = {("published_timestamp_seconds",), ("trainer_timestamp_seconds", ("trainer", "tiny"))}
-    assert told == [] and there.keys() == here.keys()
+    assert faults == [] and there.keys() == here.keys()
     assert {k: v for k, v in there.items() if k not in clocks} == {
         k: v for k, v in here.items() if k not in clocks
     }
@@ -465,7 +470,7 @@ def test_a_log_has_a_line_for_each_unit(tmp_path, without_ray):
         if entry["event"] == "done" and entry["seconds"] is not None
     }
     commits = results.all_commits(f"{tmp_path}/run", read_state(f"{tmp_path}/run"))
-    assert done == {(phase, c.unit) for phase, found in commits.items() for c in found}
+    assert done == {(phase, c.unit) for phase, listed in commits.items() for c in listed}
     assert [e["event"] for e in lines if e["phase"] == "refine"] == ["begin", "done", "end"]
 
     result, lines = logged(*line)

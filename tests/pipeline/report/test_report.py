@@ -288,13 +288,13 @@ def test_without_a_measurement_the_page_says_how_to_get_one(hostile_run):
 def test_copies_are_told_apart_by_rule_and_the_kept_one_of_an_earlier_batch_is_shown(
     tmp_path, first_batch
 ):
-    found, section = duplicates_of(
+    duplicates, section = duplicates_of(
         second_batch(tmp_path, first_batch, "dedup.verify_share=1.0").run.directory
     )
-    assert found.rules == {"dedup.exact": 1, "dedup.near": 2, "dedup.earlier": 4}
-    assert {n: c["clusters"] for n, c in found.sizes.items()} == {"1": 1, "2": 1, "3–4": 2}
-    assert [c.size for c in found.clusters] == [3, 3, 2, 1]
-    kept, *copies = found.clusters[0].members
+    assert duplicates.rules == {"dedup.exact": 1, "dedup.near": 2, "dedup.earlier": 4}
+    assert {n: c["clusters"] for n, c in duplicates.sizes.items()} == {"1": 1, "2": 1, "3–4": 2}
+    assert [c.size for c in duplicates.clusters] == [3, 3, 2, 1]
+    kept, *copies = duplicates.clusters[0].members
     assert (kept.url, kept.kept_in) == ("https://old.example/1", str(first_batch))
     assert [(m.url, m.rule, m.kept_in) for m in copies] == [
         (f"https://{ATTACK}.example/{c}", "dedup.earlier", None) for c in "ab"
@@ -314,8 +314,8 @@ def test_a_kept_copy_that_is_no_longer_there_is_named_and_nothing_is_marked(tmp_
     shutil.copytree(first_batch, first)
     config = second_batch(tmp_path, first)
     shutil.rmtree(first)
-    found, section = duplicates_of(config.run.directory)
-    kept, *copies = found.clusters[0].members
+    duplicates, section = duplicates_of(config.run.directory)
+    kept, *copies = duplicates.clusters[0].members
     assert (kept.url, kept.kept_in, kept.pieces) == ("document 0", str(first), None)
     assert all(
         m.similarity is None and len(m.pieces) == 1 and not m.pieces[0].marked for m in copies
@@ -338,9 +338,9 @@ def test_documents_without_a_url_are_named_by_their_id(tmp_path):
         tmp_path, [source], *columns, GOPHER, "dedup.alarm_documents=2", "dedup.alarm_share=0.5"
     )
     run_inline(config, until="dedup")
-    found, _ = duplicates_of(config.run.directory)
-    assert {m.url for m in found.clusters[0].members} == {"row-0", "row-1", "row-2"}
-    assert GroupLoss("input", str(source), 3, 2) in found.alarm.first
+    duplicates, _ = duplicates_of(config.run.directory)
+    assert {m.url for m in duplicates.clusters[0].members} == {"row-0", "row-1", "row-2"}
+    assert GroupLoss("input", str(source), 3, 2) in duplicates.alarm.first
 
 
 def test_where_no_kept_copy_is_of_this_batch_nothing_can_be_measured(tmp_path, first_batch):
@@ -348,8 +348,8 @@ def test_where_no_kept_copy_is_of_this_batch_nothing_can_be_measured(tmp_path, f
     against = f'dedup.against=["{first_batch}"]'
     config = make_config(tmp_path, [source], *JSONL, GOPHER, against, "dedup.verify_share=1.0")
     run_inline(config, until="dedup")
-    found, section = duplicates_of(config.run.directory)
-    assert (found.rules["dedup.earlier"], found.measured, found.similarity) == (
+    duplicates, section = duplicates_of(config.run.directory)
+    assert (duplicates.rules["dedup.earlier"], duplicates.measured, duplicates.similarity) == (
         2,
         0,
         None,
@@ -359,12 +359,12 @@ def test_where_no_kept_copy_is_of_this_batch_nothing_can_be_measured(tmp_path, f
 
 def test_measured_similarities(tmp_path, first_batch):
     config = second_batch(tmp_path, first_batch, "dedup.verify_share=1.0")
-    found, section = duplicates_of(config.run.directory)
-    assert found.rules == {"dedup.exact": 1, "dedup.near": 2, "dedup.earlier": 4}
-    assert found.measured == 3, "copies of earlier batches are not measured"
-    assert {n: sum(c) for n, c in found.similarity.series.items()} == {"dropped": 3}
+    duplicates, section = duplicates_of(config.run.directory)
+    assert duplicates.rules == {"dedup.exact": 1, "dedup.near": 2, "dedup.earlier": 4}
+    assert duplicates.measured == 3, "copies of earlier batches are not measured"
+    assert {n: sum(c) for n, c in duplicates.similarity.series.items()} == {"dropped": 3}
     assert "3 measured · median" in section
-    near = next(c for c in found.clusters if "near.example" in c.members[0].url)
+    near = next(c for c in duplicates.clusters if "near.example" in c.members[0].url)
     assert [m.rule for m in near.members] == [None, "dedup.near", "dedup.near"]
     assert near.members[0].similarity is None and all(
         0.9 < m.similarity < 0.995 for m in near.members[1:]
@@ -373,21 +373,25 @@ def test_measured_similarities(tmp_path, first_batch):
 
 def test_who_lost_most_is_in_a_table_and_in_a_notice(tmp_path, first_batch):
     config = second_batch(tmp_path, first_batch, "dedup.alarm_documents=3", "dedup.alarm_share=0.6")
-    found, section = duplicates_of(config.run.directory)
+    duplicates, section = duplicates_of(config.run.directory)
     source = str(tmp_path / "in.jsonl")
     attacked, near = "<script>alert(1)<", "near.example"
     both = {GroupLoss("input", source, 9, 7), GroupLoss("language", "en", 9, 7)}
-    assert set(found.alarm.first[:2]) == both, "as many documents each: in either order"
-    assert found.alarm.first[2:] == [
+    assert set(duplicates.alarm.first[:2]) == both, "as many documents each: in either order"
+    assert duplicates.alarm.first[2:] == [
         GroupLoss("host", attacked, 3, 3),
         GroupLoss("host", near, 3, 2),
     ]
-    assert found.alarm.total == 4 and found.alarm.kinds == {"host": 2, "language": 1, "input": 1}
+    assert duplicates.alarm.total == 4 and duplicates.alarm.kinds == {
+        "host": 2,
+        "language": 1,
+        "input": 1,
+    }
     assert f"host {near} 3 2 66.7 %" in section and f"input file {source} 9 7 77.8 %" in section
     assert "that lost over 60 % of at least 3 documents" in section
     page = text_of(Path(config.run.directory, "report.html").read_text())
     lost = ", ".join(
-        [*(f"{w.name} (7 of 9)" for w in found.alarm.first[:2]), f"{attacked} (3 of 3)"]
+        [*(f"{w.name} (7 of 9)" for w in duplicates.alarm.first[:2]), f"{attacked} (3 of 3)"]
     )
     assert (
         f"dedup dropped over 60% of 2 hosts, 1 input file, 1 language: {lost} and 1 more; see Duplicates."
@@ -397,14 +401,14 @@ def test_who_lost_most_is_in_a_table_and_in_a_notice(tmp_path, first_batch):
 
 def test_giant_buckets_are_named_by_their_first_document(tmp_path, first_batch, monkeypatch):
     monkeypatch.setattr("stages.dedup.match.GIANT", 2)
-    found, section = duplicates_of(second_batch(tmp_path, first_batch).run.directory)
-    assert [(g.url, g.documents) for g in found.giants] == [
+    duplicates, section = duplicates_of(second_batch(tmp_path, first_batch).run.directory)
+    assert [(g.url, g.documents) for g in duplicates.giants] == [
         (f"https://{ATTACK}.example/a", 4),  # the fourth is the earlier batch's
         ("https://near.example/a", 3),
     ]
-    assert all(1 <= g.buckets <= 14 for g in found.giants)
+    assert all(1 <= g.buckets <= 14 for g in duplicates.giants)
     assert (
-        f"https://near.example/a 3 {found.giants[1].buckets}"
+        f"https://near.example/a 3 {duplicates.giants[1].buckets}"
         in section.partition("Giant buckets")[2]
     )
 
@@ -422,8 +426,13 @@ def test_a_run_without_copies_says_so(tmp_path):
     )
     config = make_config(tmp_path, [source], *JSONL, GOPHER)
     run_inline(config, until="dedup")
-    found, section = duplicates_of(config.run.directory)
-    assert (found.documents, found.dropped, found.sizes, found.clusters) == (3, 0, {}, [])
+    duplicates, section = duplicates_of(config.run.directory)
+    assert (duplicates.documents, duplicates.dropped, duplicates.sizes, duplicates.clusters) == (
+        3,
+        0,
+        {},
+        [],
+    )
     assert (
         "0 of 3 documents dropped" in section
         and "No two documents are copies of one another." in section

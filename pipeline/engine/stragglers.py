@@ -48,7 +48,7 @@ class _Copies:
         unit, copy = self.left.pop(outcome.unit), self.tasks.pop(outcome.unit, None)
         if copy is not None:
             _end_copy(copy)
-            commit = commit_for(unit, work.store)
+            commit = commit_for(unit, work)
             outcome = UnitOutcome(unit.name, commit) if commit else outcome
         if outcome.commit is not None:
             self.rates.append(outcome.commit.seconds / max(1, unit.bytes))
@@ -135,7 +135,7 @@ def exit_when_committed(unit: Unit, work: PhaseWork) -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(work.patience):
             with suppress(OSError):  # the store does not answer for a moment
-                if commit_for(unit, work.store) and not ended.is_set():
+                if commit_for(unit, work) and not ended.is_set():
                     os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

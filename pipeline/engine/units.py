@@ -100,7 +100,7 @@ def run_unit(unit: Unit, work: PhaseWork) -> UnitOutcome:
         _count_attempt(unit, work)
         return UnitOutcome(unit.name, do_unit(unit, work))
     except Exception as error:  # a unit that cannot be done must not take the others with it
-        if commit := commit_for(unit, work.store):
+        if commit := commit_for(unit, work):
             return UnitOutcome(unit.name, commit)
         return _record_failure(unit, work, error)
 
@@ -119,9 +119,9 @@ def _record_failure(unit: Unit, work: PhaseWork, error: Exception) -> UnitOutcom
     return UnitOutcome(unit.name, None, message)
 
 
-def commit_for(unit: Unit, store: Store) -> Commit | None:
+def commit_for(unit: Unit, work: PhaseWork) -> Commit | None:
     """The unit's commit, if it is of the same input."""
-    commit = store.commit_of(unit.name)
+    commit = work.store.commit_of(unit.name)
     return commit if commit is not None and commit.fingerprint == unit.fingerprint else None
 
 

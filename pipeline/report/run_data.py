@@ -98,7 +98,7 @@ def gather(root: str) -> ReportData:
     since = state.started or 0.0
     phases = [phase_status(p, ledger.store(p), commits[p], since=since) for p in SPECS]
     generation = state.generation if state.stage == "done" else None
-    rows = funnel(*(commits[phase] for phase in FUNNEL_PHASES.values()))
+    rows = funnel(commits)
     totals = _totals(ledger, rows)
     asked = STAGES[: STAGES.index(state.last) + 1]
     with open_sample(ledger) as sample:

@@ -1,9 +1,10 @@
 """The funnel of a run: rows in, rows dropped by each rule, rows out."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.run.phases import FUNNEL_PHASES
 from stages.storage.ledger import Commit
 
 
@@ -17,20 +18,17 @@ class FunnelRow:
     unit: str = "documents"
 
 
-def funnel(
-    extracted: Sequence[Commit],
-    clustered: Sequence[Commit],
-    refined: Sequence[Commit],
-    packed: Sequence[Commit],
-) -> list[FunnelRow]:
-    """From records to tokens, summed over commits: counts at points, and losses by rule between."""
-    rows = [FunnelRow("extract", None, sum(c.rows_in for c in extracted), "records")]
-    for stage, commits in (("extract", extracted), ("dedup", clustered), ("refine", refined)):
-        if commits or stage == "extract":
-            rows += _losses(stage, commits)
-            rows.append(FunnelRow(stage, None, sum(c.rows_out for c in commits)))
-    if packed:
-        rows += _losses("pack", packed)
+def funnel(commits: Mapping[str, Sequence[Commit]]) -> list[FunnelRow]:
+    """From records to tokens, summed over the commits of each phase: counts at points, and losses
+    by rule between.
+    """
+    rows = [FunnelRow("extract", None, sum(c.rows_in for c in commits["extract"]), "records")]
+    for stage, phase in FUNNEL_PHASES.items():
+        if commits[phase] or stage == "extract":
+            rows += _losses(stage, commits[phase])
+            if stage != "pack":
+                rows.append(FunnelRow(stage, None, sum(c.rows_out for c in commits[phase])))
+    if packed := commits["pack"]:
         rows.append(FunnelRow("pack", None, sum(c.result.tokens for c in packed), "tokens"))
         rows.append(FunnelRow("pack", None, sum(c.rows_out for c in packed), "rows"))
         if held_out := sum(c.result.held_out_tokens for c in packed):

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     import duckdb
 
 
+SETTINGS: dict[str, Any] = {
+    "memory_limit": "1GB",
+    "threads": 2,
+    "async_threads": 2,
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "allow_persistent_secrets": False,
+    "validate_external_file_cache": "NO_VALIDATION",
+    "python_enable_replacements": False,
+}
+
+
 @contextmanager
 def connect(
     parts: Mapping[str, Sequence[str]],
@@ -24,30 +36,18 @@ def connect(
     *,
     tables: Mapping[str, pa.Table] | None = None,
     views: Mapping[str, str] | None = None,
-    memory: str = "1GB",
-    threads: int = 2,
 ) -> Iterator["duckdb.DuckDBPyConnection"]:
     """A connection with a view for each name in `parts` (URIs of Parquet files).
 
     `tables` come after them, then `views`, defined by SQL. Columns of parts are united by name;
     `part` and `file_row_number` say where a row lies. A name without parts is an empty table of
-    its schema. Queries that exceed `memory` spill to $TMPDIR. The connection is closed at the end:
-    a process that ends with an open result hangs.
+    its schema. Queries that exceed the memory limit spill to $TMPDIR. The connection is closed at
+    the end: a process that ends with an open result hangs.
     """
     import duckdb
 
-    settings: dict[str, Any] = {
-        "memory_limit": memory,
-        "threads": threads,
-        "async_threads": threads,
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-        "allow_persistent_secrets": False,
-        "validate_external_file_cache": "NO_VALIDATION",
-        "python_enable_replacements": False,
-    }
     with scratch_folder("gristmill-sql") as scratch:
-        connection = duckdb.connect(":memory:", config=settings | {"temp_directory": str(scratch)})
+        connection = duckdb.connect(":memory:", config=SETTINGS | {"temp_directory": str(scratch)})
         try:
             # settings of extensions are unknown before; a cursor does not inherit SESSION settings
             for setting in ("parquet_can_have_nan = true", "TimeZone = 'UTC'"):

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline.run import query
 from pipeline.run.dedup_plan import heavy_losses
 from pipeline.run.funnel import FunnelRow, funnel
-from pipeline.run.phases import FUNNEL_PHASES, PHASES, SPECS
+from pipeline.run.phases import PHASES, SPECS
 from pipeline.run.state import RunState, read_state
 from stages.dedup.keep import KEEP
 from stages.formats.document import corpus_schema, document_schema
@@ -39,8 +39,7 @@ def all_commits(root: str, state: RunState) -> dict[str, list[Commit]]:
 
 def run_funnel(root: str) -> list[FunnelRow]:
     """The funnel of a run so far."""
-    commits = all_commits(root, read_state(root))
-    return funnel(*(commits[phase] for phase in FUNNEL_PHASES.values()))
+    return funnel(all_commits(root, read_state(root)))
 
 
 def alarm(root: str) -> str | None:
@@ -78,9 +77,7 @@ _COMMITS = pa.schema(
 
 
 @contextmanager
-def open_results(
-    root: str, *, memory: str = "1GB", threads: int = 2
-) -> Iterator["duckdb.DuckDBPyConnection"]:
+def open_results(root: str) -> Iterator["duckdb.DuckDBPyConnection"]:
     """A DuckDB connection (see pipeline.run.query) over what a run has written so far.
 
     Views: documents, keep, corpus, rejected (of extract and refine), commits. A stage that has not
@@ -94,8 +91,6 @@ def open_results(
         result_schemas(parts),
         tables={"commits": commits_table(commits)},
         views={"rejected": REJECTED},
-        memory=memory,
-        threads=threads,
     ) as connection:
         yield connection
 

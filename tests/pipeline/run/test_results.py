@@ -184,7 +184,9 @@ def test_columns_of_parts_are_united_and_nan_is_no_number(tmp_path):
 
 def test_a_query_beyond_its_memory_spills_to_disk_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with query.connect({}, {}, memory="40MB", threads=1) as connection:
+    for setting, value in (("memory_limit", "40MB"), ("threads", 1), ("async_threads", 1)):
+        monkeypatch.setitem(query.SETTINGS, setting, value)
+    with query.connect({}, {}) as connection:
         largest = "SELECT i FROM range(8_000_000) t(i) ORDER BY hash(i) LIMIT 1 OFFSET 7_999_999"
         assert len(rows(connection, largest)) == 1
     assert not list(tmp_path.iterdir())

@@ -192,7 +192,7 @@ def estimate(
     from pipeline.engine.ray_plan import on_ray
     from pipeline.study.estimate import estimate as measure
     from pipeline.study.estimate import table_rows, with_interval
-    from pipeline.study.sample import parse_share
+    from pipeline.study.input_sample import parse_share
 
     settings = load_config(config, overrides)
     share, price = parse_share(sample), price_per_core_hour

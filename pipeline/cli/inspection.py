@@ -136,10 +136,7 @@ def _series_status(root: str, as_json: bool) -> str | None:
         ),
         text_columns=6,
     )
-    for name, count in consumed.items():
-        out.print(f"tokens {escape(name)}: {count:,.0f}")
-    if data.last:
-        out.print(f"last decision: {data.last.state}, {data.last.inputs} inputs")
+    print_template("series.txt.j2", consumed=consumed, last=data.last)
     in_progress = data.rows and data.rows[-1].seconds is None
     return f"{root}/batches/{data.rows[-1].number:04d}" if in_progress else None
 

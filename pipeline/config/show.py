@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pipeline.config.sections import Config, general_key
@@ -37,6 +37,17 @@ def settings(config: Config) -> Iterator[tuple[str, Any, str]]:
 def by_key(settings: Iterable[Setting]) -> dict[str, dict[str, str]]:
     """The value and origin of each key."""
     return {key: {"value": value, "origin": origin} for key, value, origin in settings}
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Keys that both have, with their different values, in order of keys.
+
+    A language without a value of its own has the value for all.
+    """
+    for key in sorted({*before, *now}):
+        old, new = (values.get(key, values.get(general_key(key))) for values in (before, now))
+        if old is not None and new is not None and old != new:
+            yield key, old, new
 
 
 def to_toml(value: Any) -> str:

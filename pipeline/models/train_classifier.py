@@ -1,5 +1,6 @@
 """Train the fastText classifier of the filter `quality`, measure and calibrate it."""
 
+import math
 import random
 import re
 import tempfile
@@ -216,13 +217,11 @@ def _fit(options: ClassifierOptions, texts: LabeledTexts, numbers: list[int], pa
 
 def _scores(lines: Iterable[str], model: Any, labels: Sequence[str]) -> Floats:
     """Probabilities of some labels, (documents, labels); NaN for a text without a known word."""
-    rows, rest = list[Floats](), iter(lines)
-    while batch := list(islice(rest, BATCH)):
-        predicted = quality.predict(batch, model)
-        rows.append(
-            np.array([[p.get(label, np.nan) for label in labels] for p in predicted], float)
-        )
-    return np.concatenate(rows) if rows else np.empty((0, len(labels)))
+    rest = iter(lines)
+    batches = iter(lambda: list(islice(rest, BATCH)), [])
+    predicted = chain.from_iterable(quality.predict(batch, model) for batch in batches)
+    scores = [[p.get(label, math.nan) for label in labels] for p in predicted]
+    return np.array(scores, float).reshape(-1, len(labels))
 
 
 def _curves(

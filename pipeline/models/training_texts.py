@@ -8,7 +8,7 @@ are read one after the other; no source is held in memory.
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -63,19 +63,19 @@ class Source:
         ValueError if there are no words.
         """
         if words == 0:
+            advice = ""
+            if self._rows and self._rows.kind != "corpus":
+                advice = (
+                    " (a run keeps the texts that extract.keep_text and keep_rejected_text say)"
+                )
             raise ValueError(
                 f"source {self.name}: {self.documents} documents without a word; "
-                f"use a source with text{self._advice()}"
+                f"use a source with text{advice}"
             )
         sha256 = self._texts.hexdigest() if self._rows else file_sha256(Path(self.name))
         condition = {"where": self._where} if self._where else {}
         counts = {"documents": self.documents, "words": words}
         return {"path": self.name, **condition, "sha256": sha256, **counts}
-
-    def _advice(self) -> str:
-        if self._rows is None or self._rows.kind == "corpus":
-            return ""
-        return " (a run keeps the texts that extract.keep_text and keep_rejected_text say)"
 
 
 def fingerprint(entries: Iterable[dict[str, Any]]) -> str:
@@ -83,12 +83,11 @@ def fingerprint(entries: Iterable[dict[str, Any]]) -> str:
     return bytes_sha256("".join(entry["sha256"] for entry in entries).encode())
 
 
-def check_where(where: str, sources: Iterable[str | Path]) -> None:
+def check_where(where: str, sources: Sequence[str]) -> None:
     """ValueError for a condition although no source is rows of a run."""
-    names = [str(source) for source in sources]
-    if where and not any(map(run_rows, names)):
+    if where and not any(map(run_rows, sources)):
         raise ValueError(
-            f"where {where}: selects rows of a run, and no source is one: {', '.join(names)}; "
+            f"where {where}: selects rows of a run, and no source is one: {', '.join(sources)}; "
             "name one as RUN:corpus, or leave the condition out"
         )
 

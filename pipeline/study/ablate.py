@@ -9,16 +9,16 @@ Of a large run, only a sample of the parts is read, spread evenly (pipeline.repo
 counts are of these parts.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from filters import derived, rules, settings
 from filters.suggest import did_you_mean
 from pipeline.config.digests import IRRELEVANT_KEYS, file_digests
-from pipeline.config.sections import Config, general_key, section_of
-from pipeline.config.show import show, to_toml
+from pipeline.config.sections import Config, section_of
+from pipeline.config.show import changed, show, to_toml
 from pipeline.report.sample import Ledger, read_ledger, spread
 from pipeline.run import query
 from pipeline.run.publish import published_to
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HOSTS = 10
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Outcome:
     """What one configuration keeps, and its losses by the first rule that each document breaks.
 
@@ -49,7 +49,7 @@ class Outcome:
     unmeasured: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Host:
     """A host of which the two configurations keep different numbers of documents."""
 
@@ -58,7 +58,7 @@ class Host:
     after: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Ablation:
     """Two configurations over the same scores.
 
@@ -281,12 +281,8 @@ def require_measured(config: Config, ledger: Ledger) -> None:
             raise ValueError(f"{ledger.root} did not measure '{name}'; it has scores of {scores}")
     now = {key: value for key, value, _ in show(config)}
     then = {key: to_toml(setting.value) for key, setting in ledger.state.config.items()}
-    for key in sorted(now.keys() | {key for key in then if key.startswith("per_language.")}):
-        # a language without a value of its own has the value for all
-        before, after = (values.get(key, values.get(general_key(key))) for values in (then, now))
-        if before is None or after is None or _portable(before) == _portable(after):
-            continue
-        if _changes_scores(key, config):
+    for key, before, after in changed(then, now):
+        if _portable(before) != _portable(after) and _changes_scores(key, config):
             raise ValueError(
                 f"{ledger.root} measured with {key} = {before}, not {after}: only bounds can be "
                 "changed without running it"

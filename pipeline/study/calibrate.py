@@ -16,7 +16,8 @@ from filters import rules
 from pipeline.config import percentiles
 from pipeline.config.digests import measured_with, selection_settings, texts_made_with
 from pipeline.config.percentiles import CALIBRATED
-from pipeline.config.sections import Config, general_key
+from pipeline.config.sections import Config
+from pipeline.config.show import changed
 from pipeline.engine import units
 from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats, binned
@@ -91,15 +92,8 @@ def changed_since(config: Config) -> list[str]:
     if not calibrated or config.run.calibration:
         return []
     table = percentiles.parse(read_bytes(f"{config.run.directory}/calibration.json"))
-    before, now = table.drawn_by, selection_settings(config)
-
-    def has_changed(key: str) -> bool:
-        # a language without a value of its own has the value for all
-        values = [settings.get(key, settings.get(general_key(key))) for settings in (before, now)]
-        return None not in values and values[0] != values[1]
-
-    keys = before | now if before else {}
-    return [key for key in keys if key not in calibrated and has_changed(key)]
+    changes = changed(table.drawn_by, selection_settings(config))
+    return [key for key, _, _ in changes if key not in calibrated]
 
 
 def _is_pending(config: Config) -> bool:

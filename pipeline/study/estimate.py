@@ -1,7 +1,7 @@
 """`gristmill estimate`: the cost of a run, from real runs over a sample of its inputs.
 
-Nothing of them is published. A run over the sample (pipeline.study.sample) and one over an empty
-input give what a phase costs:
+Nothing of them is published. A run over the sample (pipeline.study.input_sample) and one over an
+empty input give what a phase costs:
 
     load x processes + overhead x units + rate x input
 
@@ -11,13 +11,12 @@ over their share of all input. Phases whose units are not inputs have their cost
 inputs by the text that these passed on.
 """
 
-import dataclasses
 import json
 import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from pipeline.run.phases import SPECS, STAGES
 from pipeline.run.results import all_commits, store_of
 from pipeline.run.state import read_state
 from pipeline.run.status import wall_time
-from pipeline.study.sample import Sample, draw, write_part
+from pipeline.study.input_sample import Sample, draw, write_part
 from stages.formats.errors import ConfigError
 from stages.storage.files import write_atomically
 from stages.storage.ledger import Commit, Store, Unit
@@ -118,7 +117,7 @@ def estimate(
             result = _whole_run(measured, price=price, keys=run.keys)
         finally:
             Store(run.root).clear(name)
-    data = json.dumps(dataclasses.asdict(result), indent=1)
+    data = json.dumps(asdict(result), indent=1)
     write_atomically(f"{run.root}/estimate.json", data.encode())
     return result
 
@@ -163,10 +162,10 @@ def _run_sample(
 ) -> _SampleRun:
     # parts of Parquet files are written as JSON lines
     format = "jsonl" if paths[0].endswith(".jsonl") else config.input.format
-    config = dataclasses.replace(
+    config = replace(
         config,
-        input=dataclasses.replace(config.input, paths=tuple(paths), format=format),
-        run=dataclasses.replace(config.run, directory=directory, catalog=""),
+        input=replace(config.input, paths=tuple(paths), format=format),
+        run=replace(config.run, directory=directory, catalog=""),
     )
     began = time.time()
     execute(config, progress, _timing(run_units))

@@ -22,7 +22,7 @@ from pipeline.report.report import write_report
 from pipeline.report.run_data import gather
 from pipeline.run.execute import Run
 from pipeline.study.estimate import estimate, expected
-from pipeline.study.sample import UNITS, draw, is_drawn, parse_share
+from pipeline.study.input_sample import UNITS, draw, is_drawn, parse_share
 from stages.formats.errors import ConfigError
 from tests.support.inline import Silent, run_inline
 from tests.support.paths import ROOT

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,21 +38,25 @@ class RunRows(NamedTuple):
     kind: str
 
 
+@dataclass
 class Source:
-    """The documents of a source and, once they have been read, its entry on the card."""
+    """The documents of a source and, once they have been read, its entry on the card.
 
-    def __init__(self, name: str | Path, *, text_column: str = "text", where: str = "") -> None:
-        self.name = str(name)
-        self.documents = 0
-        self._rows = run_rows(self.name)
-        self._where = where if self._rows else ""
-        self._text_column = text_column
+    `where` applies to rows of a run; files have no conditions.
+    """
+
+    name: str | Path
+    text_column: str = "text"
+    where: str = ""
+    documents: int = 0
+
+    def __post_init__(self) -> None:
+        self._rows = run_rows(str(self.name))
         self._texts = hashlib.sha256()
 
     def __iter__(self) -> Iterator[str]:
-        texts = documents(self.name, text_column=self._text_column, where=self._where)
         self.documents, self._texts = 0, hashlib.sha256()
-        for text in texts:
+        for text in documents(self.name, text_column=self.text_column, where=self.where):
             self.documents += 1
             if self._rows:
                 self._texts.update(text.encode("utf-8", "surrogatepass") + b"\0")
@@ -73,9 +78,9 @@ class Source:
                 f"use a source with text{advice}"
             )
         sha256 = self._texts.hexdigest() if self._rows else file_sha256(Path(self.name))
-        condition = {"where": self._where} if self._where else {}
+        condition = {"where": self.where} if self.where and self._rows else {}
         counts = {"documents": self.documents, "words": words}
-        return {"path": self.name, **condition, "sha256": sha256, **counts}
+        return {"path": str(self.name), **condition, "sha256": sha256, **counts}
 
 
 def fingerprint(entries: Iterable[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from filters.decontamination import Decontamination
 from filters.passage_index import MAGIC, find_matches, load_index, normalize_passage, word_table
 from filters.text import ngrams
 from filters.text.view import TextView
-from pipeline.models.benchmark_index import build_index
+from pipeline.models.benchmark_index import IndexOptions, build_index
 from tests.support.texts import PROSE, TEXTS
 
 ITEM = (
@@ -51,7 +51,7 @@ def write(path: Path, rows: list) -> None:
 
 
 def built(folder: Path, output: Path, **options) -> str:
-    build_index([str(folder)], output=output, **options)
+    build_index(IndexOptions(files=[str(folder)], output=output, **options))
     load_index.cache_clear()
     return str(output)
 

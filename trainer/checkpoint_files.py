@@ -90,13 +90,15 @@ def names_of(folder: str) -> set[str]:
 
 def committed_names(folder: str) -> list[str]:
     """Names of the checkpoints in a folder, the newest first."""
-    matches = [match for name in names_of(folder) if (match := _NAME.fullmatch(name))]
     # by listing: with a store that does not answer `exists` is False, and folders that are not
     # committed are removed
-    numbers = {
-        m[0]: (int(m[1]), int(m[2] or 0)) for m in matches if META in names_of(f"{folder}/{m[0]}")
-    }
-    return sorted(numbers, key=numbers.__getitem__, reverse=True)
+    matches = [
+        match
+        for name in names_of(folder)
+        if (match := _NAME.fullmatch(name)) and META in names_of(f"{folder}/{name}")
+    ]
+    matches.sort(key=lambda match: (int(match[1]), int(match[2] or 0)), reverse=True)
+    return [match[0] for match in matches]
 
 
 def committed(folder: Path | str) -> dict[int, str]:

@@ -155,7 +155,7 @@ def resumed(checkpoint: Totals | None, last: Summary | None, *, now: float) -> T
     """
     if checkpoint is None and last is None:
         return Totals()
-    state = Totals() if checkpoint is None else checkpoint
+    state = checkpoint or Totals()
     if last is None:
         return state._replace(restarts=state.restarts + 1)
     report = last.report

@@ -129,17 +129,19 @@ class Meter:
     def rates(self) -> Rates:
         """Rates over the window. While no step ends, as in a wait for data, tokens/s falls."""
         self._count_time()
+        window = [step.seconds for step in self._window]
         tokens = sum(step.tokens for step in self._window)
-        in_steps = sum((step.seconds for step in self._window), Counter[str]())
-        wait, compute = in_steps["data_wait"], in_steps["compute"]
-        open_wait, open_seconds = self._seconds["data_wait"], self._seconds.total()
-        shares = [_data_wait_share(step.seconds) for step in self._window]
+        wait = sum(seconds["data_wait"] for seconds in window)
+        compute = sum(seconds["compute"] for seconds in window)
+        total = sum(seconds.total() for seconds in window) + self._seconds.total()
+        open_wait = self._seconds["data_wait"]
+        shares = [_data_wait_share(seconds) for seconds in window]
         p50 = p99 = None
         if shares:
             p50, p99 = np.percentile(shares, (50, 99), method="inverted_cdf").tolist()
         totals = self.totals
         return Rates(
-            tokens_per_second=_ratio(tokens, in_steps.total() + open_seconds),
+            tokens_per_second=_ratio(tokens, total),
             tokens_per_second_without_stalls=_ratio(tokens, compute),
             step_seconds=_ratio(wait + compute, len(self._window)),
             data_wait_share=_ratio(wait + open_wait, wait + open_wait + compute),

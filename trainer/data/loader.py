@@ -110,7 +110,7 @@ class BatchLoader:
                 "create one from the state of that step"
             )
         for source, state in zip(self._sources, self._state["sources"], strict=True):
-            source.copies.advance(source.generations, len(state["generations"]) - 1)
+            source.copies.advance(len(state["generations"]) - 1)
         # twice: the second finds generations published after the first, reading ahead, met the end
         batches = self._collect() or self._collect()
         if batches:
@@ -171,8 +171,7 @@ class BatchLoader:
         for source, count in zip(sources, counts, strict=True):
             result = self._next_slices(source, count)
             if result is None or not all(
-                source.copies.complete(source.generations, s.gen_index, timeout=POLL_SECONDS)
-                for s in result[0]
+                source.copies.complete(s.gen_index, timeout=POLL_SECONDS) for s in result[0]
             ):
                 return None
             planned.append(result)

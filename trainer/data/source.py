@@ -34,7 +34,7 @@ class Source:
         self.generations: list[Manifest] = []
         self.position = Position()
         self.num_planned = 0
-        self.copies = Copies(config.run, data, ranks)
+        self.copies = Copies(config.run, self.generations, data, ranks)
         self._config, self._data, self._ranks = config, data, ranks
         self._saved: list[tuple[str, str]] = []  # what a checkpoint had begun to read
         self._order = np.empty(0, np.int64)
@@ -153,20 +153,23 @@ class Source:
 
 
 class Copies:
-    """Copies the generations of one source, each in a thread; does nothing for a run on a disk.
+    """Copies `generations` of a run, each in a thread; does nothing for a run on a disk.
 
-    The rank with LOCAL_RANK 0 copies for its node. `waiting_for` is the index of the generation
-    whose copy has to end before rows can be planned, `threads` are by that index.
+    The list may grow. The rank with LOCAL_RANK 0 copies for its node. `waiting_for` is the index of
+    the generation whose copy has to end before rows can be planned, `threads` are by that index.
     """
 
-    def __init__(self, run: str, config: DataConfig, ranks: Ranks) -> None:
-        self._is_local, self._config, self._ranks = is_local(run), config, ranks
+    def __init__(
+        self, run: str, generations: Sequence[Manifest], config: DataConfig, ranks: Ranks
+    ) -> None:
+        self._is_local, self._generations = is_local(run), generations
+        self._config, self._ranks = config, ranks
         self.threads: dict[int, _CopyThread] = {}
         self.waiting_for: int | None = None
         self._complete: set[int] = set()
         self._removed = 0  # how many generations, from the first on, need no copy any more
 
-    def complete(self, generations: Sequence[Manifest], index: int, *, timeout: float) -> bool:
+    def complete(self, index: int, *, timeout: float) -> bool:
         """Whether every node has a generation's shards, after up to `timeout` seconds. Collective.
 
         Starts the copy if there is none. A copy that failed in the background is tried again, the
@@ -174,15 +177,13 @@ class Copies:
         """
         if index in self._complete or self._is_local:
             return True
-        thread = self._start(generations, index, retry=self.waiting_for is None)
+        thread = self._start(index, retry=self.waiting_for is None)
         if thread:
             thread.join(timeout)
         self.waiting_for = index if self.is_copying(index) else None
         if self.waiting_for is not None:
             return False
-        self._ranks.agree(
-            partial(_require_copy, thread, generations[index], self._config.cache_dir)
-        )
+        self._ranks.agree(partial(self._require_copy, thread, index))
         self._complete.add(index)
         return True
 
@@ -190,7 +191,7 @@ class Copies:
         """Whether any node still copies a generation. Collective."""
         return self._ranks.any(index in self.threads and self.threads[index].is_alive())
 
-    def advance(self, generations: Sequence[Manifest], current: int) -> None:
+    def advance(self, current: int) -> None:
         """Remove copies before `current`, also those of an earlier attempt, and copy the next one.
 
         No rank reads them any more: all ranks have finished the step before, in which they
@@ -198,27 +199,31 @@ class Copies:
         """
         if self._is_local:
             return
-        for manifest in generations[self._removed : current]:
-            if self._config.at_end != "repeat":
+        if self._config.at_end != "repeat":
+            for manifest in self._generations[self._removed : current]:
                 folder = folder_of(manifest.run, manifest.name, self._config.cache_dir)
                 shutil.rmtree(folder, ignore_errors=True)
         self._removed = max(self._removed, current)
-        if current in self._complete and current + 1 < len(generations):
-            self._start(generations, current + 1)
+        if current in self._complete and current + 1 < len(self._generations):
+            self._start(current + 1)
 
-    def _start(
-        self, generations: Sequence[Manifest], index: int, *, retry: bool = False
-    ) -> "_CopyThread | None":
+    def _start(self, index: int, *, retry: bool = False) -> "_CopyThread | None":
         """The thread that copies a generation; None if another rank of this node does."""
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return None
         thread = self.threads.get(index)
         if thread is None or (retry and thread.failure is not None):
             mode, cache = self._config.verify, self._config.cache_dir
-            thread = _CopyThread(partial(stage, generations[index], mode=mode, cache=cache))
-            self.threads[index] = thread
+            copy = partial(stage, self._generations[index], mode=mode, cache=cache)
+            self.threads[index] = thread = _CopyThread(copy)
             thread.start()
         return thread
+
+    def _require_copy(self, thread: "_CopyThread | None", index: int) -> None:
+        if thread is None:  # another rank of this node has copied it
+            stage(self._generations[index], mode="quick", cache=self._config.cache_dir)
+        elif thread.failure:
+            raise thread.failure
 
 
 class _CopyThread(threading.Thread):
@@ -234,10 +239,3 @@ class _CopyThread(threading.Thread):
             self._copy()
         except Exception as error:
             self.failure = error
-
-
-def _require_copy(thread: _CopyThread | None, manifest: Manifest, cache: str) -> None:
-    if thread is None:
-        stage(manifest, mode="quick", cache=cache)  # another rank of this node has copied it
-    elif thread.failure:
-        raise thread.failure

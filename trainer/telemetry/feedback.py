@@ -23,7 +23,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic_core
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from stages.storage.files import is_local, local_path, names_in, open_fs, read_bytes, read_many
 
@@ -310,8 +310,12 @@ def parse(line: bytes, *, modified: float | None = None) -> Summary:
         )
     try:
         return _SUMMARY.validate_python(record | {"report": record, "modified": modified})
-    except ValueError as error:
-        raise ValueError(f"fields are missing or of another kind: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])).removeprefix("report.")
+        raise ValueError(
+            f"fields are missing or of another kind: {field}: {first['msg']}"
+        ) from None
 
 
 _OBJECT, _SUMMARY = TypeAdapter(dict[str, Any]), TypeAdapter(Summary)

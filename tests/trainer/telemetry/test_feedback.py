@@ -212,7 +212,7 @@ def test_each_missing_field_is_named():
     for key in _record().keys() - {"version"}:
         record = _record()
         del record[key]
-        with pytest.raises(ValueError, match=f"{key}\n  Field required"):
+        with pytest.raises(ValueError, match=f"another kind: {key}: Field required"):
             parse(to_json(record))
 
 

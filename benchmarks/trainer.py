@@ -336,8 +336,8 @@ def publish(run: Path, case: Case, *, rows: int) -> None:
     from stages.formats import mds
 
     folder, rng = run / "generations" / "gen-0001", np.random.default_rng(0)
-    columns = {"tokens": f"ndarray:uint32:{case.seq_len}", "spans": "ndarray:uint32"}
-    with mds.MDSWriter(folder, columns=columns, size_limit=None) as writer:
+    columns = mds.columns_of_rows(case.seq_len)
+    with mds.MDSWriter(folder, columns=columns, size_limit=(1 << 32) - 1) as writer:
         for tokens in rng.integers(0, case.model.vocab_size, (rows, case.seq_len), np.uint32):
             writer.write({"tokens": tokens, "spans": np.array([case.seq_len], np.uint32)})
     name = mds.read_index(folder)["shards"][0]["raw_data"]["basename"]

@@ -15,15 +15,24 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict
+import pydantic.dataclasses
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from filters.suggest import did_you_mean
 
 # defaults are validated too, so that an explicit 5 and a default 5 give the same bound and the same
 # stage key
 STRICT = ConfigDict(extra="forbid", validate_default=True)
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
+def validated(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass whose fields are checked when it is built."""
+    return pydantic.dataclasses.dataclass(cls, frozen=True, config=STRICT)  # type: ignore[return-value]
 
 
 def off_is_none(value: Any) -> Any:

@@ -9,6 +9,7 @@ that was killed lists the same units again.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from stages.dedup.cluster import ClusterTask, StarTask
 from stages.dedup.components import estimated_bytes
 from stages.dedup.config import DedupConfig
 from stages.dedup.keep import HeavyLoss, KeepTask, RankTask
-from stages.dedup.keys import IndexTask, KeysResult, SortTask
-from stages.dedup.lines import CutsTask, LinesTask
-from stages.dedup.shuffle import AnswerTask, Layout, PartitionTask, Shuffle, Source
+from stages.dedup.keys import KeysResult, SortTask
+from stages.dedup.lines import LinesTask
+from stages.dedup.shuffle import Layout, PartitionTask, Shuffle, Source
 from stages.formats.document import POSITION_BITS
 from stages.formats.errors import ConfigError
 from stages.storage.digests import digest
@@ -263,7 +264,7 @@ def index_units(context: PlanContext) -> PhasePlan:
     return PhasePlan(
         [
             group.unit(
-                IndexTask(group.parts, tables if config.write_index == "kept" else ()),
+                SortTask(group.parts, tables if config.write_index == "kept" else ()),
                 kept.digest,
                 config.write_index,
             )
@@ -297,7 +298,7 @@ def cuts_units(context: PlanContext) -> PhasePlan:
     units = [
         unit._replace(
             fingerprint=digest([unit.fingerprint, files.digests]),
-            task=CutsTask(unit.task, repeats.uri),
+            task=replace(unit.task, repeats=repeats.uri),
         )
         for unit in context.before["dedup lines"].units
     ]
@@ -372,7 +373,7 @@ def _shuffle(phase: Phase, files: SortedFiles, layout: Layout, *, per_lane: int 
 def _answering(plan: PhasePlan, *, groups: int) -> PhasePlan:
     """The units of a plan, with answers that go back to groups of documents."""
     return plan._replace(
-        units=[unit._replace(task=AnswerTask(unit.task, groups)) for unit in plan.units]
+        units=[unit._replace(task=replace(unit.task, groups=groups)) for unit in plan.units]
     )
 
 

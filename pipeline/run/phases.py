@@ -246,7 +246,7 @@ PHASES: tuple[PhaseSpec, ...] = (
         "refine ner",
         ner.ner_unit,
         ner_units,
-        lambda config: ner.NerPlan(config.ner),
+        lambda config: config.ner,
         ner.NerResult,
         key="ner",
         by_input=True,

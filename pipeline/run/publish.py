@@ -173,19 +173,18 @@ def _assemble(
     folder: Path, store: Store, commits: Sequence[Commit], split: Split
 ) -> dict[str, Any]:
     """Put a split into `folder`: shards, one index, provenance; their entries in the manifest."""
-    names = [f"part-{c.unit}" for c in commits]
-    indexes = []
-    for name, commit in zip(names, commits, strict=True):
-        part = folder / name
+    indexes = {}
+    for commit in commits:
+        part = folder / f"part-{commit.unit}"
         part.mkdir(parents=True)
         for output in commit.outputs:
             if output.kind == split.parts:
                 _link_or_download(store.uri(output.path), part / os.path.basename(output.path))
-        indexes.append(mds.read_index(part))
+        indexes[part.name] = mds.read_index(part)
         (part / mds.INDEX).unlink()
-    index = mds.merge_indexes(names, indexes)
+    index = mds.merge_indexes(indexes)
     mds.write_index(folder, index)
-    rows = [sum(shard["samples"] for shard in index["shards"]) for index in indexes]
+    rows = [sum(shard["samples"] for shard in part["shards"]) for part in indexes.values()]
     _merge_provenance(folder, (store.read_part(c, kind=split.provenance) for c in commits), rows)
     return {
         "provenance_sha256": file_sha256(folder / "provenance.parquet"),

@@ -9,20 +9,28 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from pydantic.dataclasses import dataclass
 
+from filters import validated
 from stages.dedup import shuffle
-from stages.dedup.components import dense_components, large_star, small_star
+from stages.dedup.components import changes, dense_components, large_star, small_star
 from stages.dedup.config import EARLIER, DedupConfig
 from stages.dedup.match import read_edges
-from stages.dedup.shuffle import U64, Layout, PartitionTask, group_starts, merge, mix, unmix
+from stages.dedup.shuffle import (
+    U64,
+    Layout,
+    PartitionTask,
+    concatenate,
+    merge,
+    mix,
+    unmix,
+)
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import read_columns
 
 EDGES = Layout(width=2, lanes=1, cells=1 << 16)
 
 
-@dataclass(frozen=True)
+@validated
 class StarTask:
     """Part of a round of the alternating algorithm.
 
@@ -49,22 +57,22 @@ def star_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
         both = np.concatenate([edges, edges[:, ::-1]])
         both[:, 0] = mix(both[:, 0])
         ordered = shuffle.sort_rows(both)
-        distinct = ordered[np.append(True, (ordered[1:] != ordered[:-1]).any(axis=1))]
-        commit.rows_out += len(distinct)
-        shuffle.write(store, "rows", [distinct], EDGES, commit=commit, name=f"{unit.name}-{number}")
+        distinct = ordered[changes(ordered[:, 0]) | changes(ordered[:, 1])]
+        name = f"{unit.name}-{number}"
+        commit.rows_out += shuffle.write(store, "rows", [distinct], EDGES, commit=commit, name=name)
     return commit
 
 
 def _regroup(blocks: Iterator[U64], *, size: int) -> Iterator[U64]:
     """The same rows in arrays of `size` rows or little more."""
-    held: list[U64] = []
+    pending: list[U64] = []
     for block in blocks:
-        held.append(block)
-        if sum(map(len, held)) >= size:
-            yield np.concatenate(held)
-            held = []
-    if sum(map(len, held)):
-        yield np.concatenate(held)
+        pending.append(block)
+        if sum(map(len, pending)) >= size:
+            yield np.concatenate(pending)
+            pending = []
+    if any(map(len, pending)):
+        yield np.concatenate(pending)
 
 
 def _run_operation(task: StarTask, config: DedupConfig) -> Iterator[U64]:
@@ -84,7 +92,7 @@ def _neighbors(task: PartitionTask, config: DedupConfig) -> Iterator[U64]:
         yield np.column_stack([unmix(block[:, 0]), block[:, 1]])
 
 
-@dataclass(frozen=True)
+@validated
 class ClusterTask:
     """The whole graph (`edges`: URIs of edge files), or a partition of the last round of stars.
 
@@ -104,13 +112,12 @@ def cluster_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     """
     task: ClusterTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    column = read_columns(task.first_ids, ["first_id"])["first_id"]
-    first_ids = column.to_numpy().astype(np.uint64)
+    first_ids = read_columns(task.first_ids, ["first_id"])["first_id"].to_numpy()
     if task.partition is None:
         nodes, roots = dense_components(lambda: read_edges(task.edges))
     else:
         blocks = _labels(_neighbors(task.partition, config))
-        labels = np.concatenate([np.empty((0, 2), np.uint64), *blocks])
+        labels = concatenate(blocks, width=2)
         nodes, roots = labels[np.argsort(labels[:, 0])].T
     assert (first_ids[1:] > first_ids[:-1]).all()
     borders = np.searchsorted(nodes, np.append(first_ids[1:], np.uint64(EARLIER)))
@@ -118,8 +125,9 @@ def cluster_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
         np.column_stack([nodes[a:b], roots[a:b]])
         for a, b in pairwise([0, *borders.tolist(), len(nodes)])
     )
-    shuffle.write(store, "labels", lanes, labels_layout(len(first_ids)), commit=commit)
-    commit.rows_in = commit.rows_out = len(nodes)
+    commit.rows_in = commit.rows_out = shuffle.write(
+        store, "labels", lanes, labels_layout(len(first_ids)), commit=commit
+    )
     return commit
 
 
@@ -136,8 +144,6 @@ def _labels(blocks: Iterator[U64]) -> Iterator[U64]:
     """
     last = None
     for block in blocks:
-        first = group_starts(block[:, 0])
-        if len(block) and block[0, 0] == last:
-            first = first[1:]
+        first = changes(block[:, 0], last)
         yield np.column_stack([block[first, 0], block[first].min(axis=1)])
         last = block[-1, 0] if len(block) else last

@@ -89,7 +89,7 @@ def _merge(nodes: U64) -> None:
     size = 0
     for start in range(0, len(nodes), CHUNK):
         block = nodes[start : start + CHUNK]
-        block = block[_changes(block, nodes[size - 1] if size else None)]
+        block = block[changes(block, nodes[size - 1] if size else None)]
         nodes[size : size + len(block)] = block
         size += len(block)
     nodes.resize(size, refcheck=False)
@@ -158,8 +158,8 @@ def _groups(blocks: Iterator[U64]) -> Iterator[tuple[U64, npt.NDArray[np.bool_],
     # first neighbour of the node that was under way when the block ended
     carried = np.zeros(1, np.uint64)
     for block in blocks:
-        starts = _changes(block[:, 0], last[0])
-        fresh = starts | _changes(block[:, 1], last[1])
+        starts = changes(block[:, 0], last[0])
+        fresh = starts | changes(block[:, 1], last[1])
         rows, first = block[fresh], starts[fresh]
         smallest = np.append(carried, rows[first, 1])
         yield rows, first, smallest[np.cumsum(first)]
@@ -167,7 +167,7 @@ def _groups(blocks: Iterator[U64]) -> Iterator[tuple[U64, npt.NDArray[np.bool_],
             last, carried = block[-1].copy(), smallest[-1:]
 
 
-def _changes(values: U64, before: np.uint64 | None) -> npt.NDArray[np.bool_]:
+def changes(values: U64, before: np.uint64 | None = None) -> npt.NDArray[np.bool_]:
     """Where a value differs from the one before it; `before` precedes the first, None if nothing
     does.
     """

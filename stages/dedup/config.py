@@ -3,9 +3,8 @@
 from typing import Literal
 
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 
-from filters import STRICT
+from filters import validated
 from stages.dedup.minhash import Signature
 from stages.dedup.shuffle import Layout
 
@@ -20,7 +19,7 @@ CELLS = 4096  # of a lane: the most partitions that a band can be cut into
 EARLIER = 1 << 63
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated
 class DedupConfig:
     """Settings of the dedup stage.
 

@@ -5,50 +5,52 @@ member of the cluster: a cluster that holds one loses all its documents.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import field
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
-from pydantic.dataclasses import dataclass as validated
 
-from filters import STRICT
+from filters import validated
 from stages.dedup import minhash, shuffle
 from stages.dedup.config import CELLS, EARLIER, DedupConfig
 from stages.dedup.keys import earlier_documents
 from stages.dedup.shuffle import (
     U64,
-    AnswerTask,
     Layout,
     PartitionTask,
-    group_starts,
+    concatenate,
+    first_of_groups,
     merge,
     merge_all,
     mix,
     whole_groups,
 )
-from stages.formats.document import sampled
+from stages.formats.document import sampled, table_schema
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import PartRef, documents, fixed_binary, part_of, read_columns
 
-KEEP = pa.schema(
-    [
-        pa.field("doc_id", pa.uint64(), nullable=False),
-        pa.field("cluster_id", pa.uint64(), nullable=False),  # the smallest doc_id of the cluster
-        pa.field("cluster_size", pa.int64(), nullable=False),  # documents of this batch
-        pa.field("keep", pa.bool_(), nullable=False),
-        pa.field("kept_id", pa.uint64(), nullable=False),
+KEEP = table_schema(
+    {
+        "doc_id": pa.uint64(),
+        "cluster_id": pa.uint64(),  # the smallest doc_id of the cluster
+        "cluster_size": pa.int64(),  # documents of this batch
+        "keep": pa.bool_(),
+        "kept_id": pa.uint64(),
+    },
+    {
         # the number of the index that holds the kept copy; null: this batch
-        pa.field("kept_in", pa.uint8()),
-        pa.field("rule", pa.string()),  # dedup.exact, dedup.near, dedup.earlier; null: kept
+        "kept_in": pa.uint8(),
+        "rule": pa.string(),  # dedup.exact, dedup.near, dedup.earlier; null: kept
         # true Jaccard similarity with the kept copy; null: not measured
-        pa.field("similarity", pa.float64()),
-    ]
+        "similarity": pa.float64(),
+    },
 )
 # mixed root, group, members, rank, content hash (2), doc_id
 CANDIDATES = Layout(width=7, lanes=1, cells=CELLS)
@@ -63,7 +65,7 @@ _PAIRS_AT_ONCE = 512
 # --- rank -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@validated
 class RankTask:
     """A group of documents parts, and the URI of the shuffle of labels.
 
@@ -83,28 +85,30 @@ def rank_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     commit.rows_in = len(labels)
     rows = [_members(p, labels, task.group, config.keep_rule) for p in task.parts if len(labels)]
     if not task.parts:
-        rows = [_earlier(labels, task.group)]
-    best = _best(np.concatenate([np.empty((0, CANDIDATES.width), np.uint64), *rows]))
-    commit.rows_out = len(best)
-    shuffle.write(store, "candidates", [best], CANDIDATES, commit=commit)
+        rows = [_candidates(labels, task.group, 0, 0, np.zeros((len(labels), 2)), labels[:, 0])]
+    best = _best(concatenate(rows, width=CANDIDATES.width))
+    commit.rows_out = shuffle.write(store, "candidates", [best], CANDIDATES, commit=commit)
     return commit
 
 
 def _members(part: PartRef, labels: U64, group: int, rule: str) -> U64:
     column = _COLUMNS.get(rule, rule.removeprefix("best:"))
     table = _kept_documents(part, ["content_hash", *{column} - {"doc_id"}])
-    place, member = _places(table["doc_id"].to_numpy().astype(np.uint64), labels)
+    place, member = _places(table["doc_id"].to_numpy(), labels)
     table = table.filter(pa.array(member)).combine_chunks()
-    ids = table["doc_id"].to_numpy().astype(np.uint64)
-    rank = ids + np.uint64(1) if rule == "first" else _descending(table[column])
-    one, where = np.ones(len(ids), np.uint64), np.full(len(ids), group, np.uint64)
-    return np.column_stack([mix(labels[place[member], 1]), where, one, rank, _hashes(table), ids])
+    ids = table["doc_id"].to_numpy()
+    rank = ids + 1 if rule == "first" else _descending(table[column])
+    return _candidates(labels[place[member]], group, 1, rank, _hashes(table), ids)
 
 
-def _earlier(labels: U64, group: int) -> U64:
-    zero = np.zeros(len(labels), np.uint64)
-    where = np.full(len(labels), group, np.uint64)
-    return np.column_stack([mix(labels[:, 1]), where, zero, zero, zero, zero, labels[:, 0]])
+def _candidates(
+    labels: U64, group: int, members: int, rank: U64 | int, hashes: npt.NDArray[Any], ids: U64
+) -> U64:
+    """Rows of CANDIDATES for documents with labels."""
+    rows = np.empty((len(labels), CANDIDATES.width), np.uint64)
+    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = mix(labels[:, 1]), group, members, rank
+    rows[:, 4:6], rows[:, 6] = hashes, ids
+    return rows
 
 
 def _kept_documents(part: PartRef, columns: Sequence[str]) -> pa.Table:
@@ -121,10 +125,8 @@ def _places(ids: U64, labels: U64) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
 
 
 def _hashes(table: pa.Table) -> U64:
-    chunks = [fixed_binary(chunk, 16).copy() for chunk in table["content_hash"].chunks]
-    hashes: U64 = (
-        np.concatenate([np.empty((0, 16), np.uint8), *chunks]).view(">u8").astype(np.uint64)
-    )
+    column = table["content_hash"].combine_chunks()
+    hashes: U64 = fixed_binary(column, 16).view(">u8").astype(np.uint64)
     return hashes
 
 
@@ -134,24 +136,19 @@ def _descending(column: pa.ChunkedArray) -> U64:
         column = column.cast(pa.int64())
     values = column.cast(pa.float64(), safe=False).to_numpy()
     bits = values.view(np.uint64)
-    ascending = np.where(values < 0, ~bits, bits | np.uint64(1 << 63))
+    ascending = np.where(values < 0, ~bits, bits | (1 << 63))
     return np.where(np.isnan(values), _WORST, ~ascending)
 
 
 def _best(rows: U64) -> U64:
     """The candidate of each cluster with the least (rank, content hash, doc_id); members summed."""
-    ordered = rows[np.lexsort(rows[:, [6, 5, 4, 3, 0]].T)]
-    starts = group_starts(ordered[:, 0])
-    best: U64 = ordered[starts]
-    if len(starts):
-        best[:, 2] = np.add.reduceat(ordered[:, 2], starts)
-    return best
+    return first_of_groups(rows[np.lexsort(rows[:, [6, 5, 4, 3, 0]].T)], summed=slice(2, 3))
 
 
 # --- elect ----------------------------------------------------------------------------------------
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class ElectResult:
     """Number of clusters by size class (see `size_classes`)."""
 
@@ -159,25 +156,21 @@ class ElectResult:
 
 
 def elect_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Write the winners of a partition of clusters. The task is an AnswerTask."""
-    task: AnswerTask = unit.task
+    """Write the winners of a partition of clusters. The task is a PartitionTask."""
+    task: PartitionTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
     sizes: Counter[str] = Counter()
-    answers = [np.empty((0, 6), np.uint64)]
-    source = task.partition
-    for rows in whole_groups(
-        merge(source.shuffle, source.partition, memory=config.partition_bytes)
-    ):
+    answers = []
+    for rows in whole_groups(merge(task.shuffle, task.partition, memory=config.partition_bytes)):
         best = _best(rows)
         answers.append(_answers(rows, best))
         sizes.update(size_classes(best[:, 2]))
         commit.rows_in += len(rows)
         commit.rows_out += len(best)
-    groups = np.concatenate(answers)
-    groups = groups[np.argsort(groups[:, 0], kind="stable")]
-    borders = np.searchsorted(groups[:, 0], np.arange(1, task.groups, dtype=np.uint64))
-    lanes = np.split(groups[:, 1:], borders)
-    shuffle.write(store, "verdicts", lanes, verdicts_layout(task.groups), commit=commit)
+    groups = concatenate(answers, width=6)
+    shuffle.write_by_group(
+        store, "verdicts", groups[:, 1:], groups[:, 0], verdicts_layout(task.groups), commit=commit
+    )
     commit.result = ElectResult(dict(sizes))
     return commit
 
@@ -201,20 +194,17 @@ def size_classes(sizes: U64) -> dict[str, int]:
 
     '1' is a copy of a document of an earlier batch.
     """
-    exponents, counts = np.unique(
-        np.ceil(np.log2(np.maximum(sizes, 1).astype(np.float64))).astype(int), return_counts=True
-    )
-    names = [
-        "1" if e == 0 else "2" if e == 1 else f"{2 ** (e - 1) + 1}-{2**e}"
-        for e in exponents.tolist()
-    ]
-    return dict(zip(names, counts.tolist(), strict=True))
+    exponents = np.ceil(np.log2(np.maximum(sizes, 1).astype(np.float64))).astype(int)
+    return {
+        ("1", "2")[e] if e < 2 else f"{2 ** (e - 1) + 1}-{2**e}": count
+        for e, count in sorted(Counter(exponents.tolist()).items())
+    }
 
 
 # --- keep -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@validated
 class KeepTask:
     """A group of documents parts, and the shuffles of labels and verdicts by URI (None: no dedup).
 
@@ -228,7 +218,7 @@ class KeepTask:
     seed: int
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class LargeCluster:
     """A cluster, its size in documents, and some of its members in this group."""
 
@@ -237,7 +227,7 @@ class LargeCluster:
     members: list[int] = field(default_factory=list)
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class KeepResult:
     """Documents whose similarity was measured, and the largest clusters with members here."""
 
@@ -254,23 +244,21 @@ def keep_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
         labels = merge_all(task.labels, task.group, width=2)
         verdicts = merge_all(task.verdicts, task.group, width=5)
     counts: Counter[str] = Counter()
-    losses, largest = [np.empty((0, 4), np.uint64)], _largest(verdicts)
-    measured = 0
+    losses: list[U64] = []
+    largest, measured = _largest(verdicts), 0
     for part in task.parts:
         documents = _kept_documents(part, ["content_hash", "host", "language", "warc_file"])
         table = _keep_table(documents, labels, verdicts)
-        if config.verify_share:
-            place = table.schema.get_field_index("similarity")
-            similarities = _similarities(table, part, config, task.seed)
-            table = table.set_column(place, KEEP.field(place), similarities)
-        with store.create("keep", f"{part.unit}.parquet", outputs=commit.outputs) as path:
-            pq.write_table(table, path, compression="zstd")
+        similarities = _similarities(table, part, config, task.seed)
+        table = table.append_column(KEEP.field("similarity"), similarities)
+        store.write_part(table, "keep", part.unit, commit=commit)
         counts.update(rule or "kept" for rule in table["rule"].to_pylist())
-        losses.append(_losses(documents, table["keep"]))
+        losses += _losses(documents, table["keep"])
         _add_members(largest, table)
         commit.rows_in += table.num_rows
-        measured += table.num_rows - table["similarity"].null_count
-    shuffle.write(store, "losses", [_sum_losses(np.concatenate(losses))], LOSSES, commit=commit)
+        measured += len(similarities) - similarities.null_count
+    summed = _sum_losses(concatenate(losses, width=LOSSES.width))
+    shuffle.write(store, "losses", [summed], LOSSES, commit=commit)
     commit.rows_out, commit.counts = counts["kept"], dict(sorted(counts.items()))
     commit.result = KeepResult(measured, tuple(largest.values()))
     return commit
@@ -282,26 +270,24 @@ def _largest(verdicts: U64, count: int = 10) -> dict[int, LargeCluster]:
     The largest clusters of the whole batch are among those of the groups.
     """
     order = np.lexsort((verdicts[:, 0], -verdicts[:, 1].astype(np.int64)))[:count]
-    roots = shuffle.unmix(verdicts[order, 0]).tolist()
+    roots, sizes = shuffle.unmix(verdicts[order, 0]), verdicts[order, 1]
     return {
         root: LargeCluster(root, size)
-        for root, size in zip(roots, verdicts[order, 1].tolist(), strict=True)
+        for root, size in zip(roots.tolist(), sizes.tolist(), strict=True)
     }
 
 
 def _add_members(largest: dict[int, LargeCluster], table: pa.Table, count: int = 3) -> None:
-    rows = table.filter(
-        pc.is_in(table["cluster_id"], value_set=pa.array(list(largest), pa.uint64()))
-    )
-    for doc_id, root in zip(
-        rows["doc_id"].to_pylist(), rows["cluster_id"].to_pylist(), strict=True
-    ):
-        if len(largest[root].members) < count:
-            largest[root].members.append(doc_id)
+    rows = table.filter(pc.is_in(table["cluster_id"], pa.array(list(largest), pa.uint64())))
+    for row in rows.select(["doc_id", "cluster_id"]).to_pylist():
+        members = largest[row["cluster_id"]].members
+        if len(members) < count:
+            members.append(row["doc_id"])
 
 
-def _keep_table(found: pa.Table, labels: U64, verdicts: U64) -> pa.Table:
-    ids = found["doc_id"].to_numpy().astype(np.uint64)
+def _keep_table(documents: pa.Table, labels: U64, verdicts: U64) -> pa.Table:
+    """Columns of KEEP, all but the similarity."""
+    ids = documents["doc_id"].to_numpy()
     place, member = _places(ids, labels)
     cluster, size, kept = ids.copy(), np.ones(len(ids), np.int64), ids.copy()
     near = np.zeros(len(ids), bool)
@@ -309,19 +295,18 @@ def _keep_table(found: pa.Table, labels: U64, verdicts: U64) -> pa.Table:
         roots = labels[place[member], 1]
         verdict = verdicts[np.searchsorted(verdicts[:, 0], mix(roots))]
         cluster[member], size[member], kept[member] = roots, verdict[:, 1], verdict[:, 4]
-        near[member] = (_hashes(found)[member] != verdict[:, 2:4]).any(axis=1)
-    earlier = kept >= np.uint64(EARLIER)
+        near[member] = (_hashes(documents)[member] != verdict[:, 2:4]).any(axis=1)
+    earlier = kept >= EARLIER
     rule = np.where(earlier, "dedup.earlier", np.where(near, "dedup.near", "dedup.exact"))
     number, doc_id = earlier_documents(kept)
     keep = kept == ids
     columns = [
         *(ids, cluster, size, keep),
         np.where(earlier, doc_id, kept),
-        pa.array(number.astype(np.uint8), pa.uint8(), mask=~earlier),
+        pa.array(number.astype(np.uint8), mask=~earlier),
         pa.array(rule, pa.string(), mask=keep),
-        pa.nulls(len(ids), pa.float64()),
     ]
-    return pa.table(columns, schema=KEEP)
+    return pa.table(columns, schema=pa.schema(list(KEEP)[:-1]))
 
 
 # --- verification ---------------------------------------------------------------------------------
@@ -332,43 +317,38 @@ def _similarities(table: pa.Table, part: PartRef, config: DedupConfig, seed: int
 
     Only copies kept in this batch are compared.
     """
-    rows = zip(
-        *(table[name].to_pylist() for name in ("doc_id", "kept_id", "kept_in", "keep")), strict=True
-    )
-    pairs = [
-        (row, doc_id, kept_id)
-        for row, (doc_id, kept_id, kept_in, keep) in enumerate(rows)
-        if not keep and kept_in is None and sampled(doc_id, share=config.verify_share, seed=seed)
+    if not config.verify_share:
+        return pa.nulls(table.num_rows, pa.float64())
+    ids, kept_ids = table["doc_id"].to_pylist(), table["kept_id"].to_pylist()
+    dropped = pc.indices_nonzero(pc.and_not(pc.is_null(table["kept_in"]), table["keep"]))
+    rows = [
+        row
+        for row in dropped.to_pylist()
+        if sampled(ids[row], share=config.verify_share, seed=seed)
     ]
     similarity = np.full(table.num_rows, np.nan)
-    for first in range(0, len(pairs), _PAIRS_AT_ONCE):
-        some = pairs[first : first + _PAIRS_AT_ONCE]
-        sets = _shingle_sets(
-            {i for _, doc_id, kept in some for i in (doc_id, kept)}, part, config.ngram
-        )
-        for row, doc_id, kept in some:
-            similarity[row] = _jaccard(sets[doc_id], sets[kept])
+    for first in range(0, len(rows), _PAIRS_AT_ONCE):
+        some = rows[first : first + _PAIRS_AT_ONCE]
+        needed = {i for row in some for i in (ids[row], kept_ids[row])}
+        sets = _shingle_sets(needed, part, config.ngram)
+        for row in some:
+            similarity[row] = _jaccard(sets[ids[row]], sets[kept_ids[row]])
     return pa.array(similarity, mask=np.isnan(similarity))
 
 
 def _shingle_sets(ids: set[int], part: PartRef, ngram: int) -> dict[int, U64]:
     """Shingles of documents of any part; a text without shingles counts as one shingle."""
-    by_part: dict[str, list[int]] = {}
-    for doc_id in sorted(ids):
-        by_part.setdefault(part_of(doc_id, beside=part.uri), []).append(doc_id)
     sets = {}
-    for uri, wanted in by_part.items():
-        for doc_id, row in documents(uri, wanted, ["text"]).items():
+    for uri, wanted in groupby(sorted(ids), partial(part_of, beside=part.uri)):
+        for doc_id, row in documents(uri, list(wanted), ["text"]).items():
             if row["text"] is None:
                 raise ValueError(
                     f"{uri}: texts were not kept; verify_share needs extract.keep_text = true"
                 )
             normalized = minhash.normalize(row["text"])
             shingles = minhash.shingle_hashes(normalized, ngram=ngram)
-            whole = np.array(
-                [xxhash.xxh64_intdigest(normalized.encode("utf-8", "surrogatepass"))], np.uint64
-            )
-            sets[doc_id] = shingles if len(shingles) else whole
+            whole = xxhash.xxh64_intdigest(normalized.encode("utf-8", "surrogatepass"))
+            sets[doc_id] = shingles if len(shingles) else np.array([whole], np.uint64)
     return sets
 
 
@@ -380,36 +360,31 @@ def _jaccard(a: U64, b: U64) -> float:
 # --- alarm ----------------------------------------------------------------------------------------
 
 
-def _losses(found: pa.Table, keep: pa.ChunkedArray) -> U64:
+def _losses(documents: pa.Table, keep: pa.ChunkedArray) -> Iterator[U64]:
     """Rows of LOSSES for every host, language and input file of a part."""
-    rows = [np.empty((0, 4), np.uint64)]
     dropped = pc.invert(keep).cast(pa.uint64())
     for kind, column in enumerate(("host", "language", "warc_file")):
-        table = pa.table({"name": found[column], "dropped": dropped, "doc_id": found["doc_id"]})
+        table = pa.table(
+            [documents[column], dropped, documents["doc_id"]], ["name", "dropped", "id"]
+        )
         # no host: a document without a URL
         named = table.filter(pc.not_equal(table["name"], "")).group_by("name")
-        sums = named.aggregate([("dropped", "sum"), ("dropped", "count"), ("doc_id", "min")])
-        names = [
-            xxhash.xxh64_intdigest(name.encode()) & ~3 | kind for name in sums["name"].to_pylist()
-        ]
-        numbers = (
-            sums[c].to_numpy().astype(np.uint64)
-            for c in ("dropped_count", "dropped_sum", "doc_id_min")
+        sums = named.aggregate([("dropped", "count"), ("dropped", "sum"), ("id", "min")])
+        name, *numbers = sums.select(["name", "dropped_count", "dropped_sum", "id_min"]).columns
+        keys = [xxhash.xxh64_intdigest(text.encode()) & ~3 | kind for text in name.to_pylist()]
+        yield np.column_stack(
+            [
+                np.array(keys, np.uint64),
+                *(number.cast(pa.uint64()).to_numpy() for number in numbers),
+            ]
         )
-        rows.append(np.column_stack([np.array(names, np.uint64), *numbers]))
-    return np.concatenate(rows)
 
 
 def _sum_losses(rows: U64) -> U64:
-    ordered = rows[np.lexsort((rows[:, 3], rows[:, 0]))]
-    starts = group_starts(ordered[:, 0])
-    sums: U64 = ordered[starts]
-    if len(starts):
-        sums[:, 1:3] = np.add.reduceat(ordered[:, 1:3], starts, axis=0)
-    return sums
+    return first_of_groups(rows[np.lexsort((rows[:, 3], rows[:, 0]))], summed=slice(1, 3))
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class HeavyLoss:
     """A host, language or input file that lost too much: documents before, dropped, one of them."""
 
@@ -419,7 +394,7 @@ class HeavyLoss:
     example: int
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class AlarmResult:
     """Heavy losses of a partition, most dropped documents first, at most 1000."""
 
@@ -430,14 +405,14 @@ def alarm_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     """Find the heavy losses of a partition. The task is a PartitionTask."""
     task: PartitionTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    heavy = [np.empty((0, 4), np.uint64)]
+    heavy = []
     for rows in whole_groups(merge(task.shuffle, task.partition, memory=config.partition_bytes)):
         sums = _sum_losses(rows)
         commit.rows_in += len(sums)
         heavy.append(sums[_too_much(sums, config)])
-    losses = np.concatenate(heavy)
+    losses = concatenate(heavy, width=LOSSES.width)
     commit.rows_out = len(losses)
-    order = np.lexsort((losses[:, 0] & np.uint64(3), losses[:, 3], -losses[:, 2].astype(np.int64)))
+    order = np.lexsort((losses[:, 0] & 3, losses[:, 3], -losses[:, 2].astype(np.int64)))
     commit.result = AlarmResult(
         tuple(
             HeavyLoss(KINDS[key & 3], *numbers) for key, *numbers in losses[order[:1000]].tolist()

@@ -17,35 +17,34 @@ distinct line while they are sorted for the shuffle.
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
-from pydantic.dataclasses import dataclass as validated
 
-from filters import STRICT
+from filters import validated
 from stages.dedup import shuffle
+from stages.dedup.components import changes
 from stages.dedup.config import CELLS, DedupConfig
 from stages.dedup.minhash import normalize
-from stages.dedup.shuffle import U64, AnswerTask, Layout, merge
+from stages.dedup.shuffle import U64, Layout, PartitionTask, concatenate, merge
+from stages.formats.document import table_schema
 from stages.storage.files import open_parquet
 from stages.storage.ledger import Commit, Store, Unit
-from stages.storage.parts import PartRef, read_columns
+from stages.storage.parts import PartRef, kept_ids, read_columns
 
 Piece = Literal["line", "paragraph"]
 LINES = Layout(width=2, lanes=1, cells=CELLS)  # hash, group
-CUTS = pa.schema(
-    [
-        pa.field("doc_id", pa.uint64(), nullable=False),
+CUTS = table_schema(
+    {
+        "doc_id": pa.uint64(),
         # numbers of the lines to remove, from 0, ascending
-        pa.field("cut", pa.list_(pa.int32()), nullable=False),
-        pa.field("chars_cut", pa.int64(), nullable=False),  # by which the text gets shorter
-    ]
+        "cut": pa.list_(pa.int32()),
+        "chars_cut": pa.int64(),  # by which the text gets shorter
+    }
 )
 # Paragraphs are separated by blank lines: a line end, then one or more lines of nothing but white
 # space, with their ends.
@@ -84,13 +83,17 @@ def _normalized(pieces: Sequence[str]) -> list[bytes]:
     return [line.strip(b" ") for line in lines]
 
 
-@dataclass(frozen=True)
+@validated
 class LinesTask:
-    """A group of documents parts, and their keep tables by URI, one per part."""
+    """A group of documents parts, and their keep tables by URI, one per part.
+
+    `repeats` is the URI of the shuffle of repeats, once there is one.
+    """
 
     group: int
     parts: tuple[PartRef, ...]
     keep: tuple[str, ...]
+    repeats: str = ""
 
 
 def lines_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
@@ -100,32 +103,27 @@ def lines_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
     hashes, _ = _group_hashes(unit.task, config.line_level)
     commit.rows_in = len(hashes)
     hashes.sort()
-    hashes = hashes[~_again(hashes) & (hashes != _EMPTY)]
+    hashes = hashes[changes(hashes) & (hashes != _EMPTY)]
     rows = np.full((len(hashes), LINES.width), unit.task.group, np.uint64)
     rows[:, 0] = hashes
     del hashes  # before the rows are sorted
-    commit.rows_out = len(rows)
-    shuffle.write(store, "lines", [rows], LINES, commit=commit)
+    commit.rows_out = shuffle.write(store, "lines", [rows], LINES, commit=commit)
     return commit
 
 
 def repeats_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Write the hashes that an earlier group has. The task is an AnswerTask."""
-    task: AnswerTask = unit.task
+    """Write the hashes that an earlier group has. The task is a PartitionTask."""
+    task: PartitionTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    later, last = [np.empty((0, LINES.width), np.uint64)], np.empty(0, np.uint64)
-    source = task.partition
-    for rows in merge(source.shuffle, source.partition, memory=config.partition_bytes):
-        keys = np.append(last, rows[:, 0])
-        later.append(rows[_again(keys)[len(last) :]])
-        last = keys[-1:]
+    later, last = [], None
+    for rows in merge(task.shuffle, task.partition, memory=config.partition_bytes):
+        later.append(rows[~changes(rows[:, 0], last)])
+        last = rows[-1, 0] if len(rows) else last
         commit.rows_in += len(rows)
-    repeats = np.concatenate(later)
-    repeats = repeats[np.argsort(repeats[:, 1], kind="stable")]
-    borders = np.searchsorted(repeats[:, 1], np.arange(1, task.groups, dtype=np.uint64))
-    lanes = np.split(repeats, borders)
-    shuffle.write(store, "repeats", lanes, repeats_layout(task.groups), commit=commit)
-    commit.rows_out = len(repeats)
+    repeats = concatenate(later, width=LINES.width)
+    commit.rows_out = shuffle.write_by_group(
+        store, "repeats", repeats, repeats[:, 1], repeats_layout(task.groups), commit=commit
+    )
     return commit
 
 
@@ -134,15 +132,7 @@ def repeats_layout(groups: int) -> Layout:
     return Layout(width=LINES.width, lanes=groups)
 
 
-@dataclass(frozen=True)
-class CutsTask:
-    """A LinesTask, and the URI of the shuffle of repeats."""
-
-    lines: LinesTask
-    repeats: str
-
-
-@validated(frozen=True, config=STRICT)
+@validated
 class CutsResult:
     """Lines (empty ones included), lines cut, and characters cut."""
 
@@ -152,20 +142,20 @@ class CutsResult:
 
 
 def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
-    """Write which lines to cut. The task is a CutsTask.
+    """Write which lines to cut. The task is a LinesTask.
 
     `rows_in` are documents, `rows_out` those that lose a line.
     """
     assert config.line_level != "off"
-    task: CutsTask = unit.task
+    task: LinesTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    hashes, ends = _group_hashes(task.lines, config.line_level)
-    blocks = merge(task.repeats, task.lines.group, memory=config.partition_bytes)
+    hashes, ends = _group_hashes(task, config.line_level)
+    blocks = merge(task.repeats, task.group, memory=config.partition_bytes)
     cut = _copies(
         hashes, np.concatenate([np.empty(0, np.uint64), *(rows[:, 0].copy() for rows in blocks)])
     )
     total_chars = 0
-    for (part, uri), keep in zip(task.lines.parts, task.lines.keep, strict=True):
+    for (part, uri), keep in zip(task.parts, task.keep, strict=True):
         rows = []
         for doc_id, text in _kept_texts(uri, keep):
             gone = np.flatnonzero(cut[ends[commit.rows_in] : ends[commit.rows_in + 1]]).tolist()
@@ -174,8 +164,7 @@ def cuts_unit(unit: Unit, config: DedupConfig, store: Store) -> Commit:
                 total_chars += chars_cut
                 rows.append({"doc_id": doc_id, "cut": gone, "chars_cut": chars_cut})
             commit.rows_in += 1
-        with store.create("cuts", f"{part}.parquet", outputs=commit.outputs) as path:
-            pq.write_table(pa.Table.from_pylist(rows, schema=CUTS), path, compression="zstd")
+        store.write_part(pa.Table.from_pylist(rows, schema=CUTS), "cuts", part, commit=commit)
         commit.rows_out += len(rows)
     commit.result = CutsResult(len(hashes), int(cut.sum()), total_chars)
     return commit
@@ -193,13 +182,11 @@ def _group_hashes(task: LinesTask, piece: Piece) -> tuple[U64, npt.NDArray[np.in
 
 def _kept_texts(uri: str, keep_uri: str) -> Iterator[tuple[int, str]]:
     """Id and text of each document of a part that dedup kept, in order of doc_id, in batches."""
-    keep, found = (
-        read_columns(keep_uri, ["doc_id", "keep"]),
-        read_columns(uri, ["doc_id", "rejected_by"]),
-    )
-    if not found.filter(pc.is_null(found["rejected_by"]))["doc_id"].equals(keep["doc_id"]):
+    keep = read_columns(keep_uri, ["doc_id", "keep"])
+    documents = read_columns(uri, ["doc_id", "rejected_by"])
+    if not documents.filter(pc.is_null(documents["rejected_by"]))["doc_id"].equals(keep["doc_id"]):
         raise ValueError(f"{keep_uri} does not list the documents of {uri}; rerun stage 'dedup'")
-    kept = keep["doc_id"].filter(keep["keep"])
+    kept = kept_ids(keep)
     with open_parquet(uri) as file:
         for batch in file.iter_batches(_TEXTS_AT_ONCE, columns=["doc_id", "text"]):
             batch = batch.filter(pc.is_in(batch["doc_id"], value_set=kept))
@@ -215,18 +202,11 @@ def _copies(hashes: U64, repeats: U64) -> npt.NDArray[np.bool_]:
 
     A range of hashes at a time.
     """
-    copy, top = np.zeros(len(hashes), np.bool_), (hashes >> np.uint64(60)).astype(np.uint8)
+    copy, top = np.zeros(len(hashes), np.bool_), (hashes >> 60).astype(np.uint8)
     for n in range(16):
         places = np.flatnonzero(top == n)
         places = places[np.argsort(hashes[places], kind="stable")]
         keys = hashes[places]
         among = np.searchsorted(repeats, keys, "right") > np.searchsorted(repeats, keys, "left")
-        copy[places] = (among | _again(keys)) & (keys != _EMPTY)
+        copy[places] = (among | ~changes(keys)) & (keys != _EMPTY)
     return copy
-
-
-def _again(keys: U64) -> npt.NDArray[np.bool_]:
-    """Whether the key before is the same, of ascending keys."""
-    again = np.zeros(len(keys), np.bool_)
-    again[1:] = keys[1:] == keys[:-1]
-    return again

@@ -6,26 +6,20 @@ A bucket is a set of documents with equal keys.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from pydantic.dataclasses import dataclass
 
-from filters import STRICT
+from filters import validated
 from stages.dedup.config import EARLIER, DedupConfig
 from stages.dedup.shuffle import U64, PartitionTask, group_starts, merge
 from stages.storage.files import open_fs
 from stages.storage.ledger import Commit, Store, Unit
 
-GIANT = 10_000  # documents of a bucket that is worth a line in the log
-
-
+GIANT = 10_000  # documents of a bucket that the report lists
 _EDGES_AT_ONCE = 1_000_000
+# of a block, which may be hundreds of megabytes: what is made of it need not be
+_ROWS_AT_ONCE = 1_000_000
 
 
-_ROWS_AT_ONCE = (
-    1_000_000  # of a block, which may be hundreds of megabytes: what is made of it need not be
-)
-
-
-@dataclass(frozen=True, config=STRICT)
+@validated
 class GiantBucket:
     """A bucket of more than GIANT documents: band key in hex, smallest document id, size."""
 
@@ -34,7 +28,7 @@ class GiantBucket:
     documents: int
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated
 class MatchResult:
     """The largest buckets of a partition, at most 100."""
 
@@ -79,7 +73,7 @@ def stars(blocks: Iterator[U64], giants: dict[tuple[str, int], int]) -> Iterator
         if len(rows) and key == rows[0, 0]:
             centers[0], sizes[0] = center, size + sizes[0]
         edges = np.column_stack([np.repeat(centers, lengths), rows[:, 1]])
-        yield edges[(edges[:, 0] != edges[:, 1]) & (edges[:, 0] < np.uint64(EARLIER))]
+        yield edges[(edges[:, 0] != edges[:, 1]) & (edges[:, 0] < EARLIER)]
         for n in np.flatnonzero(sizes > GIANT):
             giants[f"{rows[starts[n], 0]:016x}", int(centers[n])] = int(sizes[n])
         if len(rows):

@@ -53,11 +53,11 @@ class Signatures(NamedTuple):
     minima: Uint
 
 
-def describe(scheme: Signature) -> str:
+def describe(signature: Signature) -> str:
     """How keys are made, in words. Stored with them: other keys must not be compared with them."""
-    permutations = f"{scheme.scheme} seed {scheme.seed}"
-    bands = f"{scheme.num_bands} bands of {scheme.rows_per_band}"
-    return f"{NORMALIZER}, {scheme.ngram}-grams, {permutations}, {bands}"
+    permutations = f"{signature.scheme} seed {signature.seed}"
+    bands = f"{signature.num_bands} bands of {signature.rows_per_band}"
+    return f"{NORMALIZER}, {signature.ngram}-grams, {permutations}, {bands}"
 
 
 def normalize(text: str) -> str:
@@ -82,50 +82,42 @@ def shingle_hashes(normalized: str, *, ngram: int) -> U64:
     return distinct
 
 
-def band_keys(normalized: Sequence[str], scheme: Signature) -> list[bytes]:
+def band_keys(normalized: Sequence[str], signature: Signature) -> list[bytes]:
     """Band keys of each document, 8 bytes each, little-endian; b"" below `ngram` words."""
     keys = [b""] * len(normalized)
-    documents, columns = signatures(normalized, scheme)
-    rows = columns.reshape(scheme.num_bands, scheme.rows_per_band, len(documents)).astype(np.uint64)
-    mixed = np.zeros((scheme.num_bands, len(documents)), np.uint64)
-    for row in range(scheme.rows_per_band):
-        mixed = premix(mixed ^ rows[:, row], scheme="affine64")
-    packed, size = mixed.T.astype("<u8").tobytes(), 8 * scheme.num_bands
+    documents, columns = signatures(normalized, signature)
+    rows = columns.reshape(signature.num_bands, signature.rows_per_band, len(documents))
+    mixed = np.zeros((signature.num_bands, len(documents)), np.uint64)
+    for row in range(signature.rows_per_band):
+        mixed = ngrams.fmix(mixed ^ rows[:, row], bits=64)
+    packed, size = mixed.T.astype("<u8").tobytes(), 8 * signature.num_bands
     for i, document in enumerate(documents.tolist()):
         keys[document] = packed[i * size : (i + 1) * size]
     return keys
 
 
-def signatures(normalized: Sequence[str], scheme: Signature) -> Signatures:
+def signatures(normalized: Sequence[str], signature: Signature) -> Signatures:
     """MinHashes of the documents that have at least `ngram` words."""
-    num_perm = scheme.num_bands * scheme.rows_per_band
-    dtype = np.uint32 if scheme.scheme == "affine32" else np.uint64
-    documents, columns = [np.empty(0, np.int64)], [np.empty((num_perm, 0), dtype)]
+    num_perm = signature.num_bands * signature.rows_per_band
+    documents, columns = [np.empty(0, np.int64)], [np.empty((num_perm, 0), np.uint32)]
     for start, stop in _groups(normalized):
-        shingles, counts = _shingles(normalized[start:stop], ngram=scheme.ngram)
+        shingles, counts = _shingles(normalized[start:stop], ngram=signature.ngram)
         long_enough = np.flatnonzero(counts)
         if len(long_enough):
             documents.append(long_enough + start)
-            columns.append(
-                minima(
-                    shingles,
-                    counts[long_enough],
-                    num_perm=num_perm,
-                    seed=scheme.seed,
-                    scheme=scheme.scheme,
-                )
-            )
+            columns.append(minima(shingles, counts[long_enough], signature))
     return Signatures(np.concatenate(documents), np.concatenate(columns, axis=1))
 
 
-def minima(shingles: U64, counts: I64, *, num_perm: int, seed: int, scheme: Scheme) -> Uint:
+def minima(shingles: U64, counts: I64, signature: Signature) -> Uint:
     """MinHashes (P, D) of documents with `counts` (D,) shingle hashes each, none of them empty."""
-    a, b = permutations(num_perm, seed=seed, scheme=scheme)
-    mixed = premix(shingles, scheme=scheme)
+    a, b = permutations(signature)
+    # as in datasketch; affine32 keeps the low 32 bits
+    mixed = ngrams.fmix(shingles, bits=32 if signature.scheme == "affine32" else 64)
     starts = np.cumsum(counts) - counts
-    permuted, least = np.empty_like(mixed), np.empty((num_perm, len(counts)), mixed.dtype)
+    permuted, least = np.empty_like(mixed), np.empty((len(a), len(counts)), mixed.dtype)
     # one permutation at a time over all documents: long rows keep NumPy's SIMD loops busy
-    for k in range(num_perm):
+    for k in range(len(a)):
         np.multiply(mixed, a[k], out=permuted)
         np.add(permuted, b[k], out=permuted)
         np.minimum.reduceat(permuted, starts, out=least[k])
@@ -133,21 +125,13 @@ def minima(shingles: U64, counts: I64, *, num_perm: int, seed: int, scheme: Sche
 
 
 @lru_cache(maxsize=8)
-def permutations(num_perm: int, *, seed: int, scheme: Scheme) -> tuple[Uint, Uint]:
+def permutations(signature: Signature) -> tuple[Uint, Uint]:
     """Parameters (a, b), each (P,), of permutations h -> a*h + b modulo 2^32 or 2^64."""
     from datasketch import MinHash  # imports scipy, which takes a second
 
-    a, b = MinHash(num_perm=num_perm, seed=seed, scheme=scheme).permutations
+    num_perm = signature.num_bands * signature.rows_per_band
+    a, b = MinHash(num_perm, seed=signature.seed, scheme=signature.scheme).permutations
     return a, b
-
-
-def premix(hashes: U64, *, scheme: Scheme) -> Uint:
-    """MurmurHash3's finalizer, applied before the permutations as in datasketch.
-
-    affine32 keeps the low 32 bits.
-    """
-    mixed: Uint = ngrams.fmix(hashes, bits=32 if scheme == "affine32" else 64)
-    return mixed
 
 
 def _groups(normalized: Sequence[str]) -> Iterator[tuple[int, int]]:

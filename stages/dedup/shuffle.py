@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from filters import validated
+from stages.dedup.components import changes
 from stages.storage.digests import digest
 from stages.storage.files import exists, open_fs, read_bytes, write_atomically
 from stages.storage.ledger import Commit, Store
@@ -66,20 +68,16 @@ class Shuffle(NamedTuple):
         return self.per_lane * self.layout.lanes
 
 
-@dataclass(frozen=True)
+@validated
 class PartitionTask:
-    """A unit's task: one partition of a shuffle, by the shuffle's URI."""
+    """A unit's task: one partition of a shuffle, by the shuffle's URI.
+
+    `groups` is the number of groups that answers to its rows go back to, if there are answers.
+    """
 
     shuffle: str
     partition: int
-
-
-@dataclass(frozen=True)
-class AnswerTask:
-    """A unit's task: a partition whose rows get an answer, sent back to `groups` groups."""
-
-    partition: PartitionTask
-    groups: int
+    groups: int = 0
 
 
 def mix(ids: U64) -> U64:
@@ -106,8 +104,8 @@ def unmix(keys: U64) -> U64:
 
 def write(
     store: Store, kind: str, lanes: Iterable[U64], layout: Layout, *, commit: Commit, name: str = ""
-) -> None:
-    """Write the rows of every lane, each (n, width) in any order, as a sorted file.
+) -> int:
+    """Write the rows of every lane, each (n, width) in any order, as a sorted file; their number.
 
     `name` is the unit's by default. One lane at a time is held in memory.
     """
@@ -120,10 +118,20 @@ def write(
             ordered = sort_rows(rows)
             counts.append(_cells(ordered[:, 0], layout.cells))
             ordered.astype("<u8", copy=False).tofile(stream)
-    if len(counts) != layout.lanes:
-        raise AssertionError(f"{len(counts)} lanes written, {layout.lanes} announced")
+    assert len(counts) == layout.lanes
+    cells = np.concatenate(counts)
     with store.create(kind, f"{name}.cells", outputs=commit.outputs) as path:
-        path.write_bytes(zstandard.compress(np.concatenate(counts).astype("<u4").tobytes()))
+        path.write_bytes(zstandard.compress(cells.astype("<u4").tobytes()))
+    return int(cells.sum())
+
+
+def write_by_group(
+    store: Store, kind: str, rows: U64, groups: U64, layout: Layout, *, commit: Commit
+) -> int:
+    """Write each row to the lane of its group; the number of rows."""
+    order = np.argsort(groups, kind="stable")
+    borders = np.searchsorted(groups[order], np.arange(1, layout.lanes, dtype=np.uint64))
+    return write(store, kind, np.split(rows[order], borders), layout, commit=commit)
 
 
 def sort_rows(rows: U64) -> U64:
@@ -141,9 +149,7 @@ def sort_rows(rows: U64) -> U64:
 def _cells(keys: U64, cells: int) -> npt.NDArray[np.int64]:
     if cells == 1:
         return np.array([len(keys)])
-    return np.bincount(
-        (keys >> np.uint64(64 - cells.bit_length() + 1)).astype(np.int64), minlength=cells
-    )
+    return np.bincount((keys >> 64 - cells.bit_length() + 1).astype(np.int64), minlength=cells)
 
 
 # --- transpose ------------------------------------------------------------------------------------
@@ -176,11 +182,8 @@ def transpose(shuffle: Shuffle) -> None:
         return
     layout, sources = shuffle.layout, shuffle.sources
     in_lane = np.linspace(0, layout.cells, shuffle.per_lane + 1).astype(np.int64)
-    edges = np.append(
-        (np.arange(layout.lanes)[:, None] * layout.cells + in_lane[None, :-1]).ravel(),
-        layout.lanes * layout.cells,
-    )
-
+    lane_starts = np.arange(layout.lanes) * layout.cells
+    edges = np.append(np.add.outer(lane_starts, in_lane[:-1]), layout.lanes * layout.cells)
     borders = np.zeros((len(edges), len(sources)), "<u8")
 
     def fill(n: int) -> None:
@@ -243,7 +246,7 @@ def _sort_together(sorted_rows: list[U64]) -> U64:
 
 def merge_all(uri: str, partition: int, *, width: int) -> U64:
     """All rows of a small partition."""
-    return np.concatenate([np.empty((0, width), np.uint64), *merge(uri, partition, memory=1 << 40)])
+    return concatenate(merge(uri, partition, memory=1 << 40), width=width)
 
 
 @dataclass
@@ -273,7 +276,7 @@ class _Run:
         self.start = end
         if self.tag:
             self.rows = self.rows.copy()
-            self.rows[:, 1] |= np.uint64(self.tag)
+            self.rows[:, 1] |= self.tag
 
     def take(self, limit: tuple[int, int] | None) -> U64:
         count = len(self.rows) if limit is None else self._place(limit)
@@ -308,28 +311,34 @@ def _read(uri: str, start: int, stop: int) -> U64:
 # --- groups of rows -------------------------------------------------------------------------------
 
 
+def concatenate(blocks: Iterable[U64], *, width: int) -> U64:
+    """All rows of some blocks; there may be none."""
+    return np.concatenate([np.empty((0, width), np.uint64), *blocks])
+
+
 def whole_groups(blocks: Iterator[U64]) -> Iterator[U64]:
     """The same rows in blocks that never end within a key. Holds the rows of one key: for keys
     known to be small.
     """
-    kept: list[U64] = []
+    rest: list[U64] = []
     for block in (b for b in blocks if len(b)):
-        if kept and kept[-1][-1, 0] != block[0, 0]:
-            yield np.concatenate(kept)
-            kept = []
-        border = int(np.searchsorted(block[:, 0], block[-1, 0], "left"))
+        rows = np.concatenate([*rest, block])
+        border = int(np.searchsorted(rows[:, 0], rows[-1, 0], "left"))
         if border:
-            yield np.concatenate([*kept, block[:border]])
-            kept = []
-        kept.append(block[border:])
-    if kept:
-        yield np.concatenate(kept)
+            yield rows[:border]
+        rest = [rows[border:].copy()]
+    yield from rest
 
 
 def group_starts(keys: U64) -> npt.NDArray[np.int64]:
     """Indices at which a run of equal keys begins."""
-    return (
-        np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
-        if len(keys)
-        else np.empty(0, np.int64)
-    )
+    return np.flatnonzero(changes(keys))
+
+
+def first_of_groups(ordered: U64, *, summed: slice) -> U64:
+    """The first row of each key, with the sums of the `summed` columns over the rows of the key."""
+    starts = group_starts(ordered[:, 0])
+    first: U64 = ordered[starts]
+    if len(starts):
+        first[:, summed] = np.add.reduceat(ordered[:, summed], starts, axis=0)
+    return first

@@ -3,12 +3,11 @@
 from typing import Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from filters import STRICT
+from filters import validated
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated
 class TrafilaturaOptions:
     """Arguments of trafilatura.extract (Barbaresi 2021, ACL demo 15), with its own defaults.
 
@@ -26,7 +25,7 @@ class TrafilaturaOptions:
     deduplicate: bool = False
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated
 class ResiliparseOptions:
     """Arguments of resiliparse's extract_plain_text (Bevendorff et al. 2018, ECIR)."""
 
@@ -39,7 +38,7 @@ class ResiliparseOptions:
     list_bullets: bool = True
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated
 class Gate:
     """Drop pages before the expensive extraction that would be dropped after it.
 
@@ -54,7 +53,7 @@ class Gate:
     min_words: int = Field(default=50, ge=0)
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated
 class ExtractConfig:
     """Settings of the extract stage.
 

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic.dataclasses import dataclass as validated
 
-from filters import STRICT, Rejection, first_failure, rules, settings
+from filters import Rejection, first_failure, rules, settings, validated
 from filters.opt_out import OptOut, in_headers
 from filters.url_policy import UrlPolicy, host_of
 from stages.dedup import minhash
@@ -42,7 +40,7 @@ from stages.read.warc import ReadStats, Record, begins_as_warc, read_records
 from stages.storage.ledger import Commit, Store, Unit
 
 VERSION = 4
-_NO_DOCUMENT = ("not_response",)
+_NO_DOCUMENT = "not_response"
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class ExtractPlan:
     seed: int
 
 
-@dataclass(frozen=True)
+@validated
 class ExtractTask:
     """An input file, and its number in the run's list of inputs.
 
@@ -72,7 +70,7 @@ class ExtractTask:
     reusable_stores: tuple[str, ...] = ()
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class ExtractResult:
     """What was read and kept of an input file.
 
@@ -109,7 +107,12 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
             result = replace(result, id_type=id_type(path, plan.input))
             commit.rows_in = sum(commit.counts.values())
         commit.result = replace(result, bytes_in=path.stat().st_size)
-        _require_unchanged(unit)
+        current = fingerprint(task.path)
+    if current != unit.fingerprint:
+        raise ValueError(
+            f"{task.path} changed while it was read (was {unit.fingerprint}, is {current}); "
+            "run again"
+        )
     return commit
 
 
@@ -128,7 +131,8 @@ def _extract_web(
         )
     commit.rows_in = stats.records
     commit.cpu_seconds = round(extractor.cpu_seconds - started, 3)  # of the child process
-    commit.counts |= {f"warc.{r}": stats.skipped[r] for r in _NO_DOCUMENT if stats.skipped[r]}
+    if no_documents := stats.skipped[_NO_DOCUMENT]:
+        commit.counts[f"warc.{_NO_DOCUMENT}"] = no_documents
     return replace(
         result,
         lost_bytes=lost_bytes,
@@ -143,9 +147,7 @@ def _apply_bounds(
     """Write rows that an earlier run measured and that were judged by other bounds here."""
     commit = Commit(unit.name, unit.fingerprint, rows_in=before.rows_in)
     commit.counts = {
-        rule: count
-        for rule, count in before.counts.items()
-        if rule.removeprefix("warc.") in _NO_DOCUMENT
+        rule: count for rule, count in before.counts.items() if rule == f"warc.{_NO_DOCUMENT}"
     }
     result = _write_documents(rows, commit, plan, store)
     commit.result = replace(
@@ -158,33 +160,16 @@ def _apply_bounds(
     return commit
 
 
-def _require_unchanged(unit: Unit) -> None:
-    current = fingerprint(unit.task.path)
-    if current != unit.fingerprint:
-        raise ValueError(
-            f"{unit.task.path} changed while it was read (was {unit.fingerprint}, is {current}); "
-            "run again"
-        )
-
-
 def content_settings(plan: ExtractPlan) -> list[Any]:
     """The settings that decide a page's text and scores: the first half of the stage key.
 
     Models and lists are not in it by path: the caller adds their digests.
     """
-    resources = {
-        "num_cpus",
-        "memory",
-        "parallelism",
-        "batch_size",
-        "keep_rejected_text",
-        "keep_text",
+    unused = {
+        *("num_cpus", "memory", "parallelism", "batch_size", "keep_rejected_text", "keep_text"),
+        "resiliparse" if plan.config.engine == "trafilatura" else "trafilatura",
     }
-    config = {k: v for k, v in asdict(plan.config).items() if k not in resources}
-    if plan.config.engine != "trafilatura":
-        config.pop("trafilatura")
-    if plan.config.engine != "resiliparse":
-        config.pop("resiliparse")
+    config = {k: v for k, v in asdict(plan.config).items() if k not in unused}
     measured = [(named.name, named.settings()) for named in plan.filters]
     text_input = asdict(plan.input) | {"paths": None, "base_uri": None}
     return [
@@ -223,7 +208,7 @@ def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats
     for record in read_records(
         str(path), max_payload_bytes=plan.config.max_html_bytes, stats=stats
     ):
-        if record.skipped in _NO_DOCUMENT:
+        if record.skipped == _NO_DOCUMENT:
             # requests and metadata records are only counted
             continue
         row: Row = {
@@ -329,10 +314,7 @@ def _write_documents(
     languages: Counter[str] = Counter()
     tallies = Tallies(plan.filters)
     chars, rows = 0, iter(rows)
-    with (
-        store.create("documents", f"{commit.unit}.parquet", outputs=commit.outputs) as path,
-        pq.ParquetWriter(path, schema, compression="zstd") as writer,
-    ):
+    with store.part_writer("documents", commit.unit, schema, commit=commit) as writer:
         while batch := list(islice(rows, plan.config.batch_size)):
             for row in batch:
                 counts[row["rejected_by"] or "kept"] += 1

@@ -24,10 +24,9 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass
 from resiliparse.extract.html2text import extract_plain_text
 
-from filters import STRICT
+from filters import validated
 from filters.language import Language
 from filters.opt_out import in_html
 from stages.extract.config import ExtractConfig
@@ -39,7 +38,7 @@ WALL_FACTOR = 20
 GATE_CHARS = 4_000
 
 
-@dataclass(frozen=True, config=STRICT)
+@validated
 class ExtractorOptions:
     """Settings of the child."""
 

@@ -83,11 +83,6 @@ def make_doc_id(ordinal: int, position: int) -> int:
     return ordinal << POSITION_BITS | position
 
 
-def ordinal_of(doc_id: int) -> int:
-    """The input number that a doc_id belongs to."""
-    return doc_id >> POSITION_BITS
-
-
 class NamedFilter(NamedTuple):
     """A filter with the name its scores are stored under, and what takes its place for documents of
     some languages.

@@ -7,6 +7,7 @@ the bytes that streaming 0.13.0 writes, index included.
 
 Columns hold arrays of uint32 with one axis, which is all that Gristmill writes:
 `ndarray:uint32:N` is the N values, `ndarray:uint32` any number of values after their shape.
+Options are not checked here: `PackConfig` and `gristmill check` do that.
 """
 
 import hashlib
@@ -15,7 +16,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -24,12 +24,13 @@ import zstandard
 
 INDEX = "index.json"
 HASHES: dict[str, Callable[[bytes], Any]] = {
-    **{
-        name: getattr(hashlib, name)
-        for name in hashlib.algorithms_guaranteed
-        if not name.startswith("shake_")
-    },
-    **{name: getattr(xxhash, name) for name in xxhash.algorithms_available},
+    name: getattr(module, name)
+    for module, names in (
+        (hashlib, hashlib.algorithms_guaranteed),
+        (xxhash, xxhash.algorithms_available),
+    )
+    for name in names
+    if not name.startswith("shake_")
 }
 # keys of an index entry that the header of its shard repeats
 CONFIG_KEYS = (
@@ -53,6 +54,18 @@ class Mismatch(NamedTuple):
     actual: int | str
 
 
+def compare(shard: str, what: str, expected: int | str, actual: int | str) -> list[Mismatch]:
+    """The mismatch of two values, if there is one."""
+    return [] if expected == actual else [Mismatch(shard, what, expected, actual)]
+
+
+def columns_of_rows(seq_len: int) -> dict[str, str]:
+    """Columns of packed rows: token ids (seq_len,), and the lengths of the spans of documents, in
+    order, fill not counted.
+    """
+    return {"tokens": f"ndarray:uint32:{seq_len}", "spans": "ndarray:uint32"}
+
+
 class MDSWriter:
     """Write samples to `out/shard.00000.mds` and on, and after the `with` block `out/index.json`.
 
@@ -62,8 +75,8 @@ class MDSWriter:
 
     `columns` is name → encoding. `compression` is None, 'zstd' (level 3) or 'zstd:1'…'zstd:22'.
     `hashes` are names from HASHES, unique and sorted (streaming's rule). `size_limit` is bytes of a
-    raw shard; None puts everything in one. As in streaming, a first sample beyond the limit comes
-    after an empty shard 0. ValueError for any other option.
+    raw shard, below 2^32. As in streaming, a first sample beyond the limit comes after an empty
+    shard 0.
     """
 
     def __init__(
@@ -73,21 +86,9 @@ class MDSWriter:
         columns: Mapping[str, str],
         compression: str | None = None,
         hashes: Sequence[str] = (),
-        size_limit: int | None = 1 << 26,
+        size_limit: int = 1 << 26,
     ) -> None:
-        if not columns:
-            raise ValueError("columns is empty; name at least one column")
-        if list(hashes) != sorted(set(hashes)) or not HASHES.keys() >= set(hashes):
-            raise ValueError(
-                f"hashes must be unique, sorted and of {sorted(HASHES)}, got {list(hashes)}"
-            )
-        if size_limit is not None and not 0 < size_limit < 1 << 32:
-            raise ValueError(
-                f"size_limit must lie in [1, 2**32) bytes (offsets are uint32), got {size_limit}"
-            )
         self._lengths = {name: array_length(columns[name]) for name in sorted(columns)}
-        self._level = None if compression is None else _zstd_level(compression)
-        self._size_limit = size_limit
         self._config: dict[str, Any] = {
             "version": 2,
             "format": "mds",
@@ -111,12 +112,7 @@ class MDSWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             return
         if self._samples:
@@ -131,7 +127,7 @@ class MDSWriter:
         """
         data = self._encode(sample)
         num_bytes = 4 + len(data)
-        if self._size_limit is not None and self._size_limit < self._num_bytes + num_bytes:
+        if self._config["size_limit"] < self._num_bytes + num_bytes:
             self._flush()
         self._samples.append(data)
         self._num_bytes += num_bytes
@@ -154,16 +150,12 @@ class MDSWriter:
     def _flush(self) -> None:
         offsets = np.cumsum([0, *map(len, self._samples)], dtype=np.int64)
         offsets += 4 + 4 * len(offsets) + len(self._config_json)
-        if offsets[-1] >= 1 << 32:
-            raise ValueError(
-                f"a shard of {offsets[-1]:,} bytes; offsets are uint32: set size_limit below 2**32"
-            )
         head = np.uint32(len(self._samples)).tobytes() + offsets.astype(np.uint32).tobytes()
         stored = raw = b"".join([head, self._config_json, *self._samples])
         name = f"shard.{len(self.shards):05}.mds"
         files = {"raw_data": self._file_info(name, raw), "zip_data": None}
-        if self._level is not None:
-            name, stored = f"{name}.zstd", _compress(raw, self._level)
+        if self._config["compression"]:
+            name, stored = f"{name}.zstd", _compress(raw, self._config["compression"])
             files["zip_data"] = self._file_info(name, stored)
         (self.out / name).write_bytes(stored)
         self.shards.append({"samples": len(self._samples), **files, **self._config})
@@ -207,31 +199,12 @@ def write_index(directory: str | os.PathLike[str], index: Mapping[str, Any]) -> 
     temporary.replace(Path(directory) / INDEX)
 
 
-def merge_indexes(
-    part_names: Sequence[str], indexes: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """One index over parts that lie in folders beside it, in the order of the parts.
+def merge_indexes(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One index of the indexes of parts, by the names of the folders beside it where they lie.
 
     Basenames become 'part-00000/shard.00000.mds', which StreamingDataset(local=…) follows.
-    ValueError when the names are not unique, do not pair up with the indexes, or when parts differ
-    in columns.
     """
-    if len(part_names) != len(indexes) or len(set(part_names)) != len(part_names):
-        raise ValueError(
-            f"{len(indexes)} indexes need as many unique part names, got {list(part_names)}"
-        )
-    shards = [
-        _in_folder(part, entry)
-        for part, index in zip(part_names, indexes, strict=True)
-        for entry in index["shards"]
-    ]
-    for entry in shards:
-        columns, first = column_encodings(entry), column_encodings(shards[0])
-        if columns != first:
-            name = stored_file(entry)["basename"]
-            raise ValueError(
-                f"{name} has columns {columns}, the first shard has {first}; pack all parts alike"
-            )
+    shards = [_in_folder(part, e) for part, index in parts.items() for e in index["shards"]]
     return {"version": 2, "shards": shards}
 
 
@@ -346,16 +319,8 @@ def _to_json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-def _zstd_level(compression: str) -> int:
-    levels = {"zstd": 3, **{f"zstd:{level}": level for level in range(1, 23)}}
-    if compression not in levels:
-        raise ValueError(
-            f"compression must be None, 'zstd' or 'zstd:1' to 'zstd:22', got '{compression}'"
-        )
-    return levels[compression]
-
-
-def _compress(data: bytes, level: int) -> bytes:
+def _compress(data: bytes, compression: str) -> bytes:
+    level = int(compression.partition(":")[2] or 3)
     # threads=1 is zstd's multi-threaded path with one worker. It cuts the data into jobs as
     # streaming's `zstd` package does, whatever the number of cores; threads=0 gives other bytes
     # from about 4 MB on (seen with libzstd 1.5.7).
@@ -379,24 +344,18 @@ def _decompress(data: bytes) -> bytes:
 
 
 def array_length(encoding: str) -> int | None:
-    """Values in each array of a column; None if that varies.
-
-    ValueError for an encoding that Gristmill does not write.
-    """
+    """Values in each array of a column; None if that varies."""
     match = _ENCODING.fullmatch(encoding)
-    if match is None:
-        raise ValueError(f"unknown encoding '{encoding}'; columns are {_ENCODINGS}")
+    assert match is not None
     return int(match[1]) if match[1] else None
 
 
-def _encode_array(array: Any, length: int | None) -> bytes:
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint32:
-        actual = repr(array.dtype) if isinstance(array, np.ndarray) else type(array).__name__
-        raise ValueError(f"must be an array of uint32, got {actual}")
-    if length is not None and array.shape != (length,):
-        raise ValueError(f"must have the shape ({length},), got {array.shape}")
-    if array.ndim != 1 or not len(array):
-        raise ValueError(f"must have one axis and be not empty, got shape {array.shape}")
+def _encode_array(array: np.ndarray, length: int | None) -> bytes:
+    fits = array.ndim == 1 and len(array) and length in (None, len(array))
+    if array.dtype != np.uint32 or not fits:
+        raise ValueError(
+            f"must be uint32 of shape ({length or 'n'},), got {array.dtype} of shape {array.shape}"
+        )
     return (_encode_shape(len(array)) if length is None else b"") + array.tobytes()
 
 

@@ -11,6 +11,7 @@ from stages.formats.mds import (
     HASHES,
     INDEX,
     Mismatch,
+    compare,
     open_shard,
     read_index,
     stored_file,
@@ -25,21 +26,25 @@ def verify(directory: str | os.PathLike[str]) -> list[Mismatch]:
     the index does not list are ignored. Holds one shard in memory.
     """
     folder = Path(directory)
-    try:
-        index = read_index(folder)
-    except FileNotFoundError:
-        return [Mismatch(INDEX, "file", "present", "missing")]
-    except ValueError as error:
-        return [Mismatch(INDEX, "content", "an index of MDS shards", str(error))]
-    mismatches = [m for entry in index["shards"] for m in _check_shard(folder, entry)]
-    listed = Counter(stored_file(entry)["basename"] for entry in index["shards"])
+    shards = listed_shards(folder)
+    if isinstance(shards, Mismatch):
+        return [shards]
+    mismatches = [m for entry in shards for m in _check_shard(folder, entry)]
+    listed = Counter(stored_file(entry)["basename"] for entry in shards)
     for name, count in listed.items():
-        mismatches += _compare(name, "times in index", 1, count)
+        mismatches += compare(name, "times in index", 1, count)
     return mismatches
 
 
-def _compare(shard: str, what: str, expected: int | str, actual: int | str) -> list[Mismatch]:
-    return [] if expected == actual else [Mismatch(shard, what, expected, actual)]
+def listed_shards(folder: Path) -> list[dict[str, Any]] | Mismatch:
+    """The entries of a local folder's index.json, or why there are none."""
+    try:
+        shards: list[dict[str, Any]] = read_index(folder)["shards"]
+        return shards
+    except FileNotFoundError:
+        return Mismatch(INDEX, "file", "present", "missing")
+    except ValueError as error:
+        return Mismatch(INDEX, "content", "an index of MDS shards", str(error))
 
 
 def _check_shard(folder: Path, entry: Mapping[str, Any]) -> list[Mismatch]:
@@ -54,7 +59,7 @@ def _check_shard(folder: Path, entry: Mapping[str, Any]) -> list[Mismatch]:
         return [*mismatches, shard]
     if entry["zip_data"] is not None:
         mismatches += _check_file(name, entry["raw_data"], shard.data)
-    mismatches += _compare(name, "samples in header", entry["samples"], len(shard.offsets) - 1)
+    mismatches += compare(name, "samples in header", entry["samples"], len(shard.offsets) - 1)
     header = {key: shard.config.get(key) for key in CONFIG_KEYS}
     return mismatches + [
         Mismatch(name, f"{key} in header", str(entry[key]), str(value))
@@ -64,9 +69,9 @@ def _check_shard(folder: Path, entry: Mapping[str, Any]) -> list[Mismatch]:
 
 
 def _check_file(name: str, info: Mapping[str, Any], data: bytes) -> list[Mismatch]:
-    mismatches = _compare(name, "bytes", info["bytes"], len(data))
+    mismatches = compare(name, "bytes", info["bytes"], len(data))
     for algorithm, digest in info["hashes"].items():
         known = algorithm in HASHES
         actual = HASHES[algorithm](data).hexdigest() if known else "an unknown hash algorithm"
-        mismatches += _compare(name, algorithm, digest, actual)
+        mismatches += compare(name, algorithm, digest, actual)
     return mismatches

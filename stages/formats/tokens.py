@@ -122,19 +122,19 @@ def concatenate_and_chunk(
 
     Only the last row may need filling.
     """
-    tokens, spans, used = np.full(seq_len, fill, np.uint32), [], 0
+    pieces: list[_Piece] = []
+    room = seq_len
     for number, document in enumerate(documents):
         offset = 0
         while offset < len(document):
-            length = min(seq_len - used, len(document) - offset)
-            tokens[used : used + length] = document[offset : offset + length]
-            spans.append(Span(number, used, length, offset))
-            used, offset = used + length, offset + length
-            if used == seq_len:
-                yield PackedRow(tokens, spans)
-                tokens, spans, used = np.full(seq_len, fill, np.uint32), [], 0
-    if used:
-        yield PackedRow(tokens, spans)
+            piece = _Piece(number, offset, document[offset : offset + room])
+            pieces.append(piece)
+            offset, room = offset + len(piece.tokens), room - len(piece.tokens)
+            if not room:
+                yield _lay_out(pieces, seq_len=seq_len, fill=fill)
+                pieces, room = [], seq_len
+    if pieces:
+        yield _lay_out(pieces, seq_len=seq_len, fill=fill)
 
 
 def best_fit(documents: Iterable[Tokens], *, seq_len: int, fill: int) -> Iterator[PackedRow]:
@@ -144,32 +144,37 @@ def best_fit(documents: Iterable[Tokens], *, seq_len: int, fill: int) -> Iterato
     rest. Fewer documents are cut than by concatenation, for a few fill tokens at the end of rows.
     Holds all documents of the call in memory.
     """
-    documents = list(documents)
     pieces = [
-        (number, offset, min(seq_len, len(document) - offset))
+        _Piece(number, offset, document[offset : offset + seq_len])
         for number, document in enumerate(documents)
         for offset in range(0, len(document), seq_len)
     ]
-    rows: list[list[tuple[int, int, int]]] = []
+    rows: list[list[_Piece]] = []
     space: list[tuple[int, int]] = []  # (room left, row), ascending
-    for piece in sorted(pieces, key=lambda p: (-p[2], p[0], p[1])):
-        index = bisect_left(space, (piece[2], -1))
+    for piece in sorted(pieces, key=lambda p: (-len(p.tokens), p.document, p.offset)):
+        length = len(piece.tokens)
+        index = bisect_left(space, (length, -1))
         room, row = space.pop(index) if index < len(space) else (seq_len, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(piece)
-        if room > piece[2]:
-            insort(space, (room - piece[2], row))
+        if room > length:
+            insort(space, (room - length, row))
     for row_pieces in rows:
-        yield _lay_out(row_pieces, documents, seq_len=seq_len, fill=fill)
+        yield _lay_out(row_pieces, seq_len=seq_len, fill=fill)
 
 
-def _lay_out(
-    pieces: list[tuple[int, int, int]], documents: list[Tokens], *, seq_len: int, fill: int
-) -> PackedRow:
+class _Piece(NamedTuple):
+    document: int
+    offset: int
+    tokens: Tokens
+
+
+def _lay_out(pieces: Sequence[_Piece], *, seq_len: int, fill: int) -> PackedRow:
     tokens, spans, used = np.full(seq_len, fill, np.uint32), [], 0
-    for number, offset, length in pieces:
-        tokens[used : used + length] = documents[number][offset : offset + length]
-        spans.append(Span(number, used, length, offset))
+    for piece in pieces:
+        length = len(piece.tokens)
+        tokens[used : used + length] = piece.tokens
+        spans.append(Span(piece.document, used, length, piece.offset))
         used += length
     return PackedRow(tokens, spans)

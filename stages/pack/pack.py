@@ -10,38 +10,36 @@ alike.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass as validated
 
-from filters import STRICT, File, off_is_none
+from filters import File, off_is_none, validated
 from stages.formats import tokens
-from stages.formats.mds import INDEX, MDSWriter
+from stages.formats.document import table_schema
+from stages.formats.mds import INDEX, MDSWriter, columns_of_rows
 from stages.storage.files import names_in, scratch_folder
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import read_columns
 
 VERSION = 2
-PROVENANCE = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("doc_id", pa.uint64(), nullable=False),
-        pa.field("start", pa.int32(), nullable=False),
-        pa.field("length", pa.int32(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),
-        # here too, since a trainer may have nothing but the generation; null where there is none
-        pa.field("url", pa.string()),
-    ]
+PROVENANCE = table_schema(
+    {
+        "row": pa.int64(),
+        "doc_id": pa.uint64(),
+        "start": pa.int32(),
+        "length": pa.int32(),
+        "offset": pa.int64(),
+    },
+    # here too, since a trainer may have nothing but the generation; null where there is none
+    {"url": pa.string()},
 )
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class PackConfig:
     """Settings of the pack stage.
 
@@ -108,8 +106,6 @@ def group_parts(
     """Deal parts into groups of about `group_bytes` in an order drawn by the seed; every part lies
     in one group.
     """
-    if not parts:
-        return []
     order = np.random.default_rng(derive_seed(seed, "pack.groups")).permutation(len(parts))
     count = min(len(parts), max(1, math.ceil(sum(p.bytes for p in parts) / group_bytes)))
     return [[parts[i] for i in order[g::count]] for g in range(count)]
@@ -125,14 +121,14 @@ def is_held_out(text: bytes | pa.Buffer, *, share: float, seed: int) -> bool:
     return xxhash.xxh64_intdigest(text, seed=derive_seed(seed, "pack.held_out")) < share * 2.0**64
 
 
-@dataclass(frozen=True)
+@validated
 class PackTask:
     """A group of corpus parts."""
 
     parts: tuple[CorpusPart, ...]
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class PackResult:
     """Tokens of the documents for training; tokens and rows of those held out."""
 
@@ -182,12 +178,12 @@ def _write_split(
     ids, urls = documents["doc_id"].to_pylist(), documents["url"].to_pylist()
     tokenized = _tokenize(documents["text"], encoding, config.batch_size)
     pack = tokens.concatenate_and_chunk if config.packing == "concatenate" else tokens.best_fit
-    rows = num_tokens = 0
+    provenance: list[dict[str, Any]] = []
+    rows = 0
     with scratch_folder("gristmill-pack") as folder:
-        spans = []
         with MDSWriter(
             folder / "part",
-            columns=columns(config.seq_len),
+            columns=columns_of_rows(config.seq_len),
             compression=config.compression,
             hashes=sorted(config.hashes),
             size_limit=config.shard_bytes,
@@ -195,22 +191,18 @@ def _write_split(
             for row in pack(tokenized, seq_len=config.seq_len, fill=encoding.eot_token):
                 lengths = np.array([span.length for span in row.spans], np.uint32)
                 writer.write({"tokens": row.tokens, "spans": lengths})
-                spans += [
-                    (rows, ids[s.document], s.start, s.length, s.offset, urls[s.document])
-                    for s in row.spans
+                provenance += [
+                    span._asdict()
+                    | {"row": rows, "doc_id": ids[span.document], "url": urls[span.document]}
+                    for span in row.spans
                 ]
                 rows += 1
-                num_tokens += int(lengths.sum())
         for file in sorted((folder / "part").iterdir(), key=lambda f: (f.name == INDEX, f.name)):
             with store.create(split.parts, commit.unit, file.name, outputs=commit.outputs) as path:
                 path.write_bytes(file.read_bytes())
-    with store.create(split.provenance, f"{commit.unit}.parquet", outputs=commit.outputs) as path:
-        table = pa.table(
-            [list(column) for column in zip(*spans, strict=True)] or [[]] * len(PROVENANCE),
-            schema=PROVENANCE,
-        )
-        pq.write_table(table, path, compression="zstd")
-    return Written(rows, num_tokens)
+    table = pa.Table.from_pylist(provenance, schema=PROVENANCE)
+    store.write_part(table, split.provenance, commit.unit, commit=commit)
+    return Written(rows, sum(span["length"] for span in provenance))
 
 
 class PackPlan(NamedTuple):
@@ -218,13 +210,6 @@ class PackPlan(NamedTuple):
 
     config: PackConfig
     seed: int
-
-
-def columns(seq_len: int) -> dict[str, str]:
-    """MDS columns of a row: token ids (seq_len,), and the lengths of its documents' spans, in
-    order, fill not counted.
-    """
-    return {"tokens": f"ndarray:uint32:{seq_len}", "spans": "ndarray:uint32"}
 
 
 def _deal(parts: Sequence[CorpusPart], plan: PackPlan, unit: str) -> tuple[pa.Table, pa.Table]:

@@ -7,13 +7,11 @@ corpus part it writes has the rows of refine's.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic.dataclasses import dataclass as validated
 
-from filters import STRICT
+from filters import validated
 from filters.pii.ner import Ner
 from filters.pii.spans import Scrubbed, Span
 from stages.formats.document import Row, pii_column
@@ -25,21 +23,14 @@ VERSION = 1
 BATCH = 64  # documents that the model is given at once
 
 
-@dataclass(frozen=True)
-class NerPlan:
-    """Everything a worker needs for a unit of this phase."""
-
-    ner: Ner
-
-
-@dataclass(frozen=True)
+@validated
 class NerTask:
     """A corpus part by URI."""
 
     corpus: str
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class NerResult:
     """Characters of the documents, and spans by entity."""
 
@@ -47,24 +38,21 @@ class NerResult:
     pii: dict[str, int] = field(default_factory=dict)
 
 
-def ner_unit(unit: Unit, plan: NerPlan, store: Store) -> Commit:
+def ner_unit(unit: Unit, ner: Ner, store: Store) -> Commit:
     """Replace the names in one corpus part. The task is a NerTask."""
     commit = Commit(unit.name, unit.fingerprint)
     spans: Counter[str] = Counter()
     chars = 0
-    with (
-        open_parquet(unit.task.corpus) as part,
-        store.create("corpus", f"{unit.name}.parquet", outputs=commit.outputs) as path,
-    ):
-        counts = {pii_column(entity): pa.int32() for entity in plan.ner.entities}
+    with open_parquet(unit.task.corpus) as part:
+        counts = {pii_column(entity): pa.int32() for entity in ner.entities}
         schema = pa.schema([*part.schema_arrow, *pa.schema(counts)])
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        with store.part_writer("corpus", unit.name, schema, commit=commit) as writer:
             for batch in part.iter_batches(batch_size=BATCH):
-                rows = _scrubbed(batch.to_pylist(), plan.ner)
+                rows = _scrubbed(batch.to_pylist(), ner)
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 commit.rows_out += len(rows)
                 chars += sum(row["num_chars"] for row in rows)
-                for entity in plan.ner.entities:
+                for entity in ner.entities:
                     spans[entity] += sum(row[pii_column(entity)] for row in rows)
     commit.rows_in = commit.rows_out
     commit.result = NerResult(chars, dict(sorted((+spans).items())))

@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
-from pydantic.dataclasses import dataclass as validated
 
-from filters import STRICT, Rejection, first_failure
+from filters import Rejection, first_failure, validated
 from filters.pii.scrub import Pii
 from filters.pii.spans import Scrubbed
 from stages.dedup.lines import cut_text
@@ -39,7 +37,7 @@ from stages.storage.parts import read_columns, score_names
 VERSION = 3
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class RefineConfig:
     """Settings of the refine stage: `filters` in the order in which they are checked, then whether
     to scrub PII.
@@ -85,7 +83,7 @@ class SamplePlan:
     seed: int
 
 
-@dataclass(frozen=True)
+@validated
 class RefineTask:
     """A documents part, its keep table, and the lines to cut from it, if any, by URI."""
 
@@ -94,7 +92,7 @@ class RefineTask:
     cuts: str | None = None
 
 
-@validated(frozen=True, config=STRICT)
+@validated
 class RefineResult:
     """Characters of the kept documents, PII spans by entity, and counts of the filters' tallies."""
 
@@ -108,19 +106,16 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
     task: RefineTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
     documents = _kept_copies(task.documents, task.keep)
-    cuts = _cuts(task.cuts)
     chars_out = 0
     schema = corpus_schema(documents.schema, plan.filters, plan.entities)
     counts: Counter[str] = Counter()
     pii: Counter[str] = Counter()
     tallies = Tallies(plan.filters)
     with (
-        store.create("corpus", f"{unit.name}.parquet", outputs=commit.outputs) as corpus_path,
-        store.create("rejected", f"{unit.name}.parquet", outputs=commit.outputs) as rejected_path,
-        pq.ParquetWriter(corpus_path, schema, compression="zstd") as corpus,
-        pq.ParquetWriter(rejected_path, schema, compression="zstd") as rejected,
+        store.part_writer("corpus", unit.name, schema, commit=commit) as corpus,
+        store.part_writer("rejected", unit.name, schema, commit=commit) as rejected,
     ):
-        for batch in _batches(documents, cuts, plan):
+        for batch in _batches(documents, task.cuts, plan):
             rows = [_refine(row, plan) for row in batch]
             for row in rows:
                 counts[row["rejected_by"] or "kept"] += 1
@@ -147,22 +142,19 @@ def sample_unit(unit: Unit, plan: SamplePlan, store: Store) -> Commit:
     commit = Commit(unit.name, unit.fingerprint)
     documents = _kept_copies(unit.task.documents, unit.task.keep)
     drawn = _sample_rows(documents, plan.share, plan.seed)
-    identity = [pa.field("doc_id", pa.uint64()), pa.field("language", pa.string())]
-    schema = pa.schema(identity + measured_fields(plan.refine.filters))
+    identity = pa.schema({"doc_id": pa.uint64(), "language": pa.string()})
+    schema = pa.schema([*identity, *measured_fields(plan.refine.filters)])
     rows = [
         row | measured_columns(row["text"], row["language"], plan.refine.filters)
-        for batch in _batches(drawn, _cuts(unit.task.cuts), plan.refine)
+        for batch in _batches(drawn, unit.task.cuts, plan.refine)
         for row in batch
     ]
-    with store.create("sample", f"{unit.name}.parquet", outputs=commit.outputs) as path:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+    store.write_part(pa.Table.from_pylist(rows, schema=schema), "sample", unit.name, commit=commit)
     identified = ["doc_id", "num_chars", "language", "language_score", "language_line_share"]
     extracted = read_columns(unit.task.documents, [*identified, *score_names(unit.task.documents)])
     extracted = extracted.filter(pa.compute.is_valid(extracted["num_chars"]))
-    with store.create("extracted", f"{unit.name}.parquet", outputs=commit.outputs) as path:
-        pq.write_table(
-            _sample_rows(extracted, plan.extracted_share, plan.seed), path, compression="zstd"
-        )
+    sample = _sample_rows(extracted, plan.extracted_share, plan.seed)
+    store.write_part(sample, "extracted", unit.name, commit=commit)
     commit.rows_in, commit.rows_out = documents.num_rows, len(rows)
     return commit
 
@@ -188,27 +180,17 @@ def _kept_copies(documents_uri: str, keep_uri: str) -> pa.Table:
     return documents.filter(keep["keep"])
 
 
-def _cuts(uri: str | None) -> dict[int, list[int]]:
-    """Numbers of the lines or paragraphs that each document loses, by doc_id."""
-    if uri is None:
-        return {}
-    table = read_columns(uri, ["doc_id", "cut"])
-    return dict(zip(table["doc_id"].to_pylist(), table["cut"].to_pylist(), strict=True))
-
-
-def _batches(
-    documents: pa.Table, cuts: dict[int, list[int]], plan: RefinePlan
-) -> Iterator[list[Row]]:
+def _batches(documents: pa.Table, cuts: str | None, plan: RefinePlan) -> Iterator[list[Row]]:
+    """The documents in batches of rows, without the lines or paragraphs listed in `cuts`."""
+    cut_rows = [] if cuts is None else read_columns(cuts, ["doc_id", "cut"]).to_pylist()
+    cut_of = {row["doc_id"]: row["cut"] for row in cut_rows}
     for batch in documents.to_batches(max_chunksize=plan.config.batch_size):
-        yield [_without_repeats(row, cuts, plan) for row in batch.to_pylist()]
-
-
-def _without_repeats(row: Row, cuts: dict[int, list[int]], plan: RefinePlan) -> Row:
-    cut = cuts.get(row["doc_id"])
-    if cut is None or plan.lines == "off":
-        return row
-    text = cut_text(row["text"], cut, plan.lines)
-    return row | {"text": text, "num_chars": len(text)}
+        rows = batch.to_pylist()
+        for row in rows:
+            if row["doc_id"] in cut_of and plan.lines != "off":
+                row["text"] = cut_text(row["text"], cut_of[row["doc_id"]], plan.lines)
+                row["num_chars"] = len(row["text"])
+        yield rows
 
 
 def _refine(row: Row, plan: RefinePlan) -> Row:

@@ -132,25 +132,21 @@ def reading(run: str, name: str, file: str = "") -> Iterator[None]:
 
 def index_mismatches(folder: Path, split: Mapping[str, Any]) -> list[Mismatch]:
     """How index.json in a local folder differs from a split: in its shards, rows or columns."""
-    try:
-        shards = mds.read_index(folder)["shards"]
-    except FileNotFoundError:
-        return [Mismatch(mds.INDEX, "file", "present", "missing")]
-    except ValueError as error:
-        return [Mismatch(mds.INDEX, "content", "an index of MDS shards", str(error))]
-    mismatches, rows = [], sum(shard["samples"] for shard in shards)
-    if rows != split["rows"]:
-        mismatches.append(Mismatch(mds.INDEX, "rows", split["rows"], rows))
+    shards = mds_verify.listed_shards(folder)
+    if isinstance(shards, Mismatch):
+        return [shards]
+    rows = sum(shard["samples"] for shard in shards)
+    mismatches = mds.compare(mds.INDEX, "rows", split["rows"], rows)
     if split["tokens"] > rows * split["seq_len"]:
         room = f"room for {rows * split['seq_len']}"
         mismatches.append(Mismatch(MANIFEST, "tokens", split["tokens"], room))
     published = [(shard["basename"], shard["rows"]) for shard in split["shards"]]
     listed = [(mds.stored_file(shard)["basename"], shard["samples"]) for shard in shards]
-    pairs = zip_longest(published, listed, fillvalue="none")
-    different = next((pair for pair in pairs if pair[0] != pair[1]), None)
-    if different is not None:
-        mismatches.append(Mismatch(mds.INDEX, "(shard, rows)", *map(str, different)))
-    columns = {"tokens": f"ndarray:uint32:{split['seq_len']}", "spans": "ndarray:uint32"}
+    for pair in zip_longest(published, listed, fillvalue="none"):
+        if pair[0] != pair[1]:
+            mismatches.append(Mismatch(mds.INDEX, "(shard, rows)", *map(str, pair)))
+            break
+    columns = mds.columns_of_rows(split["seq_len"])
     for shard, (name, _) in zip(shards, listed, strict=True):
         if (written := mds.column_encodings(shard)) != columns:
             mismatches.append(Mismatch(name, "columns", str(columns), str(written)))
@@ -164,8 +160,9 @@ def size_mismatches(folder: Path, shards: Iterable[Mapping[str, Any]]) -> list[M
         name, path = shard["basename"], folder / shard["basename"]
         if not path.is_file():
             mismatches.append(Mismatch(name, "file", "present", "missing"))
-        elif (size := path.stat().st_size) != shard["bytes"]:
-            mismatches.append(Mismatch(name, "bytes by manifest", shard["bytes"], size))
+        else:
+            size = path.stat().st_size
+            mismatches += mds.compare(name, "bytes by manifest", shard["bytes"], size)
     return mismatches
 
 
@@ -176,8 +173,7 @@ def hash_mismatches(folder: Path, shards: Sequence[Mapping[str, Any]]) -> Iterat
     try:
         hashes = pool.map(lambda shard: file_sha256(folder / shard["basename"]), shards)
         for shard, sha256 in zip(shards, hashes, strict=True):
-            if sha256 != shard["sha256"]:
-                yield Mismatch(shard["basename"], "sha256 by manifest", shard["sha256"], sha256)
+            yield from mds.compare(shard["basename"], "sha256 by manifest", shard["sha256"], sha256)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -16,12 +16,12 @@ aborts incomplete multipart uploads.
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from stages.storage.digests import digest, file_sha256
@@ -39,6 +39,7 @@ from stages.storage.files import (
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 class Unit(NamedTuple):
@@ -69,7 +70,7 @@ class Output:
         return self.path.partition("/")[0]
 
 
-@dataclass
+@validated
 class Commit:
     """What one unit did.
 
@@ -103,7 +104,7 @@ class Commit:
         raise ValueError(f"unit {self.unit} wrote no file of kind '{kind}'")
 
 
-@dataclass(frozen=True)
+@validated(frozen=True)
 class Failure:
     """Why a unit could not be done.
 
@@ -185,10 +186,9 @@ class Store:
 
     def listed_units(self) -> dict[str, str]:
         """Fingerprints of the units recorded last, by name."""
-        try:
-            listed: dict[str, str] = json.loads(read_bytes(self.uri("units.json")))
-        except FileNotFoundError:
-            return {}
+        listed: dict[str, str] = {}
+        with suppress(FileNotFoundError):
+            listed = json.loads(read_bytes(self.uri("units.json")))
         return listed
 
     def listed_commits(self) -> list[Commit]:
@@ -198,27 +198,40 @@ class Store:
 
     def commit_of(self, unit: str) -> Commit | None:
         """The commit of one unit, or None."""
-        try:
-            record = json.loads(read_bytes(self.uri("commits", f"{unit}.json")))
-        except FileNotFoundError:
-            return None
-        return self._decode_commit(record)
+        with suppress(FileNotFoundError):
+            return self._decode_commit(json.loads(read_bytes(self.uri("commits", f"{unit}.json"))))
+        return None
 
-    def read_part(
-        self, commit: Commit, columns: list[str] | None = None, kind: str = ""
-    ) -> "pa.Table":
+    def read_part(self, commit: Commit, kind: str = "") -> "pa.Table":
         """The Parquet part that a unit wrote: its first output, or the one in the folder `kind`."""
         with open_parquet(self.uri(commit.output(kind).path)) as file:
-            return file.read(columns=columns)
+            return file.read()
+
+    @contextmanager
+    def part_writer(
+        self, kind: str, name: str, schema: "pa.Schema", *, commit: Commit
+    ) -> "Iterator[pq.ParquetWriter]":
+        """A writer for a Parquet part of a unit, in the folder `kind`."""
+        import pyarrow.parquet as pq
+
+        with (
+            self.create(kind, f"{name}.parquet", outputs=commit.outputs) as path,
+            pq.ParquetWriter(path, schema, compression="zstd") as writer,
+        ):
+            yield writer
+
+    def write_part(self, table: "pa.Table", kind: str, name: str, *, commit: Commit) -> None:
+        """Write a Parquet part of a unit, whole, to the folder `kind`."""
+        with self.part_writer(kind, name, table.schema, commit=commit) as writer:
+            writer.write_table(table)
 
     def failures(self) -> dict[str, Failure]:
         """Units that failed and have not succeeded since, by name."""
-        known = {f.name for f in dataclasses.fields(Failure)}
         failures = {}
         for record in self._records("failures"):
             # earlier versions wrote set_aside
             record.setdefault("quarantined", record.get("set_aside"))
-            failures[record["unit"]] = Failure(**{k: v for k, v in record.items() if k in known})
+            failures[record["unit"]] = Failure(**record)
         return failures
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
@@ -231,15 +244,10 @@ class Store:
 
     def _decode_commit(self, record: dict[str, Any]) -> Commit:
         """A commit from its JSON record; ValueError if the record is not one of this phase."""
-        known = {f.name for f in dataclasses.fields(Commit)}
         try:
             fields = _with_typed_result(record, self.result)
-            fields["outputs"] = [Output(**output) for output in record["outputs"]]
-            if self.result is None:
-                fields["result"] = None
-            else:
-                fields["result"] = TypeAdapter(self.result).validate_python(fields["result"])
-            return Commit(**{name: fields[name] for name in known & fields.keys()})
+            result = self.result and self.result(**fields["result"])
+            return Commit(**{**fields, "result": result})
         except (KeyError, TypeError, ValidationError) as error:
             raise ValueError(
                 f"{self.uri('commits')}: the commit of unit {record.get('unit')} is not of this "
@@ -253,5 +261,5 @@ def _with_typed_result(record: dict[str, Any], result: type | None) -> dict[str,
         return dict(record)
     earlier = {**record["totals"], **record["extra"]}
     names = {f.name for f in dataclasses.fields(result)} if result is not None else set()
-    found = {name: value for name, value in earlier.items() if name in names}
-    return {**record, "result": found, "finished": earlier.get("finished", 0.0)}
+    fields = {name: value for name, value in earlier.items() if name in names}
+    return {**record, "result": fields, "finished": earlier.get("finished", 0.0)}

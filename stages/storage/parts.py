@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.formats.document import ordinal_of
+from stages.formats.document import POSITION_BITS
 from stages.storage.files import open_parquet
 
 
@@ -40,23 +40,6 @@ def score_names(uri: str) -> list[str]:
     ]
 
 
-def rows_at(uri: str, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a part by number, in the order of `rows`; reads only the row groups with them."""
-    by_number: dict[int, dict[str, Any]] = {}
-    with open_parquet(uri) as part:
-        first = 0
-        for group in range(part.num_row_groups):
-            count = part.metadata.row_group(group).num_rows
-            inside = sorted({r for r in rows if first <= r < first + count})
-            if inside:
-                table = part.read_row_group(group, columns=list(columns)).take(
-                    [r - first for r in inside]
-                )
-                by_number |= dict(zip(inside, table.to_pylist(), strict=True))
-            first += count
-    return [by_number[r] for r in rows]
-
-
 def unit_name(ordinal: int) -> str:
     """Name of the unit of an input, by its number in the run's input list."""
     return f"{ordinal:06d}"
@@ -64,7 +47,7 @@ def unit_name(ordinal: int) -> str:
 
 def unit_of(doc_id: int) -> str:
     """Name of the unit whose input a document came from."""
-    return unit_name(ordinal_of(doc_id))
+    return unit_name(doc_id >> POSITION_BITS)
 
 
 def part_of(doc_id: int, *, beside: str) -> str:
@@ -73,10 +56,28 @@ def part_of(doc_id: int, *, beside: str) -> str:
 
 
 def documents(uri: str, ids: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Columns of some documents of a part, by doc_id; ids that are not in the part are left out."""
-    doc_ids = read_columns(uri, ["doc_id"])["doc_id"]
-    rows = pc.indices_nonzero(pc.is_in(doc_ids, value_set=pa.array(ids, pa.uint64()))).to_pylist()
-    return {row["doc_id"]: row for row in rows_at(uri, rows, ["doc_id", *columns])}
+    """Columns of some documents of a part, by doc_id; ids that are not in the part are left out.
+
+    Only the row groups that hold them are read.
+    """
+    by_id: dict[int, dict[str, Any]] = {}
+    with open_parquet(uri) as part:
+        doc_ids = part.read(columns=["doc_id"])["doc_id"]
+        rows = np.flatnonzero(pc.is_in(doc_ids, value_set=pa.array(ids, pa.uint64())))
+        first = 0
+        for group in range(part.num_row_groups):
+            end = first + part.metadata.row_group(group).num_rows
+            inside = rows[(first <= rows) & (rows < end)] - first
+            if len(inside):
+                table = part.read_row_group(group, ["doc_id", *columns]).take(inside)
+                by_id |= {row["doc_id"]: row for row in table.to_pylist()}
+            first = end
+    return by_id
+
+
+def kept_ids(keep: pa.Table) -> pa.ChunkedArray:
+    """The doc_ids that a keep table keeps."""
+    return keep["doc_id"].filter(keep["keep"])
 
 
 def fixed_binary(column: pa.Array, width: int) -> npt.NDArray[np.uint8]:

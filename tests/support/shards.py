@@ -45,8 +45,8 @@ def _write(folder: Path, firsts: range, *, seq_len: int, per_shard: int, **optio
     names = [f"part-{part:05}" for part in range(len(parts))]
     indexes = []
     for part, numbers in zip(names, parts, strict=True):
-        columns = {"tokens": f"ndarray:uint32:{seq_len}", "spans": "ndarray:uint32"}
-        with mds.MDSWriter(folder / part, columns=columns, size_limit=None, **options) as writer:
+        columns = mds.columns_of_rows(seq_len)
+        with mds.MDSWriter(folder / part, columns=columns, **options) as writer:
             for first in numbers:
                 spans = np.array([5, 4][: 1 + (first - firsts[0]) % 2], np.uint32)
                 writer.write(
@@ -58,7 +58,7 @@ def _write(folder: Path, firsts: range, *, seq_len: int, per_shard: int, **optio
         indexes.append(mds.read_index(folder / part))
         (folder / part / mds.INDEX).unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    mds.write_index(folder, mds.merge_indexes(names, indexes))
+    mds.write_index(folder, mds.merge_indexes(dict(zip(names, indexes, strict=True))))
 
 
 def write_manifest(run: Path, name: str, *, seq_len: int = SEQ_LEN) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ from stages.dedup.config import DedupConfig
 from stages.dedup.lines import (
     CUTS,
     LINES,
-    CutsTask,
     LinesTask,
     cut_text,
     cuts_unit,
@@ -27,7 +27,7 @@ from stages.dedup.lines import (
     repeats_unit,
 )
 from stages.dedup.minhash import normalize
-from stages.dedup.shuffle import AnswerTask, PartitionTask, Source
+from stages.dedup.shuffle import PartitionTask, Source
 from stages.storage.ledger import Store, Unit
 from stages.storage.parts import PartRef
 from tests.support.examples import at_most
@@ -174,9 +174,7 @@ def run_lines(folder: Path, parts, config, *, group_size=2, per_lane=1):
     sources = [Source(found.uri("lines", c.unit)) for c in commits["lines"]]
     planned = shuffle.plan(repeated, sources, LINES, per_lane=per_lane, identity="")
     shuffle.transpose(planned)
-    partitions = [
-        AnswerTask(PartitionTask(planned.uri, n), len(tasks)) for n in range(planned.partitions)
-    ]
+    partitions = [PartitionTask(planned.uri, n, len(tasks)) for n in range(planned.partitions)]
     commits["repeats"] = [
         repeats_unit(Unit(f"{n:05d}", "", task), config, repeated)
         for n, task in enumerate(partitions)
@@ -185,7 +183,7 @@ def run_lines(folder: Path, parts, config, *, group_size=2, per_lane=1):
     back = shuffle.plan(cut, sources, repeats_layout(len(tasks)), per_lane=1, identity="")
     shuffle.transpose(back)
     commits["cuts"] = [
-        cuts_unit(Unit(f"{n:05d}", "", CutsTask(task, back.uri)), config, cut)
+        cuts_unit(Unit(f"{n:05d}", "", replace(task, repeats=back.uri)), config, cut)
         for n, task in enumerate(tasks)
     ]
     rows = [

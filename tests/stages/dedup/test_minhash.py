@@ -94,9 +94,8 @@ def slow_shingle(words):
 )
 def test_minima_are_datasketch_s_bit_for_bit(scheme, sets, seed):
     hashes = np.array([value for values in sets for value in values], np.uint64)
-    ours = minima(
-        hashes, np.array([len(values) for values in sets]), num_perm=24, seed=seed, scheme=scheme
-    )
+    signature = Signature(num_bands=3, rows_per_band=8, ngram=1, scheme=scheme, seed=seed)
+    ours = minima(hashes, np.array([len(values) for values in sets]), signature)
     assert ours.T.tolist() == [
         datasketch_minima(values, num_perm=24, seed=seed, scheme=scheme) for values in sets
     ]

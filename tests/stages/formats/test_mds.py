@@ -102,9 +102,7 @@ def equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     seed=st.integers(0, 1 << 16),
     compression=st.sampled_from(COMPRESSIONS),
     hashes=st.sampled_from(HASH_LISTS),
-    size_limit=st.none()
-    | st.integers(1, 100_000)
-    | st.sampled_from([1, 8192, 1 << 26, (1 << 32) - 1]),
+    size_limit=st.integers(1, 100_000) | st.sampled_from([1, 8192, 1 << 26, (1 << 32) - 1]),
 )
 def test_packed_rows_give_the_bytes_of_streaming(
     streaming, count, seed, compression, hashes, size_limit
@@ -117,11 +115,10 @@ def test_packed_rows_give_the_bytes_of_streaming(
 @pytest.mark.parametrize("offset", range(-2, 3))
 def test_the_shard_boundary_is_that_of_streaming(streaming, offset, tmp_path):
     samples = rows(6)
-    whole = read_index(write(tmp_path / "ours", samples[:3], size_limit=None))["shards"][0][
-        "raw_data"
-    ]["bytes"]
-    # `size_limit` is itself in the header: null is four bytes, a limit of this size five
-    assert_same_bytes(streaming, samples, COLUMNS, size_limit=whole + 1 + offset)
+    # `size_limit` is itself in the header: five digits, as here
+    index = read_index(write(tmp_path / "ours", samples[:3], size_limit=99_999))
+    whole = index["shards"][0]["raw_data"]["bytes"]
+    assert_same_bytes(streaming, samples, COLUMNS, size_limit=whole + offset)
 
 
 @st.composite
@@ -231,7 +228,7 @@ def test_streaming_reads_a_merged_dataset_in_our_order(
     write(root / "part-00001", [], **options)
     write(root / "part-00002", samples[15:], **options)
     parts = ["part-00000", "part-00001", "part-00002"]
-    write_index(root, merge_indexes(parts, [read_index(root / part) for part in parts]))
+    write_index(root, merge_indexes({part: read_index(root / part) for part in parts}))
     assert verify(root) == []
     # its shared memory is freed when this process ends; with DataLoader workers it would outlive a
     # kill
@@ -273,14 +270,13 @@ def test_a_folder_that_holds_anything_is_refused_and_kept(tmp_path):
 @pytest.mark.parametrize(
     "encoding, value, message",
     [
-        ("ndarray:uint32:4", np.zeros(3, np.uint32), r"shape \(4,\), got \(3,\)"),
-        ("ndarray:uint32:4", np.zeros((4, 1), np.uint32), r"shape \(4,\), got \(4, 1\)"),
-        ("ndarray:uint32:4", np.zeros(4, np.int64), "must be an array of uint32, got dtype"),
-        ("ndarray:uint32", np.zeros(4, ">u4"), "must be an array of uint32, got dtype"),
-        ("ndarray:uint32", [1, 2], "must be an array of uint32, got list"),
-        ("ndarray:uint32", np.zeros(0, np.uint32), r"one axis and be not empty, got shape \(0,\)"),
-        ("ndarray:uint32", np.array(3, np.uint32), r"one axis and be not empty, got shape \(\)"),
-        ("ndarray:uint32", np.ones((1, 2), np.uint32), r"one axis and .*, got shape \(1, 2\)"),
+        ("ndarray:uint32:4", np.zeros(3, np.uint32), r"\(4,\), got uint32 of shape \(3,\)"),
+        ("ndarray:uint32:4", np.zeros((4, 1), np.uint32), r"got uint32 of shape \(4, 1\)"),
+        ("ndarray:uint32:4", np.zeros(4, np.int64), "must be uint32 of shape .*, got int64"),
+        ("ndarray:uint32", np.zeros(4, ">u4"), "must be uint32 of shape .*, got >u4"),
+        ("ndarray:uint32", np.zeros(0, np.uint32), r"\(n,\), got uint32 of shape \(0,\)"),
+        ("ndarray:uint32", np.array(3, np.uint32), r"\(n,\), got uint32 of shape \(\)"),
+        ("ndarray:uint32", np.ones((1, 2), np.uint32), r"\(n,\), got uint32 of shape \(1, 2\)"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_and_left_out(tmp_path, encoding, value, message):
@@ -293,55 +289,13 @@ def test_a_value_that_does_not_fit_is_named_and_left_out(tmp_path, encoding, val
     assert read_index(tmp_path)["shards"] == []
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"columns": {}}, "at least one column"),
-        ({"columns": {"a": "pkl"}}, "unknown encoding 'pkl'"),
-        (
-            {"columns": {"a": "ndarray"}},
-            "unknown encoding 'ndarray'; columns are ndarray:uint32 or",
-        ),
-        ({"columns": {"a": "ndarray:uint8:3"}}, "unknown encoding 'ndarray:uint8:3'"),
-        ({"columns": {"a": "ndarray:uint32:3,3"}}, "unknown encoding 'ndarray:uint32:3,3'"),
-        ({"columns": {"a": "ndarray:uint32:0"}}, "unknown encoding 'ndarray:uint32:0'"),
-        ({"compression": "gz"}, "got 'gz'"),
-        ({"compression": "zstd:23"}, "got 'zstd:23'"),
-        ({"compression": ""}, "got ''"),
-        ({"hashes": ["xxh64", "sha1"]}, "sorted"),
-        ({"hashes": ["sha1", "sha1"]}, "unique"),
-        ({"hashes": ["crc"]}, "got .'crc'"),
-        ({"size_limit": 0}, "got 0"),
-        ({"size_limit": 1 << 32}, "got 4294967296"),
-    ],
-)
-def test_options_are_checked_before_anything_is_made(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        MDSWriter(tmp_path / "out", **{"columns": COLUMNS, **options})
-    assert not (tmp_path / "out").exists()
-
-
 # Merging
-
-
-def test_parts_that_cannot_be_one_dataset_are_refused(tmp_path):
-    sample = {"a": np.ones(2, np.uint32)}
-    ours = read_index(write(tmp_path / "a", [sample], {"a": "ndarray:uint32"}))
-    theirs = read_index(write(tmp_path / "b", [sample], {"a": "ndarray:uint32:2"}))
-    with pytest.raises(
-        ValueError, match=r"b/shard.00000.mds has columns \{'a': 'ndarray:uint32:2'"
-    ):
-        merge_indexes(["a", "b"], [ours, theirs])
-    with pytest.raises(ValueError, match="unique part names"):
-        merge_indexes(["a", "a"], [ours, ours])
-    with pytest.raises(ValueError, match="2 indexes"):
-        merge_indexes(["a"], [ours, theirs])
 
 
 def test_merging_leaves_the_parts_alone(tmp_path):
     index = read_index(write(tmp_path, rows(3), compression="zstd", size_limit=20_000))
     before = copy.deepcopy(index)
-    merge_indexes(["a", "b"], [index, index])
+    merge_indexes({"a": index, "b": index})
     assert index == before
 
 

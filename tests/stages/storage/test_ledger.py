@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
+from pydantic.dataclasses import dataclass
 
 from stages.storage.ledger import Commit, Failure, Output, Store
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.run import publish as publishing
-from stages.formats.mds import MDSWriter
-from stages.pack.pack import PROVENANCE, PackConfig, PackResult, columns
+from stages.formats.mds import MDSWriter, columns_of_rows
+from stages.pack.pack import PROVENANCE, PackConfig, PackResult
 from stages.storage.catalog import GenerationError, read_catalog
 from stages.storage.files import scratch_folder
 from stages.storage.ledger import Commit, Store
@@ -121,7 +121,9 @@ def pack_by_hand(store: Store, unit: str, rows: int) -> Commit:
         result=PackResult(9 * rows),
     )
     with scratch_folder("pack") as folder:
-        with MDSWriter(folder / "part", columns=columns(SEQ_LEN), hashes=["sha1"]) as writer:
+        with MDSWriter(
+            folder / "part", columns=columns_of_rows(SEQ_LEN), hashes=["sha1"]
+        ) as writer:
             for row in range(rows):
                 writer.write(
                     {"tokens": np.full(SEQ_LEN, row, np.uint32), "spans": np.array([9], np.uint32)}

@@ -1,8 +1,9 @@
 """Machine-readable opt-outs from text and data mining, in HTTP headers and in the page.
 
-`noai` in X-Robots-Tag or a robots meta element (DeviantArt 2022, adopted by others), and
-`tdm-reservation: 1` as header or meta element (W3C TDM Reservation Protocol, final report 2024,
-sections 4 and 5).
+`noai` (DeviantArt 2022, adopted by others) and `noml` (noml.info) in X-Robots-Tag or in a meta
+element for robots or for one of them, and `tdm-reservation: 1` as header or meta element (W3C TDM
+Reservation Protocol, final report 2024, sections 4 and 5). Where a page says yes and no, the
+refusal counts, as does one that names another robot than ours.
 """
 
 import re
@@ -12,9 +13,13 @@ from pydantic.dataclasses import dataclass
 
 from filters import STRICT
 
-_META = re.compile(r"<meta\b[^>]{0,1000}>", re.I)
-_ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""")
-_HEAD_CHARS = 65_536
+_DIRECTIVE = re.compile(r"[\w-]+")
+_REFUSALS = ("noai", "noml")
+# also GPTBot, anthropic-ai, Google-Extended, ChatGPT-User, img2dataset, Bytespider, Claude-Web
+_ROBOT = re.compile(
+    r"robots|x-robots-tag|.*bot\b.*|.*(?:crawler|spider|scraper|agent|fetcher|extended|dataset)"
+    r"|.+-(?:ai|web|user)|slurp|googleother|omgili"
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,25 +37,35 @@ def in_headers(headers: Mapping[str, str]) -> str | None:
 
     Header names are lower-case.
     """
-    if "noai" in _directives(headers.get("x-robots-tag", "")):
-        return "x-robots-tag: noai"
-    if headers.get("tdm-reservation", "").strip() == "1":
+    if refusal := _refusal(headers.get("x-robots-tag", "")):
+        return f"x-robots-tag: {refusal}"
+    if _is_reserved(headers.get("tdm-reservation", "")):
         return "tdm-reservation: 1"
     return None
 
 
 def in_html(html: str) -> str | None:
-    """The opt-out signal in the meta elements of a page's first 65,536 characters, or None."""
-    for element in _META.findall(html[:_HEAD_CHARS]):
-        attributes = {m[0].lower(): m[1] or m[2] or m[3] for m in _ATTRIBUTE.findall(element)}
-        name, content = attributes.get("name", "").strip().lower(), attributes.get("content", "")
-        if name == "robots" and "noai" in _directives(content):
-            return "meta robots: noai"
-        if name == "tdm-reservation" and content.strip() == "1":
+    """The opt-out signal in the meta elements of a page, or None."""
+    lower = html.lower()
+    if not any(word in lower for word in (*_REFUSALS, "tdm-reservation")):
+        return None  # nearly every page; the others are parsed, which knows comments and scripts
+    from resiliparse.parse.html import HTMLTree
+
+    tree = HTMLTree.parse_from_bytes(html.encode("utf-8", "replace"), "utf-8")
+    for element in tree.document.query_selector_all("meta") if tree.document else ():
+        name = (element.getattr("name") or element.getattr("http-equiv") or "").strip().lower()
+        content = element.getattr("content") or ""
+        if _ROBOT.fullmatch(name) and (refusal := _refusal(content)):
+            return f"meta {name}: {refusal}"
+        if name == "tdm-reservation" and _is_reserved(content):
             return "meta tdm-reservation: 1"
     return None
 
 
-def _directives(value: str) -> set[str]:
-    # "otherbot: noindex, noai" has a user agent before the colon; an opt-out for one counts for all
-    return {part.rpartition(":")[2].strip() for part in value.lower().split(",")}
+def _refusal(value: str) -> str | None:
+    """The first refusal among the directives, however they are separated."""
+    return next((word for word in _DIRECTIVE.findall(value.lower()) if word in _REFUSALS), None)
+
+
+def _is_reserved(value: str) -> bool:
+    return "1" in _DIRECTIVE.findall(value)

@@ -46,12 +46,16 @@ def parse_response(block: bytes) -> Response | None:
     return None
 
 
+# repeated, each of their values counts (filters.opt_out); of other headers the last one does
+_REFUSALS = ("x-robots-tag", "tdm-reservation")
+
+
 def _parse_headers(head: bytes) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in re.sub(rb"\r?\n[ \t]+", b" ", head).decode("latin-1").split("\n"):
         name, colon, value = line.partition(":")
         name, value = name.strip().lower(), value.strip()
-        if name == "x-robots-tag" and name in headers:
+        if name in _REFUSALS and name in headers:
             value = f"{headers[name]}, {value}"
         if colon:
             headers[name] = value

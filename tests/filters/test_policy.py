@@ -77,6 +77,11 @@ def test_a_list_that_is_not_there_says_so():
         ({"x-robots-tag": "noindex"}, None),
         ({"tdm-reservation": "1"}, "tdm-reservation: 1"),
         ({"tdm-reservation": "0"}, None),
+        ({"tdm-reservation": "1, 0"}, "tdm-reservation: 1"),
+        ({"x-robots-tag": "noai noimageai"}, "x-robots-tag: noai"),
+        ({"x-robots-tag": "noimageai;noai"}, "x-robots-tag: noai"),
+        ({"x-robots-tag": "noml"}, "x-robots-tag: noml"),
+        ({"x-robots-tag": "noimageai"}, None),
         ({}, None),
     ],
 )
@@ -92,6 +97,19 @@ def test_opt_out_headers(headers, expected):
         ("<meta name=robots content=noindex>", None),
         ('<meta name="tdm-reservation" content="1"/>', "meta tdm-reservation: 1"),
         ('<meta name="description" content="noai">', None),
+        ('<meta name="GPTBot" content="noindex; noai">', "meta gptbot: noai"),
+        ('<meta name="anthropic-ai" content="noml">', "meta anthropic-ai: noml"),
+        ('<meta http-equiv="X-Robots-Tag" content="noai">', "meta x-robots-tag: noai"),
+        ('<meta title="a>b" name=robots content=no&#97;i><i>noai</i>', "meta robots: noai"),
+        (f"<style>{'.a{}' * 20_000}</style><meta name=robots content=noai>", "meta robots: noai"),
+        *(
+            (decoy.format("<meta name=robots content=noai>"), None)
+            for decoy in (
+                *("<!-- {} -->", "<script>s='{}'</script>", "<title>{}</title>", '<a title="{}">'),
+                *("<template>{}</template>", "<textarea>{}</textarea>", "<p>&lt;meta noai&gt;"),
+            )
+        ),
+        ("\ud800<meta name=robots content=noai>", "meta robots: noai"),
         ("<meta" * 5000, None),
     ],
 )

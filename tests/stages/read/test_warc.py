@@ -566,10 +566,13 @@ def test_whole_files_give_the_records_that_fastwarc_gives(corpus):
         assert sum(1 for _ in read_records(path, max_payload_bytes=8 << 20, stats=stats)) == bare
 
 
-def test_a_repeated_robots_header_keeps_every_refusal(tmp_path):
-    block = http().replace(
-        b"\r\n\r\n", b"\r\nX-Robots-Tag: noai\r\nX-Robots-Tag: noindex\r\n\r\n", 1
-    )
+@pytest.mark.parametrize(
+    "name, values", [("X-Robots-Tag", "noai noindex"), ("TDM-Reservation", "1 0")]
+)
+def test_a_repeated_header_keeps_every_refusal(tmp_path, name, values):
+    first, second = values.split()
+    repeated = f"\r\n{name}: {first}\r\n{name}: {second}\r\n\r\n".encode()
+    block = http().replace(b"\r\n\r\n", repeated, 1)
     (tmp_path / "a.warc").write_bytes(warc(block))
     [record] = read_records(tmp_path / "a.warc", max_payload_bytes=LIMIT, stats=ReadStats())
-    assert record.headers["x-robots-tag"] == "noai, noindex"
+    assert record.headers[name.lower()] == f"{first}, {second}"

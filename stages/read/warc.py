@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from stages.read.frames import Accounts, Frame, Plain, members_of, read_frames
+from stages.read.frames import Accounts, Frame, read_frames
 from stages.read.http import MAX_HEADER, Body, decode_body, parse_response
+from stages.read.members import Plain, members_of
 
 Kind = Literal["html", "text", "other"]
 

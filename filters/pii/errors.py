@@ -11,7 +11,9 @@ def hide_text(what: str, function: Callable[..., _T], *args: Any) -> _T:
     """Call function(*args); raise a RuntimeError with an exception's type and place only."""
     try:
         return function(*args)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
         traceback = error.__traceback__
         while traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next

@@ -3,6 +3,7 @@
 Importing the command line loads no heavy library: each command imports what it needs when it runs.
 """
 
+import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Exit, Option, Typer
 from typer.core import TyperGroup
 
@@ -23,6 +24,9 @@ class _Commands(TyperGroup):
     """The commands; each prints user errors in one line."""
 
     def invoke(self, ctx: Any) -> Any:
+        # file names and crawled text may hold what is no Unicode
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         with user_errors():
             return super().invoke(ctx)
 
@@ -39,8 +43,10 @@ app = Typer(
 WIDE = 140
 INTERRUPTED = 130  # exit code
 # a terminal wraps a line, but no line break is added to it
-out = Console(highlight=False, soft_wrap=True)
-err = Console(highlight=False, soft_wrap=True, stderr=True)
+# paths, URLs and errors are printed as they are: what has a style is a Text or a template
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+out = Console(soft_wrap=True, **PLAIN)
+err = Console(soft_wrap=True, stderr=True, **PLAIN)
 
 Stage = Literal["extract", "dedup", "refine", "pack"]
 Kind = Literal["documents", "keep", "corpus", "rejected"]
@@ -122,13 +128,13 @@ def _exit_code(error: Exception) -> int | None:
 
 def fail(message: object, code: int) -> NoReturn:
     """Print an error and exit."""
-    err.print(f"[bold red]error[/bold red] {escape(str(message))}")
+    err.print(Text.assemble(("error", "bold red"), f" {message}"))
     raise Exit(code)
 
 
 def warn(message: str, *, kind: str = "warning") -> None:
     """Print a warning."""
-    err.print(f"[yellow]{kind}[/yellow] {escape(message)}")
+    err.print(Text.assemble((kind, "yellow"), f" {message}"))
 
 
 def open_progress(settings: "Config", log: Log = "bars") -> Any:
@@ -146,7 +152,7 @@ def print_json(value: Any, *, indent: int | None = 1) -> None:
 
 
 def print_template(name: str, console: Console = out, **values: Any) -> None:
-    """Print a template of this package. Values are escaped: only the template has markup."""
+    """Print a template of this package. Only the template has markup: values are plain text."""
     from jinja2 import Environment, StrictUndefined
 
     from pipeline.report.page import duration, size
@@ -156,15 +162,23 @@ def print_template(name: str, console: Console = out, **values: Any) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
-        finalize=lambda value: escape(str(value)),
+        finalize=lambda value: str(value).translate(_HIDDEN),
     )
     environment.filters |= {"commas": "{:,}".format, "duration": duration, "size": size}
     text = Path(__file__).with_name("templates").joinpath(name).read_text(encoding="utf-8")
-    console.print(environment.from_string(text).render(**values), end="")
+    rendered = environment.from_string(text).render(**values)
+    styled = Text.from_markup(rendered, emoji=False)
+    for code, hidden in _HIDDEN.items():
+        styled.plain = styled.plain.replace(hidden, chr(code))
+    console.print(styled, end="")
+
+
+# what starts markup, as noncharacters: rich's own escape() loses backslashes
+_HIDDEN = {ord("["): "\ufdd0", ord("\\"): "\ufdd1"}
 
 
 def print_table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1
+    headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *, text_columns: int = 1
 ) -> None:
     """Print a table whose columns after the first `text_columns` hold numbers."""
     table = Table(*headings, box=None, pad_edge=False)
@@ -177,4 +191,4 @@ def print_table(
 
 def print_wide(table: Table) -> None:
     """Print a table without cutting its numbers in a narrow terminal."""
-    Console(highlight=False, width=max(out.width, WIDE)).print(table)
+    Console(width=max(out.width, WIDE), **PLAIN).print(table)

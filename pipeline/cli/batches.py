@@ -5,7 +5,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from rich.markup import escape
+from rich.text import Text
 from typer import Argument, Exit, Option
 
 from pipeline.cli import (
@@ -111,9 +111,10 @@ def decisions(run: RunFolder, as_json: AsJson = False) -> None:
     for record in (from_json(Record, line) for line in lines):
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.inputs.now))
         decision = record.decision
-        out.print(f"[bold]{when} {decision.state}[/bold] {decision.inputs} inputs")
+        heading = (f"{when} {decision.state}", "bold")
+        out.print(Text.assemble(heading, f" {decision.inputs} inputs"))
         for reason in decision.reasons:
-            out.print(f"  {escape(reason)}")
+            out.print(f"  {reason}")
 
 
 @command()
@@ -128,7 +129,7 @@ def replay(run: RunFolder) -> None:
     lines = read_decisions(run)
     mismatches = decide_again(lines)
     for line, what in mismatches:
-        err.print(f"decision {line}: {escape(what)}")
+        err.print(f"decision {line}: {what}")
     different = len({m.line for m in mismatches})
     out.print(f"{len(lines)} decisions, {different} decided differently")
     if mismatches:
@@ -225,7 +226,7 @@ def metrics(
 
     from pipeline.inspect.metrics import Metrics, serve
 
-    metrics = Metrics(run, partial(err.print, markup=False))
+    metrics = Metrics(run, err.print)
     if port is not None:
         address, thread = serve(metrics, host=host, port=port)
         err.print(address)

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Exit, Option
 
 from pipeline.cli import (
@@ -55,8 +55,8 @@ def show_config(config: ConfigFile, overrides: Overrides = None, as_json: AsJson
             out.print(end="\n" if section else "")
             section = key.split(".")[0]
         style = "dim" if origin == "default" else "green"
-        line = escape(f"{key} = {value}".ljust(width))
-        out.print(f"{line}  [{style}]# {escape(origin)}[/{style}]")
+        line = f"{key} = {value}".ljust(width)
+        out.print(Text.assemble(f"{line}  ", (f"# {origin}", style)))
 
 
 @command()
@@ -98,7 +98,7 @@ def _print_status(state: "RunStatus") -> None:
     )
     for name, p in phases.items():
         for unit, error in p.errors.items():
-            out.print(f"[red]failed[/red] {name} {unit}: {escape(error)}")
+            out.print(Text.assemble(("failed", "red"), f" {name} {unit}: {error}"))
 
 
 def _status_json(state: "RunStatus") -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _series_status(root: str, as_json: bool) -> str | None:
         consumed = {name: n for name, n in consumed.items() if data.curves[name]}
         print_json({"series": root, "batches": rows, "consumed": consumed}, indent=None)
         return None
-    out.print(escape(root))
+    out.print(root)
     print_table(
         ("batch", "begun (UTC)", "decided", "inputs", "tokens", "generation"),
         (
@@ -168,7 +168,7 @@ def why(
         print_template("why.txt.j2", fates=fates)
     if not fates:
         err.print(
-            f"{escape(url)}: this run has no document of that URL "
+            f"{url}: this run has no document of that URL "
             "(records that are no documents are only counted)"
         )
         raise Exit(1)
@@ -257,7 +257,7 @@ def export(
     if not output:
         raise ConfigError("-o PATH is missing: name the file to write")
     count = write_export(run, stage, format=format, output=absolute_path(output))
-    err.print(f"{count:,} rows → {escape(output)}")
+    err.print(f"{count:,} rows → {output}")
 
 
 @command()
@@ -300,12 +300,12 @@ def _print_json_rows(records: Iterator[dict[str, Any]]) -> None:
 
 
 def _print_rows(records: Iterator[dict[str, Any]], schema: Any, limit: int) -> None:
-    table = Table(*map(escape, schema.names), box=None, pad_edge=False)
+    table = Table(*schema.names, box=None, pad_edge=False)
     for column, field in zip(table.columns, schema, strict=True):
         column.overflow = "fold"
         column.justify = "right" if str(field.type).startswith(_NUMBERS) else "left"
     for row in itertools.islice(records, limit):
-        table.add_row(*(escape(_short(_cell(value))) for value in row.values()))
+        table.add_row(*(_short(_cell(value)) for value in row.values()))
     print_wide(table)
     if next(records, None) is not None:
         err.print(f"the first {limit:,} rows; --rows N prints more, --csv and --json print all")

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-from rich.markup import escape
-
 from pipeline.cli import app, err, out, print_table, print_template
 from pipeline.models.options import ClassifierOptions, IndexOptions, LmOptions
 
@@ -74,7 +72,7 @@ def _index_benchmarks(options: IndexOptions) -> None:
     print_table(
         ("benchmark", *columns),
         (
-            (escape(name), *(f"{sums[column]:,}" for column in columns))
+            (name, *(f"{sums[column]:,}" for column in columns))
             for name, sums in sorted(by_benchmark(header).items())
         ),
     )

@@ -15,7 +15,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
+from pipeline.cli import PLAIN
 from pipeline.engine.units import UnitOutcome
 from stages.storage.ledger import Commit
 
@@ -27,7 +29,7 @@ class Bars:
     """
 
     def __init__(self) -> None:
-        console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, **PLAIN)
         self._tasks: dict[str, TaskID] = {}
         self._bars = Progress(
             TextColumn("[bold]{task.description:<14}"),
@@ -63,9 +65,8 @@ class Bars:
             rows["rows_in"] += outcome.commit.rows_in
             rows["rows_out"] += outcome.commit.rows_out
         else:
-            self._bars.console.print(
-                f"[red]failed[/red] {phase} unit {outcome.unit}: {outcome.error}"
-            )
+            message = f" {phase} unit {outcome.unit}: {outcome.error}"
+            self._bars.console.print(Text.assemble(("failed", "red"), message))
         rate = kept = ""
         if task.elapsed:
             rate = f"{(rows['rows_in'] - rows['rows_before']) / task.elapsed:,.0f} rows/s"

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Exit, Option
 
 from pipeline.cli import (
@@ -94,7 +94,7 @@ def _print_outcome(root: str, outcome: "Outcome", as_json: bool) -> None:
         _print_funnel(rows)
         if published:
             state = "published" if published.new else "unchanged, published before:"
-            out.print(f"\n[bold]{published.name}[/bold] {state} {published.uri}")
+            out.print(Text.assemble("\n", (published.name, "bold"), f" {state} {published.uri}"))
         out.print(f"report {page}")
     _end(root, outcome.failed)
 
@@ -107,7 +107,7 @@ def _print_funnel(rows: "Sequence[FunnelRow]") -> None:
     print_table(
         ("stage", "rule", "count", "share"),
         (
-            (row.stage, f"[bold]= {row.unit}[/bold]", f"[bold]{row.count:,}[/bold]", "")
+            (row.stage, Text(f"= {row.unit}", "bold"), Text(f"{row.count:,}", "bold"), "")
             if row.rule is None
             else (
                 "",
@@ -205,7 +205,7 @@ def calibrate(
         text_columns=2,
     )
     for key, value, origin in bounds:
-        out.print(f"{escape(f'{key} = {value}')}  [green]# {escape(origin)}[/green]")
+        out.print(Text.assemble(f"{key} = {value}  ", (f"# {origin}", "green")))
     out.print(f"{measured.table}\nplot {plot}")
 
 

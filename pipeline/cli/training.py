@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from rich.markup import escape
 from typer import Argument, Option
 
 from pipeline.cli import AsJson, ConfigFile, Overrides, app, out, print_json, print_table
@@ -33,7 +32,7 @@ def train(
     loss = f"loss {ended.loss:.4f} nats a token"
     out.print(f"{ended.steps:,} steps, {loss}; {ended.reason}")
     if ended.metrics and (page := write_training_page(ended.metrics)):
-        out.print(f"plot {escape(str(page))}")
+        out.print(f"plot {page}")
 
 
 @command("why-step")
@@ -58,7 +57,7 @@ def why_step_command(
                 "" if row.loss is None else f"{row.loss:.3f}",
                 f"{document.length:,}",
                 str(document.doc_id),
-                escape(document.url or ""),
+                document.url or "",
             )
             for row, documents in rows
             for document in documents
@@ -83,4 +82,4 @@ def export_model(
     from trainer.launch import export
 
     exported = export(training, output, step=step)
-    out.print(f"step {exported:,} written to {escape(output)}")
+    out.print(f"step {exported:,} written to {output}")

@@ -99,13 +99,16 @@ def run_unit(unit: Unit, work: PhaseWork) -> UnitOutcome:
             work.store.withdraw(unit.name)
         _count_attempt(unit, work)
         return UnitOutcome(unit.name, do_unit(unit, work))
-    except Exception as error:  # a unit that cannot be done must not take the others with it
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # a unit that cannot be done must not take the others with it; a panic of Rust is no Exception
+    except BaseException as error:
         if commit := commit_for(unit, work):
             return UnitOutcome(unit.name, commit)
         return _record_failure(unit, work, error)
 
 
-def _record_failure(unit: Unit, work: PhaseWork, error: Exception) -> UnitOutcome:
+def _record_failure(unit: Unit, work: PhaseWork, error: BaseException) -> UnitOutcome:
     message = f"{type(error).__name__}: {error}"
     failure = Failure(unit.name, message, dataclasses.asdict(unit.task), traceback.format_exc())
     if isinstance(error, Quarantined):

@@ -165,7 +165,9 @@ def _extract(payload: bytes, content_type: str, options: ExtractorOptions, engin
         return Page(
             rejected_by="extract.memory", rejected_value=float(options.config.child_memory_bytes)
         )
-    except Exception:  # parsers raise anything on hostile pages; only this page is rejected
+    # parsers raise anything on hostile pages, a panic of Rust is no Exception; only this page is
+    # rejected
+    except BaseException:
         return Page(rejected_by="extract.error")
 
 

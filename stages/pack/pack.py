@@ -228,4 +228,5 @@ def _deal(parts: Sequence[CorpusPart], plan: PackPlan, unit: str) -> tuple[pa.Ta
 
 def _tokenize(texts: pa.ChunkedArray, encoding: Any, batch_size: int) -> Iterator[tokens.Tokens]:
     for start in range(0, len(texts), batch_size):
-        yield from tokens.tokenize(texts.slice(start, batch_size).to_pylist(), encoding)
+        for text in texts.slice(start, batch_size).to_pylist():
+            yield tokens.tokenize(text, encoding)

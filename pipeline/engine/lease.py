@@ -1,14 +1,17 @@
 """The lease of a directory: one run at a time. A second run is refused with the holder's name.
 
 On a local disk a lock on the lease file decides (`stages.storage.locks`). An object store has no
-locks: the holder renews the lease file, and a lease that was not renewed for a minute, by the clock
-of the process that reads it, is free. The process that takes it writes the next higher token, in a
-write that the store refuses if another was faster (`replace_if`). A run that was suspended past
-that minute finds another token, and may not publish.
+locks: the holder renews the lease file, and a lease is free if its holder freed it, or if the file
+did not change while the process that asks for it watched for a minute. Clocks are never compared,
+so none has to be right. The process that takes it writes the next higher token, in a write that the
+store refuses if another was faster (`replace_if`). A run that was suspended past that minute finds
+another token, and may not publish.
 """
 
 import _thread
+import itertools
 import json
+import logging
 import os
 import socket
 import threading
@@ -22,7 +25,8 @@ from typing import Any, NamedTuple
 from stages.storage.files import is_local, local_path, read_version, replace_if
 from stages.storage.locks import is_locked, try_lock
 
-RENEW_SECONDS, STALE_SECONDS = 10, 60
+RENEW_SECONDS, STALE_SECONDS, POLL_SECONDS = 10, 60, 1
+_LOG = logging.getLogger(__name__)
 
 
 class Held(RuntimeError):
@@ -34,16 +38,21 @@ class Fenced(Held):
 
 
 class _Lease(NamedTuple):
-    """A lease on an object store: its file and content (host, pid, since, token, random nonce)."""
+    """A lease on an object store: its file and content (host, pid, since, token, random nonce).
+
+    `counter` makes each renewal another content: whoever watches the file sees it change.
+    """
 
     uri: str
     record: dict[str, Any]
+    counter: "itertools.count[int]"
 
     def is_ours(self, current: dict[str, Any]) -> bool:
         return bool(current.get("nonce") == self.record["nonce"])
 
     def renewed(self, at: float) -> bytes:
-        return json.dumps({**self.record, "renewed": at}).encode()
+        """The content at a renewal. Its time is for people, and 0 says that the lease is free."""
+        return json.dumps({**self.record, "renewed": at, "renewals": next(self.counter)}).encode()
 
 
 _leases: list[_Lease] = []  # of this process; like a local lock they belong to the process
@@ -57,11 +66,14 @@ def lease(directory: str) -> Iterator[None]:
 
 
 def is_held(directory: str) -> bool:
-    """Whether a run holds a directory at this moment. Writes nothing."""
+    """Whether a run holds a directory. Writes nothing; on an object store it may take a minute."""
     if is_local(directory):
         return is_locked(_local_file(directory))
-    current, _ = _read_lease(_uri(directory))
-    return _is_fresh(current)
+    try:
+        _wait_until_free(directory)
+        return False
+    except Held:
+        return True
 
 
 def fence() -> None:
@@ -144,17 +156,39 @@ def _remote_lease(directory: str) -> Iterator[None]:
 
 def _take(directory: str) -> _Lease:
     uri = _uri(directory)
-    current, version = _read_lease(uri)
-    if _is_fresh(current):
-        raise _refusal(directory, current)
-    ours = _Lease(
-        uri, {**_holder(), "token": current.get("token", 0) + 1, "nonce": uuid.uuid4().hex}
-    )
+    current, version = _wait_until_free(directory)
+    token = current.get("token", 0) + 1
+    ours = _Lease(uri, {**_holder(), "token": token, "nonce": uuid.uuid4().hex}, itertools.count())
     taken = replace_if(uri, ours.renewed(time.time()), version)
     current, _ = _read_lease(uri)  # again, for stores without conditional writes
     if not taken or not ours.is_ours(current):
         raise _refusal(directory, current)
     return ours
+
+
+def _wait_until_free(directory: str) -> tuple[dict[str, Any], str | None]:
+    """The lease file and its version, free; Held once another process renews it.
+
+    By this process's own clock: how long a file stays unchanged needs no other.
+    """
+    uri = _uri(directory)
+    current, version = _read_lease(uri)
+    if any(ours.is_ours(current) for ours in _leases):
+        raise _refusal(directory, current)
+    began = time.monotonic()
+    if _is_taken(current):
+        _LOG.warning("%s: looking for up to %s s whether its holder is alive", uri, STALE_SECONDS)
+    while _is_taken(current) and time.monotonic() - began < STALE_SECONDS:
+        time.sleep(POLL_SECONDS)
+        latest, latest_version = _read_lease(uri)
+        if latest_version != version and _is_taken(latest):
+            raise _refusal(directory, latest)
+        current, version = latest, latest_version
+    return current, version
+
+
+def _is_taken(record: dict[str, Any]) -> bool:
+    return float(record.get("renewed", 0.0)) != 0.0
 
 
 def _keep(ours: _Lease, stop: threading.Event, lost: threading.Event) -> None:
@@ -179,10 +213,6 @@ def _renew(ours: _Lease, *, at: float) -> bool:
         # refused if it is taken at this moment: the next call sees that
         replace_if(ours.uri, ours.renewed(at), version)
     return ours.is_ours(current)
-
-
-def _is_fresh(record: dict[str, Any]) -> bool:
-    return time.time() - float(record.get("renewed", 0.0)) < STALE_SECONDS
 
 
 def _read_lease(uri: str) -> tuple[dict[str, Any], str | None]:

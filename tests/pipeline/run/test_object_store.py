@@ -275,6 +275,57 @@ def test_a_lease_that_went_to_another_is_neither_renewed_nor_freed_by_the_first(
     lease.fence()  # holds nothing any more
 
 
+def hold_for(directory, seconds, skew):
+    """Hold the lease with a clock that is wrong by `skew` seconds."""
+    clock = time.time
+    time.time = lambda: clock() + float(skew)
+    lease.RENEW_SECONDS = 0.2
+    with lease.lease(directory):
+        print("has it", flush=True)
+        time.sleep(float(seconds))
+        lease.fence()
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("skew", [-3600, -300, 0, 300, 3600])
+def test_a_lease_lasts_while_it_is_renewed_whatever_the_clocks_say(s3_bucket, monkeypatch, skew):
+    """A holder that renews keeps it; one that was killed loses it after STALE_SECONDS."""
+    monkeypatch.setattr(lease, "STALE_SECONDS", 2)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.1)
+    holder = subprocess.Popen(
+        call_command(hold_for, s3_bucket, 1000, skew), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "has it\n"
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(lease.Held, match=f"process {holder.pid} on"):
+                lease._take(s3_bucket)
+            assert time.monotonic() - began < 2
+        assert lease.is_held(s3_bucket)
+    finally:
+        holder.kill()
+        holder.wait()
+    began = time.monotonic()
+    with lease.lease(s3_bucket):
+        assert 2 <= time.monotonic() - began < 10
+        assert json.loads(read_bytes(f"{s3_bucket}/lease.json"))["token"] == 2
+    assert not lease.is_held(s3_bucket)
+
+
+def test_a_lease_that_is_freed_while_one_waits_for_it_is_taken_at_once(s3_bucket, monkeypatch):
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.1)
+    uri = f"{s3_bucket}/lease.json"
+    record = {"token": 7, "nonce": "b", "host": "h", "pid": 7, "renewed": 1.0}
+    write_atomically(uri, json.dumps(record).encode())
+    free = json.dumps(record | {"renewed": 0.0}).encode()
+    threading.Timer(0.5, write_atomically, (uri, free)).start()
+    began = time.monotonic()
+    with lease.lease(s3_bucket):
+        assert 0.5 <= time.monotonic() - began < 10
+        assert json.loads(read_bytes(uri))["token"] == 8
+
+
 def publish_and_stall(run, local, pages, moment):
     """A publication that is suspended at one moment, as by SIGSTOP or a sleeping machine."""
     lease.RENEW_SECONDS = 1000  # a renewal would notice too, but perhaps too late
@@ -303,8 +354,6 @@ def test_a_run_that_was_suspended_past_its_lease_publishes_nothing(
     try:
         stopped = os.waitid(os.P_PID, a.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         assert stopped.si_code == os.CLD_STOPPED, a.stderr.read()
-        with pytest.raises(lease.Held, match=f"is in use by process {a.pid} on "):
-            publish(s3_bucket, local, pages)
         monkeypatch.setattr(lease, "STALE_SECONDS", 0)
         published = publish(s3_bucket, local, pages)
         lines = read_bytes(f"{s3_bucket}/catalog.jsonl")

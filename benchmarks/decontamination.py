@@ -27,6 +27,7 @@ from filters import decontamination, passage_index
 from filters.decontamination import Decontamination
 from filters.passage_index import Index
 from filters.text.view import TextView
+from filters.text.words import normalize
 from pipeline.models.benchmark_index import build_index, by_benchmark
 from pipeline.models.evaluation_sets import evaluation_files
 from pipeline.models.options import IndexOptions
@@ -102,9 +103,7 @@ def sample(archive: str) -> Iterator[Item]:
         rng = seeded("decontamination", name)
         for place in rng.permutation(len(rows))[:ITEMS].tolist():
             strings = list(dict.fromkeys(rows[place]))
-            indexed = any(
-                len(passage_index.normalize_passage(s).split()) >= MIN_WORDS for s in strings
-            )
+            indexed = any(len(normalize(s).split()) >= MIN_WORDS for s in strings)
             yield Item(name, "\n".join(strings), indexed)
 
 
@@ -156,9 +155,7 @@ def short(archive: str, index: Index) -> None:
     found: dict[str, list[bool]] = {}
     for name, rows in rows_by_benchmark(archive).items():
         for row in rows:
-            counts = [
-                len(passage_index.normalize_passage(text).split()) for text in dict.fromkeys(row)
-            ]
+            counts = [len(normalize(text).split()) for text in dict.fromkeys(row)]
             if max(counts) >= MIN_WORDS or sum(counts) < MIN_WORDS:
                 continue
             *rest, last = (text for text in dict.fromkeys(row) if not re.fullmatch("[A-E]", text))

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from benchmarks.texts import cut, documentation, jaccard, leads, plant, seeded, shingles, web_pages
+from filters.text.words import normalize
 from stages.dedup import minhash
 from stages.dedup.config import DedupConfig
 from stages.dedup.minhash import Signature
@@ -128,7 +129,7 @@ def signatures(data: Path, peer_python: str | None, count: int) -> None:
     documents = list(
         islice(cut([*web_pages(data), *documentation(data, _FIVE_HUNDRED)], WORDS), count)
     )
-    normalized = [minhash.normalize(text) for text in documents]
+    normalized = [normalize(text) for text in documents]
     words = sum(text.count(" ") + 1 for text in normalized)
     print(
         f"signatures: {len(documents):,} documents of {WORDS} words, {words / len(documents):.0f} once normalised,",
@@ -148,7 +149,7 @@ def signatures(data: Path, peer_python: str | None, count: int) -> None:
                 lambda c=config, p=path: _write_keys(_ours(documents, c), p), len(documents)
             )  # type: ignore[misc]
         _print_rate(f"ours, {scheme}, the same with the keys written to Parquet", spent)
-    reading = _per_document(lambda: [minhash.normalize(text) for text in documents], len(documents))
+    reading = _per_document(lambda: [normalize(text) for text in documents], len(documents))
     _print_rate("of that: normalising", reading)
     grams = [_grams(text) for text in normalized]
     joining = _per_document(lambda: [_grams(text) for text in normalized], len(documents))
@@ -198,7 +199,7 @@ def _ours(documents: Sequence[str], scheme: Signature) -> tuple[list[bytes], lis
     hashes, keys = [], []
     for first in range(0, len(documents), 256):
         batch = documents[first : first + 256]
-        normalized = [minhash.normalize(text) for text in batch]
+        normalized = [normalize(text) for text in batch]
         hashes += [
             minhash.content_hash(text, words) for text, words in zip(batch, normalized, strict=True)
         ]
@@ -283,8 +284,7 @@ def articles(folder: Path, size: int) -> None:
     }
     ids = list(texts)
     found = {
-        frozenset((ids[a], ids[b]))
-        for a, b in matches([minhash.normalize(t) for t in texts.values()])
+        frozenset((ids[a], ids[b])) for a, b in matches([normalize(t) for t in texts.values()])
     }
     missed, extra = len(truth - found), len(found - truth)
     print(
@@ -320,8 +320,7 @@ def plant_pairs(sources: Sequence[str], count: int) -> dict[float, _Planted]:
         rng, found = seeded("planted", target), _Planted()
         for place in rng.permutation(len(sources)).tolist():
             a, b = (
-                minhash.normalize(t)
-                for t in (sources[place], plant(sources[place], target, filler, rng))
+                normalize(t) for t in (sources[place], plant(sources[place], target, filler, rng))
             )
             true = jaccard(minhash.shingle_hashes(a, ngram=5), minhash.shingle_hashes(b, ngram=5))
             if abs(true - target) <= 0.025:
@@ -357,7 +356,7 @@ def unrelated(texts: Sequence[str]) -> None:
     """Pairs found among different web pages and encyclopedia articles, by how similar they truly
     are.
     """
-    normalized = [minhash.normalize(text) for text in texts]
+    normalized = [normalize(text) for text in texts]
     found = matches(normalized)
     true = np.array([jaccard(shingles(texts[a]), shingles(texts[b])) for a, b in sorted(found)])
     total = len(texts) * (len(texts) - 1) // 2

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 import zstandard
 
+from filters.text.words import normalize
 from stages.dedup import minhash
 
 
@@ -83,7 +84,7 @@ def seeded(*purpose: object) -> np.random.Generator:
 
 def shingles(text: str, ngram: int = 5) -> minhash.U64:
     """The distinct shingles of a raw text."""
-    return minhash.shingle_hashes(minhash.normalize(text), ngram=ngram)
+    return minhash.shingle_hashes(normalize(text), ngram=ngram)
 
 
 def jaccard(a: minhash.U64, b: minhash.U64) -> float:

@@ -21,10 +21,10 @@ import numpy.typing as npt
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound, File, Measured
-from filters.passage_index import Index, Matches, find_matches, load_index, word_table
-from filters.text import ngrams
+from filters.passage_index import Index, Matches, find_matches, load_index
 from filters.text.ngrams import I64
 from filters.text.view import SENTENCE_TERMINAL, TextView
+from filters.text.words import word_places
 
 # Characters around a match that may be cut with it (GPT-3's window), and that may be between two
 # matches of one cut.
@@ -142,7 +142,7 @@ def _matches_of(matches: Matches, passages: I64, index: Index) -> Matches:
 
 def _runs(text: str, matches: Matches) -> list[tuple[int, int]]:
     """(start, end) of the matched parts of the text; adjacent words are one part."""
-    starts, ends = ngrams.word_places(text, word_table())
+    starts, ends = word_places(text)
     steps = np.zeros(len(starts) + 1, np.int64)
     np.add.at(steps, matches.words, 1)
     np.subtract.at(steps, matches.words + matches.lengths, 1)

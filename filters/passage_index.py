@@ -1,16 +1,11 @@
-"""The index of evaluation sets that documents are compared with: its words, its file, searching it.
+"""The index of evaluation sets that documents are compared with: its file, searching it.
 
 A passage is one text of an evaluation item: its question, its context or one of its answers, or
 several of them together where all are short. The index, built by `pipeline.models.benchmark_index`,
 contains the distinct 13-grams of every passage; a shorter passage is one n-gram of its own length.
 
-A word is what remains between white space and punctuation of a text in lower case and without
-accents. Apostrophes are removed ("don't" is "dont"), and so are the vowel points of Arabic and
-Hebrew, which most texts omit; vowel signs of India's scripts are part of their words. A character
-of Chinese or Japanese is a word. Thai, Lao, Khmer and Burmese, which have no spaces either, are cut
-at their signs above and below, into pieces of a word or half a word. Numbers are kept, unlike in
-dedup: items of one template ("Tom has 3 apples, ...") differ in nothing else, and a worked problem
-with other numbers is not the test item.
+Words are those of `text.words`. Numbers are among them: a worked problem with other numbers is not
+the test item.
 
 Fingerprints are 48 bits of a 64-bit hash. Any other n-gram is mistaken for one of N in the index
 with probability N / 2^48, 1e-8 at N = 2.9 million, and only where its first words pass a bitmap too
@@ -22,8 +17,6 @@ Arrays: W words of a document, G n-grams and P passages of an index, M matches.
 """
 
 import json
-import re
-import unicodedata
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,21 +27,10 @@ import xxhash
 
 from filters.text import ngrams
 from filters.text.ngrams import I64, U64
+from filters.text.words import NORMALIZER, normalize
 
 MAGIC, VERSION = b"gristmill bench\n", 1
-# Stored in the index. Any change to what `normalize_passage` returns needs a new number.
-NORMALIZER = "nfd-words-numbers-2"
 PROBES: tuple[Literal[0, 1], ...] = (0, 1)
-
-# characters inside words: apostrophes, soft hyphen, Arabic's tatweel, zero-width characters
-_INSIDE_WORDS = "'’‘\u00ad\u0640\u200b\u200c\u200d\u2060\ufeff"
-# blocks whose combining marks are vowels: Thaana, Devanagari to Sinhala, Tibetan, Balinese to
-# Lepcha, Syloti Nagri to Meetei Mayek, Brahmi and related scripts
-_VOWEL_MARKS = re.compile(
-    "[\u0780-\u07bf\u0900-\u0dff\u0f00-\u0fff\u1b00-\u1c4f\ua800-\uabff\U00011000-\U00011fff]"
-)
-# blocks whose combining marks separate words: Thai and Lao, Burmese, Khmer, Burmese's extensions
-_PARTING_MARKS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\ua9e0-\ua9ff\uaa60-\uaa7f]")
 
 
 class Index(NamedTuple):
@@ -86,26 +68,6 @@ class Matches(NamedTuple):
 
 
 _NO_MATCHES = Matches(*(np.empty(0, np.int64) for _ in range(3)))
-
-
-def normalize_passage(text: str) -> str:
-    """Words in lower case without accents, vowel points, apostrophes and punctuation."""
-    return ngrams.normalize_words(text, word_table())
-
-
-@lru_cache(maxsize=1)
-def word_table() -> ngrams.U32:
-    """What each code point becomes: the table of `normalize_passage` for `ngrams`."""
-    points = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))  # no combining marks elsewhere
-    marks = [
-        c
-        for c in map(chr, points)
-        if unicodedata.category(c).startswith("M") and not _PARTING_MARKS.match(c)
-    ]
-    vowels = "".join(filter(_VOWEL_MARKS.match, marks))
-    return ngrams.replacements(
-        digits="kept", inside_words=_INSIDE_WORDS + "".join(marks), letters=vowels
-    )
 
 
 def bitmap_bit(heads: U64, *, size: int, which: Literal[0, 1]) -> tuple[U64, npt.NDArray[np.uint8]]:
@@ -173,7 +135,7 @@ def find_matches(text: str, index: Index) -> Matches:
     bitmap, and only those found there are extended word by word to the index's lengths.
     """
     shortest, longest = index.header["min_words"], index.header["n"]
-    raw = (normalize_passage(text) + " ").encode("utf-8", "surrogatepass")
+    raw = (normalize(text) + " ").encode("utf-8", "surrogatepass")
     starts, ends = ngrams.words(raw)
     if len(starts) < shortest:
         return _NO_MATCHES

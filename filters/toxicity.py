@@ -18,8 +18,8 @@ from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Bound, File, Measured
 from filters.quality import Quality
-from filters.text.ngrams import U32, code_points, replacements
 from filters.text.view import TextView
+from filters.text.words import U32, code_points
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -115,8 +115,11 @@ def _table() -> U32:
 
     Words consist of letters, digits and their marks (the vowel signs of Hindi or Thai).
     """
-    marks = (c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
-    return replacements(digits="kept", letters="".join(marks))
+    points = np.arange(0x110000, dtype=np.uint32)
+    table = np.where(np.strings.isalnum(points.view("<U1")), points, np.uint32(_SPACE))
+    marks = [p for p in range(0x10000) if unicodedata.category(chr(p)).startswith("M")]
+    table[marks] = marks
+    return table
 
 
 def _longest(automaton: Any, text: str) -> Iterator[str]:

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from filters.text.ngrams import decomposed
+from filters.text.words import decomposed
 
 # Stored on the card of every model. Any change to what is returned under a name needs a new number.
 WORDS = "ccnet-words-1"
@@ -173,7 +173,7 @@ class _Runs(dict[str, bytes]):
 
     def __missing__(self, run: str) -> bytes:
         # lone surrogates cannot be encoded for KenLM
-        canonical = decomposed(run.lower().encode("utf-8", "replace").decode())
+        canonical = decomposed(run.lower().encode("utf-8", "replace").decode(), "NFD")
         folded = canonical.translate(self._characters).encode()
         if len(run) <= _LONG:
             if len(self) >= _MAX_CACHED:

@@ -31,15 +31,14 @@ import xxhash
 from filters.passage_index import (
     ARRAYS,
     MAGIC,
-    NORMALIZER,
     PROBES,
     VERSION,
     bitmap_bit,
     fingerprints,
-    normalize_passage,
 )
 from filters.text import ngrams
 from filters.text.ngrams import I64, U64
+from filters.text.words import NORMALIZER, WITHOUT_SPACES, normalize
 from pipeline.models.evaluation_sets import (
     EvaluationFile,
     evaluation_files,
@@ -53,7 +52,7 @@ from stages.storage.files import write_atomically
 
 # scripts whose words are about half a word each: Burmese, Khmer; Chinese and Japanese, where 13
 # characters may be a name
-_UNSPACED = "".join(f"{chr(a)}-{chr(b)}" for a, b in ngrams.WITHOUT_SPACES)
+_UNSPACED = "".join(f"{chr(a)}-{chr(b)}" for a, b in WITHOUT_SPACES)
 _HALF_WORDS = re.compile(f"[\u1000-\u109f\u1780-\u17ff{_UNSPACED}]+")
 # what harnesses write around a question, and the letters of its answers
 _HARNESS = re.compile(r"^(question|q) | (answer|a)$")
@@ -169,7 +168,7 @@ def _passages_of(file: EvaluationFile, *, min_words: int) -> Passages:
     num_short = 0
     for row, strings in enumerate(file.rows, start=1):
         normalized = dict.fromkeys(
-            normalize_passage(string) for string in strings or () if not _URL.fullmatch(string)
+            normalize(string) for string in strings or () if not _URL.fullmatch(string)
         )
         normalized.pop("", None)
         long = [text for text in normalized if _is_long(text, min_words)]
@@ -280,7 +279,7 @@ def _is_in_background(grams: Grams, paths: Sequence[str], *, lengths: range) -> 
     """Which n-grams the background texts contain; `grams` ascend by key."""
     is_first_match = np.zeros(len(grams.keys), bool)
     for text in (text for path in paths for text in _background_texts(path)):
-        raw = (normalize_passage(text) + " ").encode("utf-8", "surrogatepass")
+        raw = (normalize(text) + " ").encode("utf-8", "surrogatepass")
         hashes = ngrams.word_hashes(raw, *ngrams.words(raw))
         for length in (length for length in lengths if length <= len(hashes)):
             keys = fingerprints(ngrams.ngram_hashes(hashes, length))

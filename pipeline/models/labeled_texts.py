@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from filters import quality
+from filters.text.words import normalize
 from pipeline.models.model_card import is_held_out
 from pipeline.models.training_texts import Source
 from stages.dedup import minhash
@@ -66,7 +67,7 @@ class LabeledTexts:
                 pairs = [
                     (text, line) for text in batch if (line := quality.normalize_for_fasttext(text))
                 ]
-                normalized = [minhash.normalize(text) for text, _ in pairs]
+                normalized = [normalize(text) for text, _ in pairs]
                 self.bands += minhash.band_keys(normalized, SIGNATURE)
                 for (text, line), key in zip(pairs, normalized, strict=True):
                     words += line.count(" ") + 1

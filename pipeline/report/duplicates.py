@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from filters.text.words import normalize
 from pipeline.report.charts import Floats, Histogram, binned
 from pipeline.report.page import clean
 from pipeline.report.sample import Ledger, Sample, summed
@@ -21,7 +22,7 @@ from pipeline.run import dedup_plan
 from stages.dedup.config import EARLIER
 from stages.dedup.keep import HeavyLoss
 from stages.dedup.keys import earlier_documents
-from stages.dedup.minhash import normalize, shingle_hashes
+from stages.dedup.minhash import shingle_hashes
 
 RULES = ("dedup.exact", "dedup.near", "dedup.earlier")
 _CLUSTERS, _COPIES = 6, 3  # shown

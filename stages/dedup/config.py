@@ -8,7 +8,7 @@ from filters import validated
 from stages.dedup.minhash import Signature
 from stages.dedup.shuffle import Layout
 
-VERSION = 2
+VERSION = 3
 
 
 CELLS = 4096  # of a lane: the most partitions that a band can be cut into

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from filters import validated
+from filters.text.words import normalize
 from stages.dedup import minhash, shuffle
 from stages.dedup.config import CELLS, EARLIER, DedupConfig
 from stages.dedup.keys import earlier_documents
@@ -345,7 +346,7 @@ def _shingle_sets(ids: set[int], part: PartRef, ngram: int) -> dict[int, U64]:
                 raise ValueError(
                     f"{uri}: texts were not kept; verify_share needs extract.keep_text = true"
                 )
-            normalized = minhash.normalize(row["text"])
+            normalized = normalize(row["text"])
             shingles = minhash.shingle_hashes(normalized, ngram=ngram)
             whole = xxhash.xxh64_intdigest(normalized.encode("utf-8", "surrogatepass"))
             sets[doc_id] = shingles if len(shingles) else np.array([whole], np.uint64)

@@ -26,10 +26,10 @@ import pyarrow.compute as pc
 import xxhash
 
 from filters import validated
+from filters.text.words import normalize
 from stages.dedup import shuffle
 from stages.dedup.components import changes
 from stages.dedup.config import CELLS, DedupConfig
-from stages.dedup.minhash import normalize
 from stages.dedup.shuffle import U64, Layout, PartitionTask, concatenate, merge
 from stages.formats.document import table_schema
 from stages.storage.files import open_parquet

@@ -22,12 +22,11 @@ import xxhash
 
 from filters.text import ngrams
 from filters.text.ngrams import I64, U64
+from filters.text.words import NORMALIZER
 
 Scheme = Literal["affine32", "affine64"]
 Uint = npt.NDArray[Any]  # uint32 or uint64, by the scheme
 
-# stored with the keys: keys made by different normalizers or shingle hashes must not be compared
-NORMALIZER = "nfd-words-2"
 MAX_CHARS = 500_000
 
 # 300,000 characters are about 50,000 English shingles: a row of them stays in the L2 cache, and the
@@ -60,16 +59,8 @@ def describe(signature: Signature) -> str:
     return f"{NORMALIZER}, {signature.ngram}-grams, {permutations}, {bands}"
 
 
-def normalize(text: str) -> str:
-    """Lower case, digits to 0, punctuation to space, white space collapsed, no combining marks.
-
-    Each Chinese or Japanese character is a word, since these scripts put no spaces between words.
-    """
-    return ngrams.normalize_words(text, ngrams.replacements(digits="zeroed"))
-
-
 def content_hash(text: str, normalized: str) -> bytes:
-    """128-bit hash of the normalized text: case, digits and punctuation make no difference.
+    """128-bit hash of the normalized text: case, accents and punctuation make no difference.
 
     A text without words is hashed unchanged: "***" and "!!!" are not copies.
     """

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from filters import Rejection, first_failure, rules, settings, validated
 from filters.opt_out import OptOut, in_headers
+from filters.text.words import NORMALIZER, normalize
 from filters.url_policy import UrlPolicy, host_of
 from stages.dedup import minhash
 from stages.extract.config import ExtractConfig
@@ -197,7 +198,7 @@ def policy_settings(plan: ExtractPlan) -> list[Any]:
         plan.config.keep_rejected_text,
         plan.config.keep_text,
         plan.seed,
-        minhash.NORMALIZER,
+        NORMALIZER,
     ]
 
 
@@ -296,7 +297,7 @@ def _wrong_language(row: Row, plan: ExtractPlan) -> Rejection | None:
 def _add_signatures(rows: list[Row], plan: ExtractPlan) -> None:
     """Content hashes and band keys of the kept rows, all at once."""
     kept = [row for row in rows if row["rejected_by"] is None]
-    normalized = [minhash.normalize(row["text"]) for row in kept]
+    normalized = [normalize(row["text"]) for row in kept]
     band_keys = minhash.band_keys(normalized, plan.signature)
     for row, words, keys in zip(kept, normalized, band_keys, strict=True):
         row |= {"content_hash": minhash.content_hash(row["text"], words), "band_keys": keys}

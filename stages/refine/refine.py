@@ -34,7 +34,7 @@ from stages.formats.document import (
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import read_columns, score_names
 
-VERSION = 3
+VERSION = 4
 
 
 @validated

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from filters import first_failure
 from filters.decontamination import Decontamination
-from filters.passage_index import MAGIC, find_matches, load_index, normalize_passage, word_table
+from filters.passage_index import MAGIC, find_matches, load_index
 from filters.text import ngrams
 from filters.text.view import TextView
 from pipeline.models.benchmark_index import IndexOptions, build_index
 from tests.support.texts import PROSE, TEXTS
+from tests.support.words_reference import ALONE, slow_normalize
 
 ITEM = (
     "Janet’s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins for her friends "
@@ -61,50 +62,6 @@ def measured(text: str, index: str, **options) -> dict:
 
 
 # --- coverage -------------------------------------------------------------------------------------
-
-
-# scripts with vowel signs that belong to their words; scripts without spaces, whose signs part them
-SIGNS = [
-    "THAANA",
-    "DEVANAGARI",
-    "BENGALI",
-    "GURMUKHI",
-    "GUJARATI",
-    "ORIYA",
-    "TAMIL",
-    "TELUGU",
-    "KANNADA",
-    "MALAYALAM",
-]
-SIGNS += ["SINHALA", "TIBETAN", "BALINESE", "JAVANESE"]
-PARTED = ["THAI", "LAO", "KHMER", "MYANMAR"]
-MARKED = {
-    *SIGNS,
-    *PARTED,
-    "COMBINING",
-    "ARABIC",
-    "HEBREW",
-    "CYRILLIC",
-    "SYRIAC",
-    "VARIATION",
-    "KATAKANA-HIRAGANA",
-}
-ALONE = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-
-
-def slow_normalize(text):
-    text = re.sub(
-        "['’‘\u00ad\u0640\u200b-\u200d\u2060\ufeff]", "", unicodedata.normalize("NFD", text.lower())
-    )
-    text = "".join(re.sub(ALONE, r" \g<0> ", slow_character(c)) for c in text)
-    return re.sub(" +", " ", text).strip()
-
-
-def slow_character(c):
-    if unicodedata.category(c).startswith("M"):
-        script = unicodedata.name(c).removeprefix("COMBINING ").split()[0]
-        return c if script in SIGNS else " " if script in PARTED else ""
-    return c if c.isalnum() else " "
 
 
 def slow_size(text):
@@ -248,31 +205,6 @@ def test_measure_is_total(index, text):
 # --- words ----------------------------------------------------------------------------------------
 
 
-def test_normalization_equals_the_slow_one_on_every_code_point():
-    """All but the second plane's scripts related to Brahmi and marks of minor scripts; one in 97
-    ideographs and unassigned code points.
-    """
-    points = map(chr, (*range(0x11000), *range(0x12000, 0x20000), *range(0x20000, 0x110000, 97)))
-    text = "".join(
-        f"{c}x {c} "
-        for c in points
-        if unicodedata.category(c)[0] != "M" or unicodedata.name(c).split()[0] in MARKED
-    )
-    assert normalize_passage(text) == slow_normalize(text)
-
-
-@given(TEXTS | st.text(alphabet="aΣİé'’أَिำิ. \u0301\u200b東ーＡ각1２-_\n"))
-def test_word_places_match_the_words(text):
-    starts, ends = ngrams.word_places(text, word_table())
-    words = normalize_passage(text).split()
-    # in a single word, a sigma may become a final one
-    alone = [
-        normalize_passage(text[start:end])
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-    ]
-    assert [word.replace("ς", "σ") for word in alone] == [word.replace("ς", "σ") for word in words]
-
-
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=20), st.integers(1, 5))
 def test_an_ngram_hash_extends_the_hash_of_its_first_words(hashes, k):
     words = np.array(hashes, np.uint64)
@@ -283,23 +215,6 @@ def test_an_ngram_hash_extends_the_hash_of_its_first_words(hashes, k):
 
 ARABIC = "بِسْمِ اللَّهِ الرَّحْمٰنِ الرَّحِيمِ الحمد لله"
 HINDI = "आज प्रधान मंत्री नरेंद्र मोदी ने कहा"
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        (HINDI, HINDI),
-        (ARABIC, "بسم الله الرحمن الرحيم الحمد لله"),
-        ("بـــسم أُمّة", "بسم امة"),
-        ("בְּרֵאשִׁית בָּרָא", "בראשית ברא"),
-        ("❤\ufe0f 1\ufe0f\u20e3 е\ufe2eр", "1 ер"),
-        ("がある", "か あ る"),
-        # vowels above separate, those that are letters do not
-        ("ภราดรภาพ และสิทธิ", "ภราดรภาพ และส ทธ"),
-    ],
-)
-def test_marks_separate_words_only_in_scripts_without_spaces(text, words):
-    assert normalize_passage(text) == unicodedata.normalize("NFD", words)
 
 
 @pytest.mark.parametrize(
@@ -472,14 +387,10 @@ def test_a_damaged_index_is_refused(index, tmp_path):
 
 
 def test_an_index_of_another_normalizer_is_refused(index, tmp_path):
-    rest = (
-        Path(index)
-        .read_bytes()[len(MAGIC) + 8 :]
-        .replace(b"nfd-words-numbers-2", b"nfd-words-numbers-9")
-    )
+    rest = Path(index).read_bytes()[len(MAGIC) + 8 :].replace(b"nfkd-words-1", b"nfkd-words-9")
     (tmp_path / "other").write_bytes(MAGIC + xxhash.xxh3_64_digest(rest) + rest)
     assert re.search(
-        r"numbers-9.*this filter reads version 1 and normalizer 'nfd-words-numbers-2'.*again",
+        r"words-9.*this filter reads version 1 and normalizer 'nfkd-words-1'.*again",
         refusal(str(tmp_path / "other")),
     )
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from filters import passage_index
 from filters.decontamination import coverage
 from filters.passage_index import find_matches, load_index
+from filters.text.words import NORMALIZER
 from pipeline.models.benchmark_index import build_index, by_benchmark
 from pipeline.models.evaluation_sets import benchmark_of, evaluation_files
 from pipeline.models.options import IndexOptions
@@ -431,7 +431,7 @@ def test_the_header_says_what_the_index_was_built_from(tmp_path):
     header, path = index_of(tmp_path, ROW)
     stored = load_index(path).header
     assert {name: stored[name] for name in header} == header
-    assert stored["normalizer"] == passage_index.NORMALIZER and (
+    assert stored["normalizer"] == NORMALIZER and (
         stored["n"],
         stored["min_words"],
     ) == (13, 10)

@@ -231,7 +231,7 @@ def test_against_an_index_of_other_keys_is_refused(tmp_path):
     dedup(inputs, tmp_path / "1", "dedup.write_index=kept")
     with pytest.raises(
         ConfigError,
-        match=r"1/index.json: its keys are 'nfd-words-2, 5-grams.*14 bands of 8', expected '.*26 bands of 11'",
+        match=r"1/index.json: its keys are 'nfkd-words-1, 5-grams.*14 bands of 8', expected '.*26 bands of 11'",
     ):
         dedup(
             inputs,

@@ -210,7 +210,7 @@ def test_keys_made_in_another_way_are_refused(tmp_path):
     phases = run_dedup(tmp_path, [[Doc(0, "x", (1, 2, 3))]], CONFIG)
     other = DedupConfig(num_bands=3, rows_per_band=2, ngram=4)
     with pytest.raises(
-        ValueError, match=r"its keys are 'nfd-words-\d, 5-grams.*expected 'nfd-words-\d, 4-grams"
+        ValueError, match=r"its keys are 'nfkd-words-\d, 5-grams.*expected 'nfkd-words-\d, 4-grams"
     ):
         keys_module.sort_unit(phases["dedup sort"].units[0], other, Store(str(tmp_path / "again")))
 

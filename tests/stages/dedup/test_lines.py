@@ -13,6 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from filters.text.words import normalize
 from stages.dedup import lines, shuffle
 from stages.dedup.config import DedupConfig
 from stages.dedup.lines import (
@@ -26,7 +27,6 @@ from stages.dedup.lines import (
     repeats_layout,
     repeats_unit,
 )
-from stages.dedup.minhash import normalize
 from stages.dedup.shuffle import PartitionTask, Source
 from stages.storage.ledger import Store, Unit
 from stages.storage.parts import PartRef

@@ -26,8 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under `pytest -n 2 --dist loadgroup` the tests of a module stay on one worker.
 
     So module-scoped fixtures are made once. The tests that need Ray all share one worker and its
-    session.
+    session. Those that kill processes take minutes each and come first, so that no worker is left
+    with one at the end.
     """
+    items.sort(key=lambda item: item.get_closest_marker("kill") is None)
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             ray = "ray_session" in getattr(item, "fixturenames", ())

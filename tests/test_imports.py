@@ -17,7 +17,7 @@ OURS = {"filters", "stages", "pipeline", "trainer"}
 # Packages from the bottom up: each may import itself and those before it in its own row.
 LAYERS = (
     ("filters.text", "filters", "filters.pii"),
-    ("stages.formats", "stages.storage", "stages.read"),
+    ("stages.formats", "stages.storage", "stages.read", "stages.isolation"),
     ("stages.dedup", "stages.extract", "stages.refine", "stages.pack"),
     (
         *("pipeline.controller", "pipeline.config", "pipeline.engine", "pipeline.run"),

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from filters.text.words import NORMALIZER, normalize
 from filters.url_policy import UrlPolicy, host_of
 from stages.dedup import minhash
 from stages.extract.config import ExtractConfig
-from stages.extract.extractor import Extractor, ExtractorOptions, Page
+from stages.extract.extractor import ExtractorOptions, Page, make_extract
 from stages.formats.document import (
     NamedFilter,
     Row,
@@ -35,6 +34,7 @@ from stages.formats.document import (
     rejection_columns,
     sampled,
 )
+from stages.isolation.child import Child, Limits, Loss, shared_child
 from stages.read.fetch import FetchOptions, fingerprint, local_copy
 from stages.read.records import InputConfig, id_type, read_texts
 from stages.read.warc import ReadStats, Record, begins_as_warc, read_records
@@ -121,8 +121,8 @@ def _extract_web(
     path: Path, task: ExtractTask, commit: Commit, plan: ExtractPlan, store: Store
 ) -> ExtractResult:
     """Documents of a WARC or WET file; ValueError if it holds no WARC record at all."""
-    stats, extractor = ReadStats(), _extractor(plan)
-    started = extractor.cpu_seconds
+    stats, child = ReadStats(), _child(plan)
+    started = child.cpu_seconds
     result = _write_documents(_web_rows(path, task, plan, stats), commit, plan, store)
     lost_bytes = stats.lost_bytes + stats.unreadable_bytes
     if not stats.records and lost_bytes and not begins_as_warc(path):
@@ -131,7 +131,7 @@ def _extract_web(
             f"{plan.input.format}, should it be jsonl or parquet?"
         )
     commit.rows_in = stats.records
-    commit.cpu_seconds = round(extractor.cpu_seconds - started, 3)  # of the child process
+    commit.cpu_seconds = round(child.cpu_seconds - started, 3)
     if no_documents := stats.skipped[_NO_DOCUMENT]:
         commit.counts[f"warc.{_NO_DOCUMENT}"] = no_documents
     return replace(
@@ -250,8 +250,10 @@ def _page(record: Record, plan: ExtractPlan) -> Page:
     if record.kind == "text":
         return Page(text=record.payload.decode("utf-8", "replace").replace("\0", ""))
     content_type = record.headers.get("content-type", "")
-    page = _extractor(plan).extract(record.payload, content_type=content_type)
-    return page._replace(opt_out=page.opt_out or signal)
+    page = _child(plan).result((record.payload, content_type))
+    if isinstance(page, Loss):
+        page = Page(**rejection_columns(*page.rejection("extract")))
+    return Page(**page._asdict() | {"opt_out": page.opt_out or signal})
 
 
 def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:
@@ -361,13 +363,8 @@ def _keeps_text(row: Row, plan: ExtractPlan) -> bool:
     )
 
 
-def _extractor(plan: ExtractPlan) -> Extractor:
-    return _shared_extractor(
-        ExtractorOptions(plan.config, plan.language.filter, plan.opt_out.reject)
-    )
-
-
-@lru_cache(maxsize=1)
-def _shared_extractor(options: ExtractorOptions) -> Extractor:
-    # one child per worker process, kept between units
-    return Extractor(options)
+def _child(plan: ExtractPlan) -> Child:
+    config = plan.config
+    limits = Limits(config.timeout_seconds, config.child_memory_bytes, config.recycle_after)
+    options = ExtractorOptions(config, plan.language.filter, plan.opt_out.reject)
+    return shared_child(make_extract, options, limits)

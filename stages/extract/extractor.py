@@ -1,29 +1,12 @@
-"""Extract the main text of HTML in a child process that the kernel kills if a page takes too long.
-
-Pages are hostile: some take the parser minutes, some all memory, some crash it. So decoding, the
-gate and the extraction of each page run in a child, under a timer whose default action ends the
-process, and under a memory limit. The parent sees the pipe close, records the page as rejected, and
-starts the next child; other pages are not affected. The timer counts CPU time, so that a busy
-machine does not change which pages time out.
-
-`python -m stages.extract.extractor` runs that child.
+"""From a page's bytes to its main text: decoding, the gate and the extraction of each page, which
+run in a killable child (`stages.isolation.child`).
 """
 
-import json
-import os
-import resource
-import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
 from resiliparse.extract.html2text import extract_plain_text
 
 from filters import validated
@@ -32,8 +15,6 @@ from filters.opt_out import in_html
 from stages.extract.config import ExtractConfig
 from stages.read.charset import decode_html
 
-# wall-clock limit for a page that waits instead of working, as a multiple of the CPU time limit
-WALL_FACTOR = 20
 # characters of a page's plain text that the gate identifies the language by
 GATE_CHARS = 4_000
 
@@ -62,113 +43,11 @@ class Page(NamedTuple):
     language_score: float | None = None
 
 
-class Extractor:
-    """A killable child that extracts text from pages.
-
-    It is started on first use, and replaced when it dies or has served `recycle_after` pages.
-    """
-
-    def __init__(self, options: ExtractorOptions) -> None:
-        self.options = options
-        self.cpu_seconds = 0.0  # spent by all children so far
-        self._child: subprocess.Popen[bytes] | None = None
-        self._served = 0
-
-    def extract(self, payload: bytes, *, content_type: str) -> Page:
-        """Decode a page and extract its main text. No page makes it raise."""
-        if self._child is not None and self._served >= self.options.config.recycle_after:
-            self.close()  # parsers leak memory; only a new process frees it for certain
-        child = self._child = self._child or self._start_child()
-        self._served += 1
-        try:
-            self._pipe.send_bytes(content_type.encode("utf-8", "surrogatepass"))
-            self._pipe.send_bytes(payload)
-            *page, cpu_seconds = json.loads(self._pipe.recv_bytes())
-        except (EOFError, OSError):
-            return self._page_of_dead_child(child)
-        self.cpu_seconds += cpu_seconds
-        return Page(*page)
-
-    def close(self) -> None:
-        """End the child; the next page starts another."""
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-        self._child = None
-
-    def _start_child(self) -> "subprocess.Popen[bytes]":
-        self._served = 0
-        self._pipe, child_end = Pipe()
-        with child_end:
-            return subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "stages.extract.extractor"),
-                    *(str(child_end.fileno()), json.dumps(asdict(self.options))),
-                ],
-                pass_fds=[child_end.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=os.environ
-                | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-            )
-
-    def _page_of_dead_child(self, child: "subprocess.Popen[bytes]") -> Page:
-        code = child.wait()
-        self._child = None
-        if -code in (signal.SIGPROF, signal.SIGALRM):
-            limit = self.options.config.timeout_seconds
-            self.cpu_seconds += limit
-            return Page(
-                rejected_by="extract.timeout",
-                rejected_value=limit,
-                rejected_low=0.0,
-                rejected_high=limit,
-            )
-        if code > 0 or -code in (signal.SIGKILL, signal.SIGTERM):
-            # the child catches all exceptions of a page: this is the machine (out of memory, a
-            # broken install)
-            raise RuntimeError(
-                f"the extractor's child ended with exit code {code}: "
-                "out of memory, or it cannot start"
-            )
-        return Page(rejected_by="extract.crash", rejected_value=float(code))
-
-
-def serve(pipe: Connection, options: ExtractorOptions) -> None:
-    """Run the child: answer one page after the other until the parent closes the pipe."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+def make_extract(options: ExtractorOptions) -> Callable[[tuple[bytes, str]], Page]:
+    """What decodes a page, given its bytes and Content-Type, and extracts its main text."""
     engine = _engine(options.config)
     options.language.guess("a model that cannot be loaded must fail the child, not every page")
-    memory, cpu_limit = options.config.child_memory_bytes, options.config.timeout_seconds
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    before = 0.0
-    while True:
-        content_type = pipe.recv_bytes().decode("utf-8", "surrogatepass")
-        payload = pipe.recv_bytes()
-        signal.setitimer(signal.ITIMER_PROF, cpu_limit)
-        signal.setitimer(signal.ITIMER_REAL, cpu_limit * WALL_FACTOR)
-        page = _extract(payload, content_type, options, engine)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        now = time.process_time()
-        answer = json.dumps([*page, now - before], ensure_ascii=False)
-        before = now
-        pipe.send_bytes(answer.encode("utf-8", "replace"))
-
-
-def _extract(payload: bytes, content_type: str, options: ExtractorOptions, engine: Any) -> Page:
-    try:
-        return _page(payload, content_type, options, engine)
-    except MemoryError:
-        return Page(
-            rejected_by="extract.memory", rejected_value=float(options.config.child_memory_bytes)
-        )
-    # parsers raise anything on hostile pages, a panic of Rust is no Exception; only this page is
-    # rejected
-    except BaseException:
-        return Page(rejected_by="extract.error")
+    return lambda document: _page(*document, options, engine)
 
 
 def _page(payload: bytes, content_type: str, options: ExtractorOptions, engine: Any) -> Page:
@@ -180,7 +59,7 @@ def _page(payload: bytes, content_type: str, options: ExtractorOptions, engine: 
         page = _gate(page, html, options)
     if page.rejected_by:
         return page
-    text = (engine(html) or "").strip().replace("\0", "")
+    text = (engine(html) or "").strip().replace("\0", "").encode("utf-8", "replace").decode()
     if not text:
         return page._replace(rejected_by="extract.empty")
     return page._replace(text=text)
@@ -230,10 +109,3 @@ def _engine(config: ExtractConfig) -> Any:
     return lambda html: extract(
         html, deduplicate=LRUCache(maxsize=4096) if deduplicate else False, **arguments
     )
-
-
-if __name__ == "__main__":
-    with suppress(EOFError):
-        serve(
-            Connection(int(sys.argv[1])), TypeAdapter(ExtractorOptions).validate_json(sys.argv[2])
-        )

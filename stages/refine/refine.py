@@ -1,14 +1,14 @@
 """Stage refine: kept documents to clean corpus text: model scores and their bounds, then PII
 scrubbing.
 
-Models are loaded once per worker. A document is measured by every filter in order, judged, and only
-if kept scrubbed. The corpus part holds the kept documents, the rejected part the others; both have
-the same columns.
+Models are loaded once per worker, in its killable child. A document is measured by every filter in
+order, judged, and only if kept scrubbed. The corpus part holds the kept documents, the rejected
+part the others; both have the same columns.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,10 +31,14 @@ from stages.formats.document import (
     rejection_columns,
     sampled,
 )
+from stages.isolation.child import Child, Limits, Loss, shared_child
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import read_columns, score_names
 
 VERSION = 4
+RECYCLE_AFTER = 50_000  # documents
+
+Document = tuple[str, str | None]  # text and language
 
 
 @validated
@@ -43,12 +47,16 @@ class RefineConfig:
     to scrub PII.
 
     `keep_rejected_text`: share of the documents rejected here whose text is kept, in [0, 1].
-    `parallelism` caps the workers that hold the models at once; 0 leaves it to the cluster's size.
+    A document that takes more than `timeout_seconds` of CPU time, or `child_memory_bytes` beyond
+    the models, is rejected. `parallelism` caps the workers that hold the models at once; 0 leaves
+    it to the cluster's size.
     """
 
     filters: tuple[str, ...] = ()
     scrub_pii: bool = True
     keep_rejected_text: float = Field(default=0.01, ge=0, le=1)
+    timeout_seconds: float = Field(default=30.0, gt=0)
+    child_memory_bytes: int = Field(default=2_000_000_000, ge=500_000_000)
     num_cpus: float = Field(default=1.0, gt=0)
     memory: int = Field(default=1_500_000_000, gt=0)
     parallelism: int = Field(default=0, ge=0)
@@ -69,6 +77,12 @@ class RefinePlan:
     def entities(self) -> tuple[str, ...]:
         """PII entities that are scrubbed, () when scrubbing is off."""
         return self.pii.entities if self.config.scrub_pii else ()
+
+    def child(self, make: Callable[["RefinePlan"], Callable[[Document], Row]]) -> Child:
+        """The worker's child for one kind of work on documents."""
+        config = self.config
+        limits = Limits(config.timeout_seconds, config.child_memory_bytes, RECYCLE_AFTER)
+        return shared_child(make, self, limits)
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,8 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
     task: RefineTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
     documents = _kept_copies(task.documents, task.keep)
-    chars_out = 0
+    child, chars_out = plan.child(make_judge), 0
+    started = child.cpu_seconds
     schema = corpus_schema(documents.schema, plan.filters, plan.entities)
     counts: Counter[str] = Counter()
     pii: Counter[str] = Counter()
@@ -116,7 +131,7 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
         store.part_writer("rejected", unit.name, schema, commit=commit) as rejected,
     ):
         for batch in _batches(documents, task.cuts, plan):
-            rows = [_refine(row, plan) for row in batch]
+            rows = [_refine(row, plan, child) for row in batch]
             for row in rows:
                 counts[row["rejected_by"] or "kept"] += 1
                 pii.update(span["entity"] for span in row["pii_spans"] or ())
@@ -129,6 +144,7 @@ def refine_unit(unit: Unit, plan: RefinePlan, store: Store) -> Commit:
             chars_out += sum(row["num_chars"] for row in kept)
     commit.rows_in, commit.rows_out = documents.num_rows, counts["kept"]
     commit.counts = dict(sorted(counts.items()))
+    commit.cpu_seconds = round(child.cpu_seconds - started, 3)
     commit.result = RefineResult(chars_out, dict(sorted(pii.items())), tallies.counts)
     return commit
 
@@ -144,11 +160,14 @@ def sample_unit(unit: Unit, plan: SamplePlan, store: Store) -> Commit:
     drawn = _sample_rows(documents, plan.share, plan.seed)
     identity = pa.schema({"doc_id": pa.uint64(), "language": pa.string()})
     schema = pa.schema([*identity, *measured_fields(plan.refine.filters)])
-    rows = [
-        row | measured_columns(row["text"], row["language"], plan.refine.filters)
+    child = plan.refine.child(make_measure)
+    measured = (
+        row | columns
         for batch in _batches(drawn, unit.task.cuts, plan.refine)
         for row in batch
-    ]
+        if not isinstance(columns := child.result((row["text"], row["language"])), Loss)
+    )
+    rows = list(measured)
     store.write_part(pa.Table.from_pylist(rows, schema=schema), "sample", unit.name, commit=commit)
     identified = ["doc_id", "num_chars", "language", "language_score", "language_line_share"]
     extracted = read_columns(unit.task.documents, [*identified, *score_names(unit.task.documents)])
@@ -193,12 +212,39 @@ def _batches(documents: pa.Table, cuts: str | None, plan: RefinePlan) -> Iterato
         yield rows
 
 
-def _refine(row: Row, plan: RefinePlan) -> Row:
+def _refine(row: Row, plan: RefinePlan, child: Child) -> Row:
     row |= {"rejected_by": None, "pii_spans": None}
     if plan.lines != "off" and not row["text"].strip():
         return row | rejection_columns("dedup.lines", 0.0, (1.0, math.inf))
-    row |= measured_columns(row["text"], row["language"], plan.filters)
-    failure = first_broken_rule(row, plan.filters)
+    judged = child.result((row["text"], row["language"]))
+    row |= rejection_columns(*judged.rejection("refine")) if isinstance(judged, Loss) else judged
+    if row["rejected_by"] and not sampled(
+        row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed
+    ):
+        row["text"] = None
+    return row
+
+
+# --- in the child ---------------------------------------------------------------------------------
+
+
+def make_measure(plan: RefinePlan) -> Callable[[Document], Row]:
+    """What measures a document, after all models have been loaded: a model that cannot be loaded
+    must fail the unit, and loading counts towards no document's limits.
+    """
+    for language in {language for named in plan.filters for language, _ in named.all()}:
+        measured_columns("The mill grinds.", language, plan.filters)
+    return lambda document: measured_columns(*document, plan.filters)
+
+
+def make_judge(plan: RefinePlan) -> Callable[[Document], Row]:
+    """What measures, judges and scrubs a document; the columns that this changes."""
+    measure = make_measure(plan)
+    return lambda document: _judged(measure(document), document[1], plan)
+
+
+def _judged(row: Row, language: str | None, plan: RefinePlan) -> Row:
+    failure = first_broken_rule(row | {"language": language}, plan.filters)
     if failure is None and not row["text"].strip():
         # filters that edit left nothing
         failure = Rejection("refine.empty_text", 0.0, (1.0, math.inf))
@@ -206,12 +252,7 @@ def _refine(row: Row, plan: RefinePlan) -> Row:
         row |= scrubbed_columns(plan.pii.scrub(row["text"]), plan.entities)
         row["pii.count"] = float(len(row["pii_spans"]))
         failure = first_failure("pii", plan.pii, {"count": row["pii.count"]})
-    if failure is None:
-        return row
-    row |= rejection_columns(*failure)
-    if not sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed):
-        row["text"] = None
-    return row
+    return row if failure is None else row | rejection_columns(*failure)
 
 
 def scrubbed_columns(scrubbed: Scrubbed, entities: Sequence[str]) -> Row:

@@ -6,7 +6,8 @@ import pytest
 
 from filters.language import Language
 from stages.extract.config import ExtractConfig, Gate, TrafilaturaOptions
-from stages.extract.extractor import Extractor, ExtractorOptions
+from stages.extract.extractor import ExtractorOptions, Page, make_extract
+from stages.isolation.child import Child, Limits, Loss
 
 PROSE = " ".join(["The quick brown fox jumps over the lazy dog near the quiet river bank."] * 12)
 PAGE = f"<html><head><title>t</title></head><body><article><p>{PROSE}</p></article></body></html>".encode()
@@ -21,7 +22,9 @@ def extractor():
 
     def make(*, engine="resiliparse", language=None, reject_opt_out=True, **settings):
         config = ExtractConfig(engine=engine, **settings)
-        made.append(Extractor(ExtractorOptions(config, language or Language(), reject_opt_out)))
+        options = ExtractorOptions(config, language or Language(), reject_opt_out)
+        limits = Limits(config.timeout_seconds, config.child_memory_bytes, config.recycle_after)
+        made.append(Child(make_extract, options, limits))
         return made[-1]
 
     yield make
@@ -30,7 +33,8 @@ def extractor():
 
 
 def extract(extractor, payload, content_type="text/html; charset=utf-8"):
-    return extractor.extract(payload, content_type=content_type)
+    page = extractor.result((payload, content_type))
+    return Page(None, *page.rejection("extract")[:2]) if isinstance(page, Loss) else page
 
 
 @pytest.mark.parametrize("engine", ["resiliparse", "trafilatura"])
@@ -55,8 +59,8 @@ def test_a_page_that_takes_too_long_is_killed_and_its_neighbours_live(extractor)
 def test_a_child_that_dies_is_one_rejected_page(extractor):
     child = extractor()
     assert extract(child, PAGE).text == PROSE
-    child._child.send_signal(signal.SIGSEGV)
-    child._child.wait()
+    child._process.send_signal(signal.SIGSEGV)
+    child._process.wait()
     assert extract(child, PAGE).rejected_by == "extract.crash"
     assert extract(child, PAGE).text == PROSE
 
@@ -65,8 +69,8 @@ def test_a_child_that_dies_is_one_rejected_page(extractor):
 def test_a_child_that_the_machine_kills_fails_the_unit_and_not_the_page(extractor, sign):
     child = extractor()
     assert extract(child, PAGE).text == PROSE
-    child._child.send_signal(sign)
-    child._child.wait()
+    child._process.send_signal(sign)
+    child._process.wait()
     with pytest.raises(RuntimeError, match=f"ended with exit code -{sign.value}: out of memory"):
         extract(child, PAGE)
     assert extract(child, PAGE).text == PROSE
@@ -74,7 +78,7 @@ def test_a_child_that_the_machine_kills_fails_the_unit_and_not_the_page(extracto
 
 def test_a_child_that_cannot_start_fails_the_unit_and_not_every_page(extractor, tmp_path):
     (tmp_path / "broken.ftz").write_bytes(b"no model")
-    with pytest.raises(RuntimeError, match="it cannot start"):
+    with pytest.raises(RuntimeError, match="cannot start"):
         extract(extractor(language=Language(model=str(tmp_path / "broken.ftz"))), PAGE)
 
 
@@ -83,7 +87,7 @@ def test_children_are_replaced_after_their_share_of_pages(extractor):
     pids = []
     for _ in range(5):
         assert extract(child, PAGE).text == PROSE
-        pids.append(child._child.pid)
+        pids.append(child._process.pid)
     assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
 
 

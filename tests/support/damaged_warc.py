@@ -41,13 +41,13 @@ def damaged_file(seed: int) -> Damaged:
     records = [_record(page, i, end_of_line) for i, page in enumerate(pages)]
     shape = rng.choice(SHAPES)
     if shape == "plain" or rng.random() < 0.5:
-        parts, touched = _damage(rng, records)
+        parts, touched = damage(rng, records)
         data = pack(parts, shape)
         return Damaged(data, pages, [not t for t in touched], sum(map(len, parts)))
     packed = [pack([record], shape) for record in records]
     if shape in ("one member", "one frame"):
         packed = [pack(records, shape)]
-    parts, touched = _damage(rng, packed)
+    parts, touched = damage(rng, packed)
     untouched = [not t for t in touched] if len(packed) == 6 else [False] * 6
     return Damaged(b"".join(parts), pages, untouched, None)
 
@@ -107,7 +107,7 @@ def _record(page: bytes, number: int, end_of_line: bytes) -> bytes:
     return end_of_line.join(header) + block + end_of_line * 2
 
 
-def _damage(rng: random.Random, parts: list[bytes]) -> tuple[list[bytes], list[bool]]:
+def damage(rng: random.Random, parts: list[bytes]) -> tuple[list[bytes], list[bool]]:
     """The parts with 1 to 3 changes, and which of them were changed; a cut takes all that follow."""
     parts, touched = list(parts), [False] * len(parts)
     for _ in range(rng.randint(1, 3)):

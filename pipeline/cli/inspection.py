@@ -99,6 +99,8 @@ def _print_status(state: "RunStatus") -> None:
     for name, p in phases.items():
         for unit, error in p.errors.items():
             out.print(Text.assemble(("failed", "red"), f" {name} {unit}: {error}"))
+        for unit, damage in p.damage.items():
+            out.print(Text.assemble(("damaged", "yellow"), f" {name} {unit}: {damage}"))
 
 
 def _status_json(state: "RunStatus") -> dict[str, Any]:

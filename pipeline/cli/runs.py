@@ -122,9 +122,17 @@ def _print_funnel(rows: "Sequence[FunnelRow]") -> None:
 
 
 def _end(root: str, failed: object) -> None:
-    """Warn of hosts that lost nearly everything to dedup; exit 3 if units failed."""
+    """Warn of damaged inputs, and of hosts that lost nearly everything to dedup; exit 3 if units
+    failed.
+    """
     from pipeline.run.results import alarm
+    from pipeline.run.status import run_status
 
+    damage = list(run_status(root).phases["extract"].damage.values())
+    for what in damage[:10]:
+        warn(what, kind="damaged input")
+    if len(damage) > 10:
+        warn(f"{len(damage) - 10:,} more damaged inputs: see `gristmill status`")
     message = alarm(root)
     if message is not None:
         warn(message, kind="alarm")

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from stages.read.compression import COMPRESSED_SUFFIXES, decompressed
+from stages.read.json_rows import json_rows
 from stages.read.records import (
     UNREADABLE,
-    compression_by_name,
-    decompressed,
-    json_lines,
     parquet_rows,
 )
 from stages.storage.digests import bytes_sha256
@@ -39,10 +38,10 @@ def evaluation_files(path: str) -> Iterator[EvaluationFile]:
     """The evaluation files at a path: a .jsonl, .json, .csv, .tsv or .parquet file, a folder or a
     .tar archive of them.
 
-    Any may be compressed as .gz or .zst. A file is a set named after the file, without suffixes;
-    but gsm8k/test.jsonl belongs to gsm8k, and all files like mmlu/data/test/anatomy_test.csv to
-    mmlu. 'NAME=PATH' makes one set, NAME, of all files at a path. ValueError names a file that
-    cannot be read.
+    Any may be compressed (gzip, zstd, xz, bzip2). A file is a set named after the file, without
+    suffixes; but gsm8k/test.jsonl belongs to gsm8k, and all files like
+    mmlu/data/test/anatomy_test.csv to mmlu. 'NAME=PATH' makes one set, NAME, of all files at a
+    path. ValueError names a file that cannot be read.
     """
     name, _, location = path.partition("=")
     if not location or Path(path).exists():
@@ -54,7 +53,7 @@ def evaluation_files(path: str) -> Iterator[EvaluationFile]:
     if not members:
         raise ValueError(
             f"{location}: holds no evaluation file; they end in {', '.join(_FORMATS)}, or in these "
-            "and .gz or .zst; name a .tar archive itself, not its folder"
+            "and .gz, .zst, .xz or .bz2; name a .tar archive itself, not its folder"
         )
     for place, data in members:
         rows = list(_string_rows(place, data))
@@ -77,7 +76,7 @@ def benchmark_of(place: PurePosixPath) -> str:
 def read_plain_text(path: str) -> str:
     """A .txt file, which may be compressed; ValueError if it cannot be read."""
     try:
-        return _decompress(path, Path(path).read_bytes()).decode("utf-8", "replace")
+        return _decompress(Path(path).read_bytes()).decode("utf-8", "replace")
     except UNREADABLE as error:
         raise unreadable(f"background {path}", error) from None
 
@@ -89,7 +88,7 @@ def unreadable(path: str, error: Exception) -> ValueError:
 
 def format_of(path: PurePath) -> str:
     """The suffix that says what a file holds: '.jsonl' of a.jsonl.gz, '.tar' of a.tgz."""
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".zst")), "")
+    suffix = next((s for s in reversed(path.suffixes) if s not in COMPRESSED_SUFFIXES), "")
     return ".tar" if suffix == ".tgz" else suffix
 
 
@@ -105,9 +104,9 @@ def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         for file in sorted(path.rglob("*")):
             if file.is_file() and format_of(file) in _FORMATS:
                 place = PurePosixPath(path.resolve().name, *file.relative_to(path).parts)
-                yield place, _decompress(file.name, file.read_bytes())
+                yield place, _decompress(file.read_bytes())
         return
-    data = _decompress(path.name, path.read_bytes())
+    data = _decompress(path.read_bytes())
     if format_of(path) in _FORMATS:
         yield PurePosixPath(path.resolve()), data
     elif format_of(path) == ".tar":
@@ -116,11 +115,11 @@ def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                 if member.isfile() and format_of(PurePosixPath(member.name)) in _FORMATS:
                     content = archive.extractfile(member)
                     assert content is not None  # it is a file
-                    yield PurePosixPath(member.name), _decompress(member.name, content.read())
+                    yield PurePosixPath(member.name), _decompress(content.read())
 
 
-def _decompress(name: str, data: bytes) -> bytes:
-    return decompressed(io.BytesIO(data), compression_by_name(name)).read()
+def _decompress(data: bytes) -> bytes:
+    return decompressed(io.BytesIO(data)).read()
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -139,8 +138,8 @@ def _string_rows(place: PurePosixPath, data: bytes) -> Iterator[list[str] | None
     elif format_ == ".json" and (value := _json_value(data)) is not None:
         yield from map(_strings, _rows_in(value))
     else:  # .json files of many lines are common too
-        for line in json_lines(io.BytesIO(data)):
-            yield None if line.value is None else _strings(line.value)
+        for row in json_rows(io.BytesIO(data), arrays_are="rows"):
+            yield None if row.value is None else _strings(row.value)
 
 
 def _json_value(data: bytes) -> Any:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from filters.suggest import did_you_mean
 from pipeline.models.evaluation_sets import format_of
+from stages.read.compression import decompressed
+from stages.read.json_rows import json_rows
 from stages.read.records import (
     UNREADABLE,
-    compression_by_name,
-    decompressed,
-    json_lines,
+    WrongColumn,
     parquet_rows,
 )
 from stages.storage.digests import bytes_sha256, file_sha256
@@ -100,7 +100,7 @@ def check_where(where: str, sources: Sequence[str]) -> None:
 def documents(source: str | Path, *, text_column: str = "text", where: str = "") -> Iterator[str]:
     """Documents of a file or of rows of a run, of these only the ones that meet `where`.
 
-    Files are .txt (documents separated by blank lines), .jsonl, each also .gz or .zst, or .parquet.
+    Files are .txt (documents separated by blank lines), .jsonl, each also compressed, or .parquet.
     """
     rows = run_rows(str(source))
     if rows:
@@ -119,7 +119,7 @@ def documents(source: str | Path, *, text_column: str = "text", where: str = "")
     if suffix == ".jsonl":
         return _column_texts(path, _jsonl_rows(path), text_column)
     raise ValueError(
-        f"source {path}: must be .txt, .jsonl (each also .gz or .zst) or .parquet, "
+        f"source {path}: must be .txt, .jsonl (each also .gz, .zst, .xz or .bz2) or .parquet, "
         "or rows of a run, RUN:corpus"
     )
 
@@ -172,10 +172,6 @@ def _errors_name(path: Path) -> Iterator[None]:
         raise ValueError(
             f"source {path}: not UTF-8 ({error.reason}: {error.object[error.start : error.end]!r})"
         ) from None
-    except EOFError as error:
-        raise ValueError(
-            f"source {path}: is cut short ({error}); fetch or compress it again"
-        ) from None
     except UNREADABLE as error:
         raise ValueError(
             f"source {path}: cannot be read ({error}); is it whole, and what its name says?"
@@ -184,7 +180,7 @@ def _errors_name(path: Path) -> Iterator[None]:
 
 def _txt_texts(path: Path) -> Iterator[str]:
     with _errors_name(path), path.open("rb") as file:
-        stream = decompressed(file, compression_by_name(path))
+        stream = decompressed(file)
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig")
         for is_text, block in groupby(lines, key=lambda line: bool(line.strip())):
             if is_text:
@@ -205,16 +201,19 @@ def _column_texts(path: Path, rows: Iterable[tuple[str, Any]], column: str) -> I
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(parquet_rows(path, [column]), start=1):
-        yield f"row {number}", row
+    try:
+        for number, row in enumerate(parquet_rows(path, [column]), start=1):
+            yield f"row {number}", row
+    except WrongColumn as error:
+        raise ValueError(f"source {path}: {error}") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
-        for line in json_lines(decompressed(file, compression_by_name(path))):
-            if line.error is not None:
-                raise ValueError(f"source {path}, line {line.number}: not JSON ({line.error})")
-            yield f"line {line.number}", line.value
+        for row in json_rows(decompressed(file)):
+            if row.error is not None:
+                raise ValueError(f"source {path}, line {row.line}: not JSON ({row.error})")
+            yield f"line {row.line}", row.value
 
 
 def _description(row: Any, column: str) -> Any:

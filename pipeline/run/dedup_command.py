@@ -107,7 +107,7 @@ def _format(files: Sequence[str]) -> str:
 def _require_columns(path: str, config: InputConfig) -> None:
     """ConfigError if the first file lacks the text or id column."""
     with local_copy(path, options=FetchOptions()) as local:
-        names = columns_of(local, config)
+        names = columns_of(local, config, name=path)
     for option, column in (("text", config.text_column), ("id", config.id_column)):
         if names and column and column not in names:
             none = ", or '' if there is none" if option == "id" else ""

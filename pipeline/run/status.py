@@ -19,10 +19,11 @@ class PhaseStatus:
     """Units and work of a phase. Sums cover the committed units.
 
     `errors` are the messages of failed units, by unit; `quarantined` of them run again only after
-    `gristmill retry`. `wall_seconds` is the time in which at least one unit was at
-    work; pauses do not count. `bytes_read` leaves out `reapplied` units, which had changed bounds
-    applied to stored scores. Rates and the time left are from the units that the latest invocation
-    finished, over their wall time; from all units where it has finished none. Times are Unix times.
+    `gristmill retry`. `damage` says by unit what of an input could not be read. `wall_seconds` is
+    the time in which at least one unit was at work; pauses do not count. `bytes_read` leaves out
+    `reapplied` units, which had changed bounds applied to stored scores. Rates and the time left
+    are from the units that the latest invocation finished, over their wall time; from all units
+    where it has finished none. Times are Unix times.
     """
 
     name: str
@@ -31,6 +32,7 @@ class PhaseStatus:
     failed: int
     left: int
     errors: dict[str, str]
+    damage: dict[str, str]
     quarantined: int
     rows_in: int
     rows_out: int
@@ -86,6 +88,7 @@ def phase_status(
         failed=len(failures),
         left=left,
         errors={unit: f.error for unit, f in failures.items()},
+        damage=damage_of(commits),
         quarantined=sum(f.quarantined == listed[unit] for unit, f in failures.items()),
         rows_in=sum(c.rows_in for c in commits),
         rows_out=sum(c.rows_out for c in commits),
@@ -102,6 +105,15 @@ def phase_status(
         eta_seconds=busy / len(recent) * left if recent and left else None,
         last_commit=max((c.finished for c in commits), default=None),
     )
+
+
+def damage_of(commits: Sequence[Commit]) -> dict[str, str]:
+    """What of each damaged input could not be read, by unit."""
+    return {
+        c.unit: c.result.damage
+        for c in commits
+        if isinstance(c.result, ExtractResult) and c.result.damage
+    }
 
 
 def _bytes_read(commits: Sequence[Commit]) -> int:

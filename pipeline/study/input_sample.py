@@ -19,7 +19,7 @@ from pipeline.run.inputs import Input
 from stages.formats.errors import ConfigError
 from stages.pack.pack import derive_seed
 from stages.read.fetch import local_copy
-from stages.read.records import InputConfig, read_texts
+from stages.read.records import InputConfig, TextStats, read_texts
 from stages.read.warc import ReadStats, read_records
 from stages.storage.files import write_atomically
 
@@ -78,7 +78,7 @@ def _draw_records(
         start = random.Random(derive_seed(config.run.seed, "records", file.path)).random()
         with local_copy(file.path, options=config.fetch) as path:
             sizes, total = Counter[int](), 0
-            for i, record in enumerate(_records(path, config.input)):
+            for i, record in enumerate(_records(path, config.input, name=file.path)):
                 total += len(record)
                 if is_drawn(i, share=share, start=start):
                     part = number if len(files) >= UNITS else taken % UNITS
@@ -105,10 +105,10 @@ def _weights(inputs: Sequence[Input]) -> dict[int, float]:
     return {i.ordinal: size / sum(sizes) for i, size in zip(inputs, sizes, strict=True)}
 
 
-def _records(path: Path, config: InputConfig) -> Iterator[bytes]:
+def _records(path: Path, config: InputConfig, *, name: str) -> Iterator[bytes]:
     """The records of a file as bytes: gzip members or plain records of a WARC, else JSON lines."""
     if config.format in ("jsonl", "parquet"):
-        for row in read_texts(path, config):
+        for row in read_texts(path, config, name=name, stats=TextStats()):
             columns = {
                 config.url_column: row.url,
                 config.id_column: row.source_id,

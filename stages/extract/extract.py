@@ -36,7 +36,8 @@ from stages.formats.document import (
 )
 from stages.isolation.child import Child, Limits, Loss, shared_child
 from stages.read.fetch import FetchOptions, fingerprint, local_copy
-from stages.read.records import InputConfig, id_type, read_texts
+from stages.read.frames import Accounts
+from stages.read.records import InputConfig, TextStats, id_type, read_texts
 from stages.read.warc import ReadStats, Record, begins_as_warc, read_records
 from stages.storage.ledger import Commit, Store, Unit
 
@@ -77,7 +78,8 @@ class ExtractResult:
 
     `bytes_in` is the size of the file; `lost_bytes` in `lost_members` damaged places are in no
     record that could be read (compressed, where they cannot be decompressed). `truncated` pages may
-    be only a part of what was crawled. `chars_out` are characters of the kept documents. `id_type`
+    be only a part of what was crawled. `damage` says in words what was lost and where, "" if
+    nothing. `chars_out` are characters of the kept documents. `id_type`
     is the type of the source ids of JSONL and Parquet inputs, "" for others. `reapplied`: the
     bounds were applied to stored scores.
     """
@@ -86,6 +88,7 @@ class ExtractResult:
     lost_bytes: int = 0
     lost_members: int = 0
     truncated: int = 0
+    damage: str = ""
     chars_out: int = 0
     languages: dict[str, int] = field(default_factory=dict)
     tallies: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -104,9 +107,7 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
         if plan.input.format in ("warc", "wet"):
             result = _extract_web(path, task, commit, plan, store)
         else:
-            result = _write_documents(_text_rows(path, task, plan), commit, plan, store)
-            result = replace(result, id_type=id_type(path, plan.input))
-            commit.rows_in = sum(commit.counts.values())
+            result = _extract_texts(path, task, commit, plan, store)
         commit.result = replace(result, bytes_in=path.stat().st_size)
         current = fingerprint(task.path)
     if current != unit.fingerprint:
@@ -117,6 +118,17 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
     return commit
 
 
+def _extract_texts(
+    path: Path, task: ExtractTask, commit: Commit, plan: ExtractPlan, store: Store
+) -> ExtractResult:
+    """Documents of a JSON or Parquet file; ValueError if it has rows but no document."""
+    stats = TextStats()
+    result = _write_documents(_text_rows(path, task, plan, stats), commit, plan, store)
+    commit.rows_in = sum(commit.counts.values())
+    result = replace(result, id_type=id_type(path, plan.input))
+    return _with_losses(result, task, stats, stats.damage)
+
+
 def _extract_web(
     path: Path, task: ExtractTask, commit: Commit, plan: ExtractPlan, store: Store
 ) -> ExtractResult:
@@ -124,22 +136,25 @@ def _extract_web(
     stats, child = ReadStats(), _child(plan)
     started = child.cpu_seconds
     result = _write_documents(_web_rows(path, task, plan, stats), commit, plan, store)
-    lost_bytes = stats.lost_bytes + stats.unreadable_bytes
-    if not stats.records and lost_bytes and not begins_as_warc(path):
+    if not stats.records and stats.damaged_places and not begins_as_warc(path):
         raise ValueError(
-            f"{task.path}: no WARC record in {lost_bytes:,} bytes; input.format is "
+            f"{task.path}: no WARC record in {stats.bytes_total:,} bytes; input.format is "
             f"{plan.input.format}, should it be jsonl or parquet?"
         )
     commit.rows_in = stats.records
     commit.cpu_seconds = round(child.cpu_seconds - started, 3)
     if no_documents := stats.skipped[_NO_DOCUMENT]:
         commit.counts[f"warc.{_NO_DOCUMENT}"] = no_documents
-    return replace(
-        result,
-        lost_bytes=lost_bytes,
-        lost_members=stats.damaged_places,
-        truncated=stats.truncated,
-    )
+    return replace(_with_losses(result, task, stats), truncated=stats.truncated)
+
+
+def _with_losses(
+    result: ExtractResult, task: ExtractTask, accounts: Accounts, damage: str = "damaged"
+) -> ExtractResult:
+    lost, places = accounts.lost_bytes + accounts.unreadable_bytes, accounts.damaged_places
+    if places:
+        damage = f"{task.path}: {damage}; lost {lost:,} bytes at {places:,} place(s)"
+    return replace(result, lost_bytes=lost, lost_members=places, damage=damage if places else "")
 
 
 def _apply_bounds(
@@ -224,8 +239,8 @@ def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats
         yield _measured_row(row, page, plan)
 
 
-def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan) -> Iterator[Row]:
-    for record in read_texts(path, plan.input):
+def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: TextStats) -> Iterator[Row]:
+    for record in read_texts(path, plan.input, name=task.path, stats=stats):
         row: Row = {
             "doc_id": make_doc_id(task.ordinal, record.position),
             "url": record.url,

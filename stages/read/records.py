@@ -1,25 +1,23 @@
-"""Read rows and documents from JSONL (plain, gzip, zstd) and Parquet files."""
+"""Read rows and documents from JSON and Parquet files."""
 
-import gzip
-import io
-import json
-import zlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
-from typing import IO, Any, BinaryIO, Literal, NamedTuple
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT
+from stages.read.compression import Damaged, decompressed, kind_of
+from stages.read.frames import Accounts
+from stages.read.json_rows import JsonRow, json_rows, read_head
 
 # what reading a file that is cut short, damaged or of another kind raises
-UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
-
-Compression = Literal["gzip", "zstd"] | None
+UNREADABLE = (OSError, EOFError, pa.ArrowException)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,10 +40,19 @@ class InputConfig:
 # --- documents ------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class TextStats(Accounts):
+    """The bytes of a text input that could not be read; `damage` says where they start and why."""
+
+    damage: str = ""
+
+
 class TextRecord(NamedTuple):
     """One row of a text input.
 
-    `error` says why it holds no document ('bad_json', 'no_text'), in which case text is "".
+    `error` says why it holds no document, in which case text is "": 'bad_json'; 'no_text'; or
+    'damaged', the last row of a file whose rest cannot be decompressed. `details` describe what is
+    wrong with the file, "" for a text that is null.
     """
 
     position: int
@@ -53,51 +60,54 @@ class TextRecord(NamedTuple):
     url: str | None = None
     source_id: str | None = None
     error: str | None = None
+    details: str = ""
 
 
-def read_texts(path: Path, config: InputConfig) -> Iterator[TextRecord]:
-    """Rows of a JSONL or Parquet file in order. A row that cannot be read is a record with `error`.
+def read_texts(
+    path: Path, config: InputConfig, *, name: str, stats: TextStats
+) -> Iterator[TextRecord]:
+    """Rows of a JSON or Parquet file in order. A row that cannot be read is a record with `error`.
 
-    ValueError when a Parquet file lacks a configured column: then no row of it can be right.
+    ValueError, which calls the file `name`, if it is of another kind, lacks a configured column, or
+    has rows but none that could be a document.
     """
-    columns = [c for c in (config.text_column, config.id_column, config.url_column) if c]
-    is_parquet = config.format == "parquet"
-    rows = parquet_rows(path, columns) if is_parquet else _jsonl_values(path)
-    for position, row in enumerate(rows):
-        yield _text_record(position, row, config)
+    read = _parquet_records if config.format == "parquet" else _json_records
+    is_usable, rows, details = False, 0, ""
+    with _errors_name(path, name):
+        for record in read(path, config, stats):
+            is_usable, rows = is_usable or not record.details, rows + 1
+            details = details or record.details
+            yield record
+        if rows and not is_usable:
+            raise ValueError(f"none of {rows:,} rows can be read; {details}")
 
 
-def _text_record(position: int, row: Any, config: InputConfig) -> TextRecord:
-    if not isinstance(row, dict):
-        return TextRecord(position, "", error="bad_json")
-    url = _optional_string(row.get(config.url_column)) if config.url_column else None
-    source_id = _optional_string(row.get(config.id_column)) if config.id_column else None
-    text = row.get(config.text_column)
-    if isinstance(text, bytes):  # Spark writes strings as binary by default
-        text = text.decode("utf-8", "replace")
-    if not isinstance(text, str):
-        return TextRecord(position, "", url, source_id, "no_text")
-    # Arrow strings and C libraries take neither lone surrogates (which JSON can escape) nor NULs
-    text = text.encode("utf-8", "replace").decode().replace("\0", "")
-    return TextRecord(position, text, url, source_id)
+@contextmanager
+def _errors_name(path: Path, name: str) -> Iterator[None]:
+    """Put the name of a file, and what it is, into what reading it raises."""
+    try:
+        yield
+    except UNREADABLE as error:
+        with open(path, "rb") as file:
+            kind = kind_of(file.read(512)) or "whole, and what its name says"
+        raise ValueError(f"{name}: cannot be read ({error}); is it {kind}?") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
-def _optional_string(value: Any) -> str | None:
-    return None if value is None else str(value).encode("utf-8", "replace").decode()
-
-
-def columns_of(path: Path, config: InputConfig) -> list[str]:
-    """Names of a file's columns, of JSONL those of its first good row; [] if it has none."""
-    if config.format == "parquet":
+def columns_of(path: Path, config: InputConfig, *, name: str) -> list[str]:
+    """Names of a file's columns, of JSON those of its first good row; [] if it has none."""
+    with _errors_name(path, name):
+        if config.format != "parquet":
+            return list(_first_object(path))
         names: list[str] = pq.read_schema(path).names
         return names
-    return list(_first_object(path))
 
 
 def id_type(path: Path, config: InputConfig) -> str:
     """Arrow's name of the id column's type if it holds integers, else 'string'.
 
-    The first good row of a JSONL file decides.
+    The first good row of a JSON file decides.
     """
     if config.format == "parquet":
         type_ = (
@@ -108,111 +118,112 @@ def id_type(path: Path, config: InputConfig) -> str:
 
 
 def _first_object(path: Path) -> dict[str, Any]:
-    return next((value for value in _jsonl_values(path) if isinstance(value, dict)), {})
-
-
-def _jsonl_values(path: Path) -> Iterator[Any]:
     with open(path, "rb") as file:
-        # by content, not by name: a download may have lost its suffix
-        magic = file.read(4)
-        file.seek(0)
-        compression: Compression = None
-        if magic.startswith(b"\x1f\x8b"):
-            compression = "gzip"
-        elif magic == b"\x28\xb5\x2f\xfd":
-            compression = "zstd"
-        for line in json_lines(decompressed(file, compression)):
-            yield line.value
+        return next((r.value for r in _json_file_rows(file) if isinstance(r.value, dict)), {})
 
 
-# --- rows -----------------------------------------------------------------------------------------
-
-
-class JsonLine(NamedTuple):
-    """A line of a JSONL file; if it is not JSON, `error` says why and `value` is None."""
-
-    number: int
-    value: Any
-    error: str | None = None
-
-
-def json_lines(lines: Iterable[bytes]) -> Iterator[JsonLine]:
-    """The lines of a JSONL file, numbered from 1, without blank ones and byte order marks."""
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+def _json_records(path: Path, config: InputConfig, stats: TextStats) -> Iterator[TextRecord]:
+    position = -1
+    with open(path, "rb") as file:
         try:
-            yield JsonLine(number, json.loads(line))
-        except (ValueError, RecursionError) as error:
-            yield JsonLine(number, None, str(error))
+            for position, row in enumerate(_json_file_rows(file)):
+                problem = row.error or f"{type(row.value).__name__}, not an object"
+                yield _text_record(position, row.value, config, f"line {row.line}: {problem}")
+        except Damaged as error:
+            stats.lose(0, unreadable=path.stat().st_size - error.offset)
+            stats.note_damage()  # a cut loses no byte that is there
+            stats.damage = str(error)
+            yield TextRecord(position + 1, "", error="damaged", details=str(error))
+
+
+def _json_file_rows(file: BinaryIO) -> Iterator[JsonRow]:
+    head, stream = read_head(decompressed(file), 512)
+    if (kind := kind_of(head)) is not None:
+        raise ValueError(f"holds {kind}, and no JSON")
+    return json_rows(stream)
+
+
+def _parquet_records(path: Path, config: InputConfig, stats: TextStats) -> Iterator[TextRecord]:
+    columns = [c for c in (config.text_column, config.id_column, config.url_column) if c]
+    rows = parquet_rows(path, columns, text_column=config.text_column)
+    for position, row in enumerate(rows):
+        yield _text_record(position, row, config, "")
+
+
+def _text_record(position: int, row: Any, config: InputConfig, problem: str) -> TextRecord:
+    if not isinstance(row, dict):
+        return TextRecord(position, "", error="bad_json", details=problem)
+    url = _optional_string(row.get(config.url_column)) if config.url_column else None
+    source_id = _optional_string(row.get(config.id_column)) if config.id_column else None
+    text = row.get(config.text_column)
+    if isinstance(text, bytes):  # Spark writes strings as binary by default
+        text = text.decode("utf-8", "replace")
+    if not isinstance(text, str):
+        absent = config.text_column not in row
+        details = _no_column(config.text_column, row) if absent else ""
+        return TextRecord(position, "", url, source_id, "no_text", details)
+    # Arrow strings and C libraries take neither lone surrogates (which JSON can escape) nor NULs
+    text = text.encode("utf-8", "replace").decode().replace("\0", "")
+    return TextRecord(position, text, url, source_id)
+
+
+def _optional_string(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return None if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def _no_column(column: str, names: Iterable[str]) -> str:
+    return (
+        f"no column '{column}'; it has {', '.join(names)}; set text_column, id_column or url_column"
+    )
+
+
+# --- rows of Parquet files ------------------------------------------------------------------------
+
+
+class WrongColumn(ValueError):
+    """A Parquet file has no such column, or no text in it."""
 
 
 def parquet_rows(
-    source: Path | pa.NativeFile, columns: Sequence[str] | None = None
+    source: Path | pa.NativeFile,
+    columns: Sequence[str] | None = None,
+    *,
+    text_column: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file, with all columns or the named ones; ValueError if one is absent."""
-    with pq.ParquetFile(source) as file:
-        names = file.schema_arrow.names
-        absent = [column for column in columns or () if column not in names]
-        if absent:
-            raise ValueError(
-                f"{source}: no column '{absent[0]}'; it has {', '.join(names)}; "
-                "set text_column, id_column or url_column"
-            )
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            yield from batch.to_pylist()
+    """Rows of a Parquet file, with all columns or the named ones.
 
-
-# --- compression ----------------------------------------------------------------------------------
-
-
-def compression_by_name(path: str | PurePath) -> Compression:
-    """What the suffix of a file's name says."""
-    suffixes: dict[str, Compression] = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
-    return suffixes.get(PurePath(path).suffix)
-
-
-def decompressed(file: BinaryIO, compression: Compression) -> IO[bytes]:
-    """The decompressed content of a file; EOFError while reading if the file is cut short."""
-    if compression == "gzip":
-        return gzip.open(file)  # type: ignore[return-value]
-    return io.BufferedReader(_ZstdStream(file)) if compression == "zstd" else file
-
-
-_CHUNK = 1 << 12  # compressed bytes per step; zstd can pack at most 128 MiB into them
-
-
-class _ZstdStream(io.RawIOBase):
-    """A .zst file, decompressed, as a stream."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._pieces, self._rest = file, _zstd_pieces(file), memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._rest = self._rest or memoryview(next(filter(None, self._pieces), b""))
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """A .zst file, decompressed, piece by piece; EOFError if its last frame is cut short.
-
-    zstandard's own stream reader takes a cut for the end of the file.
+    WrongColumn if one is absent, or if `text_column` cannot hold text. Where a string of a batch is
+    not UTF-8, its strings are bytes.
     """
-    data = file.read(_CHUNK)
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        while not frame.eof:
-            if not data:
-                raise EOFError("the last frame has no end")
-            yield frame.decompress(data)
-            data = frame.unused_data if frame.eof else file.read(_CHUNK)
-        data = data or file.read(_CHUNK)
+    with pq.ParquetFile(source) as file:
+        schema = file.schema_arrow
+        for column in columns or ():
+            if column not in schema.names:
+                raise WrongColumn(_no_column(column, schema.names))
+        if text_column is not None and not _may_be_text(schema.field(text_column).type):
+            raise WrongColumn(f"column '{text_column}' holds {schema.field(text_column).type}")
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            try:
+                yield from batch.to_pylist()
+            except UnicodeDecodeError:
+                yield from _with_bytes(batch).to_pylist()
+
+
+def _may_be_text(type_: pa.DataType) -> bool:
+    of = type_.value_type if pa.types.is_dictionary(type_) else type_
+    is_a = pa.types
+    return any(
+        test(of)
+        for test in (is_a.is_string, is_a.is_large_string, is_a.is_string_view, is_a.is_binary,
+                     is_a.is_large_binary, is_a.is_null)
+    )  # fmt: skip
+
+
+def _with_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = [
+        column.cast(pa.large_binary()) if _may_be_text(column.type) else column
+        for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)

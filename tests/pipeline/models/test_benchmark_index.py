@@ -140,11 +140,10 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path):
             gzip.compress(JSONL)[:-9],
             r"mill\.jsonl\.gz: cannot be read .*is it whole",
         ),
-        ("mill.jsonl.gz", JSONL, r"mill\.jsonl\.gz: cannot be read .*is it whole"),
         (
             "mill.jsonl.zst",
             zstandard.compress(JSONL * 99)[:-9],
-            r"mill\.jsonl\.zst: cannot be read \(the last frame has no end",
+            r"mill\.jsonl\.zst: cannot be read \(zstd data cut short at byte",
         ),
         ("mill.parquet", parquet()[:-9], r"mill\.parquet: cannot be read as Parquet"),
         ("all.tar", b"x" * 2000, r"all\.tar: cannot be read .*is it whole"),

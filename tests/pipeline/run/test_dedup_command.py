@@ -23,6 +23,7 @@ from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.run import phases, results
 from pipeline.run.dedup_command import configure, dedup_files
+from pipeline.run.execute import RunFailed
 from stages.formats.errors import ConfigError
 from tests.support.inline import Silent, run_inline
 from tests.support.inline import make_config as load_config
@@ -416,8 +417,14 @@ def test_what_cannot_work_is_refused(tmp_path, overrides, options, message):
 
 
 def test_a_run_without_any_document_ends_well(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 0, "text": null}\n')
+    assert dedup(tmp_path / "a.jsonl", tmp_path / "out").rows == {"input.no_text": 1}
+
+
+def test_an_input_without_any_good_row_is_a_failed_unit(tmp_path):
     (tmp_path / "a.jsonl").write_text("{broken\n")
-    assert dedup(tmp_path / "a.jsonl", tmp_path / "out").rows == {"input.bad_json": 1}
+    with pytest.raises(RunFailed, match=r"a\.jsonl: none of 1 rows can be read; line 1: Expecting"):
+        dedup(tmp_path / "a.jsonl", tmp_path / "out")
 
 
 def test_a_text_of_five_million_characters_is_a_document(tmp_path):

@@ -253,6 +253,10 @@ def test_status_counts_units_and_rows(done):
     assert state.stage == "done" and state.generation
 
 
+def documents_of(run):
+    return [r for t in export.tables(str(run), "documents") for r in t.to_pylist()]
+
+
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
 def test_text_inputs_go_through_everything_but_extraction(tmp_path, format):
     texts = [r["text"] for t in _sample_texts() for r in t][:30]
@@ -268,6 +272,7 @@ def test_text_inputs_go_through_everything_but_extraction(tmp_path, format):
         path = tmp_path / "in.jsonl.gz"
         path.write_bytes(
             gzip.compress(b"".join(json.dumps(r).encode() + b"\n" for r in rows) + b"{broken\n")
+            + b"junk"
         )
     else:
         path = tmp_path / "in.parquet"
@@ -277,14 +282,13 @@ def test_text_inputs_go_through_everything_but_extraction(tmp_path, format):
         tmp_path / "r", f"input.format={format}", f'input.paths=["{path}"]', *columns
     )
     outcome, _ = go(config)
-    documents = {
-        r["source_id"]: r
-        for t in export.tables(str(tmp_path / "r"), "documents")
-        for r in t.to_pylist()
-    }
+    documents = {r["source_id"]: r for r in documents_of(tmp_path / "r")}
     assert documents["none"]["rejected_by"] == "input.no_text"
     if format == "jsonl":
-        assert documents[None]["rejected_by"] == "input.bad_json"
+        status = run_status(str(tmp_path / "r")).phases["extract"]
+        assert status.damage["000000"].startswith(f"{path}: at byte {path.stat().st_size - 4:,} ")
+        reasons = [r["rejected_by"] for r in documents_of(tmp_path / "r") if not r["source_id"]]
+        assert reasons == ["input.bad_json", "input.damaged"]
     keep = {
         r["doc_id"]: r for t in export.tables(str(tmp_path / "r"), "keep") for r in t.to_pylist()
     }

@@ -50,14 +50,14 @@ def _doc_ids(ledger: Ledger, url: str) -> list[int]:
 
 _SHOWN = (
     *("doc_id", "url", "source_id", "warc_file", "warc_offset", "crawl_date"),
-    *("charset", "charset_source", "language", "language_score", "opt_out"),
+    *("truncated", "charset", "charset_source", "language", "language_score", "opt_out"),
 )
 
 
 def _fate(ledger: Ledger, page: Row) -> Row:
     """Follow a document of extract through the stages, up to the last that has seen it."""
     doc_id = page["doc_id"]
-    fate = {name: page[name] for name in _SHOWN} | _measured(page)
+    fate = {name: page.get(name) for name in _SHOWN} | _measured(page)
     if page["rejected_by"] is not None:
         rejected = {"fate": "rejected", "stage": "extract", **_verdict(page)}
         return fate | rejected | {"text": page["text"]}

@@ -239,6 +239,7 @@ def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats
             "crawl_date": record.date,
             "warc_file": task.name,
             "warc_offset": record.offset,
+            "truncated": record.truncated,
         }
         skipped = Page(rejected_by=f"warc.{record.skipped}") if record.skipped else None
         page = skipped or _blocked(record.url, plan) or _page(record, plan)

@@ -72,8 +72,15 @@ _TABLE = re.compile(rf"\d(?:{BETWEEN}\d){{40,}}")
 
 # Right before a number these always mean a phone number …
 _PHONE = (
-    r"(?:tele)?phone|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp"
-    r"|(?:call|ring|reach|phone)(?: \w+)? (?:at|on)|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph"
+    r"(?:tele)?phones?|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp|wa\.me/"
+    r"|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph|tfn|telefoon|puhelin|rufnummer|durchwahl|gsm"
+    r"|(?:my|your|h(?:is|er)|our|their|(?:tele)?phone|contact|mobile|cell|direct|office|home|work|fax)"
+    r" (?:number|no\.)(?: (?:is|was|at|to|from|as))?|dial(?:l?ed|l?ing)?|my registered|telefonn\w+"
+)
+# … also with up to three words before the preposition, as in 'not answering my calls at'
+_CALLING = (
+    r"(?:call|ring|reach|phone|text|contact|dial|message|messages|sms|answer|fax|whatsapp)(?:s|ed|ing)?"
+    r"(?: [\w']{1,12}){0,3}? (?:at|on|to|via|from)"
 )
 _PHONE_CJK = "电话|電話|手机|手機|전화"  # also inside a sentence
 # … and these, which have other meanings too (a cell, a mobile), only with a colon.
@@ -81,11 +88,23 @@ _PHONE_COLON = (
     r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|hotline|ph"
 )
 _LABEL = (
-    rf"(?:\b(?:{_PHONE})\b(?: (?:no|nr|number)\b)?[.:#]{{0,2}}|(?:{_PHONE_CJK})[:：]?"
+    rf"(?:\b(?:{_PHONE}|{_CALLING})(?:\b|(?<=/))(?: ?(?:no|nr|number)\b)?[.:#=]{{0,2}}"
+    rf"|(?:{_PHONE_CJK})[:：]?"
     rf"|\b(?:{_PHONE_COLON})(?: ?(?:phone|no|nr|number))?\b[.]?[:：])"
 )
 _NUMBER = r"\+?\(?\d(?:[-‐-– ./()\xa0]{0,3}\d){6,14}"
 _AFTER_LABEL = re.compile(rf"{_LABEL}{_SPACE}{{0,3}}({_NUMBER})(?![-/]?\d|\.\d)", re.IGNORECASE)
+# … or after it, at the end of a line or of its part: '69 987 88 37 office'
+_LABEL_AFTER = (
+    r"[-– \xa0,]{0,3}\(?(?:office|fax|mobile|cell|cellphone|home|work|tel|telephone|phone|direct|"
+    r"landline|whatsapp|büro|privat|portable)\b\)?(?=\s*(?:\Z|[\\,;|()/.]))"
+)
+_BEFORE_LABEL = re.compile(rf"(?<![\w.+-])({_NUMBER}){_LABEL_AFTER}", re.IGNORECASE)
+# 1 234 567 is a quantity where a noun follows
+_QUANTITY = re.compile(r"[1-9]\d{0,2}(?:[ \xa0.]\d{3})+")
+_NOUN_AFTER = re.compile(
+    r" (?!(?:and|or|if|for|to|from|during|when|at|before|after|in|with|about|any)\b)[^\W\d_]{2}"
+)
 _LABEL_ENDS = re.compile(rf"{_LABEL}\s*\Z", re.IGNORECASE)
 _BEGINS = re.compile(rf"\s*({_NUMBER})(?![-/]?\d|\.\d)")
 _PLUS = re.compile(r"(?<![\w+])\+[1-9](?:[-‐-– .()\xa0]{0,3}\d){7,14}(?![-/.]?\d)")
@@ -96,7 +115,9 @@ _LABEL_WORDS = (
     "phone telephone tel fax telefax whatsapp call ring reach mobile cell cellphone "
     "cellular desk landline hotline tél téléphone teléphone télephone telefon teléfon "
     "telefone teléfone telefono teléfono movil móvil portable mobil handy ph tlf tlph "
-    "тел телефон τηλ τηλέφωνο 电话 電話 手机 手機 전화"
+    "тел телефон τηλ τηλέφωνο 电话 電話 手机 手機 전화 wa.me tfn telefoon puhelin rufnummer "
+    "durchwahl gsm number dial text contact message messages sms answer answering registered "
+    "office home work direct büro privat telefonnummer"
 )
 LABELS = tuple(_LABEL_WORDS.split())
 
@@ -159,10 +180,13 @@ def skip_unclosed_bracket(line: str, start: int, end: int) -> int:
 
 
 def labeled_numbers(line: str, above: str) -> Iterator[tuple[int, int]]:
-    """Numbers of seven to fifteen digits after their label, which may be on the line above."""
+    """Numbers of seven to fifteen digits beside their label, which may be on the line above."""
     if _LABEL_ENDS.search(above[-40:]) and (match := _BEGINS.match(line)):
         yield match.span(1)
     for match in _AFTER_LABEL.finditer(line):
+        if not (_QUANTITY.fullmatch(match[1]) and _NOUN_AFTER.match(line, match.end(1))):
+            yield match.span(1)
+    for match in _BEFORE_LABEL.finditer(line):
         yield match.span(1)
 
 
@@ -171,6 +195,20 @@ def international_numbers(line: str) -> Iterator[tuple[int, int]]:
     for match in _PLUS.finditer(line):
         if _is_possible(re.sub(r"\D", "", match[0])):
             yield match.span()
+
+
+@lru_cache(maxsize=1024)
+def is_plausible(value: str, regions: tuple[str, ...]) -> bool:
+    """Whether the digits are grouped as some region does, or begin with + or 00."""
+    import phonenumbers
+
+    if re.match(r"\D{0,2}(?:[+＋]|00)", value):
+        return True
+    strict = phonenumbers.Leniency.STRICT_GROUPING
+    return any(
+        phonenumbers.PhoneNumberMatcher(value, region, leniency=strict, max_tries=5).has_next()
+        for region in regions
+    )
 
 
 @lru_cache(maxsize=1024)

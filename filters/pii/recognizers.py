@@ -29,6 +29,8 @@ _TO_UPPER = str.maketrans("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVW
 _LOWER_IBAN = re.compile(r"[a-z]{2}[0-9]{2}[ -]?[a-z0-9]{4}")
 _TOUCHES_CJK = re.compile(rf"[0-9A-Za-z](?:(?<=[{CJK}].)|(?=[{CJK}]))")
 # info@firm.comTel, jim@firm.org-Director, ann@firm.de_old: the start of a word after the domain
+# ?email=jane@doe.org: Presidio takes all of the address of the page for a part of this one
+_PARAMETER = re.compile(r"[=/?&:;](?=[\w.+%-]{1,64}@)")
 _NEXT_WORD = re.compile(r"(@[A-Za-z0-9.-]{1,250}?\.[a-z]{2,4})([-._]?[A-Z](?=[a-z])|_)")
 
 
@@ -54,6 +56,8 @@ def variants(entity: str, line: str) -> list[str]:
         forms.append(CJK_LETTER.sub(" ", line))
     if entity == "EMAIL_ADDRESS" and _NEXT_WORD.search(line):
         forms.append(_NEXT_WORD.sub(lambda m: m[1] + " " * len(m[2]), line))
+    if entity == "EMAIL_ADDRESS" and _PARAMETER.search(line):
+        forms += [_PARAMETER.sub(" ", form) for form in forms]
     return forms
 
 

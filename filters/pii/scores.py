@@ -3,11 +3,12 @@
 import ipaddress
 import re
 
-from filters.pii import phones
+from filters.pii import identifiers, phones
 from filters.pii.context import any_word
 from filters.pii.spans import Hit
 
 BARE_DIGITS = 0.05  # Presidio's score for nine digits as an SSN, with nothing else to support it
+MISGROUPED = 0.3  # a phone number whose digits no region groups so
 LABELED = 0.75  # Presidio's score for a phone number with a context word
 _NEAR = 40  # characters before a value in which a context word counts
 
@@ -21,6 +22,8 @@ _CATALOG = re.compile(
 )
 _PART_BEFORE = re.compile(r"\d[.:]\Z")  # of a time or a fraction
 _PART_AFTER = re.compile(r"[.:]\d|\.[a-z]")  # … or of a host name: 192-168-0-131.example.net
+# another number beside a social security number: both are cells of a table
+_CELL_BEFORE, _CELL_AFTER = re.compile(r"\d[ \t]+\Z"), re.compile(r"[ \t]+\d")
 # a MAC address or a UUID around the value
 _HEX = "[0-9A-Fa-f]"
 _HEX_BEFORE = re.compile(
@@ -62,25 +65,43 @@ _VERSION_AFTER = re.compile(
     re.IGNORECASE,
 )
 
+# of documentation (RFC 5737, RFC 3849), and broadcast
+_EXAMPLES = [
+    ipaddress.ip_network(net)
+    for net in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "0.0.0.0/8", "2001:db8::/32")
+]
 
-def score(hit: Hit, line: str, above: str, words: tuple[str, ...]) -> float:
+
+def score(
+    hit: Hit, line: str, above: str, words: tuple[str, ...], *, private: bool = False
+) -> float:
     """The hit's score, raised if a context word is near, as Presidio does; 0 for a false positive.
 
-    `above` is the line before, whose end is context too.
+    `above` is the line before, whose end is context too. `private` IP addresses count only if asked
+    for.
     """
     value, after = line[hit.start : hit.end], line[hit.end : hit.end + 12]
     before = f"{above[-_NEAR:]}\n{line[max(0, hit.start - _NEAR) : hit.start]}"[-_NEAR:]
     if hit.entity == "IP_ADDRESS":
-        return hit.score if _is_public_address(value, before, after) else 0
+        if identifiers.has_label(line, hit.start, hit.end):
+            return 0
+        return hit.score if _is_address(value, before, after, private=private) else 0
     if hit.entity == "CREDIT_CARD":
         return _card_score(value, before, after, any_word(words))
     if hit.entity in ("PHONE_NUMBER", "US_SSN"):
-        return _number_score(hit, value, before, after, any_word(words))
+        return _number_score(hit, line, before, after, any_word(words))
     return hit.score
 
 
-def _number_score(hit: Hit, value: str, before: str, after: str, context: re.Pattern[str]) -> float:
-    score = hit.score
+def written_score(hit: Hit, line: str, regions: tuple[str, ...]) -> float:
+    """The score of a phone number that the phonenumbers package knows, by the way it is written."""
+    if not phones.is_in_format(line, hit.start, hit.end):
+        return BARE_DIGITS
+    return hit.score if phones.is_plausible(line[hit.start : hit.end], regions) else MISGROUPED
+
+
+def _number_score(hit: Hit, line: str, before: str, after: str, context: re.Pattern[str]) -> float:
+    score, value = hit.score, line[hit.start : hit.end]
     if hit.entity == "PHONE_NUMBER":
         is_zip_code = _ZIP.fullmatch(value) and _STATE_BEFORE.search(before)
         if not phones.SEVEN_DIGITS.search(value) or ".." in value or is_zip_code:
@@ -91,8 +112,14 @@ def _number_score(hit: Hit, value: str, before: str, after: str, context: re.Pat
         return 0
     if value[0].isdigit() and (_HEX_BEFORE.search(before) or _HEX_AFTER.match(after)):
         return 0
+    if score < LABELED and identifiers.is_named(line, hit.start, hit.end):
+        return 0
     if context.search(before) or context.search(after):
         return max(score, min(score + 0.35, LABELED), 0.4)
+    if score < LABELED and identifiers.has_own_form(line, hit.start, hit.end):
+        return 0
+    if hit.entity == "US_SSN" and (_CELL_BEFORE.search(before) or _CELL_AFTER.match(after)):
+        return BARE_DIGITS
     return score
 
 
@@ -115,8 +142,9 @@ def _card_score(value: str, before: str, after: str, context: re.Pattern[str]) -
     return BARE_DIGITS
 
 
-def _is_public_address(address: str, before: str, after: str) -> bool:
-    """Whether it is a public IP address, as in datatrove's PIIFormatter (FineWeb).
+def _is_address(address: str, before: str, after: str, *, private: bool) -> bool:
+    """Whether it is a public IP address, as in datatrove's PIIFormatter (FineWeb), or a private
+    one.
 
     A version 1.2.3.4, a part of a longer OID and C++ such as ad::be are not.
     """
@@ -130,8 +158,22 @@ def _is_public_address(address: str, before: str, after: str) -> bool:
     if ip.version == 4:
         # two numbers of two digits: not section 4.2.13.1; one real address in 4,000 is lost
         is_version = _VERSION_BEFORE.search(before) or _VERSION_AFTER.match(after)
+        if private and _is_private(ip):
+            return not is_version
         return not is_version and ip.is_global and sum(byte > 9 for byte in ip.packed) >= 2
+    if private and _is_private(ip):
+        return True
     groups = [group for group in re.split("[/%]", address)[0].split(":") if group]
     # eight pairs are the name of a disk or a port (WWN, EUI-64)
     is_full = len(groups) >= 3 and ("::" in address or max(map(len, groups)) >= 3)
     return ip.is_global and is_full and any(c.isdigit() for c in address)
+
+
+def _is_private(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether it is an address of one machine in a private network."""
+    nobody = ip.is_loopback or ip.is_unspecified or ip.is_multicast or ip.is_reserved
+    return (
+        not ip.is_global
+        and not nobody
+        and not any(ip in net for net in _EXAMPLES if net.version == ip.version)
+    )

@@ -20,8 +20,9 @@ from filters import STRICT, Bound, File
 from filters.pii import phones, pieces
 from filters.pii.context import any_word, may_mention, mentions_word
 from filters.pii.errors import hide_text
+from filters.pii.folding import Folded, fold
 from filters.pii.recognizers import context_words, recognize
-from filters.pii.scores import BARE_DIGITS, LABELED, score
+from filters.pii.scores import BARE_DIGITS, LABELED, score, written_score
 from filters.pii.secrets import find_secrets
 from filters.pii.spans import (
     Hit,
@@ -88,6 +89,9 @@ class Pii:
     mode: Literal["placeholder", "surrogate"] = "placeholder"
     key_file: File = ""
     count: Bound = None
+    # "all": also private ones, such as 10.1.2.3 and fd12::1; never those of no machine in
+    # particular, such as 127.0.0.1
+    ip_addresses: Literal["public", "all"] = "public"
 
     def check(self, languages: tuple[str, ...]) -> None:
         """ValueError if surrogates are configured without a usable key."""
@@ -118,10 +122,9 @@ class Pii:
             again = self._scrub_secrets(scrubbed)
             if again is not scrubbed:
                 done = frozenset()
-            seen = self._without_surrogates(again.text)
-            present = done.union(
-                self._present(seen, checked=self._without_surrogates(text) if done else "")
-            )
+            seen = self._readable(again.text).text
+            checked = self._readable(text).text if done else ""
+            present = done.union(self._present(seen, checked=checked))
             if present == done:
                 return again
             scrubbed, done = self._scrub_lines(again, present), present
@@ -180,8 +183,8 @@ class Pii:
         would read it.
         """
         lines, spans = scrubbed.text.split("\n"), spans_by_line(scrubbed)
-        for i in triggered_lines(self._without_surrogates(scrubbed.text), entities):
-            above = lines[i - 1] if i else ""
+        for i in triggered_lines(self._readable(scrubbed.text).text, entities):
+            above = self._readable(lines[i - 1]).text if i else ""
             lines[i], spans[i] = self._scrub_line(lines[i], spans.get(i, []), above, entities)
         return join_lines(lines, spans)
 
@@ -194,16 +197,23 @@ class Pii:
         < or >, which stand for surrogates here. It takes few rounds for a line of any length, as a
         replacement moves the cuts of its own piece only (`cut_piece`).
         """
-        while hits := without_overlap(self._find(self._without_surrogates(line), above, entities)):
+        while True:
+            folded = self._readable(line)
+            hits = without_overlap(self._find(folded.text, above, entities))
+            if not hits:
+                return Scrubbed(line, spans)
+            hits = [folded.original(hit) for hit in hits]
             line, spans = replace_hits(line, spans, hits, self._replacement)
-        return Scrubbed(line, spans)
+
+    def _readable(self, text: str) -> Folded:
+        return fold(self._without_surrogates(text))
 
     def _without_surrogates(self, text: str) -> str:
         return inert(text) if self.mode == "surrogate" else text
 
     def _replacement(self, entity: str, value: str) -> str:
         if self.mode == "surrogate":
-            return surrogate(entity, value, key=load_key(self.key_file))
+            return surrogate(entity, fold(value).text, key=load_key(self.key_file))
         return f"<{entity}>"
 
     def _find(self, line: str, above: str, entities: frozenset[str]) -> Iterator[Hit]:
@@ -240,14 +250,15 @@ class Pii:
                 hits = recognize(entity, line[start:end], offset=start)
                 words = context_words(entity)
             for hit in hits:
-                sure = score(hit, line, above, words)
+                sure = score(hit, line, above, words, private=self.ip_addresses == "all")
                 if sure >= self.min_score:
                     yield hit._replace(score=sure)
 
     def _find_phones(self, piece: pieces.Piece, above: str) -> Iterator[Hit]:
         """Labeled and international numbers, and those that the phonenumbers package knows.
 
-        Of the latter, a number in no format of phone numbers scores as bare digits.
+        Of the latter, a number in no format of phone numbers scores as bare digits, and one whose
+        digits no region groups so needs a context word too.
         """
         line, start, end, low, high = piece
         shown = phones.blank_non_phones(line[low:high])
@@ -264,6 +275,6 @@ class Pii:
             offset=start,
             phone_regions=self.phone_regions,
         ):
-            sure = hit.score if phones.is_in_format(line, hit.start, hit.end) else BARE_DIGITS
+            sure = written_score(hit, line, self.phone_regions)
             number_start = phones.skip_unclosed_bracket(line, hit.start, hit.end)
             yield hit._replace(start=number_start, score=sure)

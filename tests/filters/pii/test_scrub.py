@@ -221,7 +221,8 @@ def test_values_that_belong_to_nobody_stay(text: str) -> None:
         ("mobile 723 813 266", "mobile 723 813 266"),
         ("call me on 9472 7916", "call me on <PHONE_NUMBER>"),
         ("phone 2011-12-13", "phone 2011-12-13"),
-        ("559-4312-4238", "<PHONE_NUMBER>"),
+        ("559-4312-4238", "559-4312-4238"),  # grouped as no region does
+        ("call 559-4312-4238", "call <PHONE_NUMBER>"),
         *(
             (f"{label} 559-4312-4238",) * 2
             for label in (
@@ -425,10 +426,8 @@ def by_every_recognizer(line: str, above: str) -> set[Hit]:
         ]
         hits = [Hit(entity, raw.start, raw.end, raw.score) for raw in raws]
         if is_phone:
-            hits = [
-                h if phones.is_in_format(line, h.start, h.end) else h._replace(score=0.05)
-                for h in hits
-            ]
+            regions = Pii().phone_regions
+            hits = [h._replace(score=scores.written_score(h, line, regions)) for h in hits]
             hits = [
                 h._replace(start=phones.skip_unclosed_bracket(line, h.start, h.end)) for h in hits
             ]

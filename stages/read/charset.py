@@ -124,8 +124,8 @@ class _Tolerance(NamedTuple):
     share: float
 
 
-_UTF8, _UTF8_AGREED = _Tolerance(0, 0.4), _Tolerance(3, 0.4)
-_LEGACY, _LEGACY_AGREED = _Tolerance(2, 0.01), _Tolerance(3, 0.05)
+_PROVEN, _PROVEN_AGREED = _Tolerance(0, 0.4), _Tolerance(3, 0.4)
+_LEGACY, _LEGACY_AGREED = _Tolerance(2, 0.02), _Tolerance(3, 0.2)
 _GUESSED = _Tolerance(0, 0.1)
 
 
@@ -134,13 +134,13 @@ def _candidates(payload: bytes, declared: list[str]) -> Iterator[tuple[str, _Tol
     if payload[:2] in (b"<\0", b"\0<"):
         yield ("utf-16-le" if payload[0] else "utf-16-be"), _GUESSED
     if shifted := _shifted(payload):
-        yield shifted, _GUESSED
+        yield shifted, _PROVEN if shifted in declared else _GUESSED
     if declared[:1] != ["utf-8"] and _is_utf8(payload, declared):
         yield "utf-8", _GUESSED
     for charset in declared:
         agreed = declared.count(charset) > 1
         if charset == "utf-8":
-            yield charset, _UTF8_AGREED if agreed else _UTF8
+            yield charset, _PROVEN_AGREED if agreed else _PROVEN
         else:
             yield charset, _LEGACY_AGREED if agreed else _LEGACY
     if _high_bytes(payload) < _CHANCE:
@@ -268,8 +268,18 @@ def _damage(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("gristmill.damage", _damage)
 
 
+# what Python's decoders make of a stray byte, and of a wide space that Chinese pages are full of
+_UNLIKE_STANDARD = {
+    "cp932": (re.compile("[\uf8f0-\uf8f3]"), "�"),
+    "gb18030": (re.compile("\ue5e5"), "\u3000"),
+}
+
+
 def _clean(text: str, charset: str) -> str:
     """Without NULs, and without the lone surrogates of a few decoders, which Arrow rejects."""
+    if charset in _UNLIKE_STANDARD:
+        pattern, standard = _UNLIKE_STANDARD[charset]
+        text = pattern.sub(standard, text)
     if charset != "utf-8":
         text = text.encode("utf-8", "replace").decode()
     return text.replace("\0", "").removeprefix("\ufeff")

@@ -104,7 +104,7 @@ LEGACY = [
 ]
 
 
-@pytest.mark.parametrize("label, codec, text", LEGACY)
+@pytest.mark.parametrize("label, codec, text", LEGACY, ids=[row[0] for row in LEGACY])
 @given(data=st.data(), stray=st.integers(0x80, 0xFF), in_header=st.booleans())
 def test_one_bad_byte_damages_one_paragraph(label, codec, text, data, stray, in_header):
     text = text.replace("，", "") if codec == "big5" else text
@@ -118,7 +118,7 @@ def test_one_bad_byte_damages_one_paragraph(label, codec, text, data, stray, in_
     assert decoded.source == ("header" if in_header else "meta")
 
 
-@pytest.mark.parametrize("label, codec, text", LEGACY)
+@pytest.mark.parametrize("label, codec, text", LEGACY, ids=[row[0] for row in LEGACY])
 def test_a_title_cut_at_any_byte_does_not_garble_the_page(label, codec, text):
     title, body = text.encode(codec), f"</title><p>{text}</p>".encode(codec)
     for cut in range(2, len(title)):
@@ -164,6 +164,13 @@ def test_utf8_is_utf8_whatever_is_declared():
     assert decode_html("联通".encode("gbk"), "text/html; charset=gbk").text == "联通"
 
 
+def test_a_stray_byte_is_no_character_of_python():
+    page = meta("shift_jis", JAPANESE).encode("cp932") + b"\xff<p>"
+    assert decode_html(page, None).text.endswith("\ufffd<p>")
+    wide = meta("gb2312", "北京").encode("gbk") + b"\xa3\xa0"
+    assert decode_html(wide, None).text.endswith("\u3000")
+
+
 def test_surrogates_in_utf8_become_the_character():
     emoji = "😀".encode("utf-16-be").decode("utf-16-be")
     cesu8 = b"".join(
@@ -180,7 +187,7 @@ def test_few_good_characters_are_enough_for_utf8_that_is_declared_twice():
 
 
 @pytest.mark.corpus
-@pytest.mark.parametrize("label, codec, languages", ENCODINGS)
+@pytest.mark.parametrize("label, codec, languages", ENCODINGS, ids=[row[0] for row in ENCODINGS])
 def test_no_declared_page_is_garbled(corpus, label, codec, languages):
     for declared, damage in product(("both", "header", "meta"), get_args(Damage)):
         made = pages(label, codec, languages, declared=declared, damage=damage, number=5)
@@ -191,27 +198,29 @@ def test_nuls_are_dropped():
     assert decode_html(b"a\0b", "text/html; charset=utf-8").text == "ab"
 
 
-LABELS = [
-    "utf-8",
-    "utf-16",
-    "gbk",
-    "big5",
-    "shift_jis",
-    "iso-2022-jp",
-    "euc-kr",
-    "utf-7",
-    "idna",
-    "",
-    "\0",
+LABELS = [label for label, _, _ in ENCODINGS] + ["utf-16", "utf-7", "idna", "", "\0"]
+PIECES = [
+    b"\x1b$B",
+    b"\x1b(B",
+    b"\x1b",
+    b"\x1b$)C",
+    b"\x0e",
+    b"\x0f",
+    b"~{",
+    b"~}",
+    b"</p>",
+    b'$"=',
 ]
 
 
 @given(
-    st.binary() | st.binary(max_size=50).map(lambda tail: b"<meta charset=big5>" + tail),
+    st.lists(st.binary(max_size=9) | st.sampled_from(PIECES)).map(b"".join),
+    st.none() | st.sampled_from(LABELS),
     st.none() | st.sampled_from(LABELS).map("text/html; charset={}".format) | st.text(),
 )
-def test_any_bytes_give_a_text_that_arrow_takes(payload, content_type):
-    text = decode_html(payload, content_type).text
+def test_any_bytes_give_a_text_that_arrow_takes(payload, label, content_type):
+    declaration = b"" if label is None else f"<meta charset={label}>".encode()
+    text = decode_html(declaration + payload, content_type).text
     assert "\0" not in text
     assert pa.array([text], pa.large_string()).to_pylist() == [text]
 

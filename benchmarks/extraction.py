@@ -27,7 +27,8 @@ from filters.url_policy import UrlPolicy
 from stages.dedup.config import DedupConfig
 from stages.extract.config import ExtractConfig, Gate
 from stages.extract.extract import ExtractPlan, ExtractTask, extract_unit
-from stages.read.fetch import FetchOptions, fingerprint
+from stages.read.fetch import FetchOptions
+from stages.read.listing import fingerprint
 from stages.read.records import InputConfig
 from stages.read.warc import ReadStats, read_records
 from stages.storage.ledger import Store, Unit

@@ -22,7 +22,8 @@ from stages.dedup.config import DedupConfig
 from stages.extract.config import ExtractConfig, Gate
 from stages.extract.extract import ExtractPlan, ExtractTask, extract_unit
 from stages.formats.document import NamedFilter
-from stages.read.fetch import FetchOptions, fingerprint
+from stages.read.fetch import FetchOptions
+from stages.read.listing import fingerprint
 from stages.read.records import InputConfig
 from stages.storage.ledger import Store, Unit
 

@@ -69,6 +69,7 @@ def one_round(folder: Path, draw: random.Random, pages: list[bytes]) -> str:
         bounds = [
             "extract.filters=[]",
             "language.allowed=[]",
+            "language.score=off",
             "extract.gate.min_words=0",
             "pack.seq_len=256",
         ]

@@ -26,7 +26,7 @@ from pipeline.engine.lease import Fenced, fence, lease
 from pipeline.run.execute import Outcome, Progress, execute
 from pipeline.run.inputs import write_numbers
 from stages.formats.errors import ConfigError
-from stages.read.fetch import expand_inputs
+from stages.read.listing import expand_inputs
 from stages.storage.catalog import read_catalog
 from stages.storage.files import create_only, exists, names_in, read_bytes, write_atomically
 from trainer.telemetry import feedback

@@ -155,9 +155,12 @@ def report(run: RunFolder) -> None:
 
 @command()
 def why(
-    run: RunFolder, url: Annotated[str, Argument(metavar="URL|ID")], as_json: AsJson = False
+    run: RunFolder,
+    url: Annotated[str, Argument(metavar="URL|ID|FILE:OFFSET")],
+    as_json: AsJson = False,
 ) -> None:
-    """Show what happened to a page, found by URL or by the id in its input.
+    """Show what happened to a page, found by URL, by the id in its input, or by where it was read:
+    a file of the input and the offset that other commands show.
 
     Prints the rule, value and bound; or the cluster and the kept copy; or generation and rows.
     """
@@ -170,7 +173,7 @@ def why(
         print_template("why.txt.j2", fates=fates)
     if not fates:
         err.print(
-            f"{url}: this run has no document of that URL "
+            f"{url}: this run has no document of that URL, id or place "
             "(records that are no documents are only counted)"
         )
         raise Exit(1)

@@ -12,7 +12,8 @@ from stages.storage.files import exists
 
 
 def why(root: str, url: str) -> list[Row]:
-    """The fate of every document with this URL, or this id in the input; [] if the run has none.
+    """The fate of every document with this URL, with this id in the input, or read from a place,
+    FILE:OFFSET (the file's path or name; bytes, or the row of a text input); [] if there is none.
 
     `percentiles` has, for each of the `scores`, the percentage of the run's measured documents
     below it.
@@ -27,7 +28,11 @@ def why(root: str, url: str) -> list[Row]:
 
 
 _DOC_IDS = """
-SELECT doc_id FROM documents WHERE list_contains($urls, url) OR source_id = $id ORDER BY doc_id"""
+SELECT doc_id FROM documents
+WHERE list_contains($urls, url) OR source_id = $id OR (
+    warc_offset = TRY_CAST($offset AS BIGINT)
+    AND (warc_file = $file OR suffix(warc_file, '/' || $file))
+) ORDER BY doc_id"""
 
 
 def _doc_ids(ledger: Ledger, url: str) -> list[int]:
@@ -36,21 +41,23 @@ def _doc_ids(ledger: Ledger, url: str) -> list[int]:
     urls = [host + end for host in hosts for end in ("", "/")]
     documents = {"documents": ledger.parts["documents"]}
     with query.connect(documents, result_schemas(ledger.parts)) as connection:
-        table = query.table(connection, _DOC_IDS, {"urls": urls, "id": url})
+        file, _, offset = url.rpartition(":")
+        values = {"urls": urls, "id": url, "file": file, "offset": offset}
+        table = query.table(connection, _DOC_IDS, values)
     ids: list[int] = table["doc_id"].to_pylist()
     return ids
 
 
 _SHOWN = (
     *("doc_id", "url", "source_id", "warc_file", "warc_offset", "crawl_date"),
-    *("charset", "charset_source", "language", "language_score", "opt_out"),
+    *("truncated", "charset", "charset_source", "language", "language_score", "opt_out"),
 )
 
 
 def _fate(ledger: Ledger, page: Row) -> Row:
     """Follow a document of extract through the stages, up to the last that has seen it."""
     doc_id = page["doc_id"]
-    fate = {name: page[name] for name in _SHOWN} | _measured(page)
+    fate = {name: page.get(name) for name in _SHOWN} | _measured(page)
     if page["rejected_by"] is not None:
         rejected = {"fate": "rejected", "stage": "extract", **_verdict(page)}
         return fate | rejected | {"text": page["text"]}

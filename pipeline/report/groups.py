@@ -7,6 +7,7 @@ import pyarrow as pa
 from pipeline.report.sample import Ledger, Sample
 from pipeline.run.inputs import input_numbers
 from pipeline.run.results import commits_table
+from stages.read.fetch import printable
 from stages.storage.parts import unit_name
 
 LOST = 0.9  # a host or input file that lost more than this share is pointed out
@@ -84,7 +85,9 @@ def rankings(ledger: Ledger, sample: Sample) -> dict[str, Ranking]:
     for column in _GROUPED:
         where = "opt_out IS NOT NULL" if column == "opt_out" else "true"
         sample.connection.execute(_GROUP_BY.format(column=column, where=where)).fetchall()
-    inputs = [{"unit": unit_name(n), "path": p} for p, n in input_numbers(ledger.root).items()]
+    inputs = [
+        {"unit": unit_name(n), "path": printable(p)} for p, n in input_numbers(ledger.root).items()
+    ]
     schema = pa.schema([("unit", pa.string()), ("path", pa.string())])
     sample.connection.from_arrow(pa.Table.from_pylist(inputs, schema)).create("inputs")
     sample.connection.from_arrow(commits_table(ledger.commits)).create("commits")

@@ -19,12 +19,13 @@ from pipeline.run.execute import Progress, execute
 from pipeline.run.results import all_commits, store_of
 from pipeline.run.state import RunState, read_state
 from stages.formats.errors import ConfigError
-from stages.read.fetch import FetchOptions, expand_inputs, local_copy
+from stages.read.fetch import FetchOptions, local_copy, printable
+from stages.read.listing import JSON_SUFFIXES, expand_inputs
 from stages.read.records import InputConfig, columns_of
 from stages.storage.ledger import Commit, Store
 from stages.storage.parts import read_columns
 
-FORMATS = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
+FORMATS = {"jsonl": JSON_SUFFIXES, "parquet": (".parquet",)}
 _ALONE = (
     "extract.filters=[]",
     "language.identify=false",
@@ -93,8 +94,10 @@ def _format(files: Sequence[str]) -> str:
     for path in files:
         name = next((f for f, suffixes in FORMATS.items() if path.lower().endswith(suffixes)), None)
         if name is None:
-            known = " or ".join(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-            raise ConfigError(f"{path}: not {known}; gristmill run reads WARC files")
+            raise ConfigError(
+                f"{path}: not .jsonl (which may be compressed) or .parquet; "
+                "gristmill run reads WARC files"
+            )
         formats[name] = path
     if len(formats) > 1:
         raise ConfigError(
@@ -107,7 +110,7 @@ def _format(files: Sequence[str]) -> str:
 def _require_columns(path: str, config: InputConfig) -> None:
     """ConfigError if the first file lacks the text or id column."""
     with local_copy(path, options=FetchOptions()) as local:
-        names = columns_of(local, config, name=path)
+        names = columns_of(local, config, name=printable(path))
     for option, column in (("text", config.text_column), ("id", config.id_column)):
         if names and column and column not in names:
             none = ", or '' if there is none" if option == "id" else ""

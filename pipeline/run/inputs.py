@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from stages.read.fetch import expand_inputs, fingerprint
+from stages.read.listing import expand_inputs, fingerprint
 from stages.read.records import InputConfig
 from stages.storage.files import exists, read_bytes, write_atomically
 from stages.storage.parts import unit_name

@@ -18,7 +18,7 @@ from pipeline.config.sections import Config
 from pipeline.run.inputs import Input
 from stages.formats.errors import ConfigError
 from stages.pack.pack import derive_seed
-from stages.read.fetch import local_copy
+from stages.read.fetch import local_copy, printable
 from stages.read.records import InputConfig, TextStats, read_texts
 from stages.read.warc import ReadStats, read_records
 from stages.storage.files import write_atomically
@@ -75,10 +75,12 @@ def _draw_records(
     parts, shares = defaultdict[int, list[bytes]](list), defaultdict[int, float](float)
     taken = 0
     for number, file in enumerate(files):
-        start = random.Random(derive_seed(config.run.seed, "records", file.path)).random()
+        start = random.Random(
+            derive_seed(config.run.seed, "records", printable(file.path))
+        ).random()
         with local_copy(file.path, options=config.fetch) as path:
             sizes, total = Counter[int](), 0
-            for i, record in enumerate(_records(path, config.input, name=file.path)):
+            for i, record in enumerate(_records(path, config.input, name=printable(file.path))):
                 total += len(record)
                 if is_drawn(i, share=share, start=start):
                     part = number if len(files) >= UNITS else taken % UNITS

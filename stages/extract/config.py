@@ -44,8 +44,9 @@ class Gate:
 
     resiliparse renders the whole page as plain text (a few milliseconds). The page passes if the
     probability that this text is in an allowed language reaches `language_probability`, and if it
-    has at least `min_words` words, boilerplate included, so the main text has fewer. The README
-    says how many pages this drops that would have been kept.
+    has at least `min_words` words as dedup counts them (a character of Chinese is one), boilerplate
+    included, so the main text has fewer. The README says how many pages this drops that would have
+    been kept.
     """
 
     enabled: bool = True

@@ -35,8 +35,9 @@ from stages.formats.document import (
     sampled,
 )
 from stages.isolation.child import Child, Limits, Loss, shared_child
-from stages.read.fetch import FetchOptions, fingerprint, local_copy
+from stages.read.fetch import FetchOptions, local_copy, printable
 from stages.read.frames import Accounts
+from stages.read.listing import fingerprint
 from stages.read.records import InputConfig, TextStats, id_type, read_texts
 from stages.read.warc import ReadStats, Record, begins_as_warc, read_records
 from stages.storage.ledger import Commit, Store, Unit
@@ -70,6 +71,11 @@ class ExtractTask:
     path: str
     ordinal: int
     reusable_stores: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The path as text: the name of a file may not be UTF-8."""
+        return printable(self.path)
 
 
 @validated
@@ -112,7 +118,7 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
         current = fingerprint(task.path)
     if current != unit.fingerprint:
         raise ValueError(
-            f"{task.path} changed while it was read (was {unit.fingerprint}, is {current}); "
+            f"{task.name} changed while it was read (was {unit.fingerprint}, is {current}); "
             "run again"
         )
     return commit
@@ -138,7 +144,7 @@ def _extract_web(
     result = _write_documents(_web_rows(path, task, plan, stats), commit, plan, store)
     if not stats.records and stats.damaged_places and not begins_as_warc(path):
         raise ValueError(
-            f"{task.path}: no WARC record in {stats.bytes_total:,} bytes; input.format is "
+            f"{task.name}: no WARC record in {stats.bytes_total:,} bytes; input.format is "
             f"{plan.input.format}, should it be jsonl or parquet?"
         )
     commit.rows_in = stats.records
@@ -153,7 +159,7 @@ def _with_losses(
 ) -> ExtractResult:
     lost, places = accounts.lost_bytes + accounts.unreadable_bytes, accounts.damaged_places
     if places:
-        damage = f"{task.path}: {damage}; lost {lost:,} bytes at {places:,} place(s)"
+        damage = f"{task.name}: {damage}; lost {lost:,} bytes at {places:,} place(s)"
     return replace(result, lost_bytes=lost, lost_members=places, damage=damage if places else "")
 
 
@@ -231,8 +237,9 @@ def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats
             "doc_id": make_doc_id(task.ordinal, record.index),
             "url": record.url,
             "crawl_date": record.date,
-            "warc_file": task.path,
+            "warc_file": task.name,
             "warc_offset": record.offset,
+            "truncated": record.truncated,
         }
         skipped = Page(rejected_by=f"warc.{record.skipped}") if record.skipped else None
         page = skipped or _blocked(record.url, plan) or _page(record, plan)
@@ -240,12 +247,12 @@ def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats
 
 
 def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: TextStats) -> Iterator[Row]:
-    for record in read_texts(path, plan.input, name=task.path, stats=stats):
+    for record in read_texts(path, plan.input, name=task.name, stats=stats):
         row: Row = {
             "doc_id": make_doc_id(task.ordinal, record.position),
             "url": record.url,
             "source_id": record.source_id,
-            "warc_file": task.path,
+            "warc_file": task.name,
             "warc_offset": record.position,
         }
         error = Page(rejected_by=f"input.{record.error}") if record.error else None

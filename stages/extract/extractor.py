@@ -2,17 +2,18 @@
 run in a killable child (`stages.isolation.child`).
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from resiliparse.extract.html2text import extract_plain_text
 
 from filters import validated
 from filters.language import Language
 from filters.opt_out import in_html
-from stages.extract.config import ExtractConfig
+from filters.text.words import normalize
+from stages.extract.config import ExtractConfig, ResiliparseOptions, TrafilaturaOptions
 from stages.read.charset import decode_html
 
 # characters of a page's plain text that the gate identifies the language by
@@ -50,7 +51,12 @@ def make_extract(options: ExtractorOptions) -> Callable[[tuple[bytes, str]], Pag
     return lambda document: _page(*document, options, engine)
 
 
-def _page(payload: bytes, content_type: str, options: ExtractorOptions, engine: Any) -> Page:
+def _page(
+    payload: bytes,
+    content_type: str,
+    options: ExtractorOptions,
+    engine: Callable[[str], str | None],
+) -> Page:
     html, charset, source = decode_html(payload, content_type)
     page = Page(charset=charset, charset_source=source, opt_out=in_html(html))
     if page.opt_out and options.reject_opt_out:
@@ -71,8 +77,8 @@ def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
     plain = extract_plain_text(
         html, preserve_formatting=False, main_content=False, alt_texts=False, noscript=True
     )
-    words = len(plain.split())
-    if words < gate.min_words:
+    words = _word_count(plain[: 20 * gate.min_words])  # enough in nearly every page
+    if words < gate.min_words and (words := _word_count(plain)) < gate.min_words:
         return page._replace(
             rejected_by="gate.min_words",
             rejected_value=float(words),
@@ -93,19 +99,58 @@ def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
     return page
 
 
-def _engine(config: ExtractConfig) -> Any:
+def _word_count(text: str) -> int:
+    """Number of words as dedup counts them: Chinese, Japanese and Thai have no spaces."""
+    return len(normalize(text).split())
+
+
+def _engine(config: ExtractConfig) -> Callable[[str], str | None]:
     if config.engine == "resiliparse":
-        return partial(extract_plain_text, **asdict(config.resiliparse))
+        return _resiliparse(config.resiliparse)
+    return _trafilatura(config.trafilatura)
+
+
+def _resiliparse(options: ResiliparseOptions) -> Callable[[str], str | None]:
+    arguments = asdict(options)
+    return lambda html: extract_plain_text(html, **arguments)
+
+
+# In HTML these end nothing: what follows is still in the body. libxml2 drops it.
+_END_TAGS = re.compile(r"</(?:body|html)\b[^>]*+>", re.IGNORECASE)
+
+
+def _trafilatura(options: TrafilaturaOptions) -> Callable[[str], str | None]:
     import logging
 
-    from trafilatura import extract
+    from lxml.etree import ErrorTypes
+    from lxml.html import HTMLParser
+    from trafilatura import extract, utils
     from trafilatura.deduplication import LRUCache
 
     logging.disable(logging.CRITICAL)  # it logs for each page what we store for each page
-    arguments = asdict(config.trafilatura)
-    deduplicate = arguments.pop("deduplicate")
-    # a new cache for each page: the library's default cache is shared, and makes a page depend on
-    # earlier ones
-    return lambda html: extract(
-        html, deduplicate=LRUCache(maxsize=4096) if deduplicate else False, **arguments
+    # the library's parser drops what is nested deeper than 256 elements; huge_tree: 2,048
+    parser = utils.HTML_PARSER = HTMLParser(
+        collect_ids=False,
+        default_doctype=False,
+        encoding="utf-8",
+        remove_comments=True,
+        remove_pis=True,
+        huge_tree=True,
     )
+    arguments = asdict(options)
+    deduplicate = arguments.pop("deduplicate")
+    without_limit = _resiliparse(ResiliparseOptions())
+
+    def main_text(html: str) -> str | None:
+        tree = utils.load_html(_END_TAGS.sub("", html))
+        if any(error.type == ErrorTypes.ERR_RESOURCE_LIMIT for error in parser.error_log):
+            return without_limit(html)
+        if tree is None:
+            return None
+        # a new cache for each page: the library's default cache is shared, and makes a page depend
+        # on earlier ones
+        return extract(
+            tree, deduplicate=LRUCache(maxsize=4096) if deduplicate else False, **arguments
+        )
+
+    return main_text

@@ -37,6 +37,8 @@ IDENTITY = table_schema(
 )
 EXTRACTED = pa.schema(
     {
+        # the record was cut short, is one of several segments, or has a wrong length
+        "truncated": pa.bool_(),
         "charset": pa.string(),
         "charset_source": pa.string(),
         "opt_out": pa.string(),

@@ -1,18 +1,16 @@
-"""List the input files that paths name, and make each available as a local file.
+"""Make input files available as local files.
 
 Common Crawl asks for few connections and patience (commoncrawl.org/faq): connections are limited
 per node, by file locks that all processes of the node share, and after a refusal the client waits
 longer.
 """
 
-import glob
-import gzip
 import hashlib
 import os
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -22,24 +20,10 @@ import urllib3
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from stages.storage.digests import file_sha256
 from stages.storage.files import open_fs
 from stages.storage.locks import try_lock
 
 USER_AGENT = "gristmill/0.1 (builds text corpora from web archives; python-requests)"
-SUFFIXES = (
-    ".warc",
-    ".warc.gz",
-    ".wet",
-    ".wet.gz",
-    ".arc",
-    ".arc.gz",
-    ".jsonl",
-    ".jsonl.gz",
-    ".jsonl.zst",
-    ".parquet",
-)
-_LISTING_SUFFIX = ".paths.gz"
 _CHUNK = 1 << 20
 _MAX_WAIT_SECONDS = 300.0
 
@@ -66,89 +50,14 @@ class FetchError(OSError):
     """
 
 
-# --- input files ----------------------------------------------------------------------------------
+def printable(path: str) -> str:
+    """A path as text: bytes of a file name that are not UTF-8 become escapes, such as \\xe9."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def expand_inputs(paths: list[str], *, base_uri: str) -> list[str]:
-    """The files that `paths` name, in that order (sorted within a folder or pattern), each once.
-
-    A path is a local file, folder (all files with known suffixes, at any depth) or pattern, the
-    same on s3://, an http URL, or a Common Crawl listing (*.paths.gz, local or remote), whose lines
-    are appended to `base_uri`. ValueError names a path that matches nothing.
-    """
-    files: dict[str, None] = {}
-    for path in paths:
-        matches = _files_at(path, base_uri)
-        if not matches:
-            raise ValueError(
-                f"input {path!r} matches no file; folders are searched for {', '.join(SUFFIXES)}"
-            )
-        files.update(dict.fromkeys(matches))
-    return list(files)
-
-
-def _files_at(path: str, base_uri: str) -> list[str]:
-    if path.endswith(_LISTING_SUFFIX) and not glob.has_magic(path):
-        return [f"{base_uri.rstrip('/')}/{line.lstrip('/')}" for line in _listing_lines(path)]
-    if path.startswith(("http://", "https://")):
-        return [path]
-    if path.startswith("s3://"):
-        return _s3_files(path)
-    return _local_files(path)
-
-
-def _listing_lines(path: str) -> list[str]:
-    if not path.startswith("s3://") and not _is_http(path) and not Path(path).is_file():
-        return []
-    with (
-        local_copy(path, options=FetchOptions()) as local,
-        gzip.open(local, "rt", encoding="utf-8") as lines,
-    ):
-        return [line.strip() for line in lines if line.strip()]
-
-
-def _local_files(path: str) -> list[str]:
-    if Path(path).is_file():  # before patterns: a name may have brackets
-        return [path]
-    if Path(path).is_dir():
-        return _with_known_suffix(str(file) for file in Path(path).rglob("*") if file.is_file())
-    return sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
-
-
-def _s3_files(path: str) -> list[str]:
-    fs, root = open_fs(path)
-    if glob.has_magic(path):
-        return sorted(fs.unstrip_protocol(name) for name in fs.glob(root))
-    try:
-        if fs.isfile(root):
-            return [path]
-        return _with_known_suffix(fs.unstrip_protocol(name) for name in fs.find(root))
-    except FileNotFoundError:  # a bucket that does not exist
-        return []
-
-
-def _with_known_suffix(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if name.lower().endswith(SUFFIXES))
-
-
-def _is_http(path: str) -> bool:
+def is_http(path: str) -> bool:
+    """Whether a path is an http URL."""
     return path.startswith(("http://", "https://"))
-
-
-def fingerprint(path: str) -> str:
-    """A string that changes when the file does.
-
-    Size and modification time of a local file, size and ETag on s3; of an http URL the URL itself.
-    A relative path is a file sent with a Ray job, which each node unpacks at a different time: its
-    content counts. FileNotFoundError if there is no such file.
-    """
-    if _is_http(path):
-        return path
-    if path.startswith("s3://"):
-        info = open_fs(path)[0].info(path)
-        return f"{info['size']}:{info.get('ETag', '').strip(chr(34))}"
-    stat = os.stat(path)
-    return f"{stat.st_size}:{stat.st_mtime_ns if os.path.isabs(path) else file_sha256(Path(path))}"
 
 
 # --- downloads ------------------------------------------------------------------------------------
@@ -160,13 +69,19 @@ def local_copy(path: str, *, options: FetchOptions) -> Iterator[Path]:
 
     FetchError if it cannot be downloaded completely.
     """
-    if not _is_http(path) and "://" not in path:
+    if "://" not in path and printable(path) == path:
         yield Path(path)
+        return
+    if "://" not in path:  # Arrow takes no name that is not UTF-8
+        with tempfile.TemporaryDirectory(prefix="gristmill-") as folder:
+            link = Path(folder) / Path(printable(path)).name
+            link.symlink_to(os.path.abspath(path))
+            yield link
         return
     suffix = "-" + Path(path.partition("?")[0]).name[-80:]
     with tempfile.NamedTemporaryFile(prefix="gristmill-", suffix=suffix) as file:
         with _connection_slot(options.connections):
-            (_download_http if _is_http(path) else _download_object)(path, file, options)
+            (_download_http if is_http(path) else _download_object)(path, file, options)
         file.flush()
         yield Path(file.name)
 

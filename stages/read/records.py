@@ -24,9 +24,10 @@ UNREADABLE = (OSError, EOFError, pa.ArrowException)
 class InputConfig:
     """Where documents come from.
 
-    `paths`: files, globs, folders, s3:// or http(s):// URIs, or Common Crawl `*.paths.gz` listings,
-    whose lines are joined to `base_uri`. jsonl and parquet inputs skip extraction: the columns
-    named here are read (`id_column` and `url_column` may be absent: "").
+    `paths`: files, globs, folders, s3:// or http(s):// URIs, or listings (`*.paths`, compressed or
+    not), whose lines are addresses or are joined to `base_uri`. jsonl inputs are JSON in any common
+    layout, encoding and compression. They and parquet inputs skip extraction: the columns named
+    here are read (`id_column` and `url_column` may be absent: "").
     """
 
     format: Literal["warc", "wet", "jsonl", "parquet"] = "warc"

@@ -18,6 +18,7 @@ Kind = Literal["html", "text", "other"]
 SKIP_REASONS = (
     "not_response",  # warcinfo, request, metadata (WAT too), continuation, unknown
     "revisit",
+    "no_url",  # a page without WARC-Target-URI: no policy can be applied to it
     "not_http",  # a response of dns:, ftp:, ...
     "bad_http_header",
     "http_status",  # not 2xx
@@ -129,7 +130,10 @@ def _read_document(frame: Frame, limit: int) -> Record:
         truncated=frame.truncated or "warc-truncated" in fields or "warc-segment-number" in fields,
     )
     content_type = fields.get("content-type", "")
-    match fields.get("warc-type", "").lower():
+    warc_type = fields.get("warc-type", "").lower()
+    if warc_type in ("response", "resource", "conversion") and not record.url:
+        return record._replace(skipped="no_url")
+    match warc_type:
         case "response":
             return _read_response(frame, record, limit)
         case "resource":

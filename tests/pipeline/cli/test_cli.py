@@ -99,7 +99,7 @@ def test_verify_exits_1_when_a_byte_is_flipped_and_names_the_shard(finished):
     "url, words",
     [
         ("https://a.example/0", "duplicate|published"),
-        ("a.example/1", "published in gen-0001"),
+        ("a.example/2", "published in gen-0001"),
         ("https://a.example/4", "rejected in extract by language.allowed"),
     ],
 )

@@ -463,7 +463,7 @@ def test_a_log_has_a_line_for_each_unit(tmp_path, without_ray):
         "extract",
         "000001",
         "failed",
-    ) and "EOFError: " in failed["error"]
+    ) and f"{tmp_path}/torn.jsonl.gz: " in failed["error"]
     done = {
         (entry["phase"], entry["unit"])
         for entry in units

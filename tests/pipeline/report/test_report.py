@@ -26,6 +26,7 @@ from pipeline.report.page import bound, clean, percent
 from pipeline.report.report import write_report
 from pipeline.report.run_data import gather
 from pipeline.report.sample import MAX_PARTS, spread
+from pipeline.run.status import run_status
 from stages.storage.ledger import Commit
 from tests.support.inline import make_config, run_inline
 from tests.support.paths import ROOT
@@ -495,7 +496,7 @@ def test_a_run_that_did_nothing_yet(tmp_path):
 
 def test_failed_units_are_listed(tmp_path):
     good, bad = write_jsonl(tmp_path / "a.jsonl", hostile_documents()), tmp_path / "b.jsonl"
-    bad.write_bytes(b"\x1f\x8bno gzip")
+    bad.write_bytes(b"\x1f\x8b\x08no gzip")
     config = make_config(
         tmp_path, [good, bad], *JSONL, "extract.filters=[]", "run.max_failed_share=1.0"
     )
@@ -508,14 +509,17 @@ def test_failed_units_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
-def test_an_input_that_is_cut_short_is_a_failed_unit(tmp_path, pack):
+def test_an_input_that_is_cut_short_keeps_the_rows_before_the_cut(tmp_path, pack):
     source = write_jsonl(tmp_path / "a.jsonl", hostile_documents())
-    source.write_bytes(pack(source.read_bytes() * 50)[:-20])
-    config = make_config(tmp_path, [source], *JSONL, "run.max_failed_share=1.0")
-    assert re.search(
-        "EOFError.*(end-of-stream marker|last frame has no end)",
-        run_inline(config, until="extract").failed["extract"][0],
-    )
+    lines = source.read_bytes()
+    source.write_bytes(pack(lines * 50)[:-20])
+    config = make_config(tmp_path, [source], *JSONL)
+    assert not run_inline(config, until="extract").failed
+    extract = run_status(config.run.directory).phases["extract"]
+    assert extract.lost_members == 1 and len(lines.splitlines()) < extract.rows_in
+    assert f"{source}: " in extract.damage["000000"]
+    page = Path(write_report(config.run.directory)).read_text()
+    assert "of input could not be read, at 1 damaged place" in page and "input.damaged" in page
 
 
 def test_a_file_that_is_no_warc_is_named_and_a_damaged_one_is_not_held_against_the_run(tmp_path):

@@ -485,7 +485,7 @@ def test_without_ids_rows_have_their_path_and_number(tmp_path):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["a.txt"], r"a.txt: not .jsonl or .jsonl.gz or"),
+        (["a.txt"], r"a.txt: not .jsonl \(which may be"),
         (["a.jsonl", "b.parquet"], "inputs of two formats: .*a.jsonl and .*b.parquet"),
     ],
 )

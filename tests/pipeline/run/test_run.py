@@ -22,12 +22,15 @@ from pipeline.engine.ray_plan import on_ray
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.inspect.verify import verify_path
+from pipeline.report.report import write_report
 from pipeline.run import results
 from pipeline.run.execute import RunFailed, execute, plan
 from pipeline.run.phases import SPECS
 from pipeline.run.state import read_state
 from pipeline.run.status import run_status
 from stages.extract.extract import ExtractTask
+from stages.read.fetch import printable
+from tests.support.inline import make_config, run_inline
 from tests.support.paths import ROOT
 from tests.support.processes import call_command
 from tests.support.quickstart import RecordedProgress, bytes_of, quickstart_config
@@ -231,6 +234,24 @@ def test_why_finds_the_rows_of_a_published_document(done):
     fate = next(f for f in why.why(str(folder), corpus["url"]) if f["doc_id"] == corpus["doc_id"])
     assert fate["fate"] == "published" and fate["generations"][0]["name"] == "gen-0001"
     assert fate["text"] == corpus["text"]
+
+
+def test_why_finds_a_page_without_url_by_its_place(tmp_path):
+    block = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html><body>A page.</body></html>"
+    record = (
+        f"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\n"
+        f"Content-Length: {len(block)}\r\n\r\n"
+    ).encode() + block
+    members = [gzip.compress(record + b"\r\n\r\n") for _ in range(2)]
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/pages [1] caf\xe9.warc.gz"))
+    path.write_bytes(b"".join(members))
+    run_inline(make_config(tmp_path, [tmp_path]), until="extract")
+    assert r"caf\xe9" in Path(write_report(str(tmp_path / "run"))).read_text()
+    path = Path(printable(str(path)))
+    for place in (str(path), path.name):
+        (fate,) = why.why(str(tmp_path / "run"), f"{place}:{len(members[0])}")
+        assert (fate["rule"], fate["warc_offset"]) == ("warc.no_url", len(members[0]))
+    assert why.why(str(tmp_path / "run"), f"{path}:1") == []
 
 
 def test_export_writes_every_row(done, tmp_path):

@@ -133,3 +133,61 @@ def test_deduplication_within_a_page_knows_nothing_of_other_pages(extractor):
     child = extractor(engine="trafilatura", trafilatura=TrafilaturaOptions(deduplicate=True))
     texts = [extract(child, PAGE).text for _ in range(5)]
     assert texts == [texts[0]] * 5 and texts[0]
+
+
+FIRST, LATER = (
+    " ".join([f"{word} boats lie in the old harbour of the town."] * 9) for word in ("Red", "Blue")
+)
+
+
+@pytest.fixture(scope="module")
+def trafilatura():
+    options = ExtractorOptions(ExtractConfig(gate=Gate(enabled=False)), Language(), True)
+    extract_page = make_extract(options)
+    return lambda html: extract_page((html.encode(), "text/html; charset=utf-8")).text
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        "<html><body>{}</body></html><html><body>{}</body></html>",
+        "<html><head><title>a</title></head><body>{}</body></html>\n<!doctype html><html lang=en>"
+        "<head><title>b</title></head><body class=x>{}</BODY ></HTML\n>",
+        "<html><body>{}</body></html>{}",
+        "<html><body>{}</body><div>{}</div></html>",
+        "<body>{}<script>document.write('</body></html>')</script>{}",
+        "<html><head></head><body><nav>menu</nav></body></html><div>{}</div><div>{}</div>",
+    ],
+)
+def test_text_after_the_end_of_the_page_is_kept(trafilatura, html):
+    text = trafilatura(html.format(f"<p>{FIRST}</p>", f"<p>{LATER}</p>"))
+    assert FIRST in text and LATER in text
+
+
+@pytest.mark.parametrize("depth", [250, 260, 1000, 2040, 2060, 4000])
+@pytest.mark.parametrize("tags", [("<div>", "</div>"), ("<font size=2>", ""), ("<div><b>", "")])
+def test_no_depth_hides_text(trafilatura, depth, tags):
+    opening, closing = tags
+    deep = f"{opening * depth}<p>{LATER}</p>{closing * depth}"
+    text = trafilatura(f"<html><body><p>{FIRST}</p>{deep}</body></html>")
+    assert FIRST in text and LATER in text
+
+
+@pytest.mark.parametrize(
+    "language, sentence",
+    [
+        ("zh", "北京的秋天总是来得很快，街道两旁的银杏树在一夜之间变成金黄色。"),
+        ("ja", "秋になると、山の色が少しずつ変わり、朝の空気も冷たくなります。"),
+        ("th", "ในฤดูฝนชาวนาในหมู่บ้านจะเริ่มปลูกข้าวตั้งแต่เช้ามืด"),
+        ("km", "នៅរដូវវស្សាកសិករក្នុងភូមិចាប់ផ្តើមដាំស្រូវតាំងពីព្រឹកព្រលឹម"),
+        ("lo", "ໃນລະດູຝົນຊາວນາໃນໝູ່ບ້ານຈະເລີ່ມປູກເຂົ້າຕັ້ງແຕ່ເຊົ້າມືດ"),
+        ("my", "မိုးရာသီတွင်လယ်သမားများသည်မနက်စောစောကတည်းကစပါးစိုက်ကြသည်"),
+    ],
+)
+def test_scripts_without_spaces_pass_the_gate(language, sentence):
+    config = ExtractConfig(engine="resiliparse")
+    extract_page = make_extract(ExtractorOptions(config, Language(allowed=(language,)), True))
+    page = extract_page((f"<article><p>{sentence * 6}</p></article>".encode(), "text/html"))
+    assert page.rejected_by is None and page.text == sentence * 6
+    short = extract_page((f"<article><p>{sentence[:12]}</p></article>".encode(), "text/html"))
+    assert short.rejected_by == "gate.min_words"

@@ -1,6 +1,7 @@
 """Naming inputs, and downloading from servers that misbehave."""
 
 import gzip
+import lzma
 import os
 import random
 import threading
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from pydantic import ValidationError
 
 from stages.read import fetch
-from stages.read.fetch import FetchError, FetchOptions, expand_inputs, fingerprint, local_copy
+from stages.read.fetch import FetchError, FetchOptions, local_copy, printable
+from stages.read.listing import expand_inputs, fingerprint
 
 BODY = random.Random(0).randbytes(300_000)
 ETAG = '"v1"'
@@ -342,6 +346,119 @@ def test_a_path_that_matches_nothing_is_named(folder, path):
 def test_a_name_with_brackets_is_a_name(folder):
     (folder / "x[1].warc").write_bytes(b"")
     assert expand_inputs([f"{folder}/x[1].warc"], base_uri=BASE) == [f"{folder}/x[1].warc"]
+
+
+NOT_INPUTS = (
+    "._a.jsonl",
+    ".a.jsonl.crc",
+    "_SUCCESS",
+    "_a.jsonl",
+    ".ipynb_checkpoints/a-checkpoint.jsonl",
+    "_temporary/0/part-0.jsonl",
+    "__MACOSX/._a.jsonl",
+    "x.tmp",
+    "out.tmp/a.jsonl",
+    "a.jsonl.part",
+    "a.jsonl.TMP",
+    "a.jsonl~",
+)
+INPUTS = ("A.JSONL", "a.jsonl.xz", "a.ndjson", "c4.json.gz", "sub.d/a.warc.zst", "x_y/b.parquet")
+
+
+@pytest.mark.parametrize("root", ["below", "_named/.below", "s3://bucket/_named"])
+def test_hidden_and_unfinished_files_of_a_folder_are_no_inputs(tmp_path, request, root):
+    if root.startswith("s3:"):
+        request.getfixturevalue("bucket")
+        folder, fs = root, fsspec.filesystem("s3")
+        for name in (*NOT_INPUTS, *INPUTS):
+            fs.pipe(f"{folder}/{name}", b"x")
+    else:
+        folder = str(tmp_path / root)
+        for name in (*NOT_INPUTS, *INPUTS):
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_bytes(b"x")
+    expected = sorted(f"{folder}/{name}" for name in INPUTS)
+    assert expand_inputs([folder], base_uri="") == expected
+    assert expand_inputs([f"{folder}/"], base_uri="") == expected
+    top = sorted(f"{folder}/{name}" for name in INPUTS if "/" not in name)
+    assert expand_inputs([f"{folder}/*"], base_uri="") == top
+    for asked in ("_*", "*.part", "out.tmp/*", "_temporary/*/*"):  # a pattern may ask for them
+        assert expand_inputs([f"{folder}/{asked}"], base_uri="")
+    assert expand_inputs([f"{folder}/_a.jsonl"], base_uri="") == [f"{folder}/_a.jsonl"]
+
+
+@pytest.mark.parametrize("root", ["local", "s3://bucket/x"])
+@pytest.mark.parametrize(
+    "name", ["x[1].warc", "a*b?.warc", "x[1].paths", "50%20 #1.warc", "é ü.warc"]
+)
+def test_an_exact_name_is_no_pattern(tmp_path, request, root, name):
+    if root == "local":
+        path = str(tmp_path / name)
+        Path(path).write_bytes(b"a.warc\n")
+    else:
+        request.getfixturevalue("bucket")
+        path = f"{root}/{name}"
+        fsspec.filesystem("s3").pipe(path, b"a.warc\n")
+    expected = [f"{BASE}a.warc"] if name.endswith(".paths") else [path]
+    assert expand_inputs([path], base_uri=BASE) == expected
+    assert fingerprint(path)
+    with local_copy(path, options=QUICK) as copy:
+        assert copy.read_bytes() == b"a.warc\n"
+
+
+@pytest.mark.parametrize(
+    "name, pack",
+    [
+        ("warc.paths", bytes),
+        ("warc.paths.gz", bytes),  # unpacked by a browser
+        ("warc.paths.gz", gzip.compress),
+        ("warc.paths.xz", lzma.compress),
+        ("warc.paths.txt", lambda data: data.decode().encode("utf-16")),
+        ("WARC.PATHS.GZ", lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")),
+    ],
+)
+def test_a_listing_may_be_packed_or_not_and_name_addresses_or_paths(tmp_path, name, pack):
+    local = tmp_path / "here.warc"
+    local.write_bytes(b"x")
+    lines = f"crawl/1.warc.gz\n# note\n/crawl/2.warc.gz\n\ns3://b/3.warc.gz\nhttps://c/4.warc.gz\n{local}"
+    (tmp_path / name).write_bytes(pack(lines.encode()))
+    expected = [
+        f"{BASE}crawl/1.warc.gz",
+        f"{BASE}crawl/2.warc.gz",
+        "s3://b/3.warc.gz",
+        "https://c/4.warc.gz",
+        str(local),
+    ]
+    assert expand_inputs([f"{tmp_path}/{name}"], base_uri=BASE) == expected
+    assert expand_inputs([f"{tmp_path}/*.[pP][aA]*"], base_uri=BASE) == expected
+    assert expand_inputs([f"{tmp_path}/{name}"], base_uri="")[0] == "crawl/1.warc.gz"
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"\n\n", "names no file"),
+        (b"<html>", "holds HTML"),
+        (gzip.compress(b"a.warc.gz\n" * 99)[:-9], "cut short at byte"),
+        (b"caf\xe9.warc.gz\n", "utf-8"),
+    ],
+)
+def test_a_listing_that_cannot_be_read_is_named(tmp_path, data, message):
+    (tmp_path / "a.paths.gz").write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        expand_inputs([f"{tmp_path}/a.paths.gz"], base_uri=BASE)
+    assert f"{tmp_path}/a.paths.gz" in str(error.value)
+
+
+def test_a_name_that_is_not_utf_8_is_read(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a")
+    os.rename(tmp_path / "a", path)
+    assert expand_inputs([str(tmp_path)], base_uri="") == [path]
+    assert printable(path) == f"{tmp_path}/caf\\xe9.parquet"
+    with local_copy(path, options=QUICK) as copy:
+        assert pq.read_table(copy).num_rows == 1
+    assert Path(path).exists() and not copy.exists()
 
 
 def test_a_local_file_is_used_where_it_lies(folder):

@@ -101,6 +101,9 @@ RECORDS = {
     "segment": (warc(PAGE, "continuation", warc_segment_number="2"), "not_response"),
     "of no known type": (warc(PAGE, "poem"), "not_response"),
     "revisit": (warc(http(b""), "revisit"), "revisit"),
+    "without url": (warc(http(), url=""), "no_url"),
+    "without url, empty": (warc(PAGE, "resource", url=" <> "), "no_url"),
+    "text without url": (warc(b"text", "conversion", url="", content_type="text/plain"), "no_url"),
     "dns": (
         warc(
             b"20240501\nexample.org. 1 IN A 1.2.3.4", url="dns:example.org", content_type="text/dns"

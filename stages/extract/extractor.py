@@ -3,6 +3,7 @@ run in a killable child (`stages.isolation.child`).
 """
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
@@ -137,6 +138,7 @@ def _trafilatura(options: TrafilaturaOptions) -> Callable[[str], str | None]:
         remove_pis=True,
         huge_tree=True,
     )
+    sys.setrecursionlimit(20_000)  # the library recurses into lists and quotations
     arguments = asdict(options)
     deduplicate = arguments.pop("deduplicate")
     without_limit = _resiliparse(ResiliparseOptions())

@@ -165,12 +165,20 @@ def test_text_after_the_end_of_the_page_is_kept(trafilatura, html):
 
 
 @pytest.mark.parametrize("depth", [250, 260, 1000, 2040, 2060, 4000])
-@pytest.mark.parametrize("tags", [("<div>", "</div>"), ("<font size=2>", ""), ("<div><b>", "")])
+@pytest.mark.parametrize(
+    "tags", [("<div>", "</div>"), ("<font size=2>", ""), ("<div><b>", ""), ("<blockquote>", "")]
+)
 def test_no_depth_hides_text(trafilatura, depth, tags):
     opening, closing = tags
     deep = f"{opening * depth}<p>{LATER}</p>{closing * depth}"
     text = trafilatura(f"<html><body><p>{FIRST}</p>{deep}</body></html>")
     assert FIRST in text and LATER in text
+
+
+def test_a_list_in_a_list_in_a_list_is_read_to_its_end(trafilatura):
+    items = [f"Boat number {i} lies in the old harbour of the town." for i in range(400)]
+    text = trafilatura("<html><body>" + "".join(f"<ul><li>{item}" for item in items))
+    assert all(item in text for item in items)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from filters.url_policy import UrlPolicy
 from stages.dedup.config import DedupConfig
 from stages.extract.config import ExtractConfig, Gate
 from stages.extract.extract import ExtractPlan, ExtractTask, extract_unit
+from stages.formats.document import NamedFilter
 from stages.read.fetch import FetchOptions
 from stages.read.listing import fingerprint
 from stages.read.records import InputConfig
@@ -88,7 +89,7 @@ def stage(
         FetchOptions(),
         UrlPolicy(),
         opt_out,
-        Language(),
+        NamedFilter("language", Language()),
         (),
         DedupConfig().signature,
         0,

@@ -39,7 +39,7 @@ def verdicts(warc: Path, engine: str, *, gate: bool) -> dict[int, str | None]:
         FetchOptions(),
         UrlPolicy(),
         OptOut(),
-        Language(),
+        NamedFilter("language", Language()),
         chain,
         signature,
         0,

@@ -184,6 +184,8 @@ def test_few_good_characters_are_enough_for_utf8_that_is_declared_twice():
     page = meta("utf-8", "It’s the ").encode() + b"caf\xe9, the r\xf4le of cr\xe8me"
     decoded = decode_html(page, "text/html; charset=utf-8")
     assert "It’s the" in decoded.text and decoded.text.count("�") == 3
+    none = meta("utf-8", "The ").encode() + b"caf\xe9."
+    assert decode_html(none, "text/html; charset=utf-8").text.endswith("café.")
 
 
 @pytest.mark.corpus

@@ -8,6 +8,7 @@ needs to take exactly the steps that would have followed.
 
 import itertools
 import json
+import logging
 import math
 import signal
 import threading
@@ -30,9 +31,10 @@ from trainer.data.loader import BatchLoader
 from trainer.data.rows import Batch
 from trainer.evaluate.held_out import Evaluation, Scores
 from trainer.model.llama import flops_per_token
-from trainer.model.optim import learning_rate, set_learning_rate
+from trainer.model.optim import set_learning_rate
 from trainer.model.packing import row_targets
 from trainer.model.parallel import clip_grad_norm, join_ranks, sum_over_ranks
+from trainer.model.schedule import Schedule, change_of, resumed
 from trainer.model.step import StepSums, accumulate, build
 from trainer.ranks import Ranks, gather_objects
 from trainer.telemetry import feedback
@@ -43,6 +45,7 @@ from trainer.telemetry.sinks import METRICS, Telemetry
 from trainer.telemetry.why_step import CONFIG, SPIKES, RowLoss, log_spike
 
 MAX_BAD_STEPS = 10  # consecutive steps without a finite loss before a run gives up
+_LOG = logging.getLogger(__name__)
 PREEMPTION_CHECK_STEPS = 10  # steps between two checks whether this machine will be taken away
 
 
@@ -101,6 +104,11 @@ class Training:
         saved = self.checkpoints.latest()
         extra = saved.extra if saved else {}
         self.step = self.saved_at = saved.step if saved else 0
+        new = Schedule(config.schedule, config.max_steps)
+        self.schedule = resumed(extra.get("schedule"), new, step=self.step)
+        self.notice = change_of(self.schedule, new, base_lr=config.optimizer.lr)
+        if self.notice and ranks.leads:
+            _LOG.warning(self.notice)
         # the data first: its faults should show before the minutes that a model's set-up takes
         self.loader = resources.enter_context(
             BatchLoader(
@@ -150,7 +158,8 @@ class Training:
         finally:
             if self.writer:
                 self.writer.close(self._report(state))
-        return Result(self.step, self.loss, reason)
+        # workers of Ray have no console: what was noticed at the start is said again at the end
+        return Result(self.step, self.loss, "; ".join(filter(None, (reason, self.notice))))
 
     def _run_steps(self) -> str:
         """Train step by step; why it ended."""
@@ -192,8 +201,7 @@ class Training:
     def _update(self, batches: Sequence[Batch]) -> StepResult:
         """Take one step, which counts even if it did not change the weights."""
         config = self.config
-        rate = learning_rate(self.step, config.max_steps, config.schedule, config.optimizer.lr)
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, self.schedule.rate(self.step, config.optimizer.lr))
         sums = accumulate(self.model, batches, list(self.loader.row_ranges), device=self.device)
         norm = clip_grad_norm(self.model.parameters(), config.optimizer.clip_norm)
         result = self._step_result(sums, norm)
@@ -251,6 +259,7 @@ class Training:
                 "supply": self.loader.state_dict(),
                 "totals": self.meter.totals._asdict(),
                 "losses": self.spikes.losses,
+                "schedule": self.schedule.state(),
             }
             metric = self.scores.loss if self.scores else None
             self.checkpoints.save(self.step, self.model, self.optimizer, extra, metric=metric)

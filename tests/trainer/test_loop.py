@@ -70,6 +70,17 @@ def test_a_resumed_run_takes_the_steps_that_would_have_come(config, tmp_path):
     ]
 
 
+def test_more_steps_do_not_change_the_rates_of_those_that_were_taken(config, caplog):
+    config = replace(config, max_steps=6)
+    run_training(config, device="cpu")
+    taken = {step: record["lr"] for step, record in metrics(config).items()}
+    result = run_training(replace(config, max_steps=10), device="cpu")
+    rates = {step: record["lr"] for step, record in metrics(config).items()}
+    assert taken.items() <= rates.items() and rates[7] <= taken[6]
+    assert result.reason.startswith("step 10 was reached; max_steps or schedule was changed at st")
+    assert "the learning rate goes on from there" in caplog.text
+
+
 def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):
     accumulate, calls, weights = loop.accumulate, [], []
 

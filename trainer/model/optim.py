@@ -1,6 +1,5 @@
-"""Optimizers over sharded parameters, and the learning rate as a pure function of the step."""
+"""Optimizers over sharded parameters."""
 
-import math
 from collections.abc import Generator
 from contextlib import suppress
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import SGD, AdamW, Optimizer
 
-from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.config import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -32,27 +31,6 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.name == "adafactor":
         return Adafactor(groups, lr=config.lr)
     return SGD(groups, lr=config.lr, momentum=config.momentum)
-
-
-def learning_rate(step: int, total_steps: int, config: ScheduleConfig, base_lr: float) -> float:
-    """The learning rate of a step, counted from 0.
-
-    It rises linearly in `warmup_steps`, then falls to `min_ratio` at the last step and stays there.
-    "cosine" and "linear" fall right after the warm-up, "wsd" (Hägele et al. 2024, arXiv:2405.18392)
-    linearly in the last `decay_share` of the steps. With `total_steps` 0 (no known end) the rate is
-    constant after the warm-up.
-    """
-    done = step + 1  # so that the first step does not have a rate of 0
-    if done <= config.warmup_steps:
-        return base_lr * done / config.warmup_steps
-    if total_steps == 0:
-        return base_lr
-    start = config.warmup_steps
-    if config.name == "wsd":
-        start = max(start, round(total_steps * (1 - config.decay_share)))
-    progress = min(max(0.0, (done - start) / max(1, total_steps - start)), 1.0)
-    factor = (1 + math.cos(math.pi * progress)) / 2 if config.name == "cosine" else 1 - progress
-    return base_lr * (config.min_ratio + (1 - config.min_ratio) * factor)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

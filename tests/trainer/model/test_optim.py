@@ -2,8 +2,6 @@
 groups of weight decay.
 """
 
-import itertools
-import math
 from dataclasses import replace
 
 import pytest
@@ -20,11 +18,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from trainer.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from trainer.config import ModelConfig, OptimizerConfig, ParallelConfig
 from trainer.model.llama import Transformer
 from trainer.model.optim import (
     Adafactor,
-    learning_rate,
     make_optimizer,
     set_learning_rate,
 )
@@ -268,57 +265,3 @@ def test_matrices_alone_decay_and_embeddings_do_not(name, tied):
     assert found == expected
     assert len(decays) == len(list(model.parameters()))
     assert {decays[p] for name, p in model.named_parameters() if name not in expected} == {0.0}
-
-
-COSINE = ScheduleConfig(name="cosine", warmup_steps=4, min_ratio=0.1)
-LINEAR = replace(COSINE, name="linear")
-WSD = replace(COSINE, name="wsd", decay_share=0.25)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "step", "expected"),
-    [
-        (COSINE, 0, 0.25),  # not 0: the first step counts
-        (COSINE, 3, 1.0),
-        (COSINE, 11, 0.55),  # half-way down
-        (COSINE, 19, 0.1),
-        (COSINE, 500, 0.1),
-        (LINEAR, 3, 1.0),
-        (LINEAR, 7, 0.775),
-        (LINEAR, 11, 0.55),
-        (LINEAR, 19, 0.1),
-        (WSD, 3, 1.0),
-        (WSD, 14, 1.0),
-        (WSD, 15, 0.82),  # a fifth down
-        (WSD, 19, 0.1),
-        (replace(WSD, decay_share=0.0), 19, 1.0),
-        (replace(WSD, decay_share=1.0), 3, 1.0),  # never down while it goes up
-        (replace(COSINE, warmup_steps=0), 0, 0.1 + 0.9 * (1 + math.cos(math.pi / 20)) / 2),
-        (replace(COSINE, warmup_steps=40), 19, 0.5),  # ends while it goes up
-        (replace(COSINE, warmup_steps=20), 20, 0.1),
-    ],
-)
-def test_rates_of_20_steps_at_their_corners(schedule, step, expected):
-    assert learning_rate(step, 20, schedule, 2.0) == pytest.approx(2.0 * expected)
-
-
-@pytest.mark.parametrize("schedule", [COSINE, LINEAR, WSD])
-def test_without_a_known_end_the_rate_stays_up(schedule):
-    assert [learning_rate(step, 0, schedule, 1.0) for step in (0, 3, 4, 10**6)] == [0.25, 1, 1, 1]
-
-
-@given(
-    name=st.sampled_from(["cosine", "linear", "wsd"]),
-    warmup=st.integers(0, 30),
-    total=st.integers(1, 60),
-    share=st.floats(0, 1),
-    low=st.floats(0, 1),
-)
-def test_rates_rise_to_the_base_then_fall_and_stay_within_bounds(name, warmup, total, share, low):
-    schedule = ScheduleConfig(name=name, warmup_steps=warmup, decay_share=share, min_ratio=low)
-    rates = [learning_rate(step, total, schedule, 3.0) for step in range(total + 5)]
-    up, down = rates[: min(warmup, total)], rates[min(warmup, total) :]
-    assert up == sorted(up)
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(down)) or warmup > total
-    assert all(0 < rate <= 3 + 1e-12 for rate in up)
-    assert all(3 * low - 1e-9 <= rate <= 3 + 1e-9 for rate in rates[warmup:])

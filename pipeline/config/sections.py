@@ -31,9 +31,10 @@ class RunConfig:
     `directory` is a local path or object-store URI. A stage stops the run if its share of failed
     units exceeds `max_failed_share`, in [0, 1], or their number `max_failed_units` ("off": any
     number, within the share). A unit that crashes its worker `attempts` times has failed, and is
-    quarantined until `gristmill retry`. `calibration` is the table of percentiles, "" for the one
-    that `gristmill calibrate` wrote to the run's own directory. `catalog` is the directory that
-    generations are published to, "" for the run's own: a batch names its series.
+    quarantined until `gristmill retry`; a worker lost with its node is no crash. `calibration` is
+    the table of percentiles, "" for the one that `gristmill calibrate` wrote to the run's own
+    directory. `catalog` is the directory that generations are published to, "" for the run's own: a
+    batch names its series.
     """
 
     directory: str = ""

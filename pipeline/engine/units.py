@@ -1,7 +1,7 @@
 """Doing one unit: work, then commit. Nothing here knows Ray.
 
 A unit that fails is recorded and does not stop the others. A unit whose worker died is tried again
-by Ray; after `attempts` deaths its input is quarantined.
+by Ray; after `attempts` crashes its input is quarantined. A worker lost with its node is no crash.
 """
 
 import dataclasses
@@ -21,6 +21,9 @@ from stages.storage.files import exists, read_bytes, write_atomically
 from stages.storage.ledger import Commit, Failure, Output, Store, Unit
 
 Work = Callable[[Unit, Any, Store], Commit]
+LOST_NODES = (
+    10  # times `attempts` that a unit may lose its worker, if most are lost with their node
+)
 
 
 class Resources(NamedTuple):
@@ -66,13 +69,24 @@ class Quarantined(RuntimeError):
     """A unit killed its worker too often; `attempts` is what is known of each time."""
 
     def __init__(self, attempts: list[dict[str, Any]]) -> None:
-        kills = sum(a.get("kernel_kills_since", 0) > 0 for a in attempts)
-        known = f"the kernel killed it for memory {kills} times" if kills else "out of memory?"
         super().__init__(
-            f"its worker died {len(attempts)} times ({known}); raise the stage's memory or check "
-            "the input; it is quarantined until `gristmill retry`"
+            f"its worker died {len(attempts)} times ({_cause(attempts)}); raise the stage's memory "
+            "or check the input; it is quarantined until `gristmill retry`"
         )
         self.attempts = attempts
+
+
+def _cause(attempts: Sequence[dict[str, Any]]) -> str:
+    """Why workers died, as far as their records show."""
+    if kills := sum(a.get("kernel_kills_since", 0) > 0 for a in attempts):
+        return f"the kernel killed it for memory {kills} times"
+    if all(a.get("kernel_kills_since") == 0 for a in attempts):
+        free = min(a.get("available_bytes", 0) for a in attempts)
+        return (
+            "the kernel killed none for memory, of which "
+            f"{free / 1e9:.1f} GB were free: a crash, or killed by another process"
+        )
+    return "out of memory?"
 
 
 class Overtaken(RuntimeError):
@@ -146,15 +160,20 @@ def do_unit(unit: Unit, work: PhaseWork) -> Commit:
 
 
 def _count_attempt(unit: Unit, work: PhaseWork) -> None:
-    """Note that an attempt begins; Quarantined after `attempts` that never came back.
+    """Note that an attempt begins; Quarantined after `attempts` crashes of its worker.
 
-    Ray retries a task whose worker died, but a unit that kills its worker every time must end.
+    Ray retries a task whose worker died, but a unit that kills its worker every time must end. One
+    that takes the whole node with it ends as well, later: lost nodes are rarely a unit's fault.
     """
     uri = work.store.uri("attempts", work.invocation, unit.name)
     earlier = json.loads(read_bytes(uri)) if exists(uri) else []
     dead = [attempts.post_mortem(attempt) for attempt in earlier]
     if len(dead) >= work.attempts:
-        raise Quarantined(dead)
+        crashes = attempts.crashed(dead, limit=work.attempts)
+        if len(crashes) >= work.attempts:
+            raise Quarantined(crashes)
+        if len(dead) >= LOST_NODES * work.attempts:
+            raise Quarantined(dead)
     write_atomically(uri, json.dumps([*dead, attempts.attempt()]).encode())
 
 

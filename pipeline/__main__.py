@@ -1,8 +1,9 @@
 """The command line: `gristmill`, also `python -m pipeline`.
 
-Exit codes: 0 success; 1 a fault was found, or the run could not be completed; 2 the command line or
-the configuration is wrong; 3 the run ended, but some units failed within what the configuration
-allows; 4 the run directory is in use; 130 interrupted.
+Exit codes: 0 success; 1 a fault was found, the run could not be completed, or nothing was
+published; 2 the command line or the configuration is wrong, or does not fit the inputs; 3 the run
+ended, but some units failed within what the configuration allows; 4 the run directory is in use;
+130 interrupted.
 """
 
 import os

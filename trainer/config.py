@@ -123,7 +123,7 @@ class SourceConfig:
     """A run of the pipeline, a folder or URL, whose catalog lists generations.
 
     `weight` is its share of the rows relative to the other sources. `generations` names those to
-    read, in order; () reads all, and each new one once it is published.
+    read, in order; () reads all that no other supersedes, and each new one once it is published.
     """
 
     run: str

@@ -119,7 +119,7 @@ class Training:
             )
         )
         self.evaluation = (
-            Evaluation(config.evaluation, config.data, device=device)
+            Evaluation(config.evaluation, config.data, device=device, begun=self.loader.begun())
             if config.evaluation.every_steps
             else None
         )

@@ -27,7 +27,7 @@ from pipeline.run.execute import Outcome, Progress, execute
 from pipeline.run.inputs import write_numbers
 from stages.formats.errors import ConfigError
 from stages.read.listing import expand_inputs
-from stages.storage.catalog import read_catalog
+from stages.storage.catalog import current_entries, read_catalog
 from stages.storage.files import create_only, exists, names_in, read_bytes, write_atomically
 from trainer.telemetry import feedback
 
@@ -174,7 +174,8 @@ def _decide(
         now=now,
         series=series,
         generations=tuple(
-            records.Generation(e["name"], e["rows"], e["tokens"]) for e in read_catalog(series)
+            records.Generation(e["name"], e["rows"], e["tokens"])
+            for e in current_entries(read_catalog(series))
         ),
         trainers=tuple(feedback.read_summaries(f"{series}/feedback").summaries),
         batches=tuple(_batch_record(batch) for batch in earlier),

@@ -84,6 +84,13 @@ LogAs = Annotated[
         help="progress on stderr: bars on a terminal, or a JSON line for each unit",
     ),
 ]
+NewLineage = Annotated[
+    bool,
+    Option(
+        "--new-lineage",
+        help="publish beside the generations of other inputs that are in the directory",
+    ),
+]
 AsJson = Annotated[bool, Option("--json", help="print JSON for scripts")]
 
 

@@ -15,10 +15,12 @@ from pipeline.cli import (
     ConfigFile,
     Log,
     LogAs,
+    NewLineage,
     Overrides,
     RunFolder,
     app,
     err,
+    fail,
     load_config,
     open_progress,
     out,
@@ -28,6 +30,7 @@ from pipeline.cli import (
     user_errors,
     warn,
 )
+from pipeline.cli.runs import NOTHING_PUBLISHED
 from pipeline.cli.runs import run as run_command
 from stages.formats.errors import ConfigError
 
@@ -94,6 +97,8 @@ def _run_batch(
         print_json({"batch": result.batch, "decision": decision}, indent=None)
     else:
         print_template("batch.txt.j2", decision=result.decision, batch=result.batch)
+    if result.outcome and result.outcome.published is None:
+        fail(NOTHING_PUBLISHED, 1)
     if result.outcome and result.outcome.failed:
         raise Exit(3)
 
@@ -147,6 +152,7 @@ def retry(
         ),
     ] = None,
     address: Address = None,
+    new_lineage: NewLineage = False,
     log: LogAs = "bars",
     as_json: AsJson = False,
 ) -> None:
@@ -168,7 +174,9 @@ def retry(
     if series:
         _run_batch(settings, None, address, log, as_json)
     else:
-        run_command(config, overrides, address=address, log=log, as_json=as_json)
+        run_command(
+            config, overrides, address=address, new_lineage=new_lineage, log=log, as_json=as_json
+        )
 
 
 @command()

@@ -13,10 +13,12 @@ from pipeline.cli import (
     AsJson,
     ConfigFile,
     LogAs,
+    NewLineage,
     Overrides,
     Stage,
     absolute_path,
     app,
+    fail,
     load_config,
     open_progress,
     out,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.run.execute import Outcome
     from pipeline.run.funnel import FunnelRow
 
+NOTHING_PUBLISHED = "nothing was published: no document is left; see the funnel in the report"
 command = partial(app.command, rich_help_panel="Runs")
 
 
@@ -48,12 +51,14 @@ def run(
         bool, Option("--dry-run", help="print what would be done, and stop")
     ] = False,
     address: Address = None,
+    new_lineage: NewLineage = False,
     log: LogAs = "bars",
     as_json: AsJson = False,
 ) -> None:
     """Run a config: extract, dedup, refine, pack, publish.
 
-    The same command resumes a run that was stopped.
+    The same command resumes a run that was stopped. A rerun with other settings supersedes what it
+    published: trainers read the newest. Exit 1 if nothing was published.
     """
     from pipeline.engine.ray_plan import on_ray
     from pipeline.run.execute import execute, plan
@@ -63,7 +68,7 @@ def run(
         raise ConfigError("--only and --from exclude each other: give one")
     settings = load_config(config, overrides)
     if dry_run:
-        _print_plan(plan(settings, only=only, first=first), as_json)
+        _print_plan(plan(settings, only=only, first=first, new_lineage=new_lineage), as_json)
         return
     for key in changed_since(settings):
         warn(
@@ -71,12 +76,18 @@ def run(
             "run `gristmill calibrate` again"
         )
     with open_progress(settings, log) as progress:
-        outcome = execute(settings, progress, on_ray(address), only=only, first=first)
+        outcome = execute(
+            settings, progress, on_ray(address), only=only, first=first, new_lineage=new_lineage
+        )
     _print_outcome(settings.run.directory, outcome, as_json)
+    if only in (None, "pack") and outcome.published is None:
+        fail(NOTHING_PUBLISHED, 1)
+    if outcome.failed:
+        raise Exit(3)
 
 
 def _print_outcome(root: str, outcome: "Outcome", as_json: bool) -> None:
-    """Write the report of a run, and print its funnel and generation; exit 3 if units failed."""
+    """Write the report of a run, and print its funnel and generation."""
     from pipeline.report.report import write_report
     from pipeline.run.results import run_funnel
 
@@ -95,8 +106,10 @@ def _print_outcome(root: str, outcome: "Outcome", as_json: bool) -> None:
         if published:
             state = "published" if published.new else "unchanged, published before:"
             out.print(Text.assemble("\n", (published.name, "bold"), f" {state} {published.uri}"))
+            if superseded := published.manifest.get("supersedes"):
+                out.print(f"supersedes {', '.join(superseded)}: trainers read {published.name}")
         out.print(f"report {page}")
-    _end(root, outcome.failed)
+    _print_warnings(root)
 
 
 def _print_funnel(rows: "Sequence[FunnelRow]") -> None:
@@ -121,10 +134,8 @@ def _print_funnel(rows: "Sequence[FunnelRow]") -> None:
     )
 
 
-def _end(root: str, failed: object) -> None:
-    """Warn of damaged inputs, and of hosts that lost nearly everything to dedup; exit 3 if units
-    failed.
-    """
+def _print_warnings(root: str) -> None:
+    """Warn of damaged inputs, and of hosts that lost nearly everything to dedup."""
     from pipeline.run.results import alarm
     from pipeline.run.status import run_status
 
@@ -136,8 +147,6 @@ def _end(root: str, failed: object) -> None:
     message = alarm(root)
     if message is not None:
         warn(message, kind="alarm")
-    if failed:
-        raise Exit(3)
 
 
 def _print_plan(phases: list[Any], as_json: bool) -> None:
@@ -279,4 +288,6 @@ def dedup(
             ),
         )
         out.print(f"{result.clusters:,} clusters\n{result.table}\nreport {page}")
-    _end(config.run.directory, result.failed)
+    _print_warnings(config.run.directory)
+    if result.failed:
+        raise Exit(3)

@@ -28,7 +28,7 @@ from pipeline.run.publish import published_to
 from pipeline.run.results import store_of
 from pipeline.run.state import read_state
 from pipeline.run.status import phase_status
-from stages.storage.catalog import read_catalog
+from stages.storage.catalog import current_entries, read_catalog
 from stages.storage.files import exists, names_in, open_fs, read_bytes
 from stages.storage.ledger import Store
 from trainer.telemetry import feedback
@@ -46,7 +46,7 @@ _HELP = {
     "units": "Units that are done, failed, quarantined or left",
     "rows_per_second": "Rows of a phase per second in which a unit was at work",
     "last_commit_timestamp_seconds": "When the latest unit was committed, Unix time",
-    "published_generations_total": "Generations in the catalog",
+    "published_generations_total": "Generations in the catalog that none supersedes",
     "published_tokens_total": "Tokens of the generations in the catalog",
     "published_timestamp_seconds": "When the catalog last changed, Unix time by the store's clock",
     "supply_seconds": "Time until the first live trainer has nothing left to read",
@@ -212,7 +212,8 @@ class _Scrape:
         uri = f"{home}/catalog.jsonl"
         with self.reading(uri):
             generations = tuple(
-                Generation(e["name"], e["rows"], e["tokens"]) for e in read_catalog(home)
+                Generation(e["name"], e["rows"], e["tokens"])
+                for e in current_entries(read_catalog(home))
             )
             self.add("published_generations_total", len(generations))
             self.add("published_tokens_total", sum(g.tokens for g in generations))

@@ -1,7 +1,7 @@
 """Verify generations: read every shard again and compare it with index, manifest and catalog."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,12 +42,29 @@ def verify_path(path: str) -> list[Verified]:
     """
     path = path.rstrip("/")
     if exists(f"{path}/{CATALOG}"):
-        return [_verify(generation_uri(path, e["name"]), e) for e in read_catalog(path)]
+        entries = read_catalog(path)
+        verified = [_verify(generation_uri(path, e["name"]), e) for e in entries]
+        for number, entry in enumerate(entries):
+            verified[number].faults.extend(_lineage_mismatches(entry, entries[:number]))
+        return verified
     if not exists(f"{path}/{MANIFEST}") and not exists(f"{path}/{mds.INDEX}"):
         raise FileNotFoundError(
             f"{path} is neither a generation ({MANIFEST}) nor a run with published ones ({CATALOG})"
         )
     return [_verify(path, None)]
+
+
+def _lineage_mismatches(
+    entry: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]
+) -> Iterator[Mismatch]:
+    """What an entry supersedes must have been published before it, and its lineage begun."""
+    names = {e["name"] for e in earlier}
+    for name in entry.get("supersedes", ()):
+        if name not in names:
+            yield Mismatch(CATALOG, "supersedes", "an earlier generation", name)
+    lineage = entry.get("lineage", entry["name"])
+    if lineage not in names | {entry["name"]}:
+        yield Mismatch(CATALOG, "lineage", "an earlier generation", lineage)
 
 
 def _verify(uri: str, entry: dict[str, Any] | None) -> Verified:

@@ -106,15 +106,18 @@ FROM spans WHERE doc_id = $id HAVING count(*) > 0"""
 
 def _generations(root: str, doc_id: int) -> list[Row]:
     """The rows of a document in each generation: in its training part, or in its held-out part."""
-    generations = []
-    for entry in read_catalog(root):
+    generations, entries = [], read_catalog(root)
+    superseded = {name: e["name"] for e in entries for name in e.get("supersedes", ())}
+    for entry in entries:
+        name = entry["name"]
+        later = {"superseded_by": superseded[name]} if name in superseded else {}
         for split in ("", "held_out/"):
-            uri = f"{generation_uri(root, entry['name'])}/{split}provenance.parquet"
+            uri = f"{generation_uri(root, name)}/{split}provenance.parquet"
             if split and not exists(uri):
                 continue
             with query.connect({"spans": [uri]}, {}) as connection:
                 for row in query.table(connection, _ROWS, {"id": doc_id}).to_pylist():
-                    generations.append({"name": entry["name"], "held_out": bool(split), **row})
+                    generations.append({"name": name, "held_out": bool(split), **row, **later})
     return generations
 
 

@@ -7,6 +7,7 @@ on disk.
 
 import dataclasses
 import itertools
+import logging
 import uuid
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -17,13 +18,18 @@ from pipeline.config.show import settings
 from pipeline.engine.lease import lease
 from pipeline.engine.units import PhaseWork, RunUnits, UnitOutcome
 from pipeline.run import dedup_plan
-from pipeline.run.inputs import Input, list_inputs
+from pipeline.run.inputs import Input, extend_list, list_inputs, require_columns
 from pipeline.run.keys import stage_keys
+from pipeline.run.lineage import Origin, run_name, succession
 from pipeline.run.phase import Index, Phase, PlanContext
 from pipeline.run.phases import PHASES, SPECS, STAGES, PhaseSpec
 from pipeline.run.publish import Published, publish
 from pipeline.run.state import IndexRef, RunState, Setting, read_state, state_or_new, write_state
+from stages.storage.catalog import read_catalog
+from stages.storage.digests import digest
 from stages.storage.ledger import Commit, Store, Unit
+
+_LOG = logging.getLogger(__name__)
 
 
 class RunFailed(RuntimeError):
@@ -48,9 +54,12 @@ class Outcome(NamedTuple):
 class Run:
     """The phases of one configuration in one directory, their state, and how to execute them."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(
+        self, config: Config, *, new_lineage: bool = False, publishes: bool = True
+    ) -> None:
+        self.config, self.new_lineage, self.publishes = config, new_lineage, publishes
         self.root = config.run.directory
+        self.catalog = config.run.catalog or self.root
         self.indexes = [
             dedup_plan.published_index(path, config.dedup) for path in config.dedup.against
         ]
@@ -65,8 +74,15 @@ class Run:
         return SPECS[name].store(self.root, self.keys)
 
     def inputs(self, *, extend: bool) -> list[Input]:
-        """The inputs that the configuration names; new ones join the run's list if `extend`."""
-        return list_inputs(self.root, self.config.input, extend=extend)
+        """The inputs that the configuration names; `extend`: new ones join the run's list, if they
+        may be read and published here (`check`).
+        """
+        inputs = list_inputs(self.root, self.config.input)
+        if extend:
+            for warning in self.check(inputs):
+                _LOG.warning(warning)
+            extend_list(self.root, inputs)
+        return inputs
 
     def read_phase(self, spec: PhaseSpec, inputs: Sequence[Input]) -> Phase:
         """A phase as it is on disk, listed from the phases that were read before it."""
@@ -114,8 +130,33 @@ class Run:
             return None
         paths = {i.unit: i.path for i in inputs}
         sources = {paths[c.unit]: c.rows_out for c in self.phases["refine"].ordered()}
-        catalog = self.config.run.catalog or self.root
-        return publish(catalog, packed.store, commits, self.config.pack, sources=sources)
+        return publish(
+            self.catalog,
+            packed.store,
+            commits,
+            self.config.pack,
+            sources=sources,
+            origin=self._origin(inputs),
+        )
+
+    def check(self, inputs: Sequence[Input]) -> tuple[str, ...]:
+        """Warnings of what would be published; ConfigError if it may not be (`succession`), or if
+        the inputs lack a column.
+        """
+        require_columns(inputs, self.config.input)
+        if not self.publishes:
+            return ()
+        entries = read_catalog(self.catalog)
+        return succession(self.catalog, entries, self._origin(inputs)).warnings
+
+    def _origin(self, inputs: Sequence[Input]) -> Origin:
+        read = self.config.input
+        return Origin(
+            run_name(self.root, self.catalog),
+            frozenset(i.path for i in inputs),
+            digest([read.paths, read.base_uri]),
+            self.new_lineage,
+        )
 
     def _reusable_stores(self) -> tuple[str, ...]:
         """Stores of the same extraction under other bounds, newest first."""
@@ -125,10 +166,13 @@ class Run:
         return tuple(f"{self.root}/extract/{key}" for key in same)
 
 
-def plan(config: Config, *, only: str | None, first: str | None) -> list[Phase]:
+def plan(
+    config: Config, *, only: str | None, first: str | None, new_lineage: bool = False
+) -> list[Phase]:
     """What a run would do: each phase whose units can be known now, with its pending units."""
-    run = Run(config)
+    run = Run(config, new_lineage=new_lineage)
     inputs = run.inputs(extend=False)
+    run.check(inputs)
     for spec in PHASES:
         if run.read_phase(spec, inputs).pending:
             break  # what comes after depends on what these units will write
@@ -147,14 +191,17 @@ def execute(
     only: str | None = None,
     first: str | None = None,
     last: str | None = None,
+    new_lineage: bool = False,
 ) -> Outcome:
     """Run all stages, or stages `first` to `last`, or stage `only`; earlier ones must be done.
 
-    Raises Held, RunFailed, PublishError or ValueError.
+    `new_lineage`: publish beside what the directory has, instead of superseding it. Raises Held,
+    RunFailed, PublishError or ValueError.
     """
     first, last = only or first, only or last
     with lease(config.run.directory):
-        run = Run(config)
+        publishes = last in (None, "pack")
+        run = Run(config, new_lineage=new_lineage, publishes=publishes)
         inputs = run.inputs(extend=True)
         asked = "pack" if only else last or "pack"
         state = run.state().at_work(stage="extract", generation=None, last=asked)

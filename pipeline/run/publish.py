@@ -19,12 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.engine.lease import Fenced, fence
+from pipeline.run.lineage import Origin, succession
 from pipeline.run.state import RunState
 from stages.formats import mds, tokens
 from stages.pack.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Split
 from stages.storage.catalog import (
     CATALOG,
     MANIFEST,
+    current_entries,
     generation_mismatches,
     generation_uri,
     parse_catalog,
@@ -42,6 +44,9 @@ from stages.storage.files import (
     scratch_folder,
 )
 from stages.storage.ledger import Commit, Store
+
+# what the catalog repeats of a manifest
+_LISTED = ("name", "identity", "lineage", "supersedes", "rows", "tokens", "seq_len", "tokenizer")
 
 
 class PublishError(RuntimeError):
@@ -72,8 +77,12 @@ def publish(
     config: PackConfig,
     *,
     sources: Mapping[str, int],
+    origin: Origin | None = None,
 ) -> Published:
     """Publish the parts of pack commits as the next generation, unless that is published already.
+
+    It supersedes what `succession` says of its `origin`, by default a run in the catalog's own
+    directory. What was superseded is published again: trainers are to read it.
 
     Fenced if another run took over, or published at the same time: nothing is published then.
     """
@@ -82,26 +91,24 @@ def publish(
     before, version = read_version(catalog_uri)
     fence()  # a run that takes over from here on changes the catalog, or finds it changed
     catalog = parse_catalog(before, uri=catalog_uri)
-    for entry in catalog:
+    for entry in current_entries(catalog):
         if entry["identity"] == identity:
             uri = generation_uri(run, entry["name"])
-            return Published(
-                entry["name"], uri, json.loads(read_bytes(f"{uri}/{MANIFEST}")), new=False
-            )
+            manifest = json.loads(read_bytes(f"{uri}/{MANIFEST}"))
+            return Published(entry["name"], uri, manifest, new=False)
+    origin = origin or Origin(".", frozenset(sources))
+    supersedes, lineage, _ = succession(run, catalog, origin)
     name = f"gen-{len(catalog) + 1:04d}"
     uri = generation_uri(run, name)
     with _building_folder(run, name) as folder:
-        manifest = {"name": name, "identity": identity}
+        manifest = {"name": name, "identity": identity, "lineage": lineage or name}
+        manifest |= {"supersedes": list(supersedes)}
         manifest |= _build(folder, store, commits, config, sources)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        mismatches = generation_mismatches(folder, manifest)
-        if mismatches:
-            raise PublishError(
-                f"{len(mismatches)} mismatches, first: {mismatches[0]}; "
-                f"remove {store.root} and run again"
-            )
+        _require_whole(folder, manifest, store)
         _move_folder(folder, uri)
-    entry = {k: manifest[k] for k in ("name", "identity", "rows", "tokens", "seq_len", "tokenizer")}
+    entry = {key: manifest[key] for key in _LISTED}
+    entry |= {"run": origin.run, "listing": origin.listing}
     entry["manifest_sha256"] = bytes_sha256(read_bytes(f"{uri}/{MANIFEST}"))
     lines = "".join(json.dumps(e) + "\n" for e in [*catalog, entry])
     fence()
@@ -111,6 +118,15 @@ def publish(
             "published. Run again"
         )
     return Published(name, uri, manifest, new=True)
+
+
+def _require_whole(folder: Path, manifest: Mapping[str, Any], store: Store) -> None:
+    """PublishError if the files of a generation are not what its manifest says."""
+    if mismatches := generation_mismatches(folder, manifest):
+        raise PublishError(
+            f"{len(mismatches)} mismatches, first: {mismatches[0]}; "
+            f"remove {store.root} and run again"
+        )
 
 
 @contextmanager

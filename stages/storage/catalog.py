@@ -9,6 +9,10 @@
 
 The catalog identifies the manifest, and the manifest every shard. A generation never changes, and
 one that the catalog does not list is not published. RUN is a folder or a URL (s3://BUCKET/RUN).
+
+An entry has `supersedes`, the generations whose documents it has anew, and `lineage`, the first of
+them all: readers take what no other supersedes. Entries of earlier versions have neither, and
+supersede nothing.
 """
 
 import json
@@ -74,12 +78,41 @@ def parse_catalog(data: bytes, *, uri: str) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             keys = {key: str(entry[key]) for key in ("name", "manifest_sha256")}
+            if not isinstance(entry.get("supersedes", []), list):
+                raise ValueError("supersedes is no list")
         except (ValueError, LookupError, TypeError) as error:
             raise GenerationError(
                 f"{uri}: line {number} is not an entry of a catalog: {error!r}; restore the file"
             ) from error
         entries.append({**entry, **keys})
     return entries
+
+
+def current_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The entries that no other supersedes: the newest generation of each lineage."""
+    superseded = {name for entry in entries for name in entry.get("supersedes", ())}
+    return [dict(entry) for entry in entries if entry["name"] not in superseded]
+
+
+def entries_to_read(
+    entries: Sequence[Mapping[str, Any]], begun: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The entries of the generations that a training reads which has `begun` some, in that order.
+
+    First those begun, whatever supersedes them by now; then the newest of the others. What
+    supersedes one begun, or is superseded by one, has its documents again.
+    """
+    by_name = {entry["name"]: dict(entry) for entry in entries}
+    before, after = set(begun), set(begun)  # a catalog lists a generation after those it supersedes
+    for entry in reversed(entries):
+        if entry["name"] in before:
+            before.update(entry.get("supersedes", ()))
+    for entry in entries:
+        if after.intersection(entry.get("supersedes", ())):
+            after.add(entry["name"])
+    first = [by_name[name] for name in begun if name in by_name]
+    others = [entry for entry in entries if entry["name"] not in before | after]
+    return first + current_entries(others)
 
 
 def read_manifest(run: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,11 +131,16 @@ def manifest_mismatches(entry: Mapping[str, Any], data: bytes) -> list[Mismatch]
     if sha256 != entry["manifest_sha256"]:
         return [Mismatch(MANIFEST, "sha256 in catalog", entry["manifest_sha256"], sha256)]
     manifest = json.loads(data)
-    return [
+    mismatches = [
         Mismatch(CATALOG, key, manifest[key], entry[key])
         for key in ("rows", "tokens", "seq_len", "tokenizer")
         if entry.get(key, manifest[key]) != manifest[key]
     ]
+    # an entry without them would be read beside what it supersedes
+    for key, absent in (("lineage", "none"), ("supersedes", [])):
+        published, listed = (str(record.get(key, absent)) for record in (manifest, entry))
+        mismatches += mds.compare(CATALOG, key, published, listed)
+    return mismatches
 
 
 def splits(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

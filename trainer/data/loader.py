@@ -142,6 +142,10 @@ class BatchLoader:
         # a list, not a generator: every rank has to ask for every source
         return any([self._extend(source) for source in self._sources])
 
+    def begun(self) -> dict[str, list[str]]:
+        """Names of the generations of each run that this training reads, as far as it knows."""
+        return {s.run: [manifest.name for manifest in s.generations] for s in self._sources}
+
     @property
     def seq_len(self) -> int | None:
         """Tokens of a row, None before the first generation is known."""

@@ -3,6 +3,7 @@ part of a checkpoint.
 """
 
 import itertools
+import logging
 import os
 import shutil
 import threading
@@ -12,7 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from stages.storage.catalog import generation_error, read_catalog
+from stages.storage.catalog import (
+    current_entries,
+    entries_to_read,
+    generation_error,
+    read_catalog,
+)
 from stages.storage.digests import bytes_sha256
 from stages.storage.files import is_local
 from trainer.config import DataConfig, SourceConfig
@@ -21,9 +27,13 @@ from trainer.data.order import I64, OrderSlice, Position, epoch_order
 from trainer.data.rows import RowRange, RowRef
 from trainer.ranks import Ranks
 
+_LOG = logging.getLogger(__name__)
+
 
 class Source:
-    """The generations of a run, in reading order.
+    """The generations of a run, in reading order: those named, or the newest of each lineage.
+
+    A training that has begun a generation stays with it when another supersedes it.
 
     `generations` were verified, `position` is how far rows are planned (not how far they are used),
     `num_planned` counts the planned rows since the weights of sources last changed.
@@ -37,6 +47,7 @@ class Source:
         self.copies = Copies(config.run, self.generations, data, ranks)
         self._config, self._data, self._ranks = config, data, ranks
         self._saved: list[tuple[str, str]] = []  # what a checkpoint had begun to read
+        self._left_out: set[str] = set()  # newer than what was begun
         self._order = np.empty(0, np.int64)
         self._order_key: tuple[int, int] | None = None  # (index of the generation, epoch)
         self._order_digest = ""
@@ -132,12 +143,34 @@ class Source:
                     do="correct `generations`, or publish it",
                 )
             entries = [by_name[name] for name in itertools.takewhile(by_name.__contains__, names)]
+        else:
+            entries = self._without_repeats(entries)
         self._check_unchanged(entries)
         return entries
 
-    def _check_unchanged(self, entries: Sequence[Mapping[str, Any]]) -> None:
+    def _begun(self) -> list[tuple[str, str]]:
+        """Name and manifest's sha256 of what this training reads, or had begun to read."""
         known = [(manifest.name, manifest.sha256) for manifest in self.generations]
-        seen = known if len(known) > len(self._saved) else self._saved
+        return known if len(known) > len(self._saved) else self._saved
+
+    def _without_repeats(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The entries to read; says which newer ones are not, once each."""
+        to_read = entries_to_read(entries, [name for name, _ in self._begun()])
+        read = {entry["name"] for entry in to_read}
+        for entry in current_entries(entries):
+            if entry["name"] not in read | self._left_out:
+                self._left_out.add(entry["name"])
+                _LOG.warning(
+                    "%s: %s supersedes %s, which this training has begun, and is not read; start a "
+                    "new training to read it",
+                    self.run,
+                    entry["name"],
+                    ", ".join(entry["supersedes"]),
+                )
+        return to_read
+
+    def _check_unchanged(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        seen = self._begun()
         listed = [f"{entry['name']} with {entry['manifest_sha256']}" for entry in entries]
         for index, (name, sha256) in enumerate(seen):
             actual = listed[index] if index < len(listed) else "none"

@@ -7,6 +7,7 @@ nothing but fill.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.formats.errors import ConfigError
-from stages.storage.catalog import read_catalog
+from stages.storage.catalog import entries_to_read, read_catalog
 from trainer.config import DataConfig, EvaluationConfig, SourceConfig
 from trainer.data.generations import verify_generation, verify_held_out
 from trainer.data.rows import RowRef, read_batch
@@ -67,12 +68,20 @@ class Evaluation:
     """Evaluates a model on rows and questions that rank 0 reads and checks once. All is collective.
 
     If a source has not published anything yet, rows and tokenizer are read at a later `run`.
+    `begun` are the generations of each run that the training reads, whatever supersedes them.
     ConfigError for a wrong file of questions, GenerationError for rows that are not what was
     published.
     """
 
-    def __init__(self, config: EvaluationConfig, data: DataConfig, *, device: str) -> None:
-        self._config, self._data, self._device = config, data, device
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        data: DataConfig,
+        *,
+        device: str,
+        begun: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
+        self._config, self._data, self._device, self._begun = config, data, device, begun
         self._ranks = Ranks()
         self._questions = self._ranks.on_first(
             partial(read_questions, config.cloze, config.cloze_questions)
@@ -81,7 +90,7 @@ class Evaluation:
 
     def _read_rows(self) -> "_RowSets | None":
         rows = self._ranks.on_first(
-            partial(_read_row_sets, self._config, self._data, self._questions)
+            partial(_read_row_sets, self._config, self._data, self._questions, self._begun)
         )
         if rows and self._ranks.leads and self._config.held_out_rows and not rows.held_out:
             _LOG.warning(
@@ -162,10 +171,13 @@ class _RowSets(NamedTuple):
 
 
 def _read_row_sets(
-    config: EvaluationConfig, data: DataConfig, questions: Mapping[str, Sequence[Question]]
+    config: EvaluationConfig,
+    data: DataConfig,
+    questions: Mapping[str, Sequence[Question]],
+    begun: Mapping[str, Sequence[str]],
 ) -> _RowSets | None:
     """None if a source has not published anything yet."""
-    entries_by_run = {source.run: _catalog_entries(source) for source in data.sources}
+    entries_by_run = {s.run: _catalog_entries(s, begun.get(s.run, ())) for s in data.sources}
     if not all(entries_by_run.values()):
         return None
     held_out = {}
@@ -196,9 +208,13 @@ def _read_held_out(
     return EvalRows(batch.tokens, batch.documents, torch.full_like(batch.tokens, -1))
 
 
-def _catalog_entries(source: SourceConfig) -> list[dict[str, Any]]:
-    by_name = {entry["name"]: entry for entry in read_catalog(source.run)}
-    return [by_name[name] for name in source.generations or by_name if name in by_name]
+def _catalog_entries(source: SourceConfig, begun: Sequence[str]) -> list[dict[str, Any]]:
+    """As the loader reads them: what one generation holds out may be in another's training."""
+    entries = read_catalog(source.run)
+    if not source.generations:
+        return entries_to_read(entries, begun)
+    by_name = {entry["name"]: entry for entry in entries}
+    return [by_name[name] for name in source.generations if name in by_name]
 
 
 def pack_endings(

@@ -24,6 +24,7 @@ torch = pytest.importorskip("torch")
 
 from stages.storage import catalog
 from stages.storage.catalog import GenerationError, read_catalog
+from stages.storage.digests import bytes_sha256
 from tests.support import damages
 from tests.support.loading import BOTH, data_config, next_when_published, on_two_ranks
 from tests.support.shards import (
@@ -213,6 +214,51 @@ def test_what_is_published_while_the_last_rows_are_read_ahead_is_taken_up_too(tm
         publish(tmp_path, 12)
         places = {place for batch in first + data.next(1) + data.next(2) for place in batch.row_ids}
         assert (len(places), data.next(3)) == (24, [])
+
+
+def supersede(run, name, *earlier):
+    """As if the last generation had been published by a rerun."""
+    folder = Path(run)
+    manifest = json.loads((folder / "generations" / name / "manifest.json").read_text())
+    text = json.dumps(manifest | {"supersedes": [*earlier]})
+    (folder / "generations" / name / "manifest.json").write_text(text)
+    entries = read_catalog(str(run))
+    entries[-1] |= {"supersedes": [*earlier], "manifest_sha256": bytes_sha256(text.encode())}
+    new = folder / "catalog.jsonl.new"
+    new.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    new.replace(folder / "catalog.jsonl")
+
+
+def test_the_newest_generation_of_each_lineage_is_read_or_those_named(tmp_path):
+    for rows in (8, 16, 8):
+        publish(tmp_path, rows)
+    supersede(tmp_path, "gen-0003", "gen-0001")
+    run, names = str(tmp_path), ("gen-0001", "gen-0003")
+    found, _ = steps(data_config(run))
+    assert {name for step in found for _, name, _ in step} == {"gen-0002", "gen-0003"}
+    assert len(found) == 3
+    for chosen in (("gen-0001",), names):
+        found, _ = steps(data_config(SourceConfig(run, generations=chosen)))
+        assert {name for step in found for _, name, _ in step} == {*chosen}
+
+
+def test_a_training_stays_with_the_generation_that_it_has_begun(tmp_path, caplog):
+    """A rerun that supersedes it neither stops the training nor comes on top of it."""
+    publish(tmp_path, 24)
+    config = data_config(str(tmp_path))
+    with BatchLoader(config, rank=0, world_size=1) as data:
+        first = [place for batch in data.next(0) for place in batch.row_ids]
+        publish(tmp_path, 24, first=1000)
+        supersede(tmp_path, "gen-0002", "gen-0001")
+        publish(tmp_path, 8, first=2000)  # a batch: it adds
+        state = data.state_dict()
+        rest = [p for step in (1, 2, 3) for batch in data.next(step) for p in batch.row_ids]
+        assert data.next(4) == []
+    assert Counter(name for name, _ in first + rest) == {"gen-0001": 24, "gen-0003": 8}
+    assert caplog.text.count("gen-0002 supersedes gen-0001, which this training has begun") == 1
+    with BatchLoader(config, rank=0, world_size=1, state=state) as data:
+        again = [p for step in (1, 2, 3) for batch in data.next(step) for p in batch.row_ids]
+        assert again == rest and data.begun() == {str(tmp_path): ["gen-0001", "gen-0003"]}
 
 
 def test_repeating_gives_every_row_once_an_epoch_in_another_order(published):

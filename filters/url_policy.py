@@ -5,17 +5,13 @@ category, with a file `domains` (one host per line, which blocks its subdomains 
 `urls` (host/path prefixes).
 """
 
-import re
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT, Files
-
-_NOT_WORD = re.compile(r"[^a-z0-9]+")
+from filters.url_lists import Lists, ascii_host, host_of, load_lists, url_keys, url_words
 
 
 class Blocked(NamedTuple):
@@ -29,103 +25,46 @@ class Blocked(NamedTuple):
 class UrlPolicy:
     """Reject URLs by lists.
 
-    `blocked_lists`: UT1 category folders, or files of hosts and URL prefixes. `blocked_words`:
-    files of words, one per line, which match whole words of the URL (runs of letters and digits); a
-    phrase matches the same words in a row. All matching ignores case.
+    `blocked_lists`: UT1 category folders, or files of hosts and URL prefixes, one or more per line,
+    also in the formats of hosts files and ad blockers. `blocked_words`: files of words of any
+    language, one per line, which match whole words of the URL; a phrase matches the same words in a
+    row. Case, accents of words, percent-encoding and IDNA make no difference.
     """
 
     blocked_lists: Files = ()
     blocked_words: Files = ()
 
-    def check(self, url: str) -> Blocked | None:
+    def check(self, languages: tuple[str, ...]) -> None:
+        """Read the lists. ValueError names file and line of an entry that can never match."""
+        load_lists(self.blocked_lists, self.blocked_words)
+
+    def blocked_by(self, url: str) -> Blocked | None:
         """The list entry that blocks a URL, or None; defined for every string."""
         if not self.blocked_lists and not self.blocked_words:
             return None
-        lists = _load_lists(self.blocked_lists, self.blocked_words)
-        host = host_of(url)
-        labels = host.split(".")
-        for start in range(len(labels)):
-            if (name := ".".join(labels[start:])) in lists.hosts:
-                return Blocked("host", name)
-        return _blocked_path(url, host, lists.urls) or _blocked_word(url, lists.words)
+        lists = load_lists(self.blocked_lists, self.blocked_words)
+        return _blocked_address(url, lists) or _blocked_word(url, lists)
 
 
-def host_of(url: str) -> str:
-    """Lower-case host of a URL without port and user, "" if there is none; never raises."""
-    try:
-        return (urlsplit(url).hostname or "").rstrip(".")
-    except ValueError:  # such as "http://["
-        return ""
-
-
-class _Lists(NamedTuple):
-    hosts: frozenset[str]
-    urls: frozenset[str]
-    words: Any  # an Aho-Corasick automaton over " word " or None
-
-
-def _blocked_path(url: str, host: str, urls: frozenset[str]) -> Blocked | None:
-    # an entry host/a/b blocks itself and everything below it; UT1 omits a leading www.
-    path = url.lower().partition("://")[2].partition("/")[2].partition("#")[0]
-    parts = re.split(r"[/?]", path) if path else []
-    prefix = host.removeprefix("www.")
-    for part in parts:
-        prefix = f"{prefix}/{part}"
-        if prefix.rstrip("/") in urls:
-            return Blocked("url", prefix.rstrip("/"))
+def _blocked_address(url: str, lists: Lists) -> Blocked | None:
+    host = ascii_host(host_of(url))
+    if not host:
+        return None
+    labels = host.split(".")
+    above = [".".join(labels[start:]) for start in range(len(labels))]
+    if (name := next((name for name in above if name in lists.hosts), None)) is not None:
+        return Blocked("host", name)
+    if not lists.urls:
+        return None
+    parts = urlsplit(url)
+    hosts = [host.removeprefix("www."), *(f".{name}" for name in above)]
+    for key in url_keys(parts.path, parts.query):
+        for name in hosts:
+            if f"{name}{key}" in lists.urls:
+                return Blocked("url", f"{name}{key}")
     return None
 
 
-def _blocked_word(url: str, words: Any) -> Blocked | None:
-    if words is None:
-        return None
-    spaced = f" {_NOT_WORD.sub(' ', url.lower())} "
-    match = next(words.iter(spaced), None)
+def _blocked_word(url: str, lists: Lists) -> Blocked | None:
+    match = None if lists.words is None else next(lists.words.iter(url_words(url)), None)
     return None if match is None else Blocked("word", match[1])
-
-
-@lru_cache(maxsize=2)
-def _load_lists(blocked_lists: tuple[str, ...], blocked_words: tuple[str, ...]) -> _Lists:
-    entries = {
-        line.removeprefix("www.") for path in blocked_lists for line in _entries(_list_files(path))
-    }
-    words = sorted(
-        {
-            " ".join(_NOT_WORD.sub(" ", w).split())
-            for w in _entries([Path(p) for p in blocked_words])
-        }
-        - {""}
-    )
-    return _Lists(
-        hosts=frozenset(e for e in entries if "/" not in e),
-        urls=frozenset(e.rstrip("/") for e in entries if "/" in e),
-        words=_automaton(words) if words else None,
-    )
-
-
-def _list_files(path: str) -> list[Path]:
-    root = Path(path)
-    if not root.exists():
-        raise ValueError(f"url_policy.blocked_lists: no such file or folder: {path}")
-    if not root.is_dir():
-        return [root]
-    return sorted(p for p in root.rglob("*") if p.name in ("domains", "urls"))
-
-
-def _entries(files: list[Path]) -> set[str]:
-    return {
-        line
-        for file in files
-        for raw in file.read_text(encoding="utf-8", errors="replace").lower().splitlines()
-        if (line := raw.strip()) and not line.startswith("#")
-    }
-
-
-def _automaton(words: list[str]) -> Any:
-    import ahocorasick
-
-    automaton = ahocorasick.Automaton()
-    for word in words:
-        automaton.add_word(f" {word} ", word)
-    automaton.make_automaton()
-    return automaton

@@ -136,6 +136,7 @@ def _check_sections(config: Config) -> None:
                 _check_section(where, filter, (language,))
             elif others or not allowed:
                 _check_section(name, filter, others)
+    _check_section("url_policy", config.url_policy, allowed)
     _check_section("language", config.language, allowed)
     if config.refine.scrub_pii:
         _check_section("pii", config.pii, allowed)

@@ -19,7 +19,8 @@ import pyarrow as pa
 from filters import Rejection, first_failure, rules, settings, validated
 from filters.opt_out import OptOut, in_headers
 from filters.text.words import NORMALIZER, normalize
-from filters.url_policy import UrlPolicy, host_of
+from filters.url_lists import host_of
+from filters.url_policy import UrlPolicy
 from stages.dedup import minhash
 from stages.extract.config import ExtractConfig
 from stages.extract.extractor import ExtractorOptions, Page, make_extract
@@ -261,7 +262,7 @@ def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: TextStat
 
 
 def _blocked(url: str | None, plan: ExtractPlan) -> Page | None:
-    blocked = plan.url_policy.check(url or "")
+    blocked = plan.url_policy.blocked_by(url or "")
     return None if blocked is None else Page(rejected_by=f"url_policy.{blocked.rule}")
 
 

@@ -109,7 +109,7 @@ def _lines(stream: IO[bytes]) -> Iterator[JsonRow]:
     for number, line in enumerate(_split(stream), start=1):
         if len(line) > _MAX_ROW:
             yield JsonRow(number, None, f"longer than {_MAX_ROW:,} bytes")
-        elif line := line.strip(_BLANK):
+        elif line := line.removeprefix(codecs.BOM_UTF8).strip(_BLANK):
             yield _parsed(number, line)
 
 

@@ -14,7 +14,8 @@ from filters.gopher_quality import GopherQuality
 from filters.language import Language
 from filters.opt_out import in_headers, in_html
 from filters.text.view import TextView
-from filters.url_policy import UrlPolicy, host_of
+from filters.url_lists import host_of
+from filters.url_policy import UrlPolicy
 
 NASTY = [
     "",
@@ -54,19 +55,19 @@ def policy(tmp_path):
     ],
 )
 def test_lists_block_hosts_prefixes_and_whole_words(policy, url, expected):
-    blocked = policy.check(url)
+    blocked = policy.blocked_by(url)
     assert (blocked and tuple(blocked)) == expected
 
 
 @given(st.text() | st.sampled_from(NASTY))
 def test_url_policy_is_total(url):
-    UrlPolicy().check(url)
+    UrlPolicy().blocked_by(url)
     assert isinstance(host_of(url), str)
 
 
 def test_a_list_that_is_not_there_says_so():
     with pytest.raises(ValueError, match="no such file or folder: /nowhere"):
-        UrlPolicy(blocked_lists=("/nowhere",)).check("https://a.example/")
+        UrlPolicy(blocked_lists=("/nowhere",)).blocked_by("https://a.example/")
 
 
 @pytest.mark.parametrize(

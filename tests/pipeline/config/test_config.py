@@ -520,6 +520,7 @@ def test_percentiles_are_numpys(values, percent):
 
 def test_what_a_job_was_sent_with_is_the_same_input_wherever_it_is_unpacked(tmp_path, monkeypatch):
     found = []
+    (tmp_path / "b.jsonl").write_text("{}")
     for package in ("_ray_pkg_1", "_ray_pkg_2"):
         folder = tmp_path / package
         (folder / "pages").mkdir(parents=True)
@@ -539,6 +540,20 @@ def test_what_a_job_was_sent_with_is_the_same_input_wherever_it_is_unpacked(tmp_
         ) and config.url_policy.blocked_lists == ("list.txt",)
         found.append((Run(config).inputs(extend=False)[0], Run(config).keys))
     assert found[0] == found[1]
+
+
+def test_an_entry_of_a_blocklist_that_can_never_match_is_named_with_its_line(tmp_path):
+    (tmp_path / "list").write_text("good.example\nbad entry\n")
+    message = rf"url_policy: {tmp_path}/list, line 2: 'bad entry' can never match: several words"
+    with pytest.raises(ConfigError, match=message):
+        load(
+            None,
+            [
+                "run.directory=/r",
+                "input.paths=['/x']",
+                f"url_policy.blocked_lists=['{tmp_path}/list']",
+            ],
+        )
 
 
 @pytest.mark.parametrize(

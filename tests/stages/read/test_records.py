@@ -85,7 +85,7 @@ def texts(records: list[TextRecord]) -> list[str]:
 rows = st.lists(
     st.fixed_dictionaries(
         {
-            "text": st.text(st.characters(exclude_characters="\0")),
+            "text": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
             "more": st.lists(st.text() | st.booleans()),
         }
     ),

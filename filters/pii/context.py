@@ -12,7 +12,8 @@ def any_word(words: tuple[str, ...]) -> re.Pattern[str]:
     """A pattern that matches each word on its own; CJK words also inside a run of letters."""
     cjk = [re.escape(word) for word in words if CJK_LETTER.search(word)]
     spaced = [re.escape(word) for word in words if not CJK_LETTER.search(word)]
-    patterns = [*cjk, rf"\b(?:{'|'.join(spaced)})\b"] if spaced else cjk
+    # a word may touch the number before it: 555-0100tel: 555-0101
+    patterns = [*cjk, rf"(?<![^\W\d])(?:{'|'.join(spaced)})\b"] if spaced else cjk
     return re.compile("|".join(patterns) or r"(?!)", re.IGNORECASE)
 
 

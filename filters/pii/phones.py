@@ -8,7 +8,7 @@ outside its tables. So a number without a context word must be in a format of ph
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 # What phonenumbers allows between two blocks of digits: its _VALID_PUNCTUATION, up to four in a row
@@ -88,9 +88,9 @@ _PHONE_COLON = (
     r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|hotline|ph"
 )
 _LABEL = (
-    rf"(?:\b(?:{_PHONE}|{_CALLING})(?:\b|(?<=/))(?: ?(?:no|nr|number)\b)?[.:#=]{{0,2}}"
+    rf"(?:(?<![^\W\d])(?:{_PHONE}|{_CALLING})(?:\b|(?<=/))(?: ?(?:no|nr|number)\b)?[.:#=]{{0,2}}"
     rf"|(?:{_PHONE_CJK})[:：]?"
-    rf"|\b(?:{_PHONE_COLON})(?: ?(?:phone|no|nr|number))?\b[.]?[:：])"
+    rf"|(?<![^\W\d])(?:{_PHONE_COLON})(?: ?(?:phone|no|nr|number))?\b[.]?[:：])"
 )
 _NUMBER = r"\+?\(?\d(?:[-‐-– ./()\xa0]{0,3}\d){6,14}"
 _AFTER_LABEL = re.compile(rf"{_LABEL}{_SPACE}{{0,3}}({_NUMBER})(?![-/]?\d|\.\d)", re.IGNORECASE)
@@ -125,14 +125,44 @@ LABELS = tuple(_LABEL_WORDS.split())
 def blank_non_phones(line: str) -> str:
     """Blank what is certainly no phone number; all other characters keep their positions."""
     line = _NO_PHONE.sub(_blank, line)
-    return _TABLE.sub(
-        lambda m: m[0] if PHONE_FORMAT.search(line, max(0, m.start() - 2), m.end()) else _blank(m),
-        line,
-    )
+    return _TABLE.sub(_blank_table, line)
+
+
+def _blank_table(match: re.Match[str]) -> str:
+    if PHONE_FORMAT.search(match.string, max(0, match.start() - 2), match.end()):
+        # numbers between slashes: the phonenumbers package would try the rest after each of them
+        return match[0].replace("/", "\0")
+    return _blank(match)
 
 
 def _blank(match: re.Match[str]) -> str:
     return "\0" * len(match[0])
+
+
+_DIGIT_BEFORE = re.compile(rf"\d{BETWEEN}\Z")
+_DIGIT_AFTER = re.compile(rf"{BETWEEN}\d")
+
+
+def blank_whole_numbers(text: str, numbers: Sequence[tuple[int, int]]) -> str:
+    """Blank the numbers that touch no digits but of each other: no region can find more there."""
+    without = _with_blanks(text, numbers)
+    return _with_blanks(
+        text,
+        [
+            (start, end)
+            for start, end in numbers
+            if not _DIGIT_BEFORE.search(without[max(0, start - 5) : start])
+            and not _DIGIT_AFTER.match(without, end)
+        ],
+    )
+
+
+def _with_blanks(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    parts, at = [], 0
+    for start, end in spans:
+        parts += [text[at:start], "\0" * (end - start)]
+        at = end
+    return "".join([*parts, text[at:]])
 
 
 _CHAIN = re.compile(rf"\d(?:{BETWEEN}\d){{6,}}")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 MAX_PIECE = 2000  # characters
 WORD_GAP = re.compile(r"[^\W\d_]{2} (?=[^\W\d_]{2})")
-_MARGIN = 120  # characters on each side of a piece in which context words are searched
+_MARGIN = 220  # characters on each side of a piece in which context is searched
 
 
 class Piece(NamedTuple):
@@ -16,6 +16,16 @@ class Piece(NamedTuple):
     end: int
     low: int
     high: int
+
+    def alone(self) -> "Piece":
+        """The piece with no more of its line than is searched for context."""
+        line, start, end, low, high = self
+        near = line[low:high]
+        return Piece(near, start - low, end - low, 0, len(near))
+
+    def blanked(self, start: int, end: int) -> "Piece":
+        """The piece without the characters line[start:end]; all others keep their positions."""
+        return self._replace(line=f"{self.line[:start]}{chr(0) * (end - start)}{self.line[end:]}")
 
     @property
     def is_between_words(self) -> bool:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from filters.pii.context import CJK, CJK_LETTER
+from filters.pii.phones import blank_whole_numbers
 from filters.pii.spans import Hit
 from filters.pii.triggers import is_triggered
 
@@ -25,6 +26,9 @@ _MORE_CARDS = (
     rf"(?:4\d|5[0678]|6\d)\d\d(?:{_FOUR}){{3}}[- ]?\d{{3}}",  # Visa and Maestro of 19
 )
 
+# an address may contain these, but Presidio refuses one that starts with them: a@b.org/c@d.org
+_AFTER_MARK = re.compile(r"[/?#][^\s/?#@]{1,64}@")
+_MARKS_TO_SPACES = str.maketrans("/?#=&", "     ")
 _TO_UPPER = str.maketrans("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _LOWER_IBAN = re.compile(r"[a-z]{2}[0-9]{2}[ -]?[a-z0-9]{4}")
 _TOUCHES_CJK = re.compile(rf"[0-9A-Za-z](?:(?<=[{CJK}].)|(?=[{CJK}]))")
@@ -54,6 +58,8 @@ def variants(entity: str, line: str) -> list[str]:
         forms.append(line.translate(_TO_UPPER))
     if entity != "PHONE_NUMBER" and not line.isascii() and _TOUCHES_CJK.search(line):
         forms.append(CJK_LETTER.sub(" ", line))
+    if entity == "EMAIL_ADDRESS" and _AFTER_MARK.search(line):
+        forms.append(line.translate(_MARKS_TO_SPACES))
     if entity == "EMAIL_ADDRESS" and _NEXT_WORD.search(line):
         forms.append(_NEXT_WORD.sub(lambda m: m[1] + " " * len(m[2]), line))
     if entity == "EMAIL_ADDRESS" and _PARAMETER.search(line):
@@ -77,9 +83,28 @@ def recognizer(entity: str, phone_regions: tuple[str, ...] = ()) -> Any:
     # it on disk
     tldextract.tldextract.TLD_EXTRACTOR = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
     if entity == "PHONE_NUMBER":
-        return predefined_recognizers.PhoneRecognizer(supported_regions=phone_regions)
+        return _phone_recognizer(phone_regions)
     if entity == "CREDIT_CARD":
         cards = predefined_recognizers.CreditCardRecognizer
         more = [Pattern(f"more cards {i}", rf"\b{c}\b", 0.3) for i, c in enumerate(_MORE_CARDS)]
         return cards(patterns=[*cards.PATTERNS, *more])
     return getattr(predefined_recognizers, _CLASSES[entity])()
+
+
+def _phone_recognizer(regions: tuple[str, ...]) -> Any:
+    """Presidio's, which gives every number to every region, and explains each hit."""
+    from phonenumbers import PhoneNumberMatcher
+    from presidio_analyzer import RecognizerResult
+    from presidio_analyzer.predefined_recognizers import PhoneRecognizer
+
+    class Phones(PhoneRecognizer):
+        def analyze(self, text: str, entities: Any, nlp_artifacts: Any = None) -> list[Any]:
+            results = []
+            for region in regions:
+                matches = PhoneNumberMatcher(text, region, leniency=self.leniency or 0)
+                numbers = [(match.start, match.end) for match in matches]
+                results += [RecognizerResult(entities[0], *n, self.SCORE) for n in numbers]
+                text = blank_whole_numbers(text, numbers)
+            return self.remove_duplicates(results)
+
+    return Phones(supported_regions=regions)

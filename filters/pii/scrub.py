@@ -224,7 +224,8 @@ class Pii:
         start = 0
         while start < len(line):
             piece = pieces.cut_piece(line, start)
-            hits = list(self._find_in_piece(piece, above, entities))
+            found = self._find_in_piece(piece.alone(), "" if piece.low else above, entities)
+            hits = [h._replace(start=h.start + piece.low, end=h.end + piece.low) for h in found]
             if piece.is_between_words:
                 yield from hits
                 start = piece.end
@@ -238,21 +239,26 @@ class Pii:
     def _find_in_piece(
         self, piece: pieces.Piece, above: str, entities: frozenset[str]
     ) -> Iterator[Hit]:
-        line, start, end, low, high = piece
-        near = line[low:high]
-        above = "" if low else above
-        for entity in entities:
-            if not self._may_hold(entity, near, f"{above[-40:]}\n{near}", mentions=mentions_word):
+        """The values in a piece, telephone numbers last: those that are certainly another value
+        are not read again for each region.
+        """
+        line, start, end, *_ = piece
+        for entity in sorted(entities, key="PHONE_NUMBER".__eq__):
+            near = f"{above[-40:]}\n{piece.line}"
+            if not self._may_hold(entity, piece.line, near, mentions=mentions_word):
                 continue
             if entity == "PHONE_NUMBER":
                 hits, words = self._find_phones(piece, above), self.phone_context
             else:
                 hits = recognize(entity, line[start:end], offset=start)
                 words = context_words(entity)
-            for hit in hits:
-                sure = score(hit, line, above, words, private=self.ip_addresses == "all")
+            earlier, private = None, self.ip_addresses == "all"
+            for hit in sorted(hits, key=lambda hit: (hit.start, -hit.end)):
+                sure = score(hit, line, above, words, earlier=earlier, private=private)
                 if sure >= self.min_score:
                     yield hit._replace(score=sure)
+                    earlier = hit
+                    piece = piece.blanked(hit.start, hit.end) if sure == 1 else piece
 
     def _find_phones(self, piece: pieces.Piece, above: str) -> Iterator[Hit]:
         """Labeled and international numbers, and those that the phonenumbers package knows.
@@ -260,21 +266,23 @@ class Pii:
         Of the latter, a number in no format of phone numbers scores as bare digits, and one whose
         digits no region groups so needs a context word too.
         """
-        line, start, end, low, high = piece
-        shown = phones.blank_non_phones(line[low:high])
+        line, start, end, *_ = piece
+        shown = phones.blank_non_phones(line)
         if self.min_score > BARE_DIGITS:
             shown = phones.blank_unlikely_digits(shown, above, any_word(self._phone_words))
         announced = [(span, LABELED) for span in phones.labeled_numbers(shown, above)]
         announced += [(span, 0.4) for span in phones.international_numbers(shown)]
         for (begin, stop), sure in announced:
-            if start <= low + begin < end:
-                yield Hit("PHONE_NUMBER", low + begin, low + stop, sure)
-        for hit in recognize(
-            "PHONE_NUMBER",
-            shown[start - low : end - low],
-            offset=start,
-            phone_regions=self.phone_regions,
+            if start <= begin < end:
+                yield Hit("PHONE_NUMBER", begin, stop, sure)
+        for hit in sorted(
+            recognize(
+                "PHONE_NUMBER", shown[start:end], offset=start, phone_regions=self.phone_regions
+            ),
+            key=lambda hit: hit.start,
         ):
-            sure = written_score(hit, line, self.phone_regions)
+            sure = written_score(hit, piece.line, self.phone_regions)
             number_start = phones.skip_unclosed_bracket(line, hit.start, hit.end)
             yield hit._replace(start=number_start, score=sure)
+            if sure >= hit.score:
+                piece = piece.blanked(hit.start, hit.end)  # it is no part of the number after it

@@ -36,6 +36,7 @@ from stages.formats.document import (
     sampled,
 )
 from stages.isolation.child import Child, Limits, Loss, shared_child
+from stages.read.compression import kind_of_file
 from stages.read.fetch import FetchOptions, local_copy, printable
 from stages.read.frames import Accounts
 from stages.read.listing import fingerprint
@@ -143,10 +144,12 @@ def _extract_web(
     stats, child = ReadStats(), _child(plan)
     started = child.cpu_seconds
     result = _write_documents(_web_rows(path, task, plan, stats), commit, plan, store)
-    if not stats.records and stats.damaged_places and not begins_as_warc(path):
+    is_unread = stats.records == stats.skipped["unsupported"]
+    if is_unread and (stats.records or stats.damaged_places) and not begins_as_warc(path):
         raise ValueError(
-            f"{task.name}: no WARC record in {stats.bytes_total:,} bytes; input.format is "
-            f"{plan.input.format}, should it be jsonl or parquet?"
+            f"{task.name}: no WARC record in {stats.bytes_total:,} bytes; it holds "
+            f"{kind_of_file(path) or 'something else'}; input.format is {plan.input.format}, "
+            "should it be jsonl or parquet?"
         )
     commit.rows_in = stats.records
     commit.cpu_seconds = round(child.cpu_seconds - started, 3)

@@ -6,13 +6,14 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 from isal import isal_zlib
 
 # `zstd --long=31` and `xz -9` need as much; memory is used only as far as there is data
-_MAX_WINDOW = 1 << 31
+MAX_WINDOW = 1 << 31
 _CHUNK = 1 << 12  # compressed bytes per step; zstd can pack at most 128 MiB into them
 _PIECE = 1 << 20  # decompressed bytes per step, where the library can stop: bzip2 packs 4 GB
 
@@ -39,12 +40,12 @@ _COMPRESSIONS = (
     Compression(  # pzstd begins with a frame without data, which is skipped
         "zstd",
         re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
-        lambda: zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj(),
+        lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj(),
     ),
     Compression(
         "xz",
         re.compile(rb"\xfd7zXZ\0"),
-        lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_WINDOW),
+        lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_WINDOW),
     ),
     Compression(
         "bzip2",
@@ -143,6 +144,7 @@ def _decompress(member: Any, data: bytes, file: BinaryIO, name: str) -> Iterator
 
 # --- what else a file may be ----------------------------------------------------------------------
 
+HEAD = 512  # bytes of a file that tell its kind
 _KINDS = {
     rb"PAR1": "a Parquet file",
     rb"ARROW1|FEA1|\xff\xff\xff\xff.{4}\x10\0\0\0": "an Arrow or Feather file",
@@ -167,6 +169,12 @@ _KINDS = {
     rb"(?i:\s*<(?:!doctype|html|\?xml))": "HTML or XML, as of an error page saved as the file",
     rb"\0{64}": "zeros, as of a file that was never written to its end",
 }
+
+
+def kind_of_file(path: Path) -> str | None:
+    """`kind_of` a file."""
+    with open(path, "rb") as file:
+        return kind_of(file.read(HEAD))
 
 
 def kind_of(head: bytes) -> str | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from stages.read.compression import COMPRESSED_SUFFIXES, Damaged, decompressed, kind_of
+from stages.read.compression import COMPRESSED_SUFFIXES, HEAD, Damaged, decompressed, kind_of
 from stages.read.fetch import FetchOptions, is_http, local_copy
 from stages.storage.digests import file_sha256
 from stages.storage.files import open_fs
@@ -113,7 +113,7 @@ def _listed_in(path: str, base_uri: str) -> list[str]:
             lines = data.decode(json.detect_encoding(data[:4])).splitlines()
         except (Damaged, UnicodeDecodeError) as error:
             raise ValueError(f"listing {path}: cannot be read ({error}); fetch it again") from error
-    if (kind := kind_of(data[:512])) is not None:
+    if (kind := kind_of(data[:HEAD])) is not None:
         raise ValueError(f"listing {path}: holds {kind}; a listing has an address on each line")
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not names:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import zstandard
 from isal import isal_zlib
 
+from stages.read.compression import MAX_WINDOW
+
 # a record's start, unmistakable even in the middle of a line
 START = re.compile(rb"WARC/\d+\.\d+[ \t]*\r?\n(?:WARC|Content)-[A-Za-z-]{1,40}[ \t]*:")
 START_LENGTH = 100  # bytes of the longest match that matters
@@ -82,7 +84,8 @@ class Zstd(Gzip):
             self._dictionary = zstandard.ZstdCompressionDict(raw)
 
     def decompressor(self) -> Any:
-        return zstandard.ZstdDecompressor(dict_data=self._dictionary).decompressobj()
+        decompressor = zstandard.ZstdDecompressor(self._dictionary, max_window_size=MAX_WINDOW)
+        return decompressor.decompressobj()
 
     def skip_filling(self, at: int) -> int:
         at = super().skip_filling(at)

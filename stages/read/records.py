@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from filters import STRICT
-from stages.read.compression import Damaged, decompressed, kind_of
+from stages.read.compression import HEAD, Damaged, decompressed, kind_of, kind_of_file
 from stages.read.frames import Accounts
 from stages.read.json_rows import JsonRow, json_rows, read_head
 
@@ -89,8 +89,7 @@ def _errors_name(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        with open(path, "rb") as file:
-            kind = kind_of(file.read(512)) or "whole, and what its name says"
+        kind = kind_of_file(path) or "whole, and what its name says"
         raise ValueError(f"{name}: cannot be read ({error}); is it {kind}?") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -138,7 +137,7 @@ def _json_records(path: Path, config: InputConfig, stats: TextStats) -> Iterator
 
 
 def _json_file_rows(file: BinaryIO) -> Iterator[JsonRow]:
-    head, stream = read_head(decompressed(file), 512)
+    head, stream = read_head(decompressed(file), HEAD)
     if (kind := kind_of(head)) is not None:
         raise ValueError(f"holds {kind}, and no JSON")
     return json_rows(stream)

@@ -90,10 +90,10 @@ def read_records(path: str | Path, *, max_payload_bytes: int, stats: ReadStats) 
 
 
 def begins_as_warc(path: Path) -> bool:
-    """Whether a file begins with a record, compressed or not, or with a damaged member."""
+    """Whether a file begins with a record of a WARC or ARC, or with a damaged member."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         head = _head(data)
-    return head is None or head.startswith(b"WARC/")
+    return head is None or head.startswith((b"WARC/", b"filedesc://"))
 
 
 def _head(data: mmap.mmap) -> bytes | None:

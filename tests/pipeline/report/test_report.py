@@ -1,8 +1,10 @@
 """The report: complete, honest about what is missing, and safe against what was crawled."""
 
+import bz2
 import gzip
 import html
 import json
+import lzma
 import math
 import re
 import shutil
@@ -524,19 +526,23 @@ def test_an_input_that_is_cut_short_keeps_the_rows_before_the_cut(tmp_path, pack
 
 def test_a_file_that_is_no_warc_is_named_and_a_damaged_one_is_not_held_against_the_run(tmp_path):
     texts = write_jsonl(tmp_path / "a.jsonl", hostile_documents())
-    packed, damaged, empty = (tmp_path / name for name in ("b.jsonl.gz", "c.warc", "d.warc"))
-    packed.write_bytes(gzip.compress(texts.read_bytes()))
-    damaged.write_bytes(b"WARC/1.0\r\nWARC-Type")
-    empty.write_bytes(b"")
-    config = make_config(tmp_path, [texts, packed, damaged, empty], "run.max_failed_share=1.0")
+    files = {
+        "b.jsonl.gz": (gzip.compress(texts.read_bytes()), "gzip data"),
+        "c.warc.xz": (lzma.compress(b"WARC/1.0\r\n"), "xz data"),
+        "d.warc": (bz2.compress(b"WARC/1.0\r\n"), "bzip2 data"),
+        "e.warc": (b"PK\x03\x04" + bytes(99), "a zip archive"),
+        "f.warc": (b"WARC/1.0\r\nWARC-Type", None),  # damaged
+        "g.warc": (b"", None),
+        "h.arc": (b"filedesc://a.arc", None),
+    }
+    for name, (data, _) in files.items():
+        (tmp_path / name).write_bytes(data)
+    paths = [texts, *(tmp_path / name for name in files)]
+    config = make_config(tmp_path, paths, "run.max_failed_share=1.0")
     failed = run_inline(config, until="extract").failed["extract"]
-    assert len(failed) == 2 and all(
-        "no WARC record in" in f and "input.format is warc" in f for f in failed
-    )
-    assert [name for name in ("a.jsonl:", "b.jsonl.gz:") if any(name in f for f in failed)] == [
-        "a.jsonl:",
-        "b.jsonl.gz:",
-    ]
+    assert len(failed) == 5 and all("input.format is warc" in message for message in failed)
+    for message, (name, (_, kind)) in zip(failed[1:], files.items(), strict=False):
+        assert f"{name}: no WARC record in" in message and f"it holds {kind}" in message
 
 
 def test_texts_that_were_not_kept_are_said_to_be_missing(tmp_path):

@@ -361,6 +361,13 @@ def test_unsupported_files_say_so(tmp_path, head, pack):
     assert stats.damaged_places == 0
 
 
+def test_a_zstd_window_may_be_long(tmp_path):
+    options = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=False)
+    compressor = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    records, stats = read(tmp_path, compressor.compress(warc(http())) + compressor.flush())
+    assert [r.payload for r in records] == [PAGE] and stats.damaged_places == 0
+
+
 def test_an_empty_file_holds_nothing(tmp_path):
     assert read(tmp_path, b"") == ([], ReadStats())
 

@@ -37,39 +37,43 @@ _WITH_NUMBER_WORDS = (
     "law act code"
 )
 _LABELS, _WITH_NUMBER = frozenset(_LABEL_WORDS.split()), frozenset(_WITH_NUMBER_WORDS.split())
-_WORD = re.compile(r"[^\W\d_][\w.&/-]*|§+|[#№]")
+_WORD = re.compile(r"\d{0,2}[^\W\d_][\w.&/-]*|§+|[#№]")
 _BETWEEN = re.compile(r"(?:[\s.:()\[\]*=-]|\(s\))*")
 # of a list after the label: '10.1, 10.2 and 10.3'
 _LISTED = re.compile(r"([\d.–-]+\d)(?:\s*(?:[,;&/]|\b(?:and|or|to|through)\b)\s*(?:§+\s*)?)\Z")
 _GERMAN_PHONE = re.compile("tel|fon|fax|ruf|mobil|handy")
-_COUNTRY = re.compile("[A-Z]{2}")  # VAT GB
+_COUNTRY = re.compile(r"[A-Z]{2}|\d\d[A-Z]")  # VAT GB; UTM 33T
 _OTHER_WORDS = ("print", "online", "electronic", "hardcover", "and", "or", "to", "registry", "is")
 _BARE = ("no", "nos", "nr", "#", "№", "n°")  # with nothing before it
 
 # a name or path: /img_0123-456, 10.1001/jama.255., ?id=; but not 'Tel/Fax:' or 'Room 12-'
 _PATH = re.compile(r"[^\W\d][\w%~-]*[/_=.?&]|[/_=?&][^\W\d]|://|\b10\.\d{4,}/|\w_|%2[Ff]|[#@]\w")
 _CALLS = re.compile(
-    r"tel|phone|fax|call|sms|whatsapp|wa\.me|mob|cell|handy|office|direct|dial|contact|ph\b|t[.:]|т",
+    r"tel|fon|phone|fax|call|sms|whatsapp|wa\.me|mob|cell|handy|office|direct|dial|contact|ph\b|t[.:]|т",
     re.I,
 )
 _NAME_AFTER = re.compile(r"[_=]|-?[^\W\d_]{2,}[\d-]|\.[a-z]{2,4}\b|/[^\W\d_]{2}(?<!/fa)(?<!/te)")
-_POINT_BEFORE = re.compile(r"\w[.:]\Z")
+_POINT_BEFORE = re.compile(r"\w\.\Z|\d:\Z")
 
 # forms that unlabeled phone numbers do not have
 _FORM = re.compile(
     r"[\d ]{0,5}\((?:1[89]|20)\d\d\).*"  # (1998) 386-411: a year, pages
     r"|(?:0[1-9]|1\d|2\d)(?:0[1-9]|1[0-2])\.\d{4,5}"  # arXiv
     r"|\d{4}\.\d{4}\.\d{4}"  # MAC
+    r"|\d\d \d\d \d\d\.\d.*"  # of a star
     r"|\d\d([-./])\d\d\1(?:\d\d|\d{4}) \d\d[.:]\d\d.*"  # day and time
     r"|\d{3,4}[-–]\d{3,4}[-–]\d{1,2}|\d{5}-\d{3}-\d\d|\d{5}-\d{4}-\d{1,2}"  # NDC
     r"|\d{2,7}-\d\d-\d"  # CAS
     r"|\d{4}-\d{4}|\d{4}-\d\d-\d{3}-\d{4}"  # ISSN; NSN
     r"|[2-4]\d\d-\d{3}-\d"  # EC
 )
+_PAGES = re.compile(r"\(\d{1,2}\) ?\d{1,4}[-–]\d{1,4}")  # after a volume
 _RANGE = re.compile(r"(\d{3,5}) ?[-–] ?(\d{3,5})")
 _GRID_PAIR, _GRID_LETTERS = re.compile(r"\d{5} \d{5}"), re.compile(r"\b[A-Z]{2} ?\Z")
 _UNIT_AFTER = re.compile(
-    r"\s*(?:[°′″º]|['\"]\s*[NSEWO]\b|[NSEWO]\b|(?:mm|cm|km|px|nm)\b)|\s*x\s*\d"
+    r"\s*(?:[°′″º]|['\"]\s*[NSEWO]\b|[NSEWO]\b(?!-)|(?:mm|cm|km|px|nm)\b)|\s*x\s*\d"
+    # 442 Main St
+    r"|(?: [A-Z]\w+){1,2} (?:St|Street|Ave|Avenue|Rd|Road|Blvd|Dr|Drive|Lane|Ln|Way|Court|Ct)\b"
 )
 _UNIT_BEFORE = re.compile(r"(?:\b[NSEW]|[°′″º]|[×±<>=$€£]|\d\s?x)\s*\Z")
 
@@ -81,10 +85,11 @@ def is_named(line: str, start: int, end: int) -> bool:
 
 def has_own_form(line: str, start: int, end: int) -> bool:
     """Whether line[start:end] is written as identifiers are, or as a measure."""
-    value, before, after = line[start:end], line[max(0, start - 12) : start], line[end : end + 12]
+    value, before, after = line[start:end], line[max(0, start - 12) : start], line[end : end + 40]
     return (
         _FORM.fullmatch(value) is not None
         or _is_range(value)
+        or (_PAGES.fullmatch(value) is not None and before.rstrip()[-1:].isdigit())
         or _UNIT_AFTER.match(after) is not None
         or _UNIT_BEFORE.search(before) is not None
         or (_GRID_PAIR.fullmatch(value) is not None and _GRID_LETTERS.search(before) is not None)

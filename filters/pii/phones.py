@@ -63,7 +63,7 @@ _NO_PHONE = re.compile(
     r"|(?:19|20)\d\d[ \xa0](?<!\d \d{4}.)[01]?\d[ \xa0][0-3]?\d(?![-. \xa0]?\d)"
     r"|(?:1\d|20)\d\d ?[-‐-―/] ?(?:1\d|20)\d\d(?!\d)|[1-9]\d{2,3}/\d{2,4} ?[–—] ?1\d{3}(?!\d)"
     r"|\d{1,3}(?:\. ?\d{1,3}){3}(?: ?/ ?\d{1,3})?(?!\.?\d))"
-    r"|(?<!\d)\d\d?:\d\d(?::\d\d)?(?!\d)"
+    r"|(?<!\d)\d\d?:\d\d(?::\d\d)?(?!\d)|\+(?<=[Zz][Ii][Pp].)4\b"
     r"|(?<![\d.])0\.\d+(?!\.?\d)"
     # degrees; the numbers of the registries of domains, +1.2125550147, have eight digits and more
     r"|\+(?<![\w+].)\d{1,3}\.(?:\d{4,7}(?!\d)|\d{4,}[,; ]{1,2}[-+]?\d{1,3}\.\d{4,}(?!\d))"
@@ -73,22 +73,26 @@ _TABLE = re.compile(rf"\d(?:{BETWEEN}\d){{40,}}")
 # Right before a number these always mean a phone number …
 _PHONE = (
     r"(?:tele)?phones?|t[eé]l(?:[eé]phone)?|tel[eé]fon[eo]?|fax|telefax|whatsapp|wa\.me/"
-    r"|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph|tfn|telefoon|puhelin|rufnummer|durchwahl|gsm"
+    r"|fon[eo]?|тел(?:ефон)?|τηλ(?:έφωνο)?|tlf|tlph|tfn|telefoon|puhelin|rufnummer|durchwahl|gsm"
     r"|(?:my|your|h(?:is|er)|our|their|(?:tele)?phone|contact|mobile|cell|direct|office|home|work|fax)"
     r" (?:number|no\.)(?: (?:is|was|at|to|from|as))?|dial(?:l?ed|l?ing)?|my registered|telefonn\w+"
+    r"|hotline|helpline|toll[- ]free|(?:new|old) number(?: is)?"
+    r"|(?:update|change)d? (?:the|my|his|her|our) (?:\w{1,9} )?number (?:from|to)"
+    r"|(?:my|your|h(?:is|er)|our|their) (?:cell|mobile|landline)(?: is)?"
 )
 # … also with up to three words before the preposition, as in 'not answering my calls at'
 _CALLING = (
     r"(?:call|ring|reach|phone|text|contact|dial|message|messages|sms|answer|fax|whatsapp)(?:s|ed|ing)?"
-    r"(?: [\w']{1,12}){0,3}? (?:at|on|to|via|from)"
+    r"(?: [\w']{1,12}){0,3}?(?: (?:at|on|to|via|from)\b|:)"
 )
 _PHONE_CJK = "电话|電話|手机|手機|전화"  # also inside a sentence
 # … and these, which have other meanings too (a cell, a mobile), only with a colon.
 _PHONE_COLON = (
-    r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|hotline|ph"
+    r"mobile|cell|cellphone|cellular|m[oó]vil|portable|mobil|handy|desk|landline|ph"
+    r"|contact|reservations?|bookings?|enquiries|inquiries|customer service|reception|emergency"
 )
 _LABEL = (
-    rf"(?:(?<![^\W\d])(?:{_PHONE}|{_CALLING})(?:\b|(?<=/))(?: ?(?:no|nr|number)\b)?[.:#=]{{0,2}}"
+    rf"(?:(?<![^\W\d])(?:{_PHONE}|{_CALLING})(?:\b|(?<=[/:]))(?: ?(?:no|nr|number)\b)?[.:#=]{{0,2}}"
     rf"|(?:{_PHONE_CJK})[:：]?"
     rf"|(?<![^\W\d])(?:{_PHONE_COLON})(?: ?(?:phone|no|nr|number))?\b[.]?[:：])"
 )
@@ -96,10 +100,14 @@ _NUMBER = r"\+?\(?\d(?:[-‐-– ./()\xa0]{0,3}\d){6,14}"
 _AFTER_LABEL = re.compile(rf"{_LABEL}{_SPACE}{{0,3}}({_NUMBER})(?![-/]?\d|\.\d)", re.IGNORECASE)
 # … or after it, at the end of a line or of its part: '69 987 88 37 office'
 _LABEL_AFTER = (
-    r"[-– \xa0,]{0,3}\(?(?:office|fax|mobile|cell|cellphone|home|work|tel|telephone|phone|direct|"
-    r"landline|whatsapp|büro|privat|portable)\b\)?(?=\s*(?:\Z|[\\,;|()/.]))"
+    r"(?:[-– \xa0,]{0,3}\(?(?:office|fax|mobile|cell|cellphone|home|work|tel|telephone|phone|direct"
+    r"|landline|whatsapp|büro|privat|portable)\b\)?(?=\s*(?:\Z|[\\,;|()/.]))"
+    r"| is (?:my|the|his|her|our|your) (?:(?:tele)?phone |mobile |cell )?number\b)"
 )
 _BEFORE_LABEL = re.compile(rf"(?<![\w.+-])({_NUMBER}){_LABEL_AFTER}", re.IGNORECASE)
+_NEXT = re.compile(
+    rf"\s*(?:[,;/|&]|\b(?:and|or|to|und|oder|ou|et|y)\b)\s*({_NUMBER})(?![-/]?\d|\.\d)"
+)
 # 1 234 567 is a quantity where a noun follows
 _QUANTITY = re.compile(r"[1-9]\d{0,2}(?:[ \xa0.]\d{3})+")
 _NOUN_AFTER = re.compile(
@@ -117,7 +125,8 @@ _LABEL_WORDS = (
     "telefone teléfone telefono teléfono movil móvil portable mobil handy ph tlf tlph "
     "тел телефон τηλ τηλέφωνο 电话 電話 手机 手機 전화 wa.me tfn telefoon puhelin rufnummer "
     "durchwahl gsm number dial text contact message messages sms answer answering registered "
-    "office home work direct büro privat telefonnummer"
+    "fon fono fone contact reservation reservations booking bookings enquiries inquiries "
+    "reception emergency helpline office home work direct büro privat telefonnummer"
 )
 LABELS = tuple(_LABEL_WORDS.split())
 
@@ -216,8 +225,17 @@ def labeled_numbers(line: str, above: str) -> Iterator[tuple[int, int]]:
     for match in _AFTER_LABEL.finditer(line):
         if not (_QUANTITY.fullmatch(match[1]) and _NOUN_AFTER.match(line, match.end(1))):
             yield match.span(1)
+            yield from _listed(line, match)
     for match in _BEFORE_LABEL.finditer(line):
         yield match.span(1)
+
+
+def _listed(line: str, first: re.Match[str]) -> Iterator[tuple[int, int]]:
+    """Numbers of the same form that follow a labeled one: 'Tel.: 624-6456; 225-8452'."""
+    shape, end = re.sub(r"\d", "0", first[1]), first.end(1)
+    while (match := _NEXT.match(line, end)) and re.sub(r"\d", "0", match[1]) == shape:
+        yield match.span(1)
+        end = match.end(1)
 
 
 def international_numbers(line: str) -> Iterator[tuple[int, int]]:
@@ -227,12 +245,20 @@ def international_numbers(line: str) -> Iterator[tuple[int, int]]:
             yield match.span()
 
 
+# + or 00; an area code in brackets; or one after a 0, as Germans and their neighbors group at will
+_PREFIX = re.compile(
+    r"\D{0,2}(?:[+＋]|00)|(?:[178][-. ]{0,2})?\(\d{2,5}\)[-. ]{0,2}\d"
+    r"|\(?0[1-9]\d{1,4}\)?[-/ –]{1,3}[1-9]|0\d(?: \d\d)? ?/ ?\d"
+    r"|(?:1[-. ])?\d{3}([-. ])\d{3}\1\d{4}\Z"  # of North America, also where it was never assigned
+)
+
+
 @lru_cache(maxsize=1024)
 def is_plausible(value: str, regions: tuple[str, ...]) -> bool:
-    """Whether the digits are grouped as some region does, or begin with + or 00."""
+    """Whether the digits are grouped as some region does, or have a prefix that says enough."""
     import phonenumbers
 
-    if re.match(r"\D{0,2}(?:[+＋]|00)", value):
+    if _PREFIX.match(value):
         return True
     strict = phonenumbers.Leniency.STRICT_GROUPING
     return any(

@@ -104,11 +104,13 @@ def score(
     return hit.score
 
 
-def written_score(hit: Hit, line: str, regions: tuple[str, ...]) -> float:
+def written_score(hit: Hit, line: str, above: str, regions: tuple[str, ...]) -> float:
     """The score of a phone number that the phonenumbers package knows, by the way it is written."""
     if not phones.is_in_format(line, hit.start, hit.end):
         return BARE_DIGITS
-    return hit.score if phones.is_plausible(line[hit.start : hit.end], regions) else MISGROUPED
+    value = line[hit.start : hit.end]
+    alone = value == line.strip() and any(map(str.islower, above))  # under an address
+    return hit.score if alone or phones.is_plausible(value, regions) else MISGROUPED
 
 
 def _number_score(hit: Hit, line: str, before: str, after: str, context: re.Pattern[str]) -> float:
@@ -123,11 +125,12 @@ def _number_score(hit: Hit, line: str, before: str, after: str, context: re.Patt
         return 0
     if value[0].isdigit() and (_HEX_BEFORE.search(before) or _HEX_AFTER.match(after)):
         return 0
-    if score < LABELED and identifiers.is_named(line, hit.start, hit.end):
+    unsure = score < LABELED and value[0] not in "+＋"
+    if unsure and identifiers.is_named(line, hit.start, hit.end):
         return 0
     if context.search(before) or context.search(after):
         return max(score, min(score + 0.35, LABELED), 0.4)
-    if score < LABELED and identifiers.has_own_form(line, hit.start, hit.end):
+    if unsure and identifiers.has_own_form(line, hit.start, hit.end):
         return 0
     if hit.entity == "US_SSN" and (_CELL_BEFORE.search(before) or _CELL_AFTER.match(after)):
         return BARE_DIGITS

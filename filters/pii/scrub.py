@@ -45,7 +45,7 @@ _PHONE_REGIONS = ("US", "GB", "DE", "FR", "IL", "IN", "CA", "BR")  # Presidio's
 # Presidio's words without 'number' (orders and parts have one), and the labels on pages
 _PHONE_WORDS = (
     "phone telephone tel cell cellphone mobile call fax text sms whatsapp "
-    "telefon mobil handy téléphone portable teléfono móvil telefone telefono"
+    "toll hotline helpline telefon mobil handy téléphone portable teléfono móvil telefone telefono"
 )
 
 
@@ -281,7 +281,7 @@ class Pii:
             ),
             key=lambda hit: hit.start,
         ):
-            sure = written_score(hit, piece.line, self.phone_regions)
+            sure = written_score(hit, piece.line, above, self.phone_regions)
             number_start = phones.skip_unclosed_bracket(line, hit.start, hit.end)
             yield hit._replace(start=number_start, score=sure)
             if sure >= hit.score:

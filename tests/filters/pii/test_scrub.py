@@ -427,7 +427,7 @@ def by_every_recognizer(line: str, above: str) -> set[Hit]:
         hits = [Hit(entity, raw.start, raw.end, raw.score) for raw in raws]
         if is_phone:
             regions = Pii().phone_regions
-            hits = [h._replace(score=scores.written_score(h, line, regions)) for h in hits]
+            hits = [h._replace(score=scores.written_score(h, line, above, regions)) for h in hits]
             hits = [
                 h._replace(start=phones.skip_unclosed_bracket(line, h.start, h.end)) for h in hits
             ]

@@ -128,7 +128,8 @@ def _trafilatura(options: TrafilaturaOptions) -> Callable[[str], str | None]:
     from trafilatura import extract, utils
     from trafilatura.deduplication import LRUCache
 
-    logging.disable(logging.CRITICAL)  # it logs for each page what we store for each page
+    for name in ("trafilatura", "htmldate", "courlan"):  # they log for each page what we store
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     # the library's parser drops what is nested deeper than 256 elements; huge_tree: 2,048
     parser = utils.HTML_PARSER = HTMLParser(
         collect_ids=False,

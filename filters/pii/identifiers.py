@@ -24,7 +24,7 @@ _LABEL_WORDS = (
     "secs article articles art chapter chap clause pp pages vol volume issue lines version ver "
     "build release firmware driver revision lat lon latitude longitude coordinates jd mjd isrc "
     "iswc udc ddc ref réf catalog catalogue intrastat mercedes bmw vw ikea lego rs gse "
-    "researcherid ticket invoice fedex ups usps"
+    "researcherid ccr cep pin eircode ticket invoice fedex ups usps"
 )
 # … and with a word for number after it: 'to order 800-555-0147' is a phone number
 _WITH_NUMBER_WORDS = (
@@ -36,8 +36,11 @@ _WITH_NUMBER_WORDS = (
     "artikel kunden rechnungs author member user tax dealer bulletin question problem exercise "
     "law act code"
 )
-_LABELS, _WITH_NUMBER = frozenset(_LABEL_WORDS.split()), frozenset(_WITH_NUMBER_WORDS.split())
-_WORD = re.compile(r"\d{0,2}[^\W\d_][\w.&/-]*|§+|[#№]")
+_LABELS, _WITH_NUMBER = (
+    frozenset([*_LABEL_WORDS.split(), "〒"]),
+    frozenset(_WITH_NUMBER_WORDS.split()),
+)
+_WORD = re.compile(r"\d{0,2}[^\W\d_][\w.&/-]*|§+|[#№〒]")
 _BETWEEN = re.compile(r"(?:[\s.:()\[\]*=-]|\(s\))*")
 # of a list after the label: '10.1, 10.2 and 10.3'
 _LISTED = re.compile(r"([\d.–-]+\d)(?:\s*(?:[,;&/]|\b(?:and|or|to|through)\b)\s*(?:§+\s*)?)\Z")
@@ -90,6 +93,7 @@ def has_own_form(line: str, start: int, end: int) -> bool:
         _FORM.fullmatch(value) is not None
         or _is_range(value)
         or (_PAGES.fullmatch(value) is not None and before.rstrip()[-1:].isdigit())
+        or (value[0] == "(" and before[-1:].isdigit())
         or _UNIT_AFTER.match(after) is not None
         or _UNIT_BEFORE.search(before) is not None
         or (_GRID_PAIR.fullmatch(value) is not None and _GRID_LETTERS.search(before) is not None)
@@ -98,9 +102,12 @@ def has_own_form(line: str, start: int, end: int) -> bool:
 
 
 def _is_range(value: str) -> bool:
-    """Of ZIP codes, pages or sections; of a thousand Indian numbers ten are taken for one."""
+    """Of ZIP codes, pages or sections; one in twenty unlabeled Indian numbers is taken for one."""
     match = _RANGE.fullmatch(value)
-    return match is not None and 0 < int(match[2]) - int(match[1]) < 1000
+    if match is None:
+        return False
+    first, last = match[1], match[2]
+    return 0 < int(last) - int(first) < 1000 or (first[0] == last[0] and first < last)
 
 
 def has_label(line: str, start: int, end: int) -> bool:
@@ -119,7 +126,7 @@ def has_label(line: str, start: int, end: int) -> bool:
             return True
         elif name.endswith(("nummer", "-nr")):
             return not _GERMAN_PHONE.search(name)
-        elif name not in _OTHER_WORDS and not _COUNTRY.fullmatch(word[0]):
+        elif name not in _OTHER_WORDS and not _COUNTRY.fullmatch(word[0].rstrip("-")):
             return False
     return name in _BARE
 

@@ -22,7 +22,8 @@ _CATALOG = re.compile(
 )
 _PART_BEFORE = re.compile(r"\d[.:]\Z")  # of a time or a fraction
 _PART_AFTER = re.compile(r"[.:]\d|\.[a-z]")  # … or of a host name: 192-168-0-131.example.net
-# another number beside a social security number: both are cells of a table
+# another number beside a social security number: both are cells of a table; one with points,
+# JAMA 279.18.2368, is a place in a journal
 _CELL_BEFORE, _CELL_AFTER = re.compile(r"\d[ \t]+\Z"), re.compile(r"[ \t]+\d")
 # a MAC address or a UUID around the value
 _HEX = "[0-9A-Fa-f]"
@@ -132,7 +133,9 @@ def _number_score(hit: Hit, line: str, before: str, after: str, context: re.Patt
         return max(score, min(score + 0.35, LABELED), 0.4)
     if unsure and identifiers.has_own_form(line, hit.start, hit.end):
         return 0
-    if hit.entity == "US_SSN" and (_CELL_BEFORE.search(before) or _CELL_AFTER.match(after)):
+    if hit.entity == "US_SSN" and (
+        "." in value or _CELL_BEFORE.search(before) or _CELL_AFTER.match(after)
+    ):
         return BARE_DIGITS
     return score
 

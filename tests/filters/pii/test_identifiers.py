@@ -35,6 +35,7 @@ def test_identifiers_are_many():
         "messages to 1 234 567 users, call centers in 1 200 000 homes",
         "Mo 08.30 - 12.00 Uhr, versions: current (18) / 17 / 16 / 15 / 14",
         "ZIP+4 95384-4126, Mombetsu, Hokkaido 094-0011, Apartado 0815-00507",
+        "Gov. Code 65000-66499, JAMA 279.18.2368, PII S2675-3673(05)96758-8, 〒034-1524",
         "No. 212-555-0147",
         "your order number is 212-555-0147",
     ],

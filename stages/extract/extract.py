@@ -159,12 +159,13 @@ def _extract_web(
 
 
 def _with_losses(
-    result: ExtractResult, task: ExtractTask, accounts: Accounts, damage: str = "damaged"
+    result: ExtractResult, task: ExtractTask, accounts: Accounts, damage: str = ""
 ) -> ExtractResult:
     lost, places = accounts.lost_bytes + accounts.unreadable_bytes, accounts.damaged_places
     if places:
-        damage = f"{task.name}: {damage}; lost {lost:,} bytes at {places:,} place(s)"
-    return replace(result, lost_bytes=lost, lost_members=places, damage=damage if places else "")
+        where = damage or f"damaged at {places:,} place{'s' * (places > 1)}"
+        damage = f"{task.name}: {where}" + f"; {lost:,} bytes could not be read" * (lost > 0)
+    return replace(result, lost_bytes=lost, lost_members=places, damage=damage)
 
 
 def _apply_bounds(

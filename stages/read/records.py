@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -89,8 +89,11 @@ def _errors_name(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        kind = kind_of_file(path) or "whole, and what its name says"
-        raise ValueError(f"{name}: cannot be read ({error}); is it {kind}?") from error
+        kind = None
+        with suppress(OSError):
+            kind = kind_of_file(path)
+        what = kind or "whole, and what its name says"
+        raise ValueError(f"{name}: cannot be read ({error}); is it {what}?") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -233,6 +233,14 @@ def test_what_holds_no_document_is_refused_by_name(tmp_path, data, message):
     assert str(error.value).startswith("s3://b/x [1]: ") and message in str(error.value)
 
 
+def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(
+            ValueError, match=r"s3://b: cannot be read \(\[Errno \d+\] .*; is it whole"
+        ):
+            list(read_texts(path, JSONL, name="s3://b", stats=TextStats()))
+
+
 def test_null_texts_and_empty_files_are_no_fault(tmp_path):
     assert [r.error for r in read(tmp_path, b'{"text": null}\n{"text": 1}')[0]] == ["no_text"] * 2
     for data in (b"", gzip.compress(b""), lzma.compress(b""), bz2.compress(b""), b"\n\n", b"[]"):

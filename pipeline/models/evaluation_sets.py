@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from stages.read.compression import COMPRESSED_SUFFIXES, decompressed
 from stages.read.json_rows import json_rows
+from stages.read.listing import is_input
 from stages.read.records import (
     UNREADABLE,
     parquet_rows,
@@ -102,8 +103,9 @@ def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """
     if path.is_dir():
         for file in sorted(path.rglob("*")):
-            if file.is_file() and format_of(file) in _FORMATS:
-                place = PurePosixPath(path.resolve().name, *file.relative_to(path).parts)
+            below = file.relative_to(path)
+            if file.is_file() and format_of(file) in _FORMATS and is_input(below.as_posix()):
+                place = PurePosixPath(path.resolve().name, *below.parts)
                 yield place, _decompress(file.read_bytes())
         return
     data = _decompress(path.read_bytes())
@@ -112,10 +114,12 @@ def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     elif format_of(path) == ".tar":
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
-                if member.isfile() and format_of(PurePosixPath(member.name)) in _FORMATS:
+                place = PurePosixPath(member.name)
+                is_set = format_of(place) in _FORMATS and is_input(place.as_posix())
+                if member.isfile() and is_set:
                     content = archive.extractfile(member)
                     assert content is not None  # it is a file
-                    yield PurePosixPath(member.name), _decompress(content.read())
+                    yield place, _decompress(content.read())
 
 
 def _decompress(data: bytes) -> bytes:

@@ -79,7 +79,7 @@ def _s3_files(path: str) -> list[str]:
 
 def _inputs_below(folder: str, names: Iterable[str]) -> list[str]:
     with_suffix = (name for name in names if name.lower().endswith(_SUFFIXES))
-    return sorted(name for name in with_suffix if _is_input(name.removeprefix(folder), ""))
+    return sorted(name for name in with_suffix if is_input(name.removeprefix(folder)))
 
 
 def _matches(pattern: str, names: Iterable[str]) -> list[str]:
@@ -87,10 +87,10 @@ def _matches(pattern: str, names: Iterable[str]) -> list[str]:
     first_magic = re.search(r"[*?\[]", pattern)
     root = pattern[: pattern.rfind("/", 0, first_magic.start()) + 1] if first_magic else ""
     rest = pattern.removeprefix(root)
-    return sorted(name for name in names if _is_input(name.removeprefix(root), rest))
+    return sorted(name for name in names if is_input(name.removeprefix(root), rest))
 
 
-def _is_input(name: str, pattern: str) -> bool:
+def is_input(name: str, pattern: str = "") -> bool:
     """Whether a name is neither hidden nor unfinished, or the pattern asks for such names."""
     first_letters = {part[:1] for part in pattern.split("/")}
     for part in filter(None, name.split("/")):

@@ -161,6 +161,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, data, reason):
         list(evaluation_files(str(tmp_path / name)))
 
 
+def test_hidden_and_unfinished_files_are_no_sets(tmp_path):
+    names = ("._mill.jsonl", ".cache/mill.jsonl", "__MACOSX/mill.jsonl", "new.tmp/mill.jsonl")
+    folder = tmp_path / "sets"
+    for name in (*names, "mill.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(JSONL if name == "mill.jsonl" else b"\0\5\x16\7")
+    with tarfile.open(tmp_path / "sets.tar", mode="w") as archive:
+        archive.add(folder, ".")
+    for path in (folder, tmp_path / "sets.tar"):
+        assert [file.name for file in evaluation_files(str(path))] == ["mill.jsonl"]
+
+
 def test_a_path_without_a_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.jsonl: cannot be read \(.*No such file"):
         list(evaluation_files(str(tmp_path / "nowhere.jsonl")))

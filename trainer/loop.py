@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,11 +104,7 @@ class Training:
         saved = self.checkpoints.latest()
         extra = saved.extra if saved else {}
         self.step = self.saved_at = saved.step if saved else 0
-        new = Schedule(config.schedule, config.max_steps)
-        self.schedule = resumed(extra.get("schedule"), new, step=self.step)
-        self.notice = change_of(self.schedule, new, base_lr=config.optimizer.lr)
-        if self.notice and ranks.leads:
-            _LOG.warning(self.notice)
+        self.schedule, self.notice = self._resume_schedule(extra.get("schedule"))
         # the data first: its faults should show before the minutes that a model's set-up takes
         self.loader = resources.enter_context(
             BatchLoader(
@@ -143,12 +139,20 @@ class Training:
             for number in (signal.SIGTERM, signal.SIGINT):
                 resources.callback(signal.signal, number, signal.signal(number, self._on_signal))
 
+    def _resume_schedule(self, saved: dict[str, Any] | None) -> tuple[Schedule, str | None]:
+        """The schedule, and what to say of it if it has changed since it was `saved`."""
+        new = Schedule(self.config.schedule, self.config.max_steps)
+        schedule = resumed(saved, new, step=self.step)
+        return schedule, change_of(schedule, new, base_lr=self.config.optimizer.lr)
+
     def run(self) -> Result:
         """Train until `max_steps`, the end of the data, SIGTERM, Ctrl-C, or a file "stop".
 
         Diverged if no step has a finite loss any more.
         """
         state: feedback.State = "failed"
+        if self.notice and self.ranks.leads:
+            _LOG.warning(self.notice)
         try:
             self._write_feedback("running")
             reason, state = self._run_steps(), "stopped"
@@ -158,8 +162,9 @@ class Training:
         finally:
             if self.writer:
                 self.writer.close(self._report(state))
-        # workers of Ray have no console: what was noticed at the start is said again at the end
-        return Result(self.step, self.loss, "; ".join(filter(None, (reason, self.notice))))
+        # workers of Ray have no console: what they warned of is said again at the end
+        notes = filter(None, (reason, self.notice, *self.loader.left_out()))
+        return Result(self.step, self.loss, "; ".join(notes))
 
     def _run_steps(self) -> str:
         """Train step by step; why it ended."""

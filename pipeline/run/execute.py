@@ -170,7 +170,7 @@ def plan(
     config: Config, *, only: str | None, first: str | None, new_lineage: bool = False
 ) -> list[Phase]:
     """What a run would do: each phase whose units can be known now, with its pending units."""
-    run = Run(config, new_lineage=new_lineage)
+    run = Run(config, new_lineage=new_lineage, publishes=only in (None, "pack"))
     inputs = run.inputs(extend=False)
     run.check(inputs)
     for spec in PHASES:
@@ -195,13 +195,11 @@ def execute(
 ) -> Outcome:
     """Run all stages, or stages `first` to `last`, or stage `only`; earlier ones must be done.
 
-    `new_lineage`: publish beside what the directory has, instead of superseding it. Raises Held,
-    RunFailed, PublishError or ValueError.
+    `new_lineage`: supersede nothing. Raises Held, RunFailed, PublishError or ValueError.
     """
     first, last = only or first, only or last
     with lease(config.run.directory):
-        publishes = last in (None, "pack")
-        run = Run(config, new_lineage=new_lineage, publishes=publishes)
+        run = Run(config, new_lineage=new_lineage, publishes=last in (None, "pack"))
         inputs = run.inputs(extend=True)
         asked = "pack" if only else last or "pack"
         state = run.state().at_work(stage="extract", generation=None, last=asked)
@@ -215,11 +213,10 @@ def execute(
                 _require_done(phase, spec, config)
                 continue
             write_state(run.root, state.at_work(stage=spec.name))
-            errors = run_phase(run, spec, phase, progress, run_units)
+            if errors := run_phase(run, spec, phase, progress, run_units):
+                failed[spec.name] = errors
             while spec.in_rounds and (phase := run.list_phase(spec, inputs)).pending:
                 run_phase(run, spec, phase, progress, run_units)
-            if errors:
-                failed[spec.name] = errors
         published = run.publish(inputs) if "pack" in run.phases else None
         if published or ("pack" not in run.phases and only is None):
             run.publish_index()

@@ -79,30 +79,27 @@ def publish(
     sources: Mapping[str, int],
     origin: Origin | None = None,
 ) -> Published:
-    """Publish the parts of pack commits as the next generation, unless that is published already.
+    """Publish the parts of pack commits as the next generation, unless a current one is the same.
 
     It supersedes what `succession` says of its `origin`, by default a run in the catalog's own
-    directory. What was superseded is published again: trainers are to read it.
-
-    Fenced if another run took over, or published at the same time: nothing is published then.
+    directory. Fenced if another run took over, or published at the same time: nothing is published
+    then.
     """
     identity = digest([store.root.rsplit("/", 1)[-1], *(c.digest for c in commits)])
     catalog_uri = f"{run}/{CATALOG}"
     before, version = read_version(catalog_uri)
     fence()  # a run that takes over from here on changes the catalog, or finds it changed
     catalog = parse_catalog(before, uri=catalog_uri)
-    for entry in current_entries(catalog):
-        if entry["identity"] == identity:
-            uri = generation_uri(run, entry["name"])
-            manifest = json.loads(read_bytes(f"{uri}/{MANIFEST}"))
-            return Published(entry["name"], uri, manifest, new=False)
+    if same := [e["name"] for e in current_entries(catalog) if e["identity"] == identity]:
+        uri = generation_uri(run, same[0])
+        return Published(same[0], uri, json.loads(read_bytes(f"{uri}/{MANIFEST}")), new=False)
     origin = origin or Origin(".", frozenset(sources))
     supersedes, lineage, _ = succession(run, catalog, origin)
     name = f"gen-{len(catalog) + 1:04d}"
     uri = generation_uri(run, name)
     with _building_folder(run, name) as folder:
-        manifest = {"name": name, "identity": identity, "lineage": lineage or name}
-        manifest |= {"supersedes": list(supersedes)}
+        manifest = dict[str, Any](name=name, identity=identity, lineage=lineage or name)
+        manifest["supersedes"] = list(supersedes)
         manifest |= _build(folder, store, commits, config, sources)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _require_whole(folder, manifest, store)

@@ -146,6 +146,10 @@ class BatchLoader:
         """Names of the generations of each run that this training reads, as far as it knows."""
         return {s.run: [manifest.name for manifest in s.generations] for s in self._sources}
 
+    def left_out(self) -> list[str]:
+        """Sentences on generations that this training does not read; on rank 0."""
+        return [sentence for source in self._sources for sentence in source.left_out.values()]
+
     @property
     def seq_len(self) -> int | None:
         """Tokens of a row, None before the first generation is known."""

@@ -47,7 +47,7 @@ class Source:
         self.copies = Copies(config.run, self.generations, data, ranks)
         self._config, self._data, self._ranks = config, data, ranks
         self._saved: list[tuple[str, str]] = []  # what a checkpoint had begun to read
-        self._left_out: set[str] = set()  # newer than what was begun
+        self.left_out: dict[str, str] = {}  # newer than what was begun, and what to say; on rank 0
         self._order = np.empty(0, np.int64)
         self._order_key: tuple[int, int] | None = None  # (index of the generation, epoch)
         self._order_digest = ""
@@ -158,15 +158,13 @@ class Source:
         to_read = entries_to_read(entries, [name for name, _ in self._begun()])
         read = {entry["name"] for entry in to_read}
         for entry in current_entries(entries):
-            if entry["name"] not in read | self._left_out:
-                self._left_out.add(entry["name"])
-                _LOG.warning(
-                    "%s: %s supersedes %s, which this training has begun, and is not read; start a "
-                    "new training to read it",
-                    self.run,
-                    entry["name"],
-                    ", ".join(entry["supersedes"]),
+            name = entry["name"]
+            if name not in read and name not in self.left_out:
+                self.left_out[name] = (
+                    f"{self.run}: {name} supersedes {', '.join(entry['supersedes'])}, which this "
+                    "training has begun, and is not read; start a new training to read it"
                 )
+                _LOG.warning(self.left_out[name])
         return to_read
 
     def _check_unchanged(self, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from stages.storage.digests import stream_sha256
+from stages.storage.errors import full_disk
 from stages.storage.files import (
     fs_options,
     is_local,
@@ -52,7 +53,10 @@ def as_errors(folder: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"{folder}: rank {rank}: {cause!r}") from error
+        # torch reports a write that was cut short by a full disk as an unexpected position
+        is_full = is_local(folder) and "unexpected pos" in str(cause)
+        what = f"{full_disk(folder)} ({cause!r})" if is_full else repr(cause)
+        raise CheckpointError(f"{folder}: rank {rank}: {what}") from error
 
 
 # --- names ----------------------------------------------------------------------------------------

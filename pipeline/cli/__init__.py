@@ -27,8 +27,14 @@ class _Commands(TyperGroup):
         # file names and crawled text may hold what is no Unicode
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
-        with user_errors():
+        with user_errors(debug=bool(ctx.meta.get("debug"))):
             return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take --debug from anywhere on the command line."""
+        ours = args[: args.index("--")] if "--" in args else args
+        ctx.meta["debug"] = "--debug" in ours
+        return super().parse_args(ctx, [a for a in ours if a != "--debug"] + args[len(ours) :])
 
 
 app = Typer(
@@ -37,7 +43,7 @@ app = Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Web archives to training data: curate, train, and size the next batch from the trainer's "
-    "throughput.",
+    "throughput. --debug, anywhere, shows the traceback of an error.",
 )
 # columns that a table of numbers needs; a narrower terminal wraps its lines rather than lose digits
 WIDE = 140
@@ -104,17 +110,26 @@ def load_config(
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Print user errors in one line, without a traceback, and exit with their code."""
+def user_errors(*, debug: bool = False) -> Iterator[None]:
+    """Print errors in one line, and exit with their code; with a traceback only to debug."""
     try:
         yield
     except KeyboardInterrupt:
         fail("interrupted; committed units stay, and the same command resumes", INTERRUPTED)
     except Exception as error:
+        # of the command line itself: wrong arguments, exit codes
+        if debug or type(error).__module__.startswith("typer"):
+            raise
         code = _exit_code(error)
         if code is None:
-            raise
+            fail(f"{_unexpected(error)}; --debug shows where", 1)
         fail(error, code)
+
+
+def _unexpected(error: Exception) -> str:
+    """An error that no message was written for, in a line: Ray's have a traceback in their text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'without a message'}"
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -123,7 +123,9 @@ def run_unit(unit: Unit, work: PhaseWork) -> UnitOutcome:
 
 
 def _record_failure(unit: Unit, work: PhaseWork, error: BaseException) -> UnitOutcome:
-    message = f"{type(error).__name__}: {error}"
+    message, path = f"{type(error).__name__}: {error}", getattr(unit.task, "path", None)
+    if path and path not in message:
+        message = f"{path}: {message}"
     failure = Failure(unit.name, message, dataclasses.asdict(unit.task), traceback.format_exc())
     if isinstance(error, Quarantined):
         failure = dataclasses.replace(

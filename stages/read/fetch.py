@@ -20,6 +20,7 @@ import urllib3
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from stages.storage.errors import StorageError, explained
 from stages.storage.files import open_fs
 from stages.storage.locks import try_lock
 
@@ -106,8 +107,11 @@ def _connection_slot(connections: int) -> Iterator[None]:
 def _download_object(path: str, file: IO[bytes], options: FetchOptions) -> None:
     fs, root = open_fs(path)  # which retries
     try:
-        fs.get_file(root, file.name)
-        size = fs.info(root)["size"]
+        with explained(path, "reading"):
+            fs.get_file(root, file.name)
+            size = fs.info(root)["size"]
+    except StorageError as error:
+        raise FetchError(str(error)) from error
     except OSError as error:
         raise FetchError(
             f"cannot fetch {path}: {error}; check the address and your credentials"

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from stages.storage.digests import bytes_sha256
+from stages.storage.errors import explained, explains
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -68,6 +69,7 @@ def open_fs(uri: str) -> tuple[Any, str]:
 # --- reading --------------------------------------------------------------------------------------
 
 
+@explains("reading")
 def read_bytes(uri: str) -> bytes:
     """All bytes of an object. FileNotFoundError if there is none."""
     fs, path = open_fs(uri)
@@ -83,16 +85,18 @@ def read_many(uris: Sequence[str]) -> list[bytes]:
     if not uris:
         return []
     fs, _ = open_fs(uris[0])  # one for all threads: fsspec would make a client in each
-    with ThreadPoolExecutor(16) as pool:
+    with explained(uris[0], "reading"), ThreadPoolExecutor(16) as pool:
         return list(pool.map(fs.cat_file, uris))
 
 
+@explains("looking for")
 def exists(uri: str) -> bool:
     """Whether there is an object or folder at `uri`."""
     fs, path = open_fs(uri)
     return bool(fs.exists(path))
 
 
+@explains("listing")
 def names_in(uri: str) -> list[str]:
     """Names of the files and folders in a folder; none where there is no folder."""
     fs, path = open_fs(uri)
@@ -114,10 +118,11 @@ def open_parquet(uri: str) -> "Iterator[pq.ParquetFile]":
             yield file
         return
     fs, path = open_fs(uri)
-    with fs.open(path, "rb") as stream:
+    with explained(uri, "reading"), fs.open(path, "rb") as stream:
         yield pq.ParquetFile(stream)
 
 
+@explains("downloading")
 def download(uri: str, target: Path) -> None:
     """Copy an object to a local file."""
     fs, path = open_fs(uri)
@@ -127,6 +132,7 @@ def download(uri: str, target: Path) -> None:
 # --- writing --------------------------------------------------------------------------------------
 
 
+@explains("writing")
 def write_atomically(uri: str, data: bytes | memoryview) -> None:
     """Replace the object at `uri`, durably (an object store's PUT is atomic)."""
     if not is_local(uri):
@@ -147,15 +153,16 @@ def output_file(uri: str) -> Iterator[Path]:
     """
     local, name = is_local(uri), uri.rpartition("/")[2]
     folder = local_path(uri).parent if local else _temporary_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.tmp-{uuid.uuid4().hex}"
     try:
-        yield temporary
-        if local:
-            temporary.replace(local_path(uri))
-        else:
-            fs, path = open_fs(uri)
-            fs.put_file(str(temporary), path)
+        with explained(uri, "writing"):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if local:
+                temporary.replace(local_path(uri))
+            else:
+                fs, path = open_fs(uri)
+                fs.put_file(str(temporary), path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -169,6 +176,7 @@ def sync_folder(folder: str) -> None:
         os.close(handle)
 
 
+@explains("removing")
 def remove(uri: str) -> None:
     """Remove an object if there is one."""
     fs, path = open_fs(uri)
@@ -176,6 +184,7 @@ def remove(uri: str) -> None:
         fs.rm_file(path)
 
 
+@explains("removing")
 def remove_tree(uri: str) -> None:
     """Remove a file, or a folder with everything in it, if there is one."""
     fs, path = open_fs(uri)
@@ -187,9 +196,10 @@ def remove_tree(uri: str) -> None:
 def scratch_folder(prefix: str) -> Iterator[Path]:
     """A temporary local folder, removed when the block ends."""
     folder = _temporary_folder() / f"{prefix}-{uuid.uuid4().hex}"
-    folder.mkdir(parents=True)
     try:
-        yield folder
+        with explained(str(folder), "writing temporary files to"):
+            folder.mkdir(parents=True)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -201,6 +211,7 @@ def _temporary_folder() -> Path:
 # --- conditional writes ---------------------------------------------------------------------------
 
 
+@explains("reading")
 def read_version(uri: str) -> tuple[bytes, str | None]:
     """All bytes of an object, and the name of their version (or of an earlier one).
 
@@ -216,6 +227,7 @@ def read_version(uri: str) -> tuple[bytes, str | None]:
     return data, version or bytes_sha256(data)
 
 
+@explains("writing")
 def replace_if(uri: str, data: bytes, version: str | None) -> bool:
     """Replace the object if its version is still the one from `read_version`, None for no object.
     False if not, and nothing is written.

@@ -8,8 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 from typer import Exit
+from typer.testing import CliRunner
 
 from pipeline import cli
+from pipeline.__main__ import app
 from pipeline.cli import progress
 from pipeline.engine.units import UnitOutcome
 
@@ -73,3 +75,17 @@ def test_cells_of_a_table_are_text(monkeypatch, capsys):
         ["name", "[/x]"],
         ["[/path]", ":smile:"],
     ]
+
+
+def test_an_unexpected_error_is_a_line_and_a_traceback_only_to_debug(monkeypatch, tmp_path):
+    from pipeline.run import status
+
+    def broken(root):
+        raise KeyError("first line\nZeroDivisionError: last line")
+
+    monkeypatch.setattr(status, "run_status", broken)
+    result = CliRunner().invoke(app, ["status", str(tmp_path)])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error KeyError: ") and "--debug shows where" in result.stderr
+    for arguments in (["--debug", "status", str(tmp_path)], ["status", str(tmp_path), "--debug"]):
+        assert isinstance(CliRunner().invoke(app, arguments).exception, KeyError)

@@ -28,7 +28,7 @@ def test_a_panic_of_a_native_library_fails_its_unit_only(tmp_path):
         load_encoding("o200k_base").encode_ordinary(" " * 1_000_000)
 
     outcome, store = outcome_of(panics, tmp_path)
-    assert outcome.commit is None and outcome.error.startswith("PanicException: ")
+    assert outcome.commit is None and outcome.error.startswith("a.jsonl: PanicException: ")
     assert store.failures()["000001"].task == {"path": "a.jsonl"}
 
 

@@ -16,10 +16,12 @@ from pipeline.engine.units import in_process
 from pipeline.inspect.verify import verify_path
 from pipeline.run import publish as publishing
 from pipeline.run.execute import execute, plan
+from pipeline.run.inputs import Input, require_columns
 from pipeline.run.lineage import Origin, succession
 from stages.formats.errors import ConfigError
+from stages.read.records import InputConfig
 from stages.storage.catalog import current_entries, entries_to_read, read_catalog
-from stages.storage.files import replace_if
+from stages.storage.files import replace_if, write_atomically
 from tests.support.inline import Silent, make_config
 from tests.support.quickstart import bytes_of
 from tests.support.series import document_text
@@ -312,3 +314,43 @@ def test_single_inputs_without_the_column_fail_alone(tmp_path, call):
         rows = [{column: document_text(n)} for n in range(3)]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
     assert call("ab", "run.max_failed_share=0.5", format="parquet").exit_code == 3
+
+
+def test_a_batch_that_publishes_nothing_exits_1_and_one_with_nothing_to_do_with_0(tmp_path, call):
+    (tmp_path / "a.jsonl").write_text('{"text": "zu kurz"}\n')
+    wanted = ("language.allowed=['en']", "language.score=[0.99, 1.0]")
+    ended = call("a", *wanted, command="batch")
+    assert ended.exit_code == 1 and "nothing was published" in ended.stderr
+    assert call("a", *wanted, command="batch").exit_code == 0
+
+
+def test_why_says_which_generation_is_superseded(tmp_path, call):
+    url = "https://mill.example/1"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": document_text(1), "url": url}) + "\n")
+    for override in ("pack.seq_len=64", SHORT):
+        assert call("a", "input.url_column=url", override).exit_code == 0
+    told = CliRunner().invoke(app, ["why", f"{tmp_path}/run", url])
+    assert ", superseded by gen-0002" in told.stdout and "published in gen-0002" in told.stdout
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_columns_on_an_object_store_are_looked_at_without_reading_all(s3_bucket, format):
+    """Of JSON the first MB, which may end within a gzip stream; of Parquet the schema."""
+    import gzip
+    import random
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    noise = random.Random(0)
+    rows = [{"body": noise.randbytes(1000).hex()} for _ in range(3000)]
+    uri, buffer = f"{s3_bucket}/a.{format}", pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    data = gzip.compress(lines, 1) if format == "jsonl" else buffer.getvalue().to_pybytes()
+    assert len(data) > 2 << 20
+    write_atomically(uri, data)
+    inputs = [Input(0, uri, "")]
+    with pytest.raises(ConfigError, match=f"{uri}: no column 'text'; it has body"):
+        require_columns(inputs, InputConfig(format=format))
+    require_columns(inputs, InputConfig(format=format, text_column="body"))

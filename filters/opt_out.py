@@ -7,7 +7,8 @@ refusal counts, as does one that names another robot than ours.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 from pydantic.dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from filters import STRICT
 
 _DIRECTIVE = re.compile(r"[\w-]+")
 _REFUSALS = ("noai", "noml")
+_META = re.compile(r"<[mM][eE][tT][aA][\s/]")  # ten times as fast as with IGNORECASE
+_MAX_META = 4096  # characters of a meta element that are looked at
 # also GPTBot, anthropic-ai, Google-Extended, ChatGPT-User, img2dataset, Bytespider, Claude-Web
 _ROBOT = re.compile(
     r"robots|x-robots-tag|.*bot\b.*|.*(?:crawler|spider|scraper|agent|fetcher|extended|dataset)"
@@ -46,8 +49,7 @@ def in_headers(headers: Mapping[str, str]) -> str | None:
 
 def in_html(html: str) -> str | None:
     """The opt-out signal in the meta elements of a page, or None."""
-    lower = html.lower()
-    if not any(word in lower for word in (*_REFUSALS, "tdm-reservation")):
+    if not any(word in meta for meta in _metas(html) for word in (*_REFUSALS, "tdm-reservation")):
         return None  # nearly every page; the others are parsed, which knows comments and scripts
     from resiliparse.parse.html import HTMLTree
 
@@ -60,6 +62,13 @@ def in_html(html: str) -> str | None:
         if name == "tdm-reservation" and _is_reserved(content):
             return "meta tdm-reservation: 1"
     return None
+
+
+def _metas(html: str) -> Iterator[str]:
+    """What begins like a meta element, in lower case, up to the next one."""
+    starts = [match.start() for match in _META.finditer(html)]
+    for start, end in pairwise([*starts, len(html)]):
+        yield html[start : min(end, start + _MAX_META)].lower()
 
 
 def _refusal(value: str) -> str | None:

@@ -62,7 +62,8 @@ _VERSION_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _VERSION_AFTER = re.compile(
-    r"-\d|[-.~+]?(?:rc|beta|alpha|tar|zip|exe|dmg|deb|rpm|jar|msi|dll)\b|-x(?:64|86)\b",
+    # but 93.184.216.34-93.184.216.40 is a range of addresses
+    r"-(?!\d{1,3}(?:\.\d{1,3}){2})\d|[-.~+]?(?:rc|beta|alpha|tar|zip|exe|dmg|deb|rpm|jar|msi|dll)\b|-x(?:64|86)\b",
     re.IGNORECASE,
 )
 

@@ -34,6 +34,7 @@ MANY = {
     "GB": [f"+44 20 {7000 + n % 3000} {n // 10**6:04}" for n in NUMBERS],
     "labeled": [f"tel: {n % 900 + 100} {n // 10**6:04}" for n in NUMBERS],
     "addresses": [f"a{n}@b{n % 1000}.org" for n in NUMBERS],
+    "IP": [f"93.{184 + n % 70}.{n % 256}.{10 + n % 200}" for n in NUMBERS],
     "SSN": [f"{100 + n % 500}-{10 + n % 89}-{1000 + n % 8999}" for n in NUMBERS],
     "ZIP": [f"{n % 90_000 + 10_000}-{1000 + n % 8999}" for n in NUMBERS],
 }

@@ -221,11 +221,14 @@ class Pii:
 
         A value that ends at a cut through a word may continue after it: it begins the next piece.
         """
-        start = 0
+        start, last = 0, None
         while start < len(line):
             piece = pieces.cut_piece(line, start)
-            found = self._find_in_piece(piece.alone(), "" if piece.low else above, entities)
-            hits = [h._replace(start=h.start + piece.low, end=h.end + piece.low) for h in found]
+            near = "" if piece.low else above
+            before = last.moved(-piece.low) if last and last.start >= piece.low else None
+            found = self._find_in_piece(piece.alone(), near, entities, before)
+            hits = [hit.moved(piece.low) for hit in found]
+            last = max(hits, key=lambda hit: hit.end, default=None)
             if piece.is_between_words:
                 yield from hits
                 start = piece.end
@@ -237,10 +240,10 @@ class Pii:
             start = max((hit.end for hit in whole), default=cut if cut > start else piece.end)
 
     def _find_in_piece(
-        self, piece: pieces.Piece, above: str, entities: frozenset[str]
+        self, piece: pieces.Piece, above: str, entities: frozenset[str], before: Hit | None
     ) -> Iterator[Hit]:
-        """The values in a piece, telephone numbers last: those that are certainly another value
-        are not read again for each region.
+        """The values in a piece, after the value `before`; telephone numbers last: those that are
+        certainly another value are not read again for each region.
         """
         line, start, end, *_ = piece
         for entity in sorted(entities, key="PHONE_NUMBER".__eq__):
@@ -252,7 +255,7 @@ class Pii:
             else:
                 hits = recognize(entity, line[start:end], offset=start)
                 words = context_words(entity)
-            earlier, private = None, self.ip_addresses == "all"
+            earlier, private = before, self.ip_addresses == "all"
             for hit in sorted(hits, key=lambda hit: (hit.start, -hit.end)):
                 sure = score(hit, line, above, words, earlier=earlier, private=private)
                 if sure >= self.min_score:

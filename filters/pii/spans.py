@@ -31,6 +31,10 @@ class Hit(NamedTuple):
     end: int
     score: float
 
+    def moved(self, by: int) -> "Hit":
+        """The hit in a text that has `by` more characters before it."""
+        return self._replace(start=self.start + by, end=self.end + by)
+
 
 def without_overlap(hits: Iterable[Hit]) -> list[Hit]:
     """Of overlapping hits keep the one with the highest score, then the longest, then the first.

@@ -184,7 +184,11 @@ def _wait_until_free(directory: str) -> tuple[dict[str, Any], str | None]:
         if latest_version != version and _is_taken(latest):
             raise _refusal(directory, latest)
         current, version = latest, latest_version
-    return current, version
+    # once more: the version may be an earlier one than that of the content it was read with
+    latest, latest_version = _read_lease(uri)
+    if latest_version != version and _is_taken(latest):
+        raise _refusal(directory, latest)
+    return latest, latest_version
 
 
 def _is_taken(record: dict[str, Any]) -> bool:

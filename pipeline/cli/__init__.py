@@ -159,13 +159,6 @@ def warn(message: str, *, kind: str = "warning") -> None:
     err.print(Text.assemble((kind, "yellow"), f" {message}"))
 
 
-def open_progress(settings: "Config", log: Log = "bars") -> Any:
-    """A context manager that shows the progress of a run on stderr."""
-    from pipeline.cli.progress import Bars, JsonLog
-
-    return JsonLog(sys.stderr, settings.run.directory) if log == "json" else Bars()
-
-
 def print_json(value: Any, *, indent: int | None = 1) -> None:
     """Print a value for scripts."""
     from stages.formats.json_output import to_json

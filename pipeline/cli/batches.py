@@ -22,7 +22,6 @@ from pipeline.cli import (
     err,
     fail,
     load_config,
-    open_progress,
     out,
     print_json,
     print_table,
@@ -87,6 +86,7 @@ def _run_batch(
     settings: "Config", inputs: int | None, address: str | None, log: Log, as_json: bool
 ) -> None:
     from pipeline.batches.batch import run_batch
+    from pipeline.cli.progress import open_progress
     from pipeline.engine.ray_plan import on_ray
 
     with open_progress(settings, log) as progress:
@@ -198,6 +198,7 @@ def estimate(
 
     Publishes nothing. Writes RUN/estimate.json, which the report compares with the run.
     """
+    from pipeline.cli.progress import open_progress
     from pipeline.engine.ray_plan import on_ray
     from pipeline.study.estimate import estimate as measure
     from pipeline.study.estimate import table_rows, with_interval

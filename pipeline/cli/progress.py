@@ -1,6 +1,7 @@
 """Shows the progress of a run: bars and a funnel for people, JSON lines for log collectors."""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,9 +18,15 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from pipeline.cli import PLAIN
+from pipeline.cli import PLAIN, Log
+from pipeline.config.sections import Config
 from pipeline.engine.units import UnitOutcome
 from stages.storage.ledger import Commit
+
+
+def open_progress(config: Config, log: Log = "bars") -> Any:
+    """A context manager that shows the progress of a run on stderr."""
+    return JsonLog(sys.stderr, config.run.directory) if log == "json" else Bars()
 
 
 class Bars:

@@ -20,7 +20,6 @@ from pipeline.cli import (
     app,
     fail,
     load_config,
-    open_progress,
     out,
     print_json,
     print_table,
@@ -60,6 +59,7 @@ def run(
     The same command resumes a run that was stopped. A rerun with other settings supersedes what it
     published: trainers read the newest. Exit 1 if nothing was published.
     """
+    from pipeline.cli.progress import open_progress
     from pipeline.engine.ray_plan import on_ray
     from pipeline.run.execute import execute, plan
     from pipeline.study.calibrate import changed_since
@@ -185,6 +185,7 @@ def calibrate(
     Extracts and deduplicates first, as a run would. Writes RUN/calibration.json, which the next run
     reads, and a plot.
     """
+    from pipeline.cli.progress import open_progress
     from pipeline.config.percentiles import CALIBRATED
     from pipeline.config.show import by_key, show
     from pipeline.engine.ray_plan import on_ray
@@ -259,6 +260,7 @@ def dedup(
     """Find near-duplicates in JSONL or Parquet files: writes keep.parquet with id, cluster_id,
     cluster_size, keep.
     """
+    from pipeline.cli.progress import open_progress
     from pipeline.engine.ray_plan import on_ray
     from pipeline.report.report import write_report
     from pipeline.run.dedup_command import configure, dedup_files

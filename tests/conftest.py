@@ -21,6 +21,15 @@ for name, count in {"quick": 25, "thorough": 500}.items():
 settings.load_profile("quick")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names binary parameters by their length: gzip writes the time, and the names of the tests must
+    be the same on all workers.
+    """
+    if isinstance(val, bytes) and not (val.isascii() and val.decode().isprintable()):
+        return f"{argname}-{len(val)}"
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under `pytest -n 2 --dist loadgroup` the tests of a module stay on one worker.

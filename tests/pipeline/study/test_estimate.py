@@ -151,7 +151,7 @@ def test_the_sample_of_a_warc_is_whole_records_and_follows_the_seed(tmp_path):
     warc = ROOT / "samples" / "debian-handbook.warc.gz"
     configs = [
         load(None, [f"input.paths=['{warc}']", f"run.directory={tmp_path}/run", f"run.seed={seed}"])
-        for seed in (1, 1, 2)
+        for seed in (1, 1, 2, 3, 4)
     ]
     samples = []
     for n, config in enumerate(configs):
@@ -161,7 +161,8 @@ def test_the_sample_of_a_warc_is_whole_records_and_follows_the_seed(tmp_path):
             sum(drawn.shares)
         )
         assert all(gzip.decompress(part).startswith(b"WARC/1.") for part in samples[-1])
-    assert samples[0] == samples[1] != samples[2]
+    # the draw depends on the file's path too, and two seeds may agree
+    assert samples[0] == samples[1] and any(other != samples[0] for other in samples[2:])
 
 
 def test_a_sample_of_nothing_is_an_error(tmp_path):

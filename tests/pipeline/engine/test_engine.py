@@ -254,7 +254,8 @@ def test_a_unit_that_only_fails_beside_one_that_kills_keeps_its_own_reason(
         for done in on_ray()("block", task, [unit("wrong", 2), unit("kills", 1)], SMALL)
     }
     assert (
-        ends["wrong"].error == "ValueError: wrong input" and starts(task.store).count("wrong") == 3
+        ends["wrong"].error == "wrong.jsonl: ValueError: wrong input"
+        and starts(task.store).count("wrong") == 3
     )
     assert (
         "its worker died 2 times" in ends["kills"].error and starts(task.store).count("kills") == 2
@@ -312,7 +313,7 @@ def test_a_poisoned_unit_is_quarantined_with_its_attempts_until_retry(
     tolerant = ("run.max_failed_share=0.5", "run.max_failed_units=1")
     # in this process: it is not even tried
     outcome = execute(poisoned(*tolerant), Silent(), in_process)
-    assert "000000: Quarantined: its worker died 3 times" in outcome.failed["extract"][0]
+    assert "bad.jsonl: Quarantined: its worker died 3 times" in outcome.failed["extract"][0]
     assert outcome.published.manifest["documents"] == 9
     status = run_status(str(tmp_path / "run")).phases["extract"]
     assert "`gristmill retry`" in status.errors["000000"]

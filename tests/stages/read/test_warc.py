@@ -440,7 +440,12 @@ def lying(length: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "length", [str(len(http(PAGES[2])) + 2000), str(10**9), "9" * 400, "", "x", "-1"]
+    "length",
+    [
+        str(len(http(PAGES[2])) + 2000),
+        str(len(http(PAGES[2])) + 4 + len(PLAIN[3])),  # ends exactly where another record does
+        *(str(10**9), "9" * 400, "", "x", "-1"),
+    ],
 )
 @pytest.mark.parametrize("shape", ["plain", "members", "one member"])
 def test_a_wrong_length_costs_no_record_and_is_marked(tmp_path, length, shape):
@@ -449,6 +454,20 @@ def test_a_wrong_length_costs_no_record_and_is_marked(tmp_path, length, shape):
     assert payloads(records) == PAGES
     assert [record.truncated for record in records] == [i == 2 for i in range(6)]
     assert (stats.damaged_places, stats.truncated, _lost(stats)) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.replace(b"WARC-Date", b"WARC-Type: response\r\nWARC-Date"),
+        lambda record: record.replace(b"WARC-Type: response\r\n", b""),
+        lambda record: record[:-100] + b"\0" * 100,  # what a crashed machine leaves
+    ],
+    ids=["two types", "no type", "zeros at the end"],
+)
+def test_a_record_that_is_not_right_counts_as_damage(tmp_path, change):
+    _, stats = read(tmp_path, PLAIN[0] + change(PLAIN[1]))
+    assert (stats.records, stats.damaged_places, _lost(stats)) == (2, 1, 0)
 
 
 @pytest.mark.parametrize("data", [b"".join(MEMBERS), b"".join(PLAIN)], ids=["gzip", "plain"])

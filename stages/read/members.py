@@ -9,6 +9,7 @@ import mmap
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 import zstandard
@@ -79,9 +80,10 @@ class Zstd(Gzip):
         self._dictionary = None
         if data[:4] == b"\x5d\x2a\x4d\x18":
             raw = data[8 : self._end_of_skippable(0)]
-            if raw.startswith(self.magic):
-                raw = zstandard.ZstdDecompressor().decompress(raw, max_output_size=1 << 27)
-            self._dictionary = zstandard.ZstdCompressionDict(raw)
+            with suppress(zstandard.ZstdError):  # the frames that need it are then damaged
+                if raw.startswith(self.magic):
+                    raw = zstandard.ZstdDecompressor().decompress(raw, max_output_size=1 << 27)
+                self._dictionary = zstandard.ZstdCompressionDict(raw)
 
     def decompressor(self) -> Any:
         decompressor = zstandard.ZstdDecompressor(self._dictionary, max_window_size=MAX_WINDOW)

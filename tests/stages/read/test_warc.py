@@ -382,6 +382,17 @@ def test_a_zstd_file_is_read_with_its_dictionary(tmp_path):
     assert (_lost(stats), stats.damaged_places) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "raw", [b"\x28\xb5\x2f\xfd" + b"\xff" * 30, b"\x37\xa4\x30\xec" + b"\xff" * 40]
+)
+def test_frames_of_a_damaged_dictionary_are_counted_as_unreadable(tmp_path, raw):
+    dictionary = zstandard.train_dictionary(4000, PLAIN * 50)
+    frames = b"".join(map(zstandard.ZstdCompressor(dict_data=dictionary).compress, PLAIN))
+    first = b"\x5d\x2a\x4d\x18" + len(raw).to_bytes(4, "little") + raw
+    records, stats = read(tmp_path, first + frames)
+    assert (records, stats.unreadable_bytes, stats.damaged_places) == ([], len(frames), 1)
+
+
 def test_a_segment_is_marked_as_a_part_of_a_page(tmp_path):
     [record], stats = read(tmp_path, warc(http(), warc_segment_number="1"))
     assert record.truncated and stats.truncated == 1

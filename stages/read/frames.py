@@ -187,7 +187,7 @@ def _swallowed(stream: Stream, block: bytes, body: int, end: int) -> int | None:
     """
     place = START.search(block, block.find(b"WARC/")) if b"WARC/" in block else None
     first_blank = _BLANK_LINE.search(block)
-    if place is None or first_blank is None or first_blank.end() >= place.start():
+    if place is None or place.start() in (0, first_blank and first_blank.end()):
         return None
     following, at = _next_content(stream, end), body + place.start()
     while at < end:

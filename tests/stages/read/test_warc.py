@@ -393,6 +393,13 @@ def test_frames_of_a_damaged_dictionary_are_counted_as_unreadable(tmp_path, raw)
     assert (records, stats.unreadable_bytes, stats.damaged_places) == ([], len(frames), 1)
 
 
+def test_a_record_cut_in_its_http_header_hides_none_that_fills_its_block(tmp_path):
+    start = b"HTTP/1.1 200 OK\r\nCon"
+    cut = warc(start, content_length=str(len(start) + len(PLAIN[1]))).removesuffix(b"\r\n\r\n")
+    records, stats = read(tmp_path, cut + PLAIN[1] + PLAIN[2])
+    assert payloads(records)[-2:] == PAGES[1:3] and stats.damaged_places == 1
+
+
 def test_a_segment_is_marked_as_a_part_of_a_page(tmp_path):
     [record], stats = read(tmp_path, warc(http(), warc_segment_number="1"))
     assert record.truncated and stats.truncated == 1

@@ -520,6 +520,9 @@ def test_a_damaged_member_of_many_records_costs_only_its_rest(tmp_path):
     assert len(member) // 3 < _lost(stats) < len(member) * 3 // 4
 
 
+PADDING = b"\0\r\n\t "
+
+
 def unpacks(member: bytes) -> bytes | None:
     """The slow oracle: what Python's gzip makes of a member; None if it is damaged."""
     try:
@@ -541,7 +544,8 @@ def test_a_changed_byte_costs_one_member_at_most(tmp_path_factory, index, place,
     else:
         # in the last member a changed byte can look like a file that was cut off
         assert (payloads(records)[:5] if index == 5 else payloads(records)) == expected
-        assert (stats.damaged_places, _lost(stats)) == (1, len(damaged))
+        rest = damaged.lstrip(PADDING)  # a changed first byte may be padding
+        assert (stats.damaged_places, _lost(stats)) == (1, len(rest))
 
 
 @given(data=st.data())
@@ -561,7 +565,7 @@ def test_what_was_not_cut_out_is_recovered(tmp_path_factory, data):
     assert [page for page in payloads(records) if page in expected] == expected
     first = max((s for s in starts if s <= a), default=0)
     last = min((s for s in starts if s >= b), default=len(whole))
-    rest = (whole[first:a] + whole[b:last]).lstrip(b"\0\r\n\t ")  # a file may be padded
+    rest = (whole[first:a] + whole[b:last]).lstrip(PADDING)  # a file may be padded
     assert (stats.damaged_places > 0) == (rest != b"")
     if last < len(whole):  # else the file is cut off, and its last page is delivered in part
         assert stats.unreadable_bytes == len(rest)

@@ -1,0 +1,473 @@
+"""Cut a web page into blocks of text, in one pass over the events of its parse.
+
+A block is the text between two boundaries: the start or end of an element that browsers lay out as
+a block, or two line breaks in a row. The same pass collects what the page says about itself
+(`Head`). turbohtml builds the tree as the HTML standard says, iteratively, and drops nothing, at
+any depth.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+
+from turbohtml.saxparse import SaxHandler, sax_parse
+
+# elements nested deeper than this belong to their ancestor at this depth
+MAX_DEPTH: Final = 200
+_MAX_JSON_LD = 200_000  # characters
+_MAX_TEX = 10_000  # characters of a formula
+
+Attributes = tuple[tuple[str, str | None], ...]
+
+# --- kinds of elements ----------------------------------------------------------------------------
+
+# Elements without a kind are blocks, but for custom elements (their names have a hyphen): browsers
+# lay those out in line unless a style sheet says otherwise.
+_KINDS: dict[str, str] = {
+    **dict.fromkeys(
+        [
+            "abbr",
+            "acronym",
+            "bdi",
+            "bdo",
+            "big",
+            "cite",
+            "code",
+            "data",
+            "del",
+            "dfn",
+            "font",
+            "ins",
+            "kbd",
+            "label",
+            "mark",
+            "nobr",
+            "q",
+            "rb",
+            "rp",
+            "rt",
+            "rtc",
+            "ruby",
+            "s",
+            "samp",
+            "small",
+            "strike",
+            "sub",
+            "sup",
+            "time",
+            "tt",
+            "u",
+            "var",
+            "wbr",
+            "picture",
+            "output",
+            "meter",
+            "progress",
+            "slot",
+            "head",
+            "body",
+        ],
+        "inline",
+    ),
+    **dict.fromkeys(("b", "strong", "em", "i"), "strong"),
+    **dict.fromkeys(
+        [
+            "style",
+            "iframe",
+            "object",
+            "embed",
+            "applet",
+            "video",
+            "audio",
+            "canvas",
+            "svg",
+            "map",
+            "textarea",
+            "input",
+            "source",
+            "track",
+            "param",
+            "datalist",
+            "noembed",
+            "noframes",
+            "frameset",
+            "frame",
+        ],
+        "skip",
+    ),
+    **dict.fromkeys(("meta", "link", "html"), "head"),
+    **dict.fromkeys(("pre", "listing", "xmp"), "pre"),
+    "a": "link",
+    "br": "break",
+    "title": "title",
+    "script": "script",
+    "math": "math",
+    "img": "image",
+    "span": "span",
+}
+
+# What an element or one of its ancestors is, as bits.
+FLAGS: Final = (
+    *("nav", "header", "footer", "aside", "main", "article", "section", "form", "table", "ul"),
+    *("ol", "dl", "figure", "hidden", "li", "blockquote", "pre", "heading", "button", "select"),
+    *("dialog", "details", "noscript", "template", "link", "td", "th", "caption", "p", "address"),
+)
+_BIT = {name: 1 << i for i, name in enumerate(FLAGS)}
+_BITS_OF_TAG = {
+    **{tag: bit for tag, bit in _BIT.items() if tag not in ("hidden", "link", "heading")},
+    **dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), _BIT["heading"]),
+    **dict.fromkeys(("dt", "dd"), _BIT["li"]),
+    "menu": _BIT["ul"],
+    "option": _BIT["select"],
+    "optgroup": _BIT["select"],
+    "figcaption": _BIT["caption"],
+    "listing": _BIT["pre"],
+    "xmp": _BIT["pre"],
+}
+_BITS_OF_ROLE = {
+    "navigation": _BIT["nav"],
+    "menu": _BIT["nav"],
+    "menubar": _BIT["nav"],
+    "tablist": _BIT["nav"],
+    "banner": _BIT["header"],
+    "contentinfo": _BIT["footer"],
+    "complementary": _BIT["aside"],
+    "search": _BIT["form"],
+    "main": _BIT["main"],
+    "article": _BIT["article"],
+    "dialog": _BIT["dialog"],
+    "alertdialog": _BIT["dialog"],
+    "alert": _BIT["dialog"],
+    "button": _BIT["button"],
+    "heading": _BIT["heading"],
+    "listbox": _BIT["select"],
+}
+_HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+_LINE_NUMBERS = {
+    *("linenos", "linenodiv", "lineno", "hljs-ln-numbers", "line-numbers-rows", "blob-num"),
+    "rouge-gutter",
+}
+_RENDERED_MATH = ("MathJax", "katex-html", "mjx-chtml")
+_TEX_IMAGE = re.compile(r"\b(?:tex|latex|math|mwe-math-\S*)\b")
+_DISPLAY_STYLE = re.compile(r"\{\\(?:display|text)style\s*(.*)\}", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Head:
+    """What a page says about itself: `metas` are the attributes of its meta elements, `links` pairs
+    of rel and href of link elements and of anchors with a rel, `json_ld` the texts of such scripts.
+    """
+
+    title: str = ""
+    language: str = ""
+    metas: list[dict[str, str]] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
+    json_ld: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Blocks:
+    """The blocks of a page and the elements that hold them, as parallel lists in document order.
+
+    Of block i: `texts[i]`, with white space collapsed but line breaks kept, and as it stands in
+    <pre>; `owners[i]`, the innermost recorded element; `link_chars[i]` and `strong_chars[i]`, its
+    characters in links and in emphasis; `links[i]`, the number of links that begin in it.
+    Of element e: `tags[e]`, `parents[e]` (0 is the root, its own parent), `names[e]` (class and
+    id), `flags[e]` (bits of FLAGS, its ancestors' included), and the blocks it holds,
+    `first_block[e]` to `end_block[e]` (exclusive).
+    """
+
+    texts: list[str] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    link_chars: list[int] = field(default_factory=list)
+    strong_chars: list[int] = field(default_factory=list)
+    links: list[int] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    flags: list[int] = field(default_factory=list)
+    first_block: list[int] = field(default_factory=list)
+    end_block: list[int] = field(default_factory=list)
+    head: Head = field(default_factory=Head)
+
+
+def walk(html: str) -> Blocks:
+    """The blocks of a page; defined for every string."""
+    page = Blocks()
+    handler = _Walk(page)
+    sax_parse(html, handler)
+    handler.finish()
+    return page
+
+
+class _Walk(SaxHandler):
+    """Receives the events of a parse. The parser closes every element that it opens, in order."""
+
+    __slots__ = (
+        *("page", "stack", "pieces", "lines", "chars_in_links", "chars_in_strong", "links_begun"),
+        *("link_depth", "strong_depth", "pre_depth", "skipped", "skipped_kind", "captured", "tex"),
+        *("tex_level", "attributes", "starts"),
+    )
+
+    def __init__(self, page: Blocks) -> None:
+        self.page = page
+        self.stack: list[int] = []  # recorded elements that are open
+        self.pieces: list[str] = []  # text of the line that is being read
+        self.lines: list[str] = []  # lines of the block before it
+        self.chars_in_links = self.chars_in_strong = self.links_begun = 0  # of the block
+        self.link_depth = self.strong_depth = self.pre_depth = 0
+        self.skipped = 0  # depth within an element whose text is not the page's
+        self.skipped_kind = ""
+        self.captured: list[str] | None = None  # text of such an element that is used otherwise
+        self.tex: str | None = None  # source of the formula that is being read
+        self.tex_level = 0
+        self.attributes: Attributes = ()
+        self.starts = {
+            "link": self._start_link,
+            "strong": self._start_strong,
+            "break": self._break,
+            "skip": self._start_skipped,
+            "head": self._read_head,
+            "title": self._start_skipped,
+            "script": self._start_skipped,
+            "math": self._start_skipped,
+            "image": self._image,
+            "span": self._start_span,
+            "pre": self._start_block,
+        }
+        self._open("html", "", 0)
+
+    def start_element(self, tag: str, attrs: Attributes) -> None:
+        """Begin an element."""
+        if self.skipped:
+            self._start_within_skipped(tag, attrs)
+            return
+        kind = _KINDS.get(tag)
+        if kind == "inline":
+            return
+        if kind is None:
+            if "-" not in tag:
+                self._start_block(tag, attrs)
+            return
+        self.starts[kind](tag, attrs)
+
+    def end_element(self, tag: str) -> None:
+        """End an element."""
+        if self.skipped:
+            self._end_within_skipped()
+            return
+        kind = _KINDS.get(tag)
+        if kind is None or kind == "pre":
+            if "-" not in tag or kind:
+                self._end_block(kind)
+        elif kind == "link":
+            self.link_depth -= 1
+        elif kind == "strong":
+            self.strong_depth -= 1
+
+    def characters(self, data: str) -> None:
+        """Read text."""
+        if self.skipped:
+            if self.captured is not None:
+                self.captured.append(data)
+        elif self.pre_depth:
+            self.pieces.append(data)
+        elif data.isspace():
+            if self.pieces:
+                self.pieces.append(" ")
+        else:
+            self.pieces.append(data)
+            if self.link_depth:
+                self.chars_in_links += len(" ".join(data.split()))
+            if self.strong_depth:
+                self.chars_in_strong += len(" ".join(data.split()))
+
+    # --- blocks -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """End the text that is in no element but the body."""
+        self._end_text()
+        self.page.end_block[0] = len(self.page.texts)
+
+    def _start_block(self, tag: str, attributes: Attributes) -> None:
+        if self.pre_depth:
+            self._new_line_of_code()
+            self.pre_depth += _KINDS.get(tag) == "pre"
+            self.stack.append(self.stack[-1])
+            return
+        if self.pieces or self.lines:
+            self._end_text()
+        name, bits = "", _BITS_OF_TAG.get(tag, 0)
+        if attributes:
+            name, more = _described(attributes)
+            bits |= more
+            if name and not _LINE_NUMBERS.isdisjoint(name.split()):
+                self._start_skipped(tag, ())
+                return
+        self.pre_depth = int(_KINDS.get(tag) == "pre")
+        if len(self.stack) < MAX_DEPTH:
+            self._open(tag, name, bits | (_BIT["link"] if self.link_depth else 0))
+        else:
+            self.stack.append(self.stack[-1])
+
+    def _open(self, tag: str, name: str, bits: int) -> None:
+        page, stack = self.page, self.stack
+        parent = stack[-1] if stack else 0
+        stack.append(len(page.tags))
+        page.tags.append(tag)
+        page.parents.append(parent)
+        page.names.append(name)
+        page.flags.append(bits | page.flags[parent] if page.flags else bits)
+        page.first_block.append(len(page.texts))
+        page.end_block.append(len(page.texts))
+
+    def _end_block(self, kind: str | None) -> None:
+        if self.pre_depth > (kind == "pre"):
+            self._new_line_of_code()
+            self.pre_depth -= kind == "pre"
+            self.stack.pop()
+            return
+        if self.pieces or self.lines:
+            self._end_text()
+        self.pre_depth = 0
+        self.page.end_block[self.stack.pop()] = len(self.page.texts)
+
+    def _new_line_of_code(self) -> None:
+        if self.pieces and not self.pieces[-1].endswith("\n"):
+            self.pieces.append("\n")
+
+    def _break(self, tag: str, attributes: Attributes) -> None:
+        if self.pre_depth:
+            self.pieces.append("\n")
+            return
+        line = " ".join("".join(self.pieces).split())
+        self.pieces.clear()
+        if line:
+            self.lines.append(line)
+        elif self.lines:
+            self._end_text()
+
+    def _end_text(self) -> None:
+        page, text = self.page, "".join(self.pieces)
+        self.pieces.clear()
+        if self.pre_depth:
+            text = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+        else:
+            text = " ".join(text.split())
+            if self.lines:
+                text = "\n".join([*self.lines, text] if text else self.lines)
+                self.lines.clear()
+        if text:
+            page.texts.append(text)
+            page.owners.append(self.stack[-1])
+            page.link_chars.append(min(self.chars_in_links, len(text)))
+            page.strong_chars.append(min(self.chars_in_strong, len(text)))
+            page.links.append(self.links_begun)
+        self.chars_in_links = self.chars_in_strong = self.links_begun = 0
+
+    # --- within the line --------------------------------------------------------------------------
+
+    def _start_link(self, tag: str, attributes: Attributes) -> None:
+        self.link_depth += 1
+        self.links_begun += 1
+        for name, value in attributes:
+            if name == "rel" and value:
+                self.page.head.links.append((value.lower(), dict(attributes).get("href") or ""))
+            elif name == "href" and value and "creativecommons.org/" in value:
+                self.page.head.links.append(("", value))
+
+    def _start_strong(self, tag: str, attributes: Attributes) -> None:
+        self.strong_depth += 1
+
+    def _start_span(self, tag: str, attributes: Attributes) -> None:
+        for name, value in attributes:
+            if name == "class" and value and value.startswith(_RENDERED_MATH):
+                self._start_skipped(tag, ())
+
+    def _image(self, tag: str, attributes: Attributes) -> None:
+        values = dict(attributes)
+        source, name = values.get("alt") or "", values.get("class") or ""
+        # Wikipedia has such an image behind the MathML of the same formula
+        if source and _TEX_IMAGE.search(name) and not self._has_formula_before():
+            self.pieces.append(_formula(source, display="display" in name or "block" in name))
+
+    def _has_formula_before(self) -> bool:
+        last = next((piece for piece in reversed(self.pieces) if piece.strip()), "")
+        return last.endswith("$")
+
+    # --- elements whose text is not the page's ----------------------------------------------------
+
+    def _start_skipped(self, tag: str, attributes: Attributes) -> None:
+        self.skipped, self.skipped_kind, self.attributes = 1, _KINDS.get(tag, "skip"), attributes
+        if self.skipped_kind in ("title", "script", "math"):
+            self.captured = []
+
+    def _start_within_skipped(self, tag: str, attributes: Attributes) -> None:
+        self.skipped += 1
+        if (
+            tag == "annotation"
+            and self.captured
+            and "tex" in (dict(attributes).get("encoding") or "")
+        ):
+            self.captured.clear()
+            self.tex_level = self.skipped
+
+    def _end_within_skipped(self) -> None:
+        if self.tex_level == self.skipped:
+            self.tex, self.tex_level = "".join(self.captured or ()), 0
+        self.skipped -= 1
+        if self.skipped == 0 and self.captured is not None:
+            self._use_captured("".join(self.captured))
+            self.captured = self.tex = None
+
+    def _use_captured(self, text: str) -> None:
+        values, head = dict(self.attributes), self.page.head
+        if self.skipped_kind == "title":
+            head.title = head.title or " ".join(text.split())
+        elif self.skipped_kind == "math":
+            tex = values.get("alttext") or self.tex
+            is_display = values.get("display") == "block"
+            self.pieces.append(_formula(tex, display=is_display) if tex else " ".join(text.split()))
+        else:
+            use = (values.get("type") or "").lower()
+            if use == "application/ld+json":
+                head.json_ld.append(text[:_MAX_JSON_LD])
+            elif use.startswith("math/tex"):
+                self.pieces.append(_formula(text, display="display" in use))
+
+    def _read_head(self, tag: str, attributes: Attributes) -> None:
+        values, head = {name: value or "" for name, value in attributes}, self.page.head
+        if tag == "meta":
+            head.metas.append(values)
+        elif tag == "link":
+            head.links.append((values.get("rel", "").lower(), values.get("href", "")))
+        else:
+            head.language = values.get("lang") or values.get("xml:lang", "")
+
+
+def _described(attributes: Attributes) -> tuple[str, int]:
+    """Class and id of an element, and the flags that its attributes give it."""
+    names, bits = [], 0
+    for name, value in attributes:
+        if name == "class" or name == "id":
+            names.append(value or "")
+        elif name == "role":
+            bits |= _BITS_OF_ROLE.get((value or "").lower(), 0)
+        elif (
+            name == "hidden"
+            or (name == "aria-hidden" and value == "true")
+            or (name == "style" and value and _HIDDEN_STYLE.search(value))
+        ):
+            bits |= _BIT["hidden"]
+    return " ".join(names), bits
+
+
+def _formula(source: str, *, display: bool) -> str:
+    """A formula between dollars, as most of the web writes TeX."""
+    source = source[:_MAX_TEX].strip()
+    if styled := _DISPLAY_STYLE.fullmatch(source):
+        source = styled[1].strip()
+    if not source or source.startswith(("$", "\\(", "\\[")):
+        return source
+    dollars = "$$" if display else "$"
+    return f"{dollars}{source}{dollars}"

@@ -1,114 +1,107 @@
-"""What does the engine cost, and how do we compare with the peer? The whole main job on 2,240 real
-pages in 8 files.
+"""What does the whole job cost, and how do we compare with the peers? On 2,240 real pages, and on
+those of them that are English.
 
-    python -m benchmarks.pipeline [DATA] [--engine trafilatura|resiliparse] [--peer-python PY
-    --peer-script datatrove_fineweb.py]
+    python -m benchmarks.pipeline [DATA] [--copies 3] [--set all|english] [--engine NAME] [--bare]
+        [--peer-python PY --peer-script datatrove_fineweb.py]
+        [--curator-python PY --curator-script nemo_curator_cpu.py]
 
-Prints CPU seconds and wall seconds per stage of `gristmill run` (its driver, Ray, all workers), of
-the same calls made in one bare process without Ray, and their ratio; then the peer on the same
-files, the ratio of wall times, and which documents either kept and the other did not, with our
-reason. The peer is datatrove 0.10.1 in its own environment with the shape of its FineWeb recipe; it
-does no perplexity, quality model or tokenising, so neither does the run that is compared with it.
+Prints wall and CPU seconds of `gristmill run` (its driver, Ray, all workers), per engine of
+[extract], and of each peer on the same files; the ratios are at the end. Of all pages our gate
+drops many before the expensive extraction; of the English ones it drops next to none. `--bare` adds
+the CPU seconds of the same calls made in one process without Ray.
+
+datatrove 0.10.1 runs in the shape of its FineWeb recipe. NeMo Curator 1.4.0 on CPUs, tuned for two
+cores, does no dedup, PII or packing. Neither has perplexity or a quality model, and neither has the
+run that is compared with them.
 """
 
 import argparse
-import gzip
-import json
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import get_args, get_type_hints
 
-from benchmarks.watch import cpu_of_descendants
+from benchmarks.pages import Page, deal, english, read_pages
+from benchmarks.peers import Side, curator, datatrove
+from benchmarks.watch import SPAWN, cost_of
 from pipeline.config.load import load
-from pipeline.config.sections import Config
 from pipeline.engine.units import UnitOutcome, in_process
 from pipeline.inspect import export
 from pipeline.run import results
 from pipeline.run.execute import execute
 from pipeline.run.state import read_state
+from stages.extract.config import ExtractConfig
 from stages.storage.ledger import Commit
 
 ROOT = Path(__file__).parents[1]
-FILES = 8
+RECIPE = ROOT / "configs" / "commoncrawl.toml"  # FineWeb's recipe
+ENGINES = get_args(get_type_hints(ExtractConfig)["engine"])
 
 
-def split_pages(data: Path, folder: Path, *, copies: int) -> int:
-    """The three WARCs of DATA/warc/web dealt into 8 files, member by member, `copies` times over;
-    the number of pages.
-    """
-    from fastwarc import ArchiveIterator, WarcRecordType
-
-    folder.mkdir(parents=True)
-    outputs = [open(folder / f"part-{n}.warc.gz", "wb") for n in range(FILES)]
-    pages = 0
-    for name in ("wcxb-500", "trafilatura-eval", "multilang-docs"):
-        raw = (data / "warc" / "web" / f"{name}.warc.gz").read_bytes()
-        records = ArchiveIterator(
-            open(data / "warc" / "web" / f"{name}.warc.gz", "rb"), parse_http=False
-        )
-        offsets = [(r.stream_pos, r.record_type == WarcRecordType.response) for r in records]
-        for (start, is_page), (end, _) in zip(
-            offsets, [*offsets[1:], (len(raw), False)], strict=True
-        ):
-            if is_page:
-                outputs[pages % FILES].write(raw[start:end])
-                pages += 1
-    for output in outputs:
-        output.close()
-    for copy in range(1, copies):
-        for n in range(FILES):
-            shutil.copy(folder / f"part-{n}.warc.gz", folder / f"part-{n}-{copy}.warc.gz")
-    return pages * copies
+def main() -> None:
+    """Print a line per figure, then the ratios."""
+    arguments = _arguments()
+    pages = list(read_pages(arguments.data))
+    ratios = []
+    for name in arguments.set or ("all", "english"):
+        ratios += compare(name, english(pages) if name == "english" else pages, arguments)
+    print("\n".join(ratios))
 
 
-def settings(pages: Path, run: Path, name: str) -> Config:
-    """The benchmark's configuration: FineWeb's recipe (commoncrawl.toml) with one of the engines."""
-    return load(
-        ROOT / "configs" / "commoncrawl.toml",
-        [f'input.paths=["{pages}/*.warc.gz"]', f"run.directory={run}", f"extract.engine={name}"],
-    )
+def compare(name: str, pages: Sequence[Page], arguments: argparse.Namespace) -> list[str]:
+    """Run every side on a set of pages; the lines of the peers' ratios to ours."""
+    ratios, count = [], len(pages) * arguments.copies
+    print(f"{name}: {count:,} pages", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        deal(pages, folder / "pages", copies=arguments.copies)
+        ours = {}
+        for engine in arguments.engine or ENGINES:
+            ours[engine] = gristmill(engine, folder)
+            show(name, ours[engine], count)
+            show_stages(name, ours[engine], folder / engine)
+            if arguments.bare:
+                show_bare(name, ours[engine], engine, folder)
+        for peer in peers(folder, arguments):
+            show(name, peer, count)
+            for engine, side in ours.items():
+                if peer.name == "datatrove":  # Curator has other rules, and no dedup
+                    show_differences(name, side, peer, folder / engine)
+                ratios.append(f"{name}: {ratio(peer, side)}")
+    return ratios
 
 
-def with_ray(config: Config) -> tuple[float, float]:
-    """Wall and CPU seconds of the command as a user runs it: the driver, Ray's own processes and
-    every worker.
-    """
-    command = [sys.executable, "-m", "pipeline", "run", str(ROOT / "configs" / "commoncrawl.toml")]
-    command += [f'input.paths=["{config.input.paths[0]}"]', f"run.directory={config.run.directory}"]
-    command += [f"extract.engine={config.extract.engine}"]
-    # GNU time cannot see Ray's daemons; a cgroup-free way is to sum what /proc says of the
-    # session's processes
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    seen: dict[int, float] = {}
-    while process.poll() is None:
-        seen |= cpu_of_descendants(process.pid)
-        time.sleep(0.1)
-    if process.returncode:
-        raise SystemExit(f"the run failed with exit code {process.returncode}")
-    return time.monotonic() - start, sum(seen.values())
+# --- sides ----------------------------------------------------------------------------------------
 
 
-def without_ray(config: Config) -> dict[str, float]:
-    """CPU seconds per phase of the same units, one after the other in this process and its
-    extractor child.
-    """
-    outcome = execute(config, Silent(), in_process)
+def gristmill(engine: str, folder: Path) -> Side:
+    """The command as a user runs it: its driver, Ray's own processes and all workers."""
+    command = [sys.executable, "-m", "pipeline", "run", str(RECIPE)]
+    command += settings(folder / "pages", folder / engine, engine)
+    cost = cost_of(command, cwd=ROOT, log=folder / f"{engine}.log")
+    corpus = export.tables(str(folder / engine), "corpus")
+    urls = [url for table in corpus for url in table["url"].to_pylist()]
+    return Side(f"gristmill with {engine}", cost, urls)
+
+
+def settings(pages: Path, run: Path, engine: str) -> list[str]:
+    return [
+        f'input.paths=["{pages}/*.warc.gz"]',
+        f"run.directory={run}",
+        f"extract.engine={engine}",
+    ]
+
+
+def bare(engine: str, folder: Path) -> float:
+    """CPU seconds of the same units, one after the other in this process and its extractor child."""
+    run = folder / f"bare-{engine}"
+    outcome = execute(load(RECIPE, settings(folder / "pages", run, engine)), Silent(), in_process)
     if outcome.failed:
         raise SystemExit(f"units failed: {outcome.failed}")
-    return {
-        phase: sum(c.cpu_seconds for c in commits) for phase, commits in commits_of(config).items()
-    }
-
-
-def commits_of(config: Config) -> dict[str, list[Commit]]:
-    """Commits per phase of a finished run."""
-    return results.all_commits(config.run.directory, read_state(config.run.directory))
+    return sum(cpu_of_stages(run).values())
 
 
 class Silent:
@@ -119,88 +112,94 @@ class Silent:
     def end(self, phase: str) -> None: ...
 
 
-def peer(python: str, script: str, pages: Path, folder: Path, data: Path) -> tuple[float, set[str]]:
-    """Wall seconds of the peer on the same files, and the URLs it kept."""
-    start = time.monotonic()
-    command = [python, script, str(pages), str(folder), str(data / "models" / "lid.176.ftz"), "2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seconds = time.monotonic() - start
-    kept = set()
-    for path in (folder / "final").glob("*.gz"):
-        with gzip.open(path, "rt") as lines:
-            kept |= {json.loads(line)["metadata"]["url"] for line in lines}
-    return seconds, kept
+def cpu_of_stages(run: Path) -> dict[str, float]:
+    """CPU seconds of the units of a finished run; the phases of dedup are one stage."""
+    seconds: dict[str, float] = {}
+    for phase, commits in results.all_commits(str(run), read_state(str(run))).items():
+        stage = phase.split()[0]
+        seconds[stage] = seconds.get(stage, 0) + sum(commit.cpu_seconds for commit in commits)
+    return seconds
 
 
-def compare(run: str, theirs: set[str]) -> None:
-    """Which documents were kept by both, by one only, and our reason for those that only the peer
-    kept.
-    """
-    ours = {u for t in export.tables(run, "corpus") for u in t["url"].to_pylist()}
-    print(
-        f"documents kept by both: {len(ours & theirs)}, only here: {len(ours - theirs)}, only by the peer: {len(theirs - ours)}"
-    )
-    reasons: Counter[str] = Counter()
-    for table in export.tables(run, "documents"):
+def peers(folder: Path, arguments: argparse.Namespace) -> Iterator[Side]:
+    """The peers that were asked for, one after the other."""
+    pages, lid = folder / "pages", arguments.data / "models" / "lid.176.ftz"
+    if arguments.peer_python:
+        command = arguments.peer_python, arguments.peer_script
+        yield datatrove(*command, pages, folder / "datatrove", lid=lid)
+    if arguments.curator_python:
+        command = arguments.curator_python, arguments.curator_script
+        for engine in ("trafilatura", "resiliparse"):
+            yield curator(*command, engine, pages, folder / f"curator-{engine}", lid=lid)
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def show(pages: str, side: Side, count: int) -> None:
+    """The figures that every side has."""
+    label = f"{pages}: {side.name}"
+    print(f"{label}: {side.cost.wall:.1f} s wall")
+    print(f"{label}: {side.cost.cpu:.1f} s of CPU")
+    print(f"{label}: {count / side.cost.wall:.1f} pages/s")
+    print(f"{label}: {len(side.urls):,} documents written")
+    print(f"{label}: load average {side.cost.load:.2f} at the start", flush=True)
+
+
+def show_stages(pages: str, ours: Side, run: Path) -> None:
+    """CPU of our stages, and what belongs to no unit: imports, Ray, planning, the report."""
+    stages = cpu_of_stages(run)
+    stages["outside of units"] = ours.cost.cpu - sum(stages.values())
+    for stage, seconds in stages.items():
+        print(f"{pages}: {ours.name}: {stage}: {seconds:.1f} s of CPU", flush=True)
+
+
+def show_bare(pages: str, ours: Side, engine: str, folder: Path) -> None:
+    """Our calls without Ray, in a process that has loaded nothing yet."""
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+        seconds = pool.submit(bare, engine, folder).result()
+    label = f"{pages}: {ours.name}"
+    print(f"{label}: bare process: {seconds:.1f} s of CPU")
+    print(f"{label}: with Ray / bare process: {ours.cost.cpu / seconds:.2f} of CPU", flush=True)
+
+
+def show_differences(pages: str, ours: Side, peer: Side, run: Path) -> None:
+    """Documents that both keep, or one; our reasons for those that only the peer keeps."""
+    here, there = set(ours.urls), set(peer.urls)
+    label = f"{pages}: {ours.name} and {peer.name}"
+    print(f"{label}: {len(here & there)} different documents kept by both")
+    print(f"{label}: {len(here - there)} by us only")
+    print(f"{label}: {len(there - here)} by the peer only")
+    reasons = {}
+    for table in export.tables(str(run), "documents"):
         for row in table.select(["url", "rejected_by"]).to_pylist():
-            if row["url"] in theirs - ours:
-                reasons[row["rejected_by"] or "dedup: another copy kept"] += 1
-    print(f"our reasons for those only the peer kept: {dict(reasons.most_common())}")
+            if row["url"] in there - here:
+                reasons[row["url"]] = row["rejected_by"] or "dedup: another copy kept"
+    counts = Counter(reasons.values()).most_common()
+    print(f"{label}: our reasons for those: {dict(counts)}", flush=True)
 
 
-def main() -> None:
-    """Print a line per figure."""
+def ratio(peer: Side, ours: Side) -> str:
+    """How many times our time the peer takes."""
+    wall, cpu = peer.cost.wall / ours.cost.wall, peer.cost.cpu / ours.cost.cpu
+    return f"{peer.name} / {ours.name}: {wall:.2f} of wall time, {cpu:.2f} of CPU"
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", nargs="?", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--engine", choices=["trafilatura", "resiliparse"], action="append")
     parser.add_argument(
-        "--copies",
-        type=int,
-        default=1,
-        help="read the pages so many times: what Ray costs to start matters less",
+        "--copies", type=int, default=1, help="of each file, so that Ray's start matters less"
     )
-    parser.add_argument("--peer-python")
-    parser.add_argument("--peer-script")
+    parser.add_argument("--set", choices=["all", "english"], action="append", help="default: both")
+    parser.add_argument("--engine", choices=ENGINES, action="append", help="default: all")
+    parser.add_argument("--bare", action="store_true", help="our calls in one process too")
+    for peer in ("peer", "curator"):
+        parser.add_argument(f"--{peer}-python", help="of its environment")
+        parser.add_argument(f"--{peer}-script")
     arguments = parser.parse_args()
-    data = arguments.data.resolve()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        count = split_pages(data, folder / "pages", copies=arguments.copies)
-        print(f"pages: {count} in {FILES * arguments.copies} files", flush=True)
-        runs = {}
-        for name in arguments.engine or ["trafilatura", "resiliparse"]:
-            config = settings(folder / "pages", folder / f"run-{name}", name)
-            wall, cpu = with_ray(config)
-            runs[name] = (wall, config.run.directory)
-            for phase, commits in commits_of(config).items():
-                print(
-                    f"{name}: {phase}: {sum(c.cpu_seconds for c in commits):.1f} s of CPU in {len(commits)} units"
-                )
-            bare = without_ray(settings(folder / "pages", folder / f"bare-{name}", name))
-            print(
-                f"{name}: with Ray {cpu:.1f} s of CPU, {wall:.1f} s wall, {count / wall:.1f} pages/s"
-            )
-            print(
-                f"{name}: bare process {sum(bare.values()):.1f} s of CPU ({ {k: round(v, 1) for k, v in bare.items()} })"
-            )
-            print(
-                f"{name}: ratio of CPU, with Ray to bare: {cpu / sum(bare.values()):.2f}",
-                flush=True,
-            )
-        if arguments.peer_python:
-            seconds, kept = peer(
-                arguments.peer_python,
-                arguments.peer_script,
-                folder / "pages",
-                folder / "peer",
-                data,
-            )
-            print(
-                f"peer: {seconds:.1f} s wall, {count / seconds:.1f} pages/s, {len(kept)} documents kept"
-            )
-            for name, (wall, run) in runs.items():
-                print(f"{name}: throughput {seconds / wall:.1f} times the peer's")
-                compare(run, kept)
+    arguments.data = arguments.data.resolve()
+    return arguments
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from turbohtml.saxparse import SaxHandler, sax_parse
 
 # elements nested deeper than this belong to their ancestor at this depth
 MAX_DEPTH: Final = 200
+FOOTER: Final = "footer"
 _MAX_JSON_LD = 200_000  # characters
 _MAX_TEX = 10_000  # characters of a formula
 
@@ -142,6 +143,8 @@ _BITS_OF_ROLE = {
     "heading": _BIT["heading"],
     "listbox": _BIT["select"],
 }
+_FIGURE = _BIT["figure"] | _BIT["caption"]
+_FOOTER_NAME = re.compile(r"(?:^|[^a-z])(?:footer|colophon|copyright)", re.IGNORECASE)
 _HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 _LINE_NUMBERS = {
     *("linenos", "linenodiv", "lineno", "hljs-ln-numbers", "line-numbers-rows", "blob-num"),
@@ -155,7 +158,9 @@ _DISPLAY_STYLE = re.compile(r"\{\\(?:display|text)style\s*(.*)\}", re.DOTALL)
 @dataclass(slots=True)
 class Head:
     """What a page says about itself: `metas` are the attributes of its meta elements, `links` pairs
-    of rel and href of link elements and of anchors with a rel, `json_ld` the texts of such scripts.
+    of rel and href of link elements (of those without a rel, of itemprop) and of anchors with a
+    rel, `json_ld` the texts of such scripts. A rel of FOOTER is a link to a Creative Commons
+    license in the page's footer, one of "" is an anchor in a figure, which is about the image.
     """
 
     title: str = ""
@@ -206,7 +211,7 @@ class _Walk(SaxHandler):
     __slots__ = (
         *("page", "stack", "pieces", "lines", "chars_in_links", "chars_in_strong", "links_begun"),
         *("link_depth", "strong_depth", "pre_depth", "skipped", "skipped_kind", "captured", "tex"),
-        *("tex_level", "attributes", "starts"),
+        *("tex_level", "attributes", "starts", "license_links"),
     )
 
     def __init__(self, page: Blocks) -> None:
@@ -222,6 +227,7 @@ class _Walk(SaxHandler):
         self.tex: str | None = None  # source of the formula that is being read
         self.tex_level = 0
         self.attributes: Attributes = ()
+        self.license_links: list[tuple[int, str]] = []  # innermost element, URL
         self.starts = {
             "link": self._start_link,
             "strong": self._start_strong,
@@ -288,6 +294,16 @@ class _Walk(SaxHandler):
         """End the text that is in no element but the body."""
         self._end_text()
         self.page.end_block[0] = len(self.page.texts)
+        if self.license_links:
+            self._keep_licenses_of_footer()
+
+    def _keep_licenses_of_footer(self) -> None:
+        page = self.page
+        inside: list[bool] = []
+        for parent, name, flags in zip(page.parents, page.names, page.flags, strict=True):
+            is_footer = bool(flags & _BIT["footer"] or (name and _FOOTER_NAME.search(name)))
+            inside.append(is_footer or (parent < len(inside) and inside[parent]))
+        page.head.links += [(FOOTER, href) for e, href in self.license_links if inside[e]]
 
     def _start_block(self, tag: str, attributes: Attributes) -> None:
         if self.pre_depth:
@@ -372,9 +388,11 @@ class _Walk(SaxHandler):
         self.links_begun += 1
         for name, value in attributes:
             if name == "rel" and value:
-                self.page.head.links.append((value.lower(), dict(attributes).get("href") or ""))
+                is_image_credit = self.page.flags[self.stack[-1]] & _FIGURE
+                rel = "" if is_image_credit else value.lower()
+                self.page.head.links.append((rel, dict(attributes).get("href") or ""))
             elif name == "href" and value and "creativecommons.org/" in value:
-                self.page.head.links.append(("", value))
+                self.license_links.append((self.stack[-1], value))
 
     def _start_strong(self, tag: str, attributes: Attributes) -> None:
         self.strong_depth += 1
@@ -436,11 +454,14 @@ class _Walk(SaxHandler):
                 self.pieces.append(_formula(text, display="display" in use))
 
     def _read_head(self, tag: str, attributes: Attributes) -> None:
+        if self.page.flags[self.stack[-1]] & _BIT["template"]:
+            return
         values, head = {name: value or "" for name, value in attributes}, self.page.head
         if tag == "meta":
             head.metas.append(values)
         elif tag == "link":
-            head.links.append((values.get("rel", "").lower(), values.get("href", "")))
+            rel = values.get("rel") or values.get("itemprop", "")
+            head.links.append((rel.lower(), values.get("href", "")))
         else:
             head.language = values.get("lang") or values.get("xml:lang", "")
 

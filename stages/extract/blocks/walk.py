@@ -33,7 +33,6 @@ _KINDS: dict[str, str] = {
             "bdo",
             "big",
             "cite",
-            "code",
             "data",
             "del",
             "dfn",
@@ -54,7 +53,6 @@ _KINDS: dict[str, str] = {
             "small",
             "strike",
             "sub",
-            "sup",
             "time",
             "tt",
             "u",
@@ -100,6 +98,8 @@ _KINDS: dict[str, str] = {
     **dict.fromkeys(("pre", "listing", "xmp"), "pre"),
     "a": "link",
     "br": "break",
+    "code": "code",
+    "sup": "sup",
     "title": "title",
     "script": "script",
     "math": "math",
@@ -146,13 +146,28 @@ _BITS_OF_ROLE = {
 _FIGURE = _BIT["figure"] | _BIT["caption"]
 _FOOTER_NAME = re.compile(r"(?:^|[^a-z])(?:footer|colophon|copyright)", re.IGNORECASE)
 _HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+# Pygments, highlight.js, Prism, GitHub, Rouge, react-syntax-highlighter, Octopress
 _LINE_NUMBERS = {
     *("linenos", "linenodiv", "lineno", "hljs-ln-numbers", "line-numbers-rows", "blob-num"),
-    "rouge-gutter",
+    *("rouge-gutter", "linenumber", "line-number"),
 }
-_RENDERED_MATH = ("MathJax", "katex-html", "mjx-chtml")
-_TEX_IMAGE = re.compile(r"\b(?:tex|latex|math|mwe-math-\S*)\b")
-_DISPLAY_STYLE = re.compile(r"\{\\(?:display|text)style\s*(.*)\}", re.DOTALL)
+_LINE_NUMBERS_IN_PRE = _LINE_NUMBERS | {"ln", "lnt", "gutter"}  # Chroma; too common elsewhere
+
+# --- formulas -------------------------------------------------------------------------------------
+
+_RENDERED_MATH = ("MathJax", "mjx-chtml")  # by MathJax 2, of which a script holds the source
+_TEX = re.compile(r"\b(?:la)?tex\b", re.IGNORECASE)  # in encodings of annotations
+_TEX_CLASS = re.compile(
+    r"(?<!\S)(?:tex|latex|math|texrender|mwe-math-fallback-\S*|ql-img-\S*)(?!\S)"
+)
+_TEX_SERVER = re.compile(r"latex\.php|codecogs\.com|equation\?tex=|(?:mime|math)tex\.cgi|/texvc")
+_NOT_TEX = {"equation", "formula", "image", "latex", "math", "tex"}  # alt texts
+_STYLED = re.compile(r"\{\\(?:display|text)style\s*(.*)\}", re.DOTALL)
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_LINE_END = re.compile(r"(?<!\\)%[ \t]*\n\s*")  # LaTeXML breaks long lines behind a comment sign
+# x², 10⁻⁶, m², f(x)²; a raised number behind a longer word is a note
+_POWER = re.compile(r"[-+−–]?\d{1,4}")
+_BASE = re.compile(r"(?:[\d)]|\b[^\W\d_]{1,2})\Z")
 
 
 @dataclass(slots=True)
@@ -200,7 +215,10 @@ def walk(html: str) -> Blocks:
     """The blocks of a page; defined for every string."""
     page = Blocks()
     handler = _Walk(page)
-    sax_parse(html, handler)
+    try:
+        sax_parse(html, handler)
+    except UnicodeDecodeError:  # a lone surrogate in a name
+        return walk(html.encode("utf-8", "replace").decode())
     handler.finish()
     return page
 
@@ -210,8 +228,9 @@ class _Walk(SaxHandler):
 
     __slots__ = (
         *("page", "stack", "pieces", "lines", "chars_in_links", "chars_in_strong", "links_begun"),
-        *("link_depth", "strong_depth", "pre_depth", "skipped", "skipped_kind", "captured", "tex"),
-        *("tex_level", "attributes", "starts", "license_links"),
+        *("link_depth", "strong_depth", "pre_depth", "raised_at", "skipped", "skipped_kind"),
+        *("captured", "tex", "annotation", "annotation_at", "encoding", "attributes", "starts"),
+        "license_links",
     )
 
     def __init__(self, page: Blocks) -> None:
@@ -221,11 +240,13 @@ class _Walk(SaxHandler):
         self.lines: list[str] = []  # lines of the block before it
         self.chars_in_links = self.chars_in_strong = self.links_begun = 0  # of the block
         self.link_depth = self.strong_depth = self.pre_depth = 0
+        self.raised_at = 0  # the piece that <sup> begins
         self.skipped = 0  # depth within an element whose text is not the page's
         self.skipped_kind = ""
         self.captured: list[str] | None = None  # text of such an element that is used otherwise
         self.tex: str | None = None  # source of the formula that is being read
-        self.tex_level = 0
+        self.annotation = self.annotation_at = 0  # depth of an annotation of it; its first piece
+        self.encoding = ""
         self.attributes: Attributes = ()
         self.license_links: list[tuple[int, str]] = []  # innermost element, URL
         self.starts = {
@@ -240,6 +261,8 @@ class _Walk(SaxHandler):
             "image": self._image,
             "span": self._start_span,
             "pre": self._start_block,
+            "code": self._start_code,
+            "sup": self._start_raised,
         }
         self._open("html", "", 0)
 
@@ -270,6 +293,8 @@ class _Walk(SaxHandler):
             self.link_depth -= 1
         elif kind == "strong":
             self.strong_depth -= 1
+        elif kind == "sup":
+            self._end_raised()
 
     def characters(self, data: str) -> None:
         """Read text."""
@@ -307,9 +332,7 @@ class _Walk(SaxHandler):
 
     def _start_block(self, tag: str, attributes: Attributes) -> None:
         if self.pre_depth:
-            self._new_line_of_code()
-            self.pre_depth += _KINDS.get(tag) == "pre"
-            self.stack.append(self.stack[-1])
+            self._start_block_in_pre(tag, attributes)
             return
         if self.pieces or self.lines:
             self._end_text()
@@ -317,14 +340,26 @@ class _Walk(SaxHandler):
         if attributes:
             name, more = _described(attributes)
             bits |= more
-            if name and not _LINE_NUMBERS.isdisjoint(name.split()):
+            if ("line" in name or "num" in name or "gutter" in name) and (
+                not _LINE_NUMBERS.isdisjoint(name.split()) or (tag == "td" and name == "gutter")
+            ):
                 self._start_skipped(tag, ())
                 return
-        self.pre_depth = int(_KINDS.get(tag) == "pre")
+        if _KINDS.get(tag) == "pre":
+            self.pre_depth = 1
+            name = _with_language(name, attributes)
         if len(self.stack) < MAX_DEPTH:
             self._open(tag, name, bits | (_BIT["link"] if self.link_depth else 0))
         else:
             self.stack.append(self.stack[-1])
+
+    def _start_block_in_pre(self, tag: str, attributes: Attributes) -> None:
+        if tag == "button" or self._holds_line_numbers(attributes):
+            self._start_skipped(tag, ())
+            return
+        self._new_line_of_code()
+        self.pre_depth += _KINDS.get(tag) == "pre"
+        self.stack.append(self.stack[-1])
 
     def _open(self, tag: str, name: str, bits: int) -> None:
         page, stack = self.page, self.stack
@@ -345,7 +380,7 @@ class _Walk(SaxHandler):
             return
         if self.pieces or self.lines:
             self._end_text()
-        self.pre_depth = 0
+        self.links_begun = self.pre_depth = 0
         self.page.end_block[self.stack.pop()] = len(self.page.texts)
 
     def _new_line_of_code(self) -> None:
@@ -367,7 +402,8 @@ class _Walk(SaxHandler):
         page, text = self.page, "".join(self.pieces)
         self.pieces.clear()
         if self.pre_depth:
-            text = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+            text = text.replace("\xa0", " ")  # an indentation for browsers, an error for compilers
+            text = "\n".join([line.rstrip() for line in text.split("\n")]).strip("\n")
         else:
             text = " ".join(text.split())
             if self.lines:
@@ -386,32 +422,80 @@ class _Walk(SaxHandler):
     def _start_link(self, tag: str, attributes: Attributes) -> None:
         self.link_depth += 1
         self.links_begun += 1
+        relation = address = ""
         for name, value in attributes:
-            if name == "rel" and value:
-                is_image_credit = self.page.flags[self.stack[-1]] & _FIGURE
-                rel = "" if is_image_credit else value.lower()
-                self.page.head.links.append((rel, dict(attributes).get("href") or ""))
-            elif name == "href" and value and "creativecommons.org/" in value:
-                self.license_links.append((self.stack[-1], value))
+            if name == "href":
+                address = value or ""
+            elif name == "rel" and value:
+                relation = value.lower()
+        if relation:
+            is_image_credit = self.page.flags[self.stack[-1]] & _FIGURE
+            self.page.head.links.append(("" if is_image_credit else relation, address))
+        if "creativecommons.org/" in address:
+            self.license_links.append((self.stack[-1], address))
 
     def _start_strong(self, tag: str, attributes: Attributes) -> None:
         self.strong_depth += 1
 
     def _start_span(self, tag: str, attributes: Attributes) -> None:
         for name, value in attributes:
-            if name == "class" and value and value.startswith(_RENDERED_MATH):
+            if not value:
+                continue
+            if name == "class":
+                if value.startswith(_RENDERED_MATH) or (
+                    value.startswith("katex-html") and self._piece_before().endswith("$")
+                ):
+                    self._start_skipped(tag, ())
+                    return
+            elif name == "data-tex" or name == "data-latex":
+                self.pieces.append(_formula(value, display=False))
                 self._start_skipped(tag, ())
+                return
+        if self.pre_depth and attributes and self._holds_line_numbers(attributes):
+            self._start_skipped(tag, ())
+
+    def _start_code(self, tag: str, attributes: Attributes) -> None:
+        if self.pre_depth and attributes:
+            element = self.stack[-1]
+            names = dict(attributes).get("class") or ""
+            names = _with_language(f"{self.page.names[element]} {names}", attributes)
+            self.page.names[element] = names.strip()
+
+    def _holds_line_numbers(self, attributes: Attributes) -> bool:
+        names = (dict(attributes).get("class") or "").split()
+        return not _LINE_NUMBERS_IN_PRE.isdisjoint(names)
+
+    def _start_raised(self, tag: str, attributes: Attributes) -> None:
+        self.raised_at = len(self.pieces)
+
+    def _end_raised(self) -> None:
+        at, pieces = self.raised_at, self.pieces
+        if (
+            0 < at < len(pieces)
+            and not self.pre_depth
+            and _POWER.fullmatch("".join(pieces[at:]).strip())
+            and _BASE.search(pieces[at - 1][-3:])
+        ):
+            pieces.insert(at, "^")
 
     def _image(self, tag: str, attributes: Attributes) -> None:
         values = dict(attributes)
-        source, name = values.get("alt") or "", values.get("class") or ""
-        # Wikipedia has such an image behind the MathML of the same formula
-        if source and _TEX_IMAGE.search(name) and not self._has_formula_before():
-            self.pieces.append(_formula(source, display="display" in name or "block" in name))
+        source = values.get("alt")
+        if not source or source.lower() in _NOT_TEX:
+            return
+        name = values.get("class") or ""
+        if (
+            _TEX_CLASS.search(name)
+            or "eeimg" in values
+            or _TEX_SERVER.search((values.get("src") or "")[:100])
+        ):
+            formula = _formula(source, display="display" in name or "block" in name)
+            # Wikipedia has such an image behind the MathML of the same formula
+            if self._piece_before().strip("$") != formula.strip("$"):
+                self.pieces.append(formula)
 
-    def _has_formula_before(self) -> bool:
-        last = next((piece for piece in reversed(self.pieces) if piece.strip()), "")
-        return last.endswith("$")
+    def _piece_before(self) -> str:
+        return next((piece for piece in reversed(self.pieces) if not piece.isspace()), "")
 
     # --- elements whose text is not the page's ----------------------------------------------------
 
@@ -422,17 +506,16 @@ class _Walk(SaxHandler):
 
     def _start_within_skipped(self, tag: str, attributes: Attributes) -> None:
         self.skipped += 1
-        if (
-            tag == "annotation"
-            and self.captured
-            and "tex" in (dict(attributes).get("encoding") or "")
-        ):
-            self.captured.clear()
-            self.tex_level = self.skipped
+        if self.captured is not None and not self.annotation and tag.startswith("annotation"):
+            self.annotation, self.annotation_at = self.skipped, len(self.captured)
+            self.encoding = dict(attributes).get("encoding") or ""
 
     def _end_within_skipped(self) -> None:
-        if self.tex_level == self.skipped:
-            self.tex, self.tex_level = "".join(self.captured or ()), 0
+        if self.annotation == self.skipped and self.captured is not None:
+            if self.tex is None and _TEX.search(self.encoding):
+                self.tex = "".join(self.captured[self.annotation_at :])
+            del self.captured[self.annotation_at :]
+            self.annotation = 0
         self.skipped -= 1
         if self.skipped == 0 and self.captured is not None:
             self._use_captured("".join(self.captured))
@@ -443,7 +526,7 @@ class _Walk(SaxHandler):
         if self.skipped_kind == "title":
             head.title = head.title or " ".join(text.split())
         elif self.skipped_kind == "math":
-            tex = values.get("alttext") or self.tex
+            tex = self.tex or values.get("data-latex") or values.get("alttext")
             is_display = values.get("display") == "block"
             self.pieces.append(_formula(tex, display=is_display) if tex else " ".join(text.split()))
         else:
@@ -483,12 +566,29 @@ def _described(attributes: Attributes) -> tuple[str, int]:
     return " ".join(names), bits
 
 
+def _with_language(name: str, attributes: Attributes) -> str:
+    """The class names of code and, as one of them, the language that a data attribute declares."""
+    for key, value in attributes:
+        if value and key in ("data-lang", "data-language"):
+            return f"{name} language-{value}"
+    return name
+
+
 def _formula(source: str, *, display: bool) -> str:
     """A formula between dollars, as most of the web writes TeX."""
-    source = source[:_MAX_TEX].strip()
-    if styled := _DISPLAY_STYLE.fullmatch(source):
+    source = _LINE_END.sub("", source[:_MAX_TEX]).strip()
+    if (styled := _STYLED.fullmatch(source)) and _is_balanced(styled[1]):
         source = styled[1].strip()
     if not source or source.startswith(("$", "\\(", "\\[")):
         return source
     dollars = "$$" if display else "$"
     return f"{dollars}{source}{dollars}"
+
+
+def _is_balanced(tex: str) -> bool:
+    depth = 0
+    for brace in _BRACE.findall(tex):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0:
+            return False
+    return depth == 0

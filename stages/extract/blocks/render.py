@@ -14,6 +14,7 @@ Neither format adds words, except the numbers and the languages of code in Markd
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -45,6 +46,7 @@ _LANGUAGE = re.compile(_CLASS.format(r"|lang-|lang:|brush:\s*|hljs\s+(?!lang)"))
 _LANGUAGE_OF_WRAPPER = re.compile(_CLASS.format(""))
 _NO_LANGUAGES = frozenset(("default", "none", "notranslate", "nohighlight", "plaintext", "text"))
 _INDENT = 2  # spaces by which lists within lists are indented in text
+_MAX_NESTING = 16  # lists and quotations that are nested deeper are parts of the one around them
 _WRAPPERS = 3  # elements around <pre> whose class may name the language
 
 
@@ -136,9 +138,7 @@ class _Layout:
             place = self.places.get(owner) or self._place(owner)
             table = place.table
             if table >= 0 and table not in not_grids:
-                end = i
-                while end < len(selected) and selected[end] < self.page.end_block[table]:
-                    end += 1
+                end = bisect_left(selected, self.page.end_block[table], i)
                 cells = self._cells(table, selected[i:end])
                 if cells is not None:
                     yield self._table(cells, self._place(table))
@@ -277,7 +277,7 @@ def _within(place: _Place, element: int, tag: str) -> _Place:
     elif tag in _CELLS:
         cell = element
     else:
-        if tag not in _LISTS:
+        if tag not in _LISTS and len(containers) < _MAX_NESTING:
             containers = (*containers, (element, tag))
         if tag != "blockquote" and outer_list < 0:
             outer_list = element

@@ -17,11 +17,13 @@ MAX_DEPTH: Final = 200
 FOOTER: Final = "footer"
 _MAX_JSON_LD = 200_000  # characters
 _MAX_TEX = 10_000  # characters of a formula
+_MAX_NAMES = 1_000  # characters of the classes of code
 
 Attributes = tuple[tuple[str, str | None], ...]
 
 # --- kinds of elements ----------------------------------------------------------------------------
 
+_PRE_TAGS = ("pre", "listing", "xmp")
 # Elements without a kind are blocks, but for custom elements (their names have a hyphen): browsers
 # lay those out in line unless a style sheet says otherwise.
 _KINDS: dict[str, str] = {
@@ -95,7 +97,7 @@ _KINDS: dict[str, str] = {
         "skip",
     ),
     **dict.fromkeys(("meta", "link", "html"), "head"),
-    **dict.fromkeys(("pre", "listing", "xmp"), "pre"),
+    **dict.fromkeys(_PRE_TAGS, "pre"),
     "a": "link",
     "br": "break",
     "code": "code",
@@ -145,6 +147,7 @@ _BITS_OF_ROLE = {
 }
 _FIGURE = _BIT["figure"] | _BIT["caption"]
 _FOOTER_NAME = re.compile(r"(?:^|[^a-z])(?:footer|colophon|copyright)", re.IGNORECASE)
+_LINK, _HIDDEN = _BIT["link"], _BIT["hidden"]
 _HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 # Pygments, highlight.js, Prism, GitHub, Rouge, react-syntax-highlighter, Octopress
 _LINE_NUMBERS = {
@@ -227,7 +230,8 @@ class _Walk(SaxHandler):
     """Receives the events of a parse. The parser closes every element that it opens, in order."""
 
     __slots__ = (
-        *("page", "stack", "pieces", "lines", "chars_in_links", "chars_in_strong", "links_begun"),
+        *("page", "texts", "end_block", "flags", "stack"),
+        *("pieces", "lines", "chars_in_links", "chars_in_strong", "links_begun"),
         *("link_depth", "strong_depth", "pre_depth", "raised_at", "skipped", "skipped_kind"),
         *("captured", "tex", "annotation", "annotation_at", "encoding", "attributes", "starts"),
         "license_links",
@@ -235,7 +239,9 @@ class _Walk(SaxHandler):
 
     def __init__(self, page: Blocks) -> None:
         self.page = page
-        self.stack: list[int] = []  # recorded elements that are open
+        self.texts, self.end_block, self.flags = page.texts, page.end_block, page.flags
+        self.stack = [0]  # recorded elements that are open
+        self._add_element("html", 0, "", 0)
         self.pieces: list[str] = []  # text of the line that is being read
         self.lines: list[str] = []  # lines of the block before it
         self.chars_in_links = self.chars_in_strong = self.links_begun = 0  # of the block
@@ -260,11 +266,10 @@ class _Walk(SaxHandler):
             "math": self._start_skipped,
             "image": self._image,
             "span": self._start_span,
-            "pre": self._start_block,
+            "pre": self._start_pre,
             "code": self._start_code,
             "sup": self._start_raised,
         }
-        self._open("html", "", 0)
 
     def start_element(self, tag: str, attrs: Attributes) -> None:
         """Begin an element."""
@@ -272,13 +277,11 @@ class _Walk(SaxHandler):
             self._start_within_skipped(tag, attrs)
             return
         kind = _KINDS.get(tag)
-        if kind == "inline":
-            return
         if kind is None:
             if "-" not in tag:
                 self._start_block(tag, attrs)
-            return
-        self.starts[kind](tag, attrs)
+        elif kind != "inline":
+            self.starts[kind](tag, attrs)
 
     def end_element(self, tag: str) -> None:
         """End an element."""
@@ -286,39 +289,44 @@ class _Walk(SaxHandler):
             self._end_within_skipped()
             return
         kind = _KINDS.get(tag)
-        if kind is None or kind == "pre":
-            if "-" not in tag or kind:
-                self._end_block(kind)
+        if kind is None:
+            if "-" not in tag:
+                self._end_block(False)
         elif kind == "link":
             self.link_depth -= 1
         elif kind == "strong":
             self.strong_depth -= 1
         elif kind == "sup":
             self._end_raised()
+        elif kind == "pre":
+            self._end_block(True)
 
     def characters(self, data: str) -> None:
         """Read text."""
+        pieces = self.pieces
         if self.skipped:
             if self.captured is not None:
                 self.captured.append(data)
         elif self.pre_depth:
-            self.pieces.append(data)
+            pieces.append(data)
         elif data.isspace():
-            if self.pieces:
-                self.pieces.append(" ")
+            if pieces:
+                pieces.append(" ")
         else:
-            self.pieces.append(data)
-            if self.link_depth:
-                self.chars_in_links += len(" ".join(data.split()))
-            if self.strong_depth:
-                self.chars_in_strong += len(" ".join(data.split()))
+            pieces.append(data)
+            if self.link_depth or self.strong_depth:
+                length = len(data.strip())
+                if self.link_depth:
+                    self.chars_in_links += length
+                if self.strong_depth:
+                    self.chars_in_strong += length
 
     # --- blocks -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """End the text that is in no element but the body."""
         self._end_text()
-        self.page.end_block[0] = len(self.page.texts)
+        self.end_block[0] = len(self.texts)
         if self.license_links:
             self._keep_licenses_of_footer()
 
@@ -336,52 +344,59 @@ class _Walk(SaxHandler):
             return
         if self.pieces or self.lines:
             self._end_text()
-        name, bits = "", _BITS_OF_TAG.get(tag, 0)
-        if attributes:
-            name, more = _described(attributes)
-            bits |= more
-            if ("line" in name or "num" in name or "gutter" in name) and (
-                not _LINE_NUMBERS.isdisjoint(name.split()) or (tag == "td" and name == "gutter")
-            ):
-                self._start_skipped(tag, ())
-                return
-        if _KINDS.get(tag) == "pre":
-            self.pre_depth = 1
-            name = _with_language(name, attributes)
-        if len(self.stack) < MAX_DEPTH:
-            self._open(tag, name, bits | (_BIT["link"] if self.link_depth else 0))
-        else:
-            self.stack.append(self.stack[-1])
-
-    def _start_block_in_pre(self, tag: str, attributes: Attributes) -> None:
-        if tag == "button" or self._holds_line_numbers(attributes):
-            self._start_skipped(tag, ())
+        name, bits = _described(attributes) if attributes else ("", 0)
+        stack = self.stack
+        parent = stack[-1]
+        if len(stack) >= MAX_DEPTH:
+            stack.append(parent)
             return
-        self._new_line_of_code()
-        self.pre_depth += _KINDS.get(tag) == "pre"
-        self.stack.append(self.stack[-1])
+        if self.link_depth:
+            bits |= _LINK
+        stack.append(len(self.end_block))
+        self._add_element(tag, parent, name, bits | _BITS_OF_TAG.get(tag, 0) | self.flags[parent])
 
-    def _open(self, tag: str, name: str, bits: int) -> None:
-        page, stack = self.page, self.stack
-        parent = stack[-1] if stack else 0
-        stack.append(len(page.tags))
+    def _add_element(self, tag: str, parent: int, name: str, bits: int) -> None:
+        page = self.page
         page.tags.append(tag)
         page.parents.append(parent)
         page.names.append(name)
-        page.flags.append(bits | page.flags[parent] if page.flags else bits)
-        page.first_block.append(len(page.texts))
-        page.end_block.append(len(page.texts))
+        self.flags.append(bits)
+        page.first_block.append(len(self.texts))
+        self.end_block.append(0)
 
-    def _end_block(self, kind: str | None) -> None:
-        if self.pre_depth > (kind == "pre"):
+    def _start_pre(self, tag: str, attributes: Attributes) -> None:
+        if not self.pre_depth and self._is_column_of_numbers(attributes):
+            self._start_skipped(tag, ())
+            return
+        self._start_block(tag, attributes)
+        if not self.pre_depth:
+            self._name_language(attributes)
+        self.pre_depth += 1
+
+    def _is_column_of_numbers(self, attributes: Attributes) -> bool:
+        """If a <pre> beside that of the code has the numbers of its lines: by its own class, or by
+        those of the cell around it.
+        """
+        names = [_described(attributes)[0], *(self.page.names[e] for e in self.stack[-2:])]
+        return not _LINE_NUMBERS.isdisjoint(" ".join(names).split())
+
+    def _start_block_in_pre(self, tag: str, attributes: Attributes) -> None:
+        if tag == "button" or _holds_line_numbers(attributes):
+            self._start_skipped(tag, ())
+            return
+        self._new_line_of_code()
+        self.stack.append(self.stack[-1])
+
+    def _end_block(self, is_pre: bool) -> None:
+        if self.pre_depth > is_pre:
             self._new_line_of_code()
-            self.pre_depth -= kind == "pre"
+            self.pre_depth -= is_pre
             self.stack.pop()
             return
         if self.pieces or self.lines:
             self._end_text()
         self.links_begun = self.pre_depth = 0
-        self.page.end_block[self.stack.pop()] = len(self.page.texts)
+        self.end_block[self.stack.pop()] = len(self.texts)
 
     def _new_line_of_code(self) -> None:
         if self.pieces and not self.pieces[-1].endswith("\n"):
@@ -399,7 +414,7 @@ class _Walk(SaxHandler):
             self._end_text()
 
     def _end_text(self) -> None:
-        page, text = self.page, "".join(self.pieces)
+        text = "".join(self.pieces)
         self.pieces.clear()
         if self.pre_depth:
             text = text.replace("\xa0", " ")  # an indentation for browsers, an error for compilers
@@ -410,11 +425,16 @@ class _Walk(SaxHandler):
                 text = "\n".join([*self.lines, text] if text else self.lines)
                 self.lines.clear()
         if text:
-            page.texts.append(text)
+            page = self.page
+            self.texts.append(text)
             page.owners.append(self.stack[-1])
-            page.link_chars.append(min(self.chars_in_links, len(text)))
-            page.strong_chars.append(min(self.chars_in_strong, len(text)))
             page.links.append(self.links_begun)
+            if self.chars_in_links or self.chars_in_strong:
+                page.link_chars.append(min(self.chars_in_links, len(text)))
+                page.strong_chars.append(min(self.chars_in_strong, len(text)))
+            else:
+                page.link_chars.append(0)
+                page.strong_chars.append(0)
         self.chars_in_links = self.chars_in_strong = self.links_begun = 0
 
     # --- within the line --------------------------------------------------------------------------
@@ -429,7 +449,7 @@ class _Walk(SaxHandler):
             elif name == "rel" and value:
                 relation = value.lower()
         if relation:
-            is_image_credit = self.page.flags[self.stack[-1]] & _FIGURE
+            is_image_credit = self.flags[self.stack[-1]] & _FIGURE
             self.page.head.links.append(("" if is_image_credit else relation, address))
         if "creativecommons.org/" in address:
             self.license_links.append((self.stack[-1], address))
@@ -451,19 +471,27 @@ class _Walk(SaxHandler):
                 self.pieces.append(_formula(value, display=False))
                 self._start_skipped(tag, ())
                 return
-        if self.pre_depth and attributes and self._holds_line_numbers(attributes):
+        if self.pre_depth and attributes and _holds_line_numbers(attributes):
             self._start_skipped(tag, ())
 
     def _start_code(self, tag: str, attributes: Attributes) -> None:
         if self.pre_depth and attributes:
-            element = self.stack[-1]
-            names = dict(attributes).get("class") or ""
-            names = _with_language(f"{self.page.names[element]} {names}", attributes)
-            self.page.names[element] = names.strip()
+            self._name_language(attributes)
 
-    def _holds_line_numbers(self, attributes: Attributes) -> bool:
-        names = (dict(attributes).get("class") or "").split()
-        return not _LINE_NUMBERS_IN_PRE.isdisjoint(names)
+    def _name_language(self, attributes: Attributes) -> None:
+        """Add the classes of code, and the language that a data attribute declares, to the names of
+        its <pre>.
+        """
+        element, page = self.stack[-1], self.page
+        names = page.names[element]
+        if page.tags[element] not in _PRE_TAGS or len(names) > _MAX_NAMES:
+            return
+        for key, value in attributes:
+            if value and key == "class" and value not in names:
+                names = f"{names} {value}".lstrip()
+            elif value and key in ("data-lang", "data-language"):
+                names = f"{names} language-{value}".lstrip()
+        page.names[element] = names
 
     def _start_raised(self, tag: str, attributes: Attributes) -> None:
         self.raised_at = len(self.pieces)
@@ -471,7 +499,7 @@ class _Walk(SaxHandler):
     def _end_raised(self) -> None:
         at, pieces = self.raised_at, self.pieces
         if (
-            0 < at < len(pieces)
+            0 < at < len(pieces) < at + 4
             and not self.pre_depth
             and _POWER.fullmatch("".join(pieces[at:]).strip())
             and _BASE.search(pieces[at - 1][-3:])
@@ -495,7 +523,7 @@ class _Walk(SaxHandler):
                 self.pieces.append(formula)
 
     def _piece_before(self) -> str:
-        return next((piece for piece in reversed(self.pieces) if not piece.isspace()), "")
+        return next((piece for piece in self.pieces[:-4:-1] if not piece.isspace()), "")
 
     # --- elements whose text is not the page's ----------------------------------------------------
 
@@ -537,7 +565,7 @@ class _Walk(SaxHandler):
                 self.pieces.append(_formula(text, display="display" in use))
 
     def _read_head(self, tag: str, attributes: Attributes) -> None:
-        if self.page.flags[self.stack[-1]] & _BIT["template"]:
+        if self.flags[self.stack[-1]] & _BIT["template"]:
             return
         values, head = {name: value or "" for name, value in attributes}, self.page.head
         if tag == "meta":
@@ -551,27 +579,25 @@ class _Walk(SaxHandler):
 
 def _described(attributes: Attributes) -> tuple[str, int]:
     """Class and id of an element, and the flags that its attributes give it."""
-    names, bits = [], 0
+    names, bits = "", 0
     for name, value in attributes:
         if name == "class" or name == "id":
-            names.append(value or "")
+            if value:
+                names = f"{names} {value}" if names else value
+        elif name == "style":
+            if value and _HIDDEN_STYLE.search(value):
+                bits |= _HIDDEN
         elif name == "role":
             bits |= _BITS_OF_ROLE.get((value or "").lower(), 0)
-        elif (
-            name == "hidden"
-            or (name == "aria-hidden" and value == "true")
-            or (name == "style" and value and _HIDDEN_STYLE.search(value))
-        ):
-            bits |= _BIT["hidden"]
-    return " ".join(names), bits
+        elif name == "hidden" or (name == "aria-hidden" and value == "true"):
+            bits |= _HIDDEN
+    return names, bits
 
 
-def _with_language(name: str, attributes: Attributes) -> str:
-    """The class names of code and, as one of them, the language that a data attribute declares."""
-    for key, value in attributes:
-        if value and key in ("data-lang", "data-language"):
-            return f"{name} language-{value}"
-    return name
+def _holds_line_numbers(attributes: Attributes) -> bool:
+    """If an element within <pre> does, by its class."""
+    names = (dict(attributes).get("class") or "").split()
+    return not _LINE_NUMBERS_IN_PRE.isdisjoint(names)
 
 
 def _formula(source: str, *, display: bool) -> str:

@@ -1,6 +1,7 @@
 """Rendered text: every selected block once, with the structure that its readers see."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -185,3 +186,23 @@ def test_a_fence_is_longer_than_what_it_holds():
 @pytest.mark.parametrize("line", ["```", "~~~~ x", "###### a", "#", "---", "=", "---- "])
 def test_lines_become_no_structure_by_accident(line):
     assert markdown(f"<p>a<br>{line}<br>b") == f"a\n\\{line.strip()}\nb"
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        "<ul><li>a" * 150 + "<li>b" * 50_000,
+        "<blockquote>a" * 150 + "<p>b" * 50_000,
+        "<table><tr><td>a<td>b" * 60 + "<tr><td>c" * 50_000,
+        "<ol>" * 150 + "<li>b" * 50_000,
+        "<pre>" + "`" * 1_000_000,
+    ],
+    ids=lambda html: html[:24],
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_rendering_takes_linear_time(html, marked):
+    page = walk(html)
+    start = time.process_time()
+    rendered = render(page, range(len(page.texts)), markdown=marked)
+    assert time.process_time() - start < 5
+    assert len(rendered.text) < 200 * 50_000

@@ -1,5 +1,7 @@
 """A page's blocks: nothing visible is lost or doubled, and formulas and code keep their source."""
 
+import time
+
 import pytest
 import turbohtml
 from hypothesis import given
@@ -230,3 +232,24 @@ def test_flags_of_an_element_hold_for_what_is_in_it():
         "p",
         "hidden",
     }
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        "x<sup>" + "<sup>" * 30_000 + "y<b></b>" * 30_000 + "</sup>" * 30_000,
+        "<pre>" + "<code class='language-c'>" * 30_000,
+        "<p><img class=tex alt=a>" + "<b> </b><img class=tex alt=a>" * 30_000,
+        "<pre><img class=tex alt=a>" + "<b> </b><img class=tex alt=a>" * 30_000,
+        "<p>" + "a<br>" * 100_000,
+        "<math>" + "<annotation encoding=tex>" * 30_000 + "x",
+        f"<img class='{'tex-' * 500_000}' alt=a>",
+        "<img class=tex alt='" + "{\\displaystyle " * 100_000 + "'>",
+        "<img class=tex alt='" + "% \n" * 500_000 + "'>",
+    ],
+    ids=lambda html: html[:24],
+)
+def test_walking_takes_linear_time(html):
+    start = time.process_time()
+    walk(html)
+    assert time.process_time() - start < 5

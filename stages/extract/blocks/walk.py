@@ -7,6 +7,7 @@ any depth.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -216,7 +217,7 @@ class Blocks:
 
 def walk(html: str) -> Blocks:
     """The blocks of a page; defined for every string."""
-    page = Blocks()
+    page = Blocks(tags=["html"], parents=[0], names=[""], flags=[0], first_block=[0], end_block=[0])
     handler = _Walk(page)
     try:
         sax_parse(html, handler)
@@ -233,7 +234,7 @@ class _Walk(SaxHandler):
         *("page", "texts", "end_block", "flags", "stack"),
         *("pieces", "lines", "chars_in_links", "chars_in_strong", "links_begun"),
         *("link_depth", "strong_depth", "pre_depth", "raised_at", "skipped", "skipped_kind"),
-        *("captured", "tex", "annotation", "annotation_at", "encoding", "attributes", "starts"),
+        *("captured", "tex", "annotation", "annotation_at", "encoding", "attributes"),
         "license_links",
     )
 
@@ -241,7 +242,6 @@ class _Walk(SaxHandler):
         self.page = page
         self.texts, self.end_block, self.flags = page.texts, page.end_block, page.flags
         self.stack = [0]  # recorded elements that are open
-        self._add_element("html", 0, "", 0)
         self.pieces: list[str] = []  # text of the line that is being read
         self.lines: list[str] = []  # lines of the block before it
         self.chars_in_links = self.chars_in_strong = self.links_begun = 0  # of the block
@@ -255,21 +255,6 @@ class _Walk(SaxHandler):
         self.encoding = ""
         self.attributes: Attributes = ()
         self.license_links: list[tuple[int, str]] = []  # innermost element, URL
-        self.starts = {
-            "link": self._start_link,
-            "strong": self._start_strong,
-            "break": self._break,
-            "skip": self._start_skipped,
-            "head": self._read_head,
-            "title": self._start_skipped,
-            "script": self._start_skipped,
-            "math": self._start_skipped,
-            "image": self._image,
-            "span": self._start_span,
-            "pre": self._start_pre,
-            "code": self._start_code,
-            "sup": self._start_raised,
-        }
 
     def start_element(self, tag: str, attrs: Attributes) -> None:
         """Begin an element."""
@@ -281,7 +266,7 @@ class _Walk(SaxHandler):
             if "-" not in tag:
                 self._start_block(tag, attrs)
         elif kind != "inline":
-            self.starts[kind](tag, attrs)
+            _STARTS[kind](self, tag, attrs)
 
     def end_element(self, tag: str) -> None:
         """End an element."""
@@ -352,15 +337,12 @@ class _Walk(SaxHandler):
             return
         if self.link_depth:
             bits |= _LINK
-        stack.append(len(self.end_block))
-        self._add_element(tag, parent, name, bits | _BITS_OF_TAG.get(tag, 0) | self.flags[parent])
-
-    def _add_element(self, tag: str, parent: int, name: str, bits: int) -> None:
         page = self.page
+        stack.append(len(page.tags))
         page.tags.append(tag)
         page.parents.append(parent)
         page.names.append(name)
-        self.flags.append(bits)
+        self.flags.append(bits | _BITS_OF_TAG.get(tag, 0) | self.flags[parent])
         page.first_block.append(len(self.texts))
         self.end_block.append(0)
 
@@ -420,7 +402,9 @@ class _Walk(SaxHandler):
             text = text.replace("\xa0", " ")  # an indentation for browsers, an error for compilers
             text = "\n".join([line.rstrip() for line in text.split("\n")]).strip("\n")
         else:
-            text = " ".join(text.split())
+            text = text.strip()
+            if not text.isprintable() or "  " in text:  # most texts are clean: cheaper than a split
+                text = " ".join(text.split())
             if self.lines:
                 text = "\n".join([*self.lines, text] if text else self.lines)
                 self.lines.clear()
@@ -508,14 +492,14 @@ class _Walk(SaxHandler):
 
     def _image(self, tag: str, attributes: Attributes) -> None:
         values = dict(attributes)
-        source = values.get("alt")
+        source, name = values.get("alt"), values.get("class") or ""
+        server = (values.get("src") or "")[:100]
         if not source or source.lower() in _NOT_TEX:
             return
-        name = values.get("class") or ""
         if (
-            _TEX_CLASS.search(name)
-            or "eeimg" in values
-            or _TEX_SERVER.search((values.get("src") or "")[:100])
+            "eeimg" in values  # Zhihu
+            or (("tex" in name or "math" in name) and _TEX_CLASS.search(name))
+            or ("tex" in server and _TEX_SERVER.search(server))
         ):
             formula = _formula(source, display="display" in name or "block" in name)
             # Wikipedia has such an image behind the MathML of the same formula
@@ -575,6 +559,24 @@ class _Walk(SaxHandler):
             head.links.append((rel.lower(), values.get("href", "")))
         else:
             head.language = values.get("lang") or values.get("xml:lang", "")
+
+
+# not of the object: it would refer to itself, and stay until the garbage collector comes
+_STARTS: dict[str, Callable[[_Walk, str, Attributes], None]] = {
+    "link": _Walk._start_link,
+    "strong": _Walk._start_strong,
+    "break": _Walk._break,
+    "skip": _Walk._start_skipped,
+    "head": _Walk._read_head,
+    "title": _Walk._start_skipped,
+    "script": _Walk._start_skipped,
+    "math": _Walk._start_skipped,
+    "image": _Walk._image,
+    "span": _Walk._start_span,
+    "pre": _Walk._start_pre,
+    "code": _Walk._start_code,
+    "sup": _Walk._start_raised,
+}
 
 
 def _described(attributes: Attributes) -> tuple[str, int]:

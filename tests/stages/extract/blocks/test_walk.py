@@ -1,5 +1,6 @@
 """A page's blocks: nothing visible is lost or doubled, and formulas and code keep their source."""
 
+import gc
 import time
 
 import pytest
@@ -232,6 +233,18 @@ def test_flags_of_an_element_hold_for_what_is_in_it():
         "p",
         "hidden",
     }
+
+
+def test_a_page_is_freed_without_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        for _ in range(20):
+            walk("<p>a <a href=b>b</a></p>" * 10)
+        assert len(gc.get_objects()) < before + 20
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

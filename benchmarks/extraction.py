@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from filters.language import Language
+from filters.license import License
 from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
 from stages.dedup.config import DedupConfig
@@ -90,6 +91,7 @@ def stage(
         UrlPolicy(),
         opt_out,
         NamedFilter("language", Language()),
+        License(),
         (),
         DedupConfig().signature,
         0,

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from filters import filter_class
 from filters.language import Language
+from filters.license import License
 from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
 from stages.dedup.config import DedupConfig
@@ -40,6 +41,7 @@ def verdicts(warc: Path, engine: str, *, gate: bool) -> dict[int, str | None]:
         UrlPolicy(),
         OptOut(),
         NamedFilter("language", Language()),
+        License(),
         chain,
         signature,
         0,
@@ -58,7 +60,7 @@ def verdicts(warc: Path, engine: str, *, gate: bool) -> dict[int, str | None]:
 
 def main(data: Path) -> None:
     """Print a line per set of pages."""
-    for name in ("wcxb-500", "trafilatura-eval", "multilang-docs"):
+    for name in ("wcxb-500", "wcxb-435", "trafilatura-eval", "multilang-docs"):
         warc = data / "warc" / "web" / f"{name}.warc.gz"
         with_gate, without = (verdicts(warc, "resiliparse", gate=on) for on in (True, False))
         gated = {d for d, rule in with_gate.items() if rule and rule.startswith("gate.")}

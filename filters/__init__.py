@@ -151,7 +151,7 @@ def available() -> list[str]:
 
 
 # policies with a fixed place in the pipeline, which cannot be listed in a stage's filters
-_SECTIONS = {"url_policy", "opt_out", "language", "pii"}
+_SECTIONS = {"url_policy", "opt_out", "language", "license", "pii"}
 
 
 def filter_class(name: str) -> Any:

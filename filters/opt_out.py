@@ -7,8 +7,7 @@ refusal counts, as does one that names another robot than ours.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Mapping
 
 from pydantic.dataclasses import dataclass
 
@@ -16,8 +15,6 @@ from filters import STRICT
 
 _DIRECTIVE = re.compile(r"[\w-]+")
 _REFUSALS = ("noai", "noml")
-_META = re.compile(r"<[mM][eE][tT][aA][\s/]")  # ten times as fast as with IGNORECASE
-_MAX_META = 4096  # characters of a meta element that are looked at
 # also GPTBot, anthropic-ai, Google-Extended, ChatGPT-User, img2dataset, Bytespider, Claude-Web
 _ROBOT = re.compile(
     r"robots|x-robots-tag|.*bot\b.*|.*(?:crawler|spider|scraper|agent|fetcher|extended|dataset)"
@@ -47,28 +44,15 @@ def in_headers(headers: Mapping[str, str]) -> str | None:
     return None
 
 
-def in_html(html: str) -> str | None:
-    """The opt-out signal in the meta elements of a page, or None."""
-    if not any(word in meta for meta in _metas(html) for word in (*_REFUSALS, "tdm-reservation")):
-        return None  # nearly every page; the others are parsed, which knows comments and scripts
-    from resiliparse.parse.html import HTMLTree
-
-    tree = HTMLTree.parse_from_bytes(html.encode("utf-8", "replace"), "utf-8")
-    for element in tree.document.query_selector_all("meta") if tree.document else ():
-        name = (element.getattr("name") or element.getattr("http-equiv") or "").strip().lower()
-        content = element.getattr("content") or ""
-        if _ROBOT.fullmatch(name) and (refusal := _refusal(content)):
-            return f"meta {name}: {refusal}"
+def in_metas(metas: Iterable[tuple[str, str]]) -> str | None:
+    """The opt-out signal in the meta elements of a page, as (name or http-equiv, content) pairs."""
+    for name, content in metas:
+        name = name.strip().lower()
         if name == "tdm-reservation" and _is_reserved(content):
             return "meta tdm-reservation: 1"
+        if (refusal := _refusal(content)) and _ROBOT.fullmatch(name):
+            return f"meta {name}: {refusal}"
     return None
-
-
-def _metas(html: str) -> Iterator[str]:
-    """What begins like a meta element, in lower case, up to the next one."""
-    starts = [match.start() for match in _META.finditer(html)]
-    for start, end in pairwise([*starts, len(html)]):
-        yield html[start : min(end, start + _MAX_META)].lower()
 
 
 def _refusal(value: str) -> str | None:

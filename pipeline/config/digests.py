@@ -66,13 +66,15 @@ def measured_with(config: Config, name: str) -> str:
 def texts_made_with(config: Config) -> str:
     """Digest of the settings that make the texts which filters measure."""
     engine = config.extract.engine
+    if engine == "blocks":
+        return digest([engine, config.extract.format, config.dedup.line_level])
     options = dataclasses.asdict(getattr(config.extract, engine))
     return digest([engine, options, config.dedup.line_level])
 
 
 def selection_settings(config: Config) -> dict[str, str]:
     """The settings that select the documents which reach refine, as `show` prints them."""
-    sections = {"input", "extract", "url_policy", "opt_out", "language", "dedup"}
+    sections = {"input", "extract", "url_policy", "opt_out", "language", "license", "dedup"}
     sections |= {*config.extract.filters}
     return {
         key: value

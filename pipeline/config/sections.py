@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass as section
 
 from filters import STRICT, off_is_none
 from filters.language import Language
+from filters.license import License
 from filters.opt_out import OptOut
 from filters.pii.ner import Ner
 from filters.pii.scrub import Pii
@@ -64,6 +65,7 @@ class Config:
     url_policy: UrlPolicy
     opt_out: OptOut
     language: Language
+    license: License
     dedup: DedupConfig
     refine: RefineConfig
     pii: Pii

@@ -51,6 +51,8 @@ def _doc_ids(ledger: Ledger, url: str) -> list[int]:
 _SHOWN = (
     *("doc_id", "url", "source_id", "warc_file", "warc_offset", "crawl_date"),
     *("truncated", "charset", "charset_source", "language", "language_score", "opt_out"),
+    *("title", "canonical_url", "author", "published", "declared_language", "license"),
+    "extract_confidence",
 )
 
 

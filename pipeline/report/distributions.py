@@ -31,6 +31,10 @@ class Score(NamedTuple):
 def scores(ledger: Ledger, sample: Sample) -> list[Score]:
     """The scores that extract measured, then those that refine added."""
     charted = [_score("language.score", "extract", ledger, sample, column="language_score")]
+    if sample.count("pages WHERE extract_confidence IS NOT NULL"):
+        confidence = "extract.confidence"
+        column = "extract_confidence"
+        charted.append(_score(confidence, "extract", ledger, sample, column=column))
     extracted = _charted(sample, "pages")
     charted += [_score(name, "extract", ledger, sample) for name in extracted]
     refined = [name for name in _charted(sample, "refined") if name not in extracted]

@@ -39,6 +39,14 @@ class Ranking(NamedTuple):
     other_kept: int
 
 
+class LicenseCount(NamedTuple):
+    """Documents kept so far that declare a license ("" for none), and their characters."""
+
+    name: str
+    documents: int
+    characters: int
+
+
 LOST_GROUP = f"kept + dropped >= {MANY} AND dropped > (kept + dropped) * {LOST}::DOUBLE"
 # of rules that dropped equally many, the last by name counts
 _GROUP_BY = """
@@ -75,6 +83,18 @@ _RANKING = """
 SELECT *, kept + dropped AS total, {lost} AS lost, count(*) OVER () AS groups,
     sum(kept) OVER ()::BIGINT AS all_kept, sum(total) OVER ()::BIGINT AS all_pages
 FROM "by {column}" WHERE {where} ORDER BY {order}, name LIMIT {limit}"""
+
+
+_LICENSES = """
+SELECT coalesce(license, '') AS name, count(*) AS documents, sum(num_chars)::BIGINT AS characters
+FROM pages WHERE fate IS NULL GROUP BY ALL ORDER BY documents DESC, name LIMIT {limit}"""
+
+
+def licenses(sample: Sample) -> list[LicenseCount]:
+    """The most frequent licenses of kept documents; [] if none declares any."""
+    rows = sample.rows(_LICENSES.format(limit=2 * SHOWN))
+    counts = [LicenseCount(**row) for row in rows]
+    return counts if any(count.name for count in counts) else []
 
 
 def rankings(ledger: Ledger, sample: Sample) -> dict[str, Ranking]:

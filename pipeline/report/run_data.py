@@ -14,7 +14,7 @@ from pipeline.config.show import to_toml
 from pipeline.report.charts import Histogram
 from pipeline.report.distributions import Score, lengths, scores
 from pipeline.report.duplicates import Duplicates, read_duplicates
-from pipeline.report.groups import LOST_GROUP, Ranking, rankings
+from pipeline.report.groups import LOST_GROUP, LicenseCount, Ranking, licenses, rankings
 from pipeline.report.sample import Ledger, open_sample, read_ledger, summed
 from pipeline.report.texts import Entity, Example, entities, examples
 from pipeline.run import publish
@@ -83,6 +83,7 @@ class ReportData:
     scores: list[Score]
     notes: dict[str, list[NoteCount]]
     groups: dict[str, Ranking]
+    licenses: list[LicenseCount]
     lost_inputs: int
     duplicates: Duplicates
     entities: list[Entity]
@@ -121,6 +122,7 @@ def gather(root: str) -> ReportData:
             scores=scores(ledger, sample),
             notes=_notes(ledger),
             groups=groups,
+            licenses=licenses(sample),
             lost_inputs=sample.count(f'"by input" WHERE {LOST_GROUP}'),
             duplicates=read_duplicates(ledger, sample),
             entities=entities(ledger, sample),

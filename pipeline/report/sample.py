@@ -192,6 +192,7 @@ _VERDICT = ("rejected_by", "rejected_value", "rejected_low", "rejected_high")
 _REFINED_COLUMNS = ("doc_id", "num_chars", *_VERDICT)
 _PAGE_COLUMNS = (
     *("host", "crawl_date", "charset_source", "opt_out", "language", "language_score"),
+    *("license", "extract_confidence"),
     *_REFINED_COLUMNS,
 )
 # multiply and fold, modulo 2^64
@@ -220,7 +221,10 @@ def _pages_of(commit: Commit) -> int:
 
 
 def _columns(sample: Sample, table: str, names: Sequence[str]) -> str:
-    return ", ".join(query.quoted(name, '"') for name in [*names, *sample.scores(table)])
+    """Columns and scores of a table as SQL; null for what parts of an earlier version lack."""
+    known = {*sample.table(f"SELECT * FROM {table} LIMIT 0").schema.names}
+    quoted = {name: query.quoted(name, '"') for name in [*names, *sample.scores(table)]}
+    return ", ".join(q if name in known else f"NULL AS {q}" for name, q in quoted.items())
 
 
 def spread(commits: Sequence[Commit], *, rows: Callable[[Commit], int]) -> list[Commit]:

@@ -79,6 +79,7 @@ def extract_plan(config: Config) -> extract.ExtractPlan:
         url_policy=config.url_policy,
         opt_out=config.opt_out,
         language=config.named("language"),
+        license=config.license,
         filters=config.chain(config.extract.filters),
         signature=config.dedup.signature,
         seed=config.run.seed,

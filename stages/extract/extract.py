@@ -1,14 +1,15 @@
 """Stage extract: input files to documents, one Parquet part per file.
 
-Per record: URL policy and opt-out headers, then (in a killable child) decoding, the gate and the
-main text, then language, the heuristics' scores and the MinHash band keys. Every page gets a row;
+Per record: URL policy and opt-out headers, then (in a killable child) decoding, the gate, what the
+page says about itself and its main text, then language, the heuristics' scores and the MinHash band
+keys. Every page gets a row;
 `rejected_by` says which rule dropped it. Scores are stored in any case, so that a changed
 bound is re-applied to the part of an earlier run instead of extracting again.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from filters import Rejection, first_failure, rules, settings, validated
+from filters import Rejection, apply, first_failure, rules, settings, validated
+from filters.license import License
 from filters.opt_out import OptOut, in_headers
+from filters.text.view import TextView
 from filters.text.words import NORMALIZER, normalize
 from filters.url_lists import host_of
 from filters.url_policy import UrlPolicy
@@ -44,7 +47,13 @@ from stages.read.records import InputConfig, TextStats, id_type, read_texts
 from stages.read.warc import ReadStats, Record, begins_as_warc, read_records
 from stages.storage.ledger import Commit, Store, Unit
 
-VERSION = 4
+VERSION = 5
+# settings that other engines do not know
+_OWN_SETTINGS = {
+    "blocks": {"format", "rules_see_code"},
+    "trafilatura": {"trafilatura"},
+    "resiliparse": {"resiliparse"},
+}
 _NO_DOCUMENT = "not_response"
 
 
@@ -58,6 +67,7 @@ class ExtractPlan:
     url_policy: UrlPolicy
     opt_out: OptOut
     language: NamedFilter
+    license: License
     filters: tuple[NamedFilter, ...]
     signature: minhash.Signature
     seed: int
@@ -194,8 +204,8 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
     """
     unused = {
         *("num_cpus", "memory", "parallelism", "batch_size", "keep_rejected_text", "keep_text"),
-        "resiliparse" if plan.config.engine == "trafilatura" else "trafilatura",
-    }
+        *("confidence", *set().union(*_OWN_SETTINGS.values())),
+    } - _OWN_SETTINGS[plan.config.engine]
     config = {k: v for k, v in asdict(plan.config).items() if k not in unused}
     measured = [(named.name, named.settings()) for named in plan.filters]
     text_input = asdict(plan.input) | {"paths": None, "base_uri": None}
@@ -220,6 +230,8 @@ def policy_settings(plan: ExtractPlan) -> list[Any]:
             (named.name, [(language, rules(filter)) for language, filter in named.all()])
             for named in (plan.language, *plan.filters)
         ],
+        plan.config.confidence,
+        plan.license,
         plan.signature,
         plan.config.keep_rejected_text,
         plan.config.keep_text,
@@ -277,40 +289,85 @@ def _page(record: Record, plan: ExtractPlan) -> Page:
     if record.kind == "text":
         return Page(text=record.payload.decode("utf-8", "replace").replace("\0", ""))
     content_type = record.headers.get("content-type", "")
-    page = _child(plan).result((record.payload, content_type))
+    page = _child(plan).result((record.payload, content_type, record.url or ""))
     if isinstance(page, Loss):
         page = Page(**rejection_columns(*page.rejection("extract")))
     return Page(**page._asdict() | {"opt_out": page.opt_out or signal})
 
 
 def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:
-    row |= page._asdict() | {"host": host_of(row["url"] or ""), "num_chars": None}
+    columns = page._asdict()
+    code = columns.pop("code")
+    row |= columns | {"host": host_of(row["url"] or ""), "num_chars": None}
     if page.text is None:
         return row
     length, limit = len(page.text), plan.config.max_text_chars
     if length > limit:
         rejected = rejection_columns("extract.max_text_chars", float(length), (0.0, limit))
         return row | rejected | {"text": None}
+    text = page.text
+    measured = text if plan.config.rules_see_code else "".join(_between(text, code))
     language = plan.language.filter
     if language.identify:
-        row["language"], row["language_score"] = language.guess(page.text)
-        share = (
-            language.line_share_of(page.text, row["language"]) if language.measure_lines else None
-        )
+        written = measured if measured.strip() else text
+        row["language"], row["language_score"] = language.guess(written)
+        share = language.line_share_of(written, row["language"]) if language.measure_lines else None
         row["language_line_share"] = share
-    row |= measured_columns(page.text, row["language"], plan.filters)
+    row |= measured_columns(measured, row["language"], plan.filters)
+    if measured != text:
+        is_edited = row["text"] != measured
+        row["text"] = _edited(text, code, row["language"], plan.filters) if is_edited else text
+        row["num_chars"] = len(row["text"])
     return _judge(row, plan)
+
+
+def _between(text: str, code: Sequence[tuple[int, int]]) -> list[str]:
+    """The parts of a text around its code, without the line breaks that follow the code."""
+    ends = [0, *(end for _, end in code)]
+    starts = [*(start for start, _ in code), len(text)]
+    parts = [text[end:start] for end, start in zip(ends, starts, strict=True)]
+    return [parts[0], *(part.lstrip("\n") for part in parts[1:])]
+
+
+def _edited(
+    text: str, code: Sequence[tuple[int, int]], language: str | None, filters: Sequence[NamedFilter]
+) -> str:
+    """The text as filters that edit lines leave it, but with its code as it is."""
+    prose = [TextView(part, language) for part in _between(text, code)]
+    for filter in (named.of(language) for named in filters):
+        if hasattr(filter, "edit"):
+            prose = [apply(filter, view)[0] for view in prose]
+    parts = [prose[0].text]
+    for (start, end), view in zip(code, prose[1:], strict=True):
+        parts += [text[start:end].strip("\n"), view.text.strip("\n")]
+    return "\n".join(part for part in parts if part)
 
 
 def _judge(row: Row, plan: ExtractPlan) -> Row:
     """Apply the policy to a measured row: its verdict, and its text only if kept or sampled."""
-    failure = _wrong_language(row, plan) or first_broken_rule(row, plan.filters)
+    failure = _failure(row, plan)
     if failure is None:
         return row | rejection_columns(None)
     row |= rejection_columns(*failure) | {"content_hash": None, "band_keys": None}
     if not sampled(row["doc_id"], share=plan.config.keep_rejected_text, seed=plan.seed):
         row["text"] = None
     return row
+
+
+def _failure(row: Row, plan: ExtractPlan) -> Rejection | tuple[str] | None:
+    """The first rule that a measured row breaks; that of a license has no value and no bound."""
+    if failure := _low_confidence(row, plan) or _wrong_language(row, plan):
+        return failure
+    if not plan.license.allows(row["license"]):
+        return ("license.allowed",)
+    return first_broken_rule(row, plan.filters)
+
+
+def _low_confidence(row: Row, plan: ExtractPlan) -> Rejection | None:
+    value, bound = row["extract_confidence"], plan.config.confidence
+    if value is None or bound is None or bound[0] <= value <= bound[1]:
+        return None
+    return Rejection("extract.confidence", value, bound)
 
 
 def _wrong_language(row: Row, plan: ExtractPlan) -> Rejection | None:

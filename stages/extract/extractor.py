@@ -1,24 +1,26 @@
-"""From a page's bytes to its main text: decoding, the gate and the extraction of each page, which
-run in a killable child (`stages.isolation.child`).
+"""From a page's bytes to its main text: decoding, one walk over the page, the gate, the metadata
+and the extraction of each page, which run in a killable child (`stages.isolation.child`).
 """
 
-import re
-import sys
+import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import NamedTuple
-
-from resiliparse.extract.html2text import extract_plain_text
+from typing import Any, NamedTuple
 
 from filters import validated
 from filters.language import Language
-from filters.opt_out import in_html
+from filters.opt_out import in_metas
 from filters.text.words import normalize
-from stages.extract.config import ExtractConfig, ResiliparseOptions, TrafilaturaOptions
+from stages.extract.blocks.metadata import metadata
+from stages.extract.blocks.walk import Blocks, Head, walk
+from stages.extract.config import ExtractConfig
+from stages.extract.engines import Engine, make_engine
 from stages.read.charset import decode_html
 
-# characters of a page's plain text that the gate identifies the language by
-GATE_CHARS = 4_000
+# what the gate identifies a page's language by: this many characters
+GATE_CHARS = 2_000
+_MIN_PROSE_CHARS = 40  # of a block, for that: menus are full of names
+_ENOUGH_CHARS = 500
 
 
 @validated
@@ -43,50 +45,88 @@ class Page(NamedTuple):
     opt_out: str | None = None
     language: str | None = None
     language_score: float | None = None
+    title: str | None = None
+    canonical_url: str | None = None
+    author: str | None = None
+    published: str | None = None
+    declared_language: str | None = None
+    schema_types: tuple[str, ...] | None = None
+    license: str | None = None
+    extract_confidence: float | None = None
+    # no column: the parts of the text that are code, as in Extracted
+    code: tuple[tuple[int, int], ...] = ()
 
 
-def make_extract(options: ExtractorOptions) -> Callable[[tuple[bytes, str]], Page]:
-    """What decodes a page, given its bytes and Content-Type, and extracts its main text."""
-    engine = _engine(options.config)
+Document = tuple[bytes, str, str]  # payload, Content-Type, URL
+
+
+def make_extract(options: ExtractorOptions) -> Callable[[Document], Page]:
+    """What decodes a page, given its bytes, Content-Type and URL, and extracts its main text."""
+    engine = make_engine(options.config)
     options.language.guess("a model that cannot be loaded must fail the child, not every page")
     return lambda document: _page(*document, options, engine)
 
 
 def _page(
-    payload: bytes,
-    content_type: str,
-    options: ExtractorOptions,
-    engine: Callable[[str], str | None],
+    payload: bytes, content_type: str, url: str, options: ExtractorOptions, engine: Engine
 ) -> Page:
     html, charset, source = decode_html(payload, content_type)
-    page = Page(charset=charset, charset_source=source, opt_out=in_html(html))
+    blocks = walk(html)
+    page = Page(charset=charset, charset_source=source, opt_out=_opt_out(blocks.head))
     if page.opt_out and options.reject_opt_out:
         return page._replace(rejected_by="opt_out.reject")
     if options.config.gate.enabled:
-        page = _gate(page, html, options)
+        page = _gate(page, blocks, options)
     if page.rejected_by:
         return page
-    text = (engine(html) or "").strip().replace("\0", "").encode("utf-8", "replace").decode()
+    page = page._replace(**_metadata_columns(blocks.head, url))
+    extracted = engine(blocks, html, url)
+    confidence = extracted.confidence
+    if confidence is not None and not math.isnan(confidence):
+        page = page._replace(extract_confidence=confidence)
+    text, code = _stripped(extracted.text or "", extracted.code)
     if not text:
         return page._replace(rejected_by="extract.empty")
-    return page._replace(text=text)
+    return page._replace(text=text, code=code)
 
 
-def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
+def _opt_out(head: Head) -> str | None:
+    names = ((meta.get("name") or meta.get("http-equiv", ""), meta) for meta in head.metas)
+    return in_metas((name, meta.get("content", "")) for name, meta in names)
+
+
+def _metadata_columns(head: Head, url: str) -> dict[str, Any]:
+    said = asdict(metadata(head, url))
+    return said | {"schema_types": said["schema_types"] or None}
+
+
+def _stripped(
+    text: str, code: tuple[tuple[int, int], ...]
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The text without white space around it and without what Arrow cannot store."""
+    clean = text.strip().encode("utf-8", "replace").decode()
+    start = len(text) - len(text.lstrip())
+    spans = ((max(a - start, 0), min(b - start, len(clean))) for a, b in code)
+    code = tuple((a, b) for a, b in spans if a < b)
+    if "\0" in clean:
+        code = tuple((a - clean.count("\0", 0, a), b - clean.count("\0", 0, b)) for a, b in code)
+    return clean.replace("\0", ""), code
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+
+def _gate(page: Page, blocks: Blocks, options: ExtractorOptions) -> Page:
     gate, language = options.config.gate, options.language
-    # noscript: Discourse and similar forums put all their text there
-    plain = extract_plain_text(
-        html, preserve_formatting=False, main_content=False, alt_texts=False, noscript=True
-    )
-    words = _word_count(plain[: 20 * gate.min_words])  # enough in nearly every page
-    if words < gate.min_words and (words := _word_count(plain)) < gate.min_words:
+    words = _words_up_to(gate.min_words, blocks.texts)
+    if words < gate.min_words:
         return page._replace(
             rejected_by="gate.min_words",
             rejected_value=float(words),
             rejected_low=gate.min_words,
             rejected_high=float("inf"),
         )
-    guesses = language.guesses(plain, k=10, max_chars=GATE_CHARS)
+    guesses = language.guesses(_sample(blocks), k=10)
     probability = language.probability_allowed(guesses)
     if probability < gate.language_probability:
         return page._replace(
@@ -100,60 +140,36 @@ def _gate(page: Page, html: str, options: ExtractorOptions) -> Page:
     return page
 
 
+def _sample(blocks: Blocks) -> str:
+    """The first GATE_CHARS characters of the blocks that may be prose: not short, and less than
+    half of it links. All blocks follow where these have under _ENOUGH_CHARS.
+    """
+    sample, size = [], 0
+    for text, link_chars in zip(blocks.texts, blocks.link_chars, strict=True):
+        if len(text) >= _MIN_PROSE_CHARS and 2 * link_chars < len(text):
+            sample.append(text)
+            size += len(text)
+            if size >= GATE_CHARS:
+                break
+    if size < _ENOUGH_CHARS:
+        sample += blocks.texts
+    return "\n".join(sample)[:GATE_CHARS]
+
+
+def _words_up_to(enough: int, texts: list[str]) -> int:
+    """The number of words in the texts, or one of at least `enough`."""
+    words = 0
+    for text in texts:
+        head = text[: 20 * enough]  # enough in nearly every page
+        count = _word_count(head)
+        if len(head) < len(text) and words + count < enough:
+            count = _word_count(text)
+        words += count
+        if words >= enough:
+            break
+    return words
+
+
 def _word_count(text: str) -> int:
     """Number of words as dedup counts them: Chinese, Japanese and Thai have no spaces."""
     return len(normalize(text).split())
-
-
-def _engine(config: ExtractConfig) -> Callable[[str], str | None]:
-    if config.engine == "resiliparse":
-        return _resiliparse(config.resiliparse)
-    return _trafilatura(config.trafilatura)
-
-
-def _resiliparse(options: ResiliparseOptions) -> Callable[[str], str | None]:
-    arguments = asdict(options)
-    return lambda html: extract_plain_text(html, **arguments)
-
-
-# In HTML these end nothing: what follows is still in the body. libxml2 drops it.
-_END_TAGS = re.compile(r"</(?:body|html)\b[^>]*+>", re.IGNORECASE)
-
-
-def _trafilatura(options: TrafilaturaOptions) -> Callable[[str], str | None]:
-    import logging
-
-    from lxml.etree import ErrorTypes
-    from lxml.html import HTMLParser
-    from trafilatura import extract, utils
-    from trafilatura.deduplication import LRUCache
-
-    for name in ("trafilatura", "htmldate", "courlan"):  # they log for each page what we store
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    # the library's parser drops what is nested deeper than 256 elements; huge_tree: 2,048
-    parser = utils.HTML_PARSER = HTMLParser(
-        collect_ids=False,
-        default_doctype=False,
-        encoding="utf-8",
-        remove_comments=True,
-        remove_pis=True,
-        huge_tree=True,
-    )
-    sys.setrecursionlimit(20_000)  # the library recurses into lists and quotations
-    arguments = asdict(options)
-    deduplicate = arguments.pop("deduplicate")
-    without_limit = _resiliparse(ResiliparseOptions())
-
-    def main_text(html: str) -> str | None:
-        tree = utils.load_html(_END_TAGS.sub("", html))
-        if any(error.type == ErrorTypes.ERR_RESOURCE_LIMIT for error in parser.error_log):
-            return without_limit(html)
-        if tree is None:
-            return None
-        # a new cache for each page: the library's default cache is shared, and makes a page depend
-        # on earlier ones
-        return extract(
-            tree, deduplicate=LRUCache(maxsize=4096) if deduplicate else False, **arguments
-        )
-
-    return main_text

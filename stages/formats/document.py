@@ -45,6 +45,17 @@ EXTRACTED = pa.schema(
         "language": pa.string(),
         "language_score": pa.float64(),
         "language_line_share": pa.float64(),
+        # what the page says about itself: stages.extract.blocks.metadata; null for pages that the
+        # gate drops and for other inputs than WARC
+        "title": pa.string(),
+        "canonical_url": pa.string(),
+        "author": pa.string(),
+        "published": pa.string(),
+        "declared_language": pa.string(),
+        "schema_types": pa.list_(pa.string()),
+        "license": pa.string(),
+        # expected F1 of the main text, in [0, 1]; null where the engine does not say
+        "extract_confidence": pa.float64(),
         "num_chars": pa.int64(),
         "content_hash": pa.binary(16),
         # 8 bytes a band, little-endian: 112 bytes for a document of 14 bands

@@ -88,6 +88,11 @@ def config(tmp_path):
             r"c\.toml:6: pack.encoding: unknown encoding 'cl100k'; tiktoken has",
         ),
         ('[pack]\nhashes = ["md5", "md5"]\n', r"c\.toml:6: pack.hashes = .*unique names"),
+        (
+            '[extract]\nformat = "markdown"\n',
+            r"extract.*: format = 'markdown' needs engine = 'blocks'; trafilatura writes plain text",
+        ),
+        ("[extract]\nconfidence = [0.9, 0.2]\n", r"extract.confidence.*low must not exceed"),
         ("dedup = 3\n", r"unknown config key 'input.dedup'"),
         (
             '[language]\nallowed = ["xq"]\n',
@@ -219,6 +224,8 @@ def test_a_change_touches_its_stage_and_those_below(config, override, changed):
         "gopher_quality.word_count=[60, 1000]",
         "dedup.num_bands=26",
         "extract.keep_rejected_text=1.0",
+        "extract.confidence=[0.5, 1.0]",
+        'license.allowed=["cc-by-4.0"]',
     ],
 )
 def test_policy_keeps_the_content_half_of_the_extract_key(config, override):

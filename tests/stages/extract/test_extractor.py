@@ -5,8 +5,16 @@ import signal
 import pytest
 
 from filters.language import Language
+from stages.extract.blocks.walk import walk
 from stages.extract.config import ExtractConfig, Gate, TrafilaturaOptions
-from stages.extract.extractor import ExtractorOptions, Page, make_extract
+from stages.extract.extractor import (
+    ExtractorOptions,
+    Page,
+    _opt_out,
+    _stripped,
+    _words_up_to,
+    make_extract,
+)
 from stages.isolation.child import Child, Limits, Loss
 
 PROSE = " ".join(["The quick brown fox jumps over the lazy dog near the quiet river bank."] * 12)
@@ -32,8 +40,11 @@ def extractor():
         one.close()
 
 
+URL = "https://mill.example/wheels"
+
+
 def extract(extractor, payload, content_type="text/html; charset=utf-8"):
-    page = extractor.result((payload, content_type))
+    page = extractor.result((payload, content_type, URL))
     return Page(None, *page.rejection("extract")[:2]) if isinstance(page, Loss) else page
 
 
@@ -113,6 +124,74 @@ def test_opt_out_is_recorded_when_it_does_not_reject(extractor):
     assert (page.opt_out, page.text) == ("meta robots: noai", PROSE)
 
 
+@pytest.mark.parametrize(
+    "html, expected",
+    [
+        ('<meta title="a>b" name=robots content=no&#97;i><i>noai</i>', "meta robots: noai"),
+        (f"<style>{'.a{}' * 20_000}</style><meta name=robots content=noai>", "meta robots: noai"),
+        ("<noscript><meta name=robots content=noai></noscript>", "meta robots: noai"),
+        ('<META HTTP-EQUIV="X-Robots-Tag" CONTENT="noai"/>', "meta x-robots-tag: noai"),
+        *(
+            (decoy.format("<meta name=robots content=noai>"), None)
+            for decoy in (
+                *("<!-- {} -->", "<script>s='{}'</script>", "<title>{}</title>", '<a title="{}">'),
+                *("<template>{}</template>", "<textarea>{}</textarea>", "<p>&lt;meta noai&gt;"),
+            )
+        ),
+        ("\ud800<meta name=robots content=noai>", "meta robots: noai"),
+        ("<meta" * 5000, None),
+    ],
+)
+def test_opt_outs_are_meta_elements_of_the_page(html, expected):
+    assert _opt_out(walk(html).head) == expected
+
+
+def test_metadata_stands_in_the_row_of_what_passes_the_gate(extractor):
+    head = b"<html lang=en><title>Wheels</title><link rel=license href=https://creativecommons.org/licenses/by/4.0/>"
+    page = extract(extractor(), head + PAGE)
+    assert (page.title, page.declared_language, page.license) == ("Wheels", "en", "cc-by-4.0")
+    assert page.schema_types is None and page.extract_confidence is None
+    assert extract(extractor(), head + b"<p>Too few words.").title is None
+
+
+@pytest.mark.parametrize(
+    "text, code, expected",
+    [
+        (" \n a\nCODE\nb ", ((5, 10),), ("a\nCODE\nb", ((2, 7),))),
+        ("  CODE  ", ((0, 8),), ("CODE", ((0, 4),))),
+        ("a\0b\nC\0DE", ((4, 8),), ("ab\nCDE", ((3, 6),))),
+        ("a\ud800b", (), ("a?b", ())),
+        ("", ((0, 3),), ("", ())),
+    ],
+)
+def test_places_of_code_are_those_of_the_stored_text(text, code, expected):
+    assert _stripped(text, code) == expected
+
+
+MENU = "<ul>" + "<li><a href=x>Startseite Sonderangebote</a>" * 100 + "</ul>"
+
+
+def test_the_gate_reads_prose_before_menus(extractor):
+    html = f"<html><body>{MENU}<article><p>{PROSE}</p></article></body></html>"
+    assert extract(extractor(), html.encode()).rejected_by is None
+
+
+@pytest.mark.parametrize(
+    "texts, enough, at_least",
+    [
+        ([], 5, 0),
+        (["one two", "three"], 5, 3),
+        (["one two", "three four five", "six"], 5, 5),
+        (["x" * 500 + " two three four five"], 5, 5),
+        (["一二三四五六"], 5, 5),
+        (["one"], 0, 0),
+    ],
+)
+def test_words_are_counted_until_there_are_enough(texts, enough, at_least):
+    counted = _words_up_to(enough, texts)
+    assert counted >= at_least and (counted >= enough) == (at_least >= enough)
+
+
 def test_without_the_gate_other_languages_go_on_to_the_language_rule(extractor):
     page = extract(
         extractor(gate=Gate(enabled=False)), f"<article><p>{GERMAN}</p></article>".encode()
@@ -144,7 +223,7 @@ FIRST, LATER = (
 def trafilatura():
     options = ExtractorOptions(ExtractConfig(gate=Gate(enabled=False)), Language(), True)
     extract_page = make_extract(options)
-    return lambda html: extract_page((html.encode(), "text/html; charset=utf-8")).text
+    return lambda html: extract_page((html.encode(), "text/html; charset=utf-8", URL)).text
 
 
 @pytest.mark.parametrize(
@@ -195,7 +274,7 @@ def test_a_list_in_a_list_in_a_list_is_read_to_its_end(trafilatura):
 def test_scripts_without_spaces_pass_the_gate(language, sentence):
     config = ExtractConfig(engine="resiliparse")
     extract_page = make_extract(ExtractorOptions(config, Language(allowed=(language,)), True))
-    page = extract_page((f"<article><p>{sentence * 6}</p></article>".encode(), "text/html"))
+    page = extract_page((f"<article><p>{sentence * 6}</p></article>".encode(), "text/html", URL))
     assert page.rejected_by is None and page.text == sentence * 6
-    short = extract_page((f"<article><p>{sentence[:12]}</p></article>".encode(), "text/html"))
+    short = extract_page((f"<article><p>{sentence[:12]}</p></article>".encode(), "text/html", URL))
     assert short.rejected_by == "gate.min_words"

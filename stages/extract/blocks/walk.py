@@ -426,6 +426,7 @@ class _Walk(SaxHandler):
     def _start_link(self, tag: str, attributes: Attributes) -> None:
         self.link_depth += 1
         self.links_begun += 1
+        self.raised_at = 0  # a raised link is a note, not a power
         relation = address = ""
         for name, value in attributes:
             if name == "href":

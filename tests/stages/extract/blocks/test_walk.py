@@ -184,6 +184,7 @@ def test_formulas_are_their_source_once(html, text):
         ("10<sup>-6</sup> m<sup>2</sup>", "10^-6 m^2"),
         ("f(x)<sup>2</sup>", "f(x)^2"),
         ("claim<sup>2</sup> 1<sup>st</sup> <sup>3</sup>", "claim2 1st 3"),
+        ("at 5<sup><a href=n>3</a></sup> <a href=x>km<sup>2</sup></a>", "at 53 km^2"),
         ("H<sub>2</sub>O", "H2O"),
         ("<pre>a<sup>2</sup></pre>", "a2"),
     ],

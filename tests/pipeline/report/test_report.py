@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -574,11 +576,14 @@ def test_warc_run_shows_charsets_dates_and_opt_outs(tmp_path):
 
     warc = tmp_path / "a.warc.gz"
     warc.write_bytes(
-        page("https://a.example/1", '<meta charset="utf-8">')
+        page(
+            "https://a.example/1",
+            '<meta charset="utf-8"><link rel=license href="/<script>alert(1)</script>">',
+        )
         + page(f"https://b.example/{ATTACK}", "", "X-Robots-Tag: noai\r\n")
     )
     config = make_config(
-        tmp_path, [warc], "refine.filters=[]", "refine.scrub_pii=false", "language.score=off"
+        tmp_path, [warc], "extract.filters=[]", "language.allowed=[]", "language.score=off"
     )
     assert not run_inline(config, until="extract").failed
     groups = gather(config.run.directory).groups
@@ -586,6 +591,43 @@ def test_warc_run_shows_charsets_dates_and_opt_outs(tmp_path):
     assert [(g.name, g.total) for g in groups["opt_out"].groups] == [("x-robots-tag: noai", 1)]
     assert ("meta", 1) in [(g.name, g.total) for g in groups["charset_source"].groups]
     assert "<script" not in Path(write_report(config.run.directory)).read_text()
+    [license] = gather(config.run.directory).licenses
+    assert license.name == "https://a.example/<script>alert(1)</script>"
+    assert license.documents == 1 and license.characters > 100
+
+
+def rewrite_documents(run: str, change) -> None:
+    """Put what `change` makes of each documents part in its place."""
+    for path in Path(run).glob("extract/*/documents/*.parquet"):
+        pq.write_table(change(pq.read_table(path)), path)
+
+
+def test_confidence_of_an_engine_that_has_one_is_a_histogram(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", hostile_documents())
+    run = make_config(tmp_path, [source], *JSONL).run.directory
+    run_inline(make_config(tmp_path, [source], *JSONL), until="extract")
+    assert "extract.confidence" not in [score.name for score in gather(run).scores]
+
+    def with_confidence(table):
+        place = table.schema.get_field_index("extract_confidence")
+        values = pa.array([0.1 + 0.9 * (i % 2) for i in range(table.num_rows)])
+        return table.set_column(place, "extract_confidence", values)
+
+    rewrite_documents(run, with_confidence)
+    [score] = [score for score in gather(run).scores if score.name == "extract.confidence"]
+    assert score.bound == (0.2, 1.0) and score.histogram and 0.4 < score.outside < 0.6
+
+
+def test_parts_of_earlier_versions_lack_columns(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", hostile_documents())
+    config = make_config(tmp_path, [source], *JSONL)
+    run_inline(config, until="extract")
+    before = gather(config.run.directory)
+    rewrite_documents(
+        config.run.directory, lambda table: table.drop_columns(["license", "extract_confidence"])
+    )
+    after = gather(config.run.directory)
+    assert after.licenses == [] and after.groups == before.groups
 
 
 # --- parts ----------------------------------------------------------------------------------------

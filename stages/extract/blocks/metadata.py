@@ -21,6 +21,7 @@ _MAX_AUTHOR: Final = 200
 _MAX_TYPES: Final = 20  # schema.org types of a page
 _MAX_SCRIPTS: Final = 50  # JSON-LD
 _MAX_NODES: Final = 1_000
+_MAX_DECLARED: Final = 100  # values of one kind that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def metadata(head: Head, url: str = "") -> Metadata:
     nodes = list(_nodes(head.json_ld))
     documents = [node for node in nodes if not _is_media(node)]
     return Metadata(
-        title=_clean(head.title or metas.get("og:title", [""])[0], _MAX_TITLE),
+        title=_clean(head.title or next(iter(metas.get("og:title", ())), ""), _MAX_TITLE),
         canonical_url=_canonical_url(head, metas, url),
         author=_author(documents, nodes, metas),
         published=_published(documents, metas),
@@ -79,8 +80,9 @@ def _metas(head: Head) -> dict[str, list[str]]:
     for meta in head.metas:
         name = meta.get("name") or meta.get("property") or meta.get("itemprop")
         name = (name or meta.get("http-equiv") or "").strip().lower()
-        if name and (content := meta.get("content", "").strip()):
-            metas.setdefault(name, []).append(content)
+        values = metas.setdefault(name, [])
+        if name and len(values) < _MAX_DECLARED and (content := meta.get("content", "").strip()):
+            values.append(content)
     return metas
 
 
@@ -181,6 +183,7 @@ def _license(
         *((by_rel, True), (in_json, True)),
         *((in_metas, False), (in_footer, False)),
     ):
+        declared = declared[:_MAX_DECLARED]
         names = {name for text in declared if (name := license_id(text))}
         if not names and may_be_unknown:
             names = {a for text in declared if " " not in text and (a := _web_address(text, url))}

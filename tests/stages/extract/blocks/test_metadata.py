@@ -49,6 +49,8 @@ def test_a_page_that_says_everything():
     "html, field, value",
     [
         ("<meta property=og:title content=Wheels>", "title", "Wheels"),
+        ("<meta property=og:title content=''>", "title", None),
+        ("<meta property=og:title>", "title", None),
         ("<link rel=canonical href='http://['>", "canonical_url", None),
         ("<link rel=canonical href='javascript:x'>", "canonical_url", None),
         (f"<link rel=canonical href='/{'x' * 3000}'>", "canonical_url", None),
@@ -201,6 +203,26 @@ def test_hostile_json_ld_takes_no_time(script):
     assert time.process_time() - start < 3.0
 
 
+@pytest.mark.parametrize(
+    "html",
+    [
+        "<meta name=author content=x>" * 200_000,
+        "".join(f"<meta name=dc.rights content={'cc-by ' * 40}{i}>" for i in range(50_000)),
+        "".join(f"<a rel=license href=https://a.example/{i}>" for i in range(100_000)),
+        f"<footer>{f'<a href={BY}>' * 100_000}",
+        "<div>" * 50_000 + f"<p><a href={BY}>" * 50_000,
+        f"<link rel=canonical href={'x/' * 1_000_000}><title>{'t ' * 1_000_000}</title>",
+        f"<html lang={'en-' * 500_000}><meta name=dc.date content={'2' * 1_000_000}>",
+    ],
+    ids=["authors", "rights", "licenses", "footer", "deep", "long", "tags"],
+)
+def test_hostile_heads_take_no_time(html):
+    head = walk(html).head
+    start = time.process_time()
+    metadata(head, URL)
+    assert time.process_time() - start < 2.0
+
+
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=9), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["@type", "@id", "@graph", "author", "name", "license", "datePublished"]), inner, max_size=4), max_leaves=12))  # fmt: skip
 def test_metadata_is_total(value):
     head = Head(json_ld=[json.dumps(value)], links=[("license", str(value)[:50])])
@@ -209,8 +231,11 @@ def test_metadata_is_total(value):
 
 @given(st.text())
 def test_metadata_is_total_for_any_text(text):
-    metas = [{"name": name, "content": text} for name in ("author", "dc.date", "license", "og:url")]
-    head = Head(text, text, metas, [("license", text), ("canonical", text)], [text])
+    metas = [
+        {"name": name, "content": text}
+        for name in ("author", "dc.date", "license", "og:url", "og:title", "og:locale", "")
+    ]
+    head = Head("", text, metas, [("license", text), ("canonical", text)], [text])
     said = metadata(head, text)
     for value in (said.title, said.author, said.license, said.canonical_url):
         assert value is None or (value.encode("utf-8") and "\0" not in value)

@@ -67,7 +67,8 @@ def texts_made_with(config: Config) -> str:
     """Digest of the settings that make the texts which filters measure."""
     engine = config.extract.engine
     if engine == "blocks":
-        return digest([engine, config.extract.format, config.dedup.line_level])
+        model = file_digests(config).get("extract.model")
+        return digest([engine, model, config.extract.format, config.dedup.line_level])
     options = dataclasses.asdict(getattr(config.extract, engine))
     return digest([engine, options, config.dedup.line_level])
 

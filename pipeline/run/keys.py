@@ -34,7 +34,7 @@ def stage_keys(
         return {key: content for key, content in contents.items() if section_of(key) in sections}
 
     extracting = extract_plan(config)
-    read = files_of("language", "url_policy", *config.extract.filters)
+    read = files_of("extract", "language", "url_policy", *config.extract.filters)
     content = digest([extract.content_settings(extracting), read])
     keys = {"extract": content[:8] + digest(extract.policy_settings(extracting))[:8]}
     earlier = [[c.digest for c in index.commits] for index in indexes]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from filters import Bound, validated
+from filters import Bound, File, validated
 
 
 @validated
@@ -66,13 +66,15 @@ class ExtractConfig:
     `keep_text` no text is kept, and dedup is the last stage that can follow. `parallelism` caps the
     tasks at work at once; 0 leaves it to the cluster's size.
 
-    For engine "blocks" alone: `format` of the text; with `rules_see_code` = false the filters and
-    the language are measured on the text without its <pre> blocks, which are kept; `confidence`
-    bounds the F1 that the engine expects of its text, in [0, 1]. Other engines have no confidence,
-    and nothing is rejected by it.
+    For engine "blocks" alone: `model`, a file of `gristmill train-extractor`, "" for the bundled
+    one; `format` of the text; with `rules_see_code` = false the filters and the language are
+    measured on the text without its <pre> blocks, which are kept; `confidence` bounds the F1 that
+    the engine expects of its text, in [0, 1]. Other engines have no confidence, and nothing is
+    rejected by it. Markdown is measured without its marks.
     """
 
     engine: Literal["blocks", "trafilatura", "resiliparse"] = "trafilatura"
+    model: File = ""
     format: Literal["text", "markdown"] = "text"
     rules_see_code: bool = True
     confidence: Bound = (0.2, 1.0)

@@ -5,7 +5,7 @@ Engine "blocks" is ours; trafilatura and resiliparse parse the page for themselv
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -20,11 +20,13 @@ class Extracted(NamedTuple):
 
     `confidence` is the F1 that the engine expects of its text, in [0, 1]; None if it does not say.
     `code`: start and end of the text's parts that were <pre>, in characters, in order, whole lines.
+    `plain` is what the rules read instead of the text, None if they read that.
     """
 
     text: str | None
     confidence: float | None = None
     code: tuple[tuple[int, int], ...] = ()
+    plain: str | None = None
 
 
 # of a page's blocks, its HTML and its URL
@@ -32,21 +34,24 @@ Engine = Callable[[Blocks, str, str], Extracted]
 
 
 def make_engine(config: ExtractConfig) -> Engine:
-    """The engine that a configuration names; ValueError if it is not in this version."""
+    """The engine that a configuration names; ValueError if its model cannot be read."""
     if config.engine == "blocks":
-        try:
-            from stages.extract.blocks.engine import make_blocks
-        except ModuleNotFoundError as error:
-            if error.name != "stages.extract.blocks.engine":
-                raise
-            raise ValueError("extract.engine = 'blocks' is not available yet") from error
-        engine: Engine = make_blocks(config.format)
-        return engine
+        from stages.extract.blocks.engine import make_blocks
+
+        return make_blocks(config)
     if config.engine == "resiliparse":
         text_of = _resiliparse(config.resiliparse)
     else:
         text_of = _trafilatura(config.trafilatura)
     return lambda page, html, url: Extracted(text_of(html))
+
+
+def between(text: str, code: Sequence[tuple[int, int]]) -> list[str]:
+    """The parts of a text around its code, without the line breaks that follow the code."""
+    ends = [0, *(end for _, end in code)]
+    starts = [*(start for start, _ in code), len(text)]
+    parts = [text[end:start] for end, start in zip(ends, starts, strict=True)]
+    return [parts[0], *(part.lstrip("\n") for part in parts[1:])]
 
 
 def _resiliparse(options: ResiliparseOptions) -> Callable[[str], str | None]:

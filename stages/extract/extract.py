@@ -26,6 +26,7 @@ from filters.url_lists import host_of
 from filters.url_policy import UrlPolicy
 from stages.dedup import minhash
 from stages.extract.config import ExtractConfig
+from stages.extract.engines import between
 from stages.extract.extractor import ExtractorOptions, Page, make_extract
 from stages.formats.document import (
     NamedFilter,
@@ -204,7 +205,7 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
     """
     unused = {
         *("num_cpus", "memory", "parallelism", "batch_size", "keep_rejected_text", "keep_text"),
-        *("confidence", *set().union(*_OWN_SETTINGS.values())),
+        *("model", "confidence", *set().union(*_OWN_SETTINGS.values())),
     } - _OWN_SETTINGS[plan.config.engine]
     config = {k: v for k, v in asdict(plan.config).items() if k not in unused}
     measured = [(named.name, named.settings()) for named in plan.filters]
@@ -297,7 +298,7 @@ def _page(record: Record, plan: ExtractPlan) -> Page:
 
 def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:
     columns = page._asdict()
-    code = columns.pop("code")
+    code, plain = columns.pop("code"), columns.pop("plain")
     row |= columns | {"host": host_of(row["url"] or ""), "num_chars": None}
     if page.text is None:
         return row
@@ -306,7 +307,7 @@ def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:
         rejected = rejection_columns("extract.max_text_chars", float(length), (0.0, limit))
         return row | rejected | {"text": None}
     text = page.text
-    measured = text if plan.config.rules_see_code else "".join(_between(text, code))
+    measured = text if plain is None else plain
     language = plan.language.filter
     if language.identify:
         written = measured if measured.strip() else text
@@ -321,19 +322,11 @@ def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:
     return _judge(row, plan)
 
 
-def _between(text: str, code: Sequence[tuple[int, int]]) -> list[str]:
-    """The parts of a text around its code, without the line breaks that follow the code."""
-    ends = [0, *(end for _, end in code)]
-    starts = [*(start for start, _ in code), len(text)]
-    parts = [text[end:start] for end, start in zip(ends, starts, strict=True)]
-    return [parts[0], *(part.lstrip("\n") for part in parts[1:])]
-
-
 def _edited(
     text: str, code: Sequence[tuple[int, int]], language: str | None, filters: Sequence[NamedFilter]
 ) -> str:
     """The text as filters that edit lines leave it, but with its code as it is."""
-    prose = [TextView(part, language) for part in _between(text, code)]
+    prose = [TextView(part, language) for part in between(text, code)]
     for filter in (named.of(language) for named in filters):
         if hasattr(filter, "edit"):
             prose = [apply(filter, view)[0] for view in prose]

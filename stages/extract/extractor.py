@@ -53,8 +53,9 @@ class Page(NamedTuple):
     schema_types: tuple[str, ...] | None = None
     license: str | None = None
     extract_confidence: float | None = None
-    # no column: the parts of the text that are code, as in Extracted
+    # no columns: as in Extracted
     code: tuple[tuple[int, int], ...] = ()
+    plain: str | None = None
 
 
 Document = tuple[bytes, str, str]  # payload, Content-Type, URL
@@ -87,7 +88,8 @@ def _page(
     text, code = _stripped(extracted.text or "", extracted.code)
     if not text:
         return page._replace(rejected_by="extract.empty")
-    return page._replace(text=text, code=code)
+    plain = None if extracted.plain is None else _stripped(extracted.plain, ())[0]
+    return page._replace(text=text, code=code, plain=plain)
 
 
 def _opt_out(head: Head) -> str | None:

@@ -12,6 +12,7 @@ from filters.opt_out import OptOut
 from filters.url_policy import UrlPolicy
 from stages.dedup.config import DedupConfig
 from stages.extract.config import ExtractConfig
+from stages.extract.engines import between
 from stages.extract.extract import (
     ExtractPlan,
     ExtractTask,
@@ -53,14 +54,15 @@ def measure(page, plan):
     return _measured_row(row, page, plan)
 
 
-def with_code(*parts):
+def with_code(*parts, sees_code=False):
     """A page of parts in lines of their own; those that begin like CODE are code."""
     text, code = "", []
     for part in parts:
         if part.startswith("```"):
             code.append((len(text), len(text) + len(part)))
         text += part + "\n"
-    return Page(text=text.rstrip("\n"), code=tuple(code))
+    text = text.rstrip("\n")
+    return Page(text=text, code=code, plain=None if sees_code else "".join(between(text, code)))
 
 
 SENTENCES = "\n".join(f"This is the line number {i} of the page." for i in range(6))
@@ -69,7 +71,8 @@ SENTENCES = "\n".join(f"This is the line number {i} of the page." for i in range
 @pytest.mark.parametrize("rules_see_code, reason", [(True, "c4.curly_bracket_count"), (False, None)])  # fmt: skip
 def test_rules_may_look_away_from_code(rules_see_code, reason):
     plan = make_plan(filters=("c4",), engine="blocks", rules_see_code=rules_see_code)
-    row = measure(with_code(CODE.replace("javascript", "x"), SENTENCES), plan)
+    page = with_code(CODE.replace("javascript", "x"), SENTENCES, sees_code=rules_see_code)
+    row = measure(page, plan)
     assert row["rejected_by"] == reason
 
 

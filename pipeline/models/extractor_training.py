@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from filters.url_lists import host_of
-from stages.extract.blocks.features import Lexicon, features, name_words, word_counts
-from stages.extract.blocks.labels import gold_shares, word_f1, words_of
+from stages.extract.blocks.features import Lexicon, features, name_words, word_counts, words_in
+from stages.extract.blocks.labels import gold_shares, word_f1
 from stages.extract.blocks.model import ExtractorModel
 from stages.extract.blocks.render import render
 from stages.extract.blocks.trees import Trees
@@ -121,8 +121,8 @@ def _observed(page: LabeledPage) -> _Observed:
     for text, owner, share, count in zip(
         blocks.texts, blocks.owners, page.shares, counts, strict=True
     ):
-        for word in set(words_of(text)):
-            words.add(word, share, 1.0)
+        for word in set(words_in(text)):
+            words.add(word.decode("utf-8", "surrogatepass"), share, 1.0)
         for name in along[owner]:
             names.add(name, share, count)
         tags.add(blocks.tags[owner], share, count)

@@ -79,9 +79,10 @@ class Lexicon:
     tags: dict[str, float] = field(default_factory=dict)
 
     @cached_property
-    def scores(self) -> dict[str, float]:
-        """Of words, and a number of its own for the border between blocks."""
-        return self.words | {_BORDER: _AT_BORDER}
+    def scores(self) -> dict[bytes, float]:
+        """Of words in UTF-8, and a number of its own for the border between blocks."""
+        words = {word.encode("utf-8", "surrogatepass"): x for word, x in self.words.items()}
+        return words | {_BORDER.encode("utf-8", "surrogatepass"): _AT_BORDER}
 
     @cached_property
     def _ranges(self) -> dict[str, tuple[float, float]]:
@@ -135,21 +136,37 @@ def word_counts(page: Blocks) -> NDArray[np.float64]:
 
 # --- texts ----------------------------------------------------------------------------------------
 
-_OTHER, _COMMA, _STOP, _IDEOGRAPH = range(4)  # classes of characters
+_ENDS_SENTENCE = frozenset(".!?…。！？؟।\"”'’)")
+# ASCII but for letters, digits and "_" separates words; so the words are found at C's speed
+_SEPARATORS = "".join(chr(c) for c in range(128) if not (chr(c).isalnum() or c == ord("_")))
+_TO_SPACES = bytes.maketrans(_SEPARATORS.encode(), b" " * len(_SEPARATORS))
+
+
+def words_in(text: str) -> list[bytes]:
+    """The lower-case words of a text, in UTF-8."""
+    return _words(_lowered(text))
+
+
+def _lowered(text: str) -> bytes:
+    return text.lower().encode("utf-8", "surrogatepass")
+
+
+def _words(data: bytes) -> list[bytes]:
+    return data.translate(_TO_SPACES).split()
+
+
+_STOP, _COMMA, _IDEOGRAPH = 1, 2, 3  # classes of bytes in UTF-8
 
 
 def _class_table() -> NDArray[np.uint8]:
-    table = np.full(0x10001, _OTHER, np.uint8)  # the last one stands for all other planes
-    for begin, end in ((0x3040, 0xA000), (0xF900, 0xFB00), (0xE00, 0xE80)):
-        table[begin:end] = _IDEOGRAPH
-    table[[ord(c) for c in ",;、，；،"]] = _COMMA
-    table[[ord(c) for c in ".!?…。！？؟।"]] = _STOP
+    table = np.zeros(256, np.uint8)
+    table[[ord(c) for c in ".!?"]] = _STOP
+    table[[ord(c) for c in ",;"]] = _COMMA
+    table[0xE3:0xEA] = _IDEOGRAPH  # first bytes of kana and Chinese characters
     return table
 
 
 _CLASSES = _class_table()
-_ENDS_SENTENCE = frozenset(".!?…。！？؟।\"”'’)")
-_WORD = re.compile(rf"\w+|{_BORDER}")
 
 # What a range of blocks holds is a difference between two sums from the beginning of the page.
 _WORDS, _CHARS, _LINKED, _MARKS, _SCORE, _BLOCKS = range(6)
@@ -171,40 +188,46 @@ class _Text:
 
     @classmethod
     def of(cls, page: Blocks, lexicon: Lexicon) -> "_Text":
-        n = len(page.texts)
-        chars = np.fromiter(map(len, page.texts), np.int64, n)
-        marks = _mark_counts(page.texts, chars)
-        lowered = [text.lower().replace(_BORDER, " ") for text in page.texts]
-        tokens = _WORD.findall(f" {_BORDER} ".join(lowered))
-        count = len(tokens)
-        scores = np.fromiter(map(lexicon.scores.get, tokens, repeat(0.0)), np.float64, count)
+        texts = page.texts
+        joined = f" {_BORDER} ".join(texts)
+        if joined.count(_BORDER) >= len(texts):
+            joined = f" {_BORDER} ".join(text.replace(_BORDER, " ") for text in texts)
+        data = _lowered(joined)
+        words = _words(data)
+        scores = np.fromiter(map(lexicon.scores.get, words, repeat(0.0)), np.float64, len(words))
         borders = np.flatnonzero(scores == _AT_BORDER)
         scores[borders] = 0
-        title = set(_WORD.findall(page.head.title.lower()))
-        in_title = np.fromiter(map(title.__contains__, tokens), np.float64, count)
+        title = set(words_in(page.head.title))
+        in_title = np.fromiter(map(title.__contains__, words), np.float64, len(words))
         begin = np.concatenate(([0], borders + 1))
-        end = np.append(borders, len(tokens))
-        words = (end - begin) + marks[_IDEOGRAPH] / 2
+        end = np.append(borders, len(words))
         score_sum, title_words = (
             sums[end] - sums[begin]
             for sums in (np.concatenate(([0.0], np.cumsum(x))) for x in (scores, in_title))
         )
+        marks = _mark_counts(data, len(texts))
+        chars = np.fromiter(map(len, texts), np.float64, len(texts))
+        num_words = (end - begin) + marks[_IDEOGRAPH] / 2
         linked = np.asarray(page.link_chars, np.float64)
-        punctuation = marks[_COMMA] + marks[_STOP]
-        sums = np.zeros((6, n + 1))
-        np.cumsum(
-            [words, chars, linked, punctuation, score_sum, np.ones(n)], axis=1, out=sums[:, 1:]
-        )
-        score = score_sum / np.maximum(words, 1)
-        return cls(words, chars, marks[_STOP], score, title_words, len(title), sums)
+        sums = np.zeros((6, len(texts) + 1))
+        held = [num_words, chars, linked, marks[_COMMA] + marks[_STOP], score_sum]
+        np.cumsum([*held, np.ones(len(texts))], axis=1, out=sums[:, 1:])
+        score = score_sum / np.maximum(num_words, 1)
+        return cls(num_words, chars, marks[_STOP], score, title_words, len(title), sums)
 
 
-def _mark_counts(texts: list[str], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The number of characters of each class in each block, (4, blocks)."""
-    codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    classes = _CLASSES[np.minimum(codes, 0x10000)]
-    keys = np.repeat(np.arange(len(texts)) * 4, lengths) + classes
-    return np.bincount(keys, minlength=4 * len(texts)).reshape(-1, 4).T
+def _mark_counts(data: bytes, texts: int) -> NDArray[np.int64]:
+    """The number of bytes of each class in each text, (4, texts); those of no class are not
+    counted.
+    """
+    codes = np.frombuffer(data, np.uint8)
+    classes = _CLASSES[codes]
+    places = np.flatnonzero(classes)
+    # no other character has these three bytes
+    is_border = (codes[:-2] == 0xED) & (codes[1:-1] == 0xA0) & (codes[2:] == 0x80)
+    borders = np.flatnonzero(is_border)
+    text = np.searchsorted(borders, places)
+    return np.bincount(text * 4 + classes[places], minlength=4 * texts).reshape(-1, 4).T
 
 
 def _text_rows(page: Blocks, text: _Text, elements: "_Elements") -> Any:
@@ -258,19 +281,12 @@ class _Elements:
         first, end = np.asarray(page.first_block), np.asarray(page.end_block)
         held = text.sums[:, end] - text.sums[:, first]
         words = held[_WORDS]
-        names = np.array([lexicon.range_of(name) if name else (0.0, 0.0) for name in page.names]).T
-        count = len(page.tags)
-        tags = np.fromiter((lexicon.tags.get(tag, 0.0) for tag in page.tags), float, count)
-        kinds: dict[tuple[int, str, str], int] = {}
-        kind = np.fromiter(
-            (
-                kinds.setdefault(key, len(kinds))
-                for key in zip(page.parents, page.tags, page.names, strict=True)
-            ),
-            np.int64,
-            count,
-        )
-        alike = np.bincount(kind)
+        name, unique_names = _numbered(page.names)
+        tag, unique_tags = _numbered(page.tags)
+        names = np.array([lexicon.range_of(x) for x in unique_names])[name].T
+        tags = np.array([lexicon.tags.get(x, 0.0) for x in unique_tags])[tag]
+        keys = (parents * len(unique_tags) + tag) * len(unique_names) + name
+        _, kind, alike = np.unique(keys, return_inverse=True, return_counts=True)
         words_alike = np.bincount(kind, weights=words) / alike
         rows = np.array(
             [
@@ -289,11 +305,17 @@ class _Elements:
             np.float32,
         )
         depths, lowest, highest, sums = _along_ancestors(page.parents, parents, names)
-        levels = [_HEADINGS.get(page.tags[owner], 0) for owner in page.owners]
+        levels = np.array([_HEADINGS.get(x, 0) for x in unique_tags])[tag]
         return cls(
             *(owners, parents, first, end, words, rows, depths, lowest, highest, sums),
-            np.array(levels),
+            levels[owners],
         )
+
+
+def _numbered(values: list[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """For each value its number among the distinct ones, and those, in order."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return np.fromiter(map(numbers.__getitem__, values), np.int64, len(values)), list(numbers)
 
 
 def _along_ancestors(parent_list: list[int], parents: Any, names: Any) -> Any:

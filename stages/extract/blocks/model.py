@@ -18,6 +18,11 @@ BUNDLED: Final = Path(__file__).parent / "extractor-en.json.gz"
 _DECIMALS: Final = 6  # of probabilities: the last bits of exp() differ between processors
 
 
+# Blocks are not independent: where one is wrong, its neighbors are. In cross-validation this costs
+# no F1 and gains 1.3 points of precision on the snippets of trafilatura's evaluation.
+CAUTION: Final = 1.15
+
+
 class Selection(NamedTuple):
     """The blocks of the main text in ascending order, and the word-F1 that it is expected to have
     against a perfect one, in [0, 1].
@@ -38,7 +43,7 @@ class ExtractorModel:
         """The set of blocks with the best expected F1."""
         columns = features(page, url, self.lexicon)
         probabilities = np.round(self.trees.probabilities(columns), _DECIMALS)
-        return best_f1(probabilities, columns[NAMES.index("words")])
+        return best_f1(probabilities, columns[NAMES.index("words")], caution=CAUTION)
 
     def to_bytes(self) -> bytes:
         """The model as a file: JSON, compressed. The same model gives the same bytes."""
@@ -70,18 +75,25 @@ class ExtractorModel:
         return cls(lexicon, arrays)
 
 
-def best_f1(probabilities: NDArray[np.float64], words: NDArray[Any]) -> Selection:
-    """The blocks with the best expected F1, if blocks are independent.
+def best_f1(
+    probabilities: NDArray[np.float64], words: NDArray[Any], *, caution: float = 1.0
+) -> Selection:
+    """The blocks with the best expected F1, if blocks are independent, and their expected F1.
 
-    That is a threshold at half of the F1 which is reached (Lipton et al. 2014, arXiv:1402.1892), so
-    it is enough to try the blocks in the order of their probabilities. A text without words has 0.
+    They are those above a threshold at half of the F1 that can be reached (Lipton et al. 2014,
+    arXiv:1402.1892), so it is enough to try the blocks in the order of their probabilities.
+    `caution` raises the threshold by a factor. A page without words has no blocks and 0.
     """
     order = np.argsort(-probabilities, kind="stable")
-    found = np.cumsum((probabilities * words)[order])
+    ranked = probabilities[order]
+    found = np.cumsum(ranked * words[order])
     if not len(found) or found[-1] <= 0:
         return Selection([], 0.0)
     f1 = 2 * found / (np.cumsum(words[order]) + found[-1])
     best = int(np.argmax(f1))
+    if caution != 1:
+        above = np.searchsorted(-ranked, -caution * f1[best] / 2, side="right")
+        best = max(min(best, int(above) - 1), 0)
     return Selection(np.sort(order[: best + 1]).tolist(), round(float(f1[best]), _DECIMALS))
 
 

@@ -48,9 +48,38 @@ def test_every_visible_character_is_in_exactly_one_block(html):
     assert letters("".join(walk(html).texts)) == visible_letters(html)
 
 
+@given(pages(), st.sampled_from([1, 2, 5, 10**6]), st.sampled_from([1, 2, 5, 10**6]))
+def test_full_pages_keep_every_visible_character(html, max_blocks, max_elements):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.extract.blocks.walk.MAX_BLOCKS", max_blocks)
+        patch.setattr("stages.extract.blocks.walk.MAX_ELEMENTS", max_elements)
+        page, visible = walk(html), visible_letters(without_formulas(html))
+        assert letters("".join(walk(without_formulas(html)).texts)) == visible
+    assert len(page.tags) <= max_elements + 1
+    assert len(page.texts) <= max_blocks + MAX_DEPTH
+    assert_blocks_lie_in_elements(page)
+
+
+@pytest.mark.parametrize(
+    "html, texts",
+    [
+        ("<p>a<p>b<p>c d<p>e  e<br>f<br><br>g", ["a", "b", "c d\ne e\nf\ng"]),
+        ("<ul><li>a<li>b<li>c<li>d</ul>e<p>f", ["a", "b", "c\nd", "e\nf"]),
+        ("<div>a<p>b<pre>c\n  c</pre>d</div>", ["a", "b", "c c\nd"]),
+        ("<a href=x>a</a><p>b<p><a href=x>cc</a><p>d", ["a", "b", "cc\nd"]),
+    ],
+)
+def test_behind_the_last_block_texts_are_lines_of_the_element_around_them(html, texts, monkeypatch):
+    monkeypatch.setattr("stages.extract.blocks.walk.MAX_BLOCKS", 2)
+    assert walk(html).texts == texts
+
+
 @given(pages())
 def test_blocks_lie_in_the_elements_that_hold_them(html):
-    page = walk(html)
+    assert_blocks_lie_in_elements(walk(html))
+
+
+def assert_blocks_lie_in_elements(page):
     n = len(page.texts)
     assert {len(column) for column in (page.owners, page.link_chars, page.strong_chars)} == {n}
     for block, owner in enumerate(page.owners):

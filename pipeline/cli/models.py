@@ -7,7 +7,12 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from pipeline.cli import app, err, out, print_table, print_template
-from pipeline.models.options import ClassifierOptions, IndexOptions, LmOptions
+from pipeline.models.options import (
+    ClassifierOptions,
+    ExtractorOptions,
+    IndexOptions,
+    LmOptions,
+)
 
 Options = TypeVar("Options")
 
@@ -60,6 +65,18 @@ def _train_classifier(options: ClassifierOptions) -> None:
     card = train_classifier(options)
     print_template("near_duplicates.txt.j2", err, shared=card["near_duplicates"]["shared"])
     print_template("train_classifier.txt.j2", card=card)
+
+
+@command("train-extractor", ExtractorOptions)
+def _train_extractor(options: ExtractorOptions) -> None:
+    """Train the model of `extract.engine = "blocks"` on pages and their main text.
+
+    The same pages make the same bytes. Needs the extra `extractor`.
+    """
+    from pipeline.models.train_extractor import train_extractor
+
+    _end_on_sigterm()
+    print_template("train_extractor.txt.j2", card=train_extractor(options))
 
 
 @command("index-benchmarks", IndexOptions)

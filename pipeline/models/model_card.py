@@ -90,7 +90,7 @@ def _card_beside(model: Path) -> dict[str, Any]:
     """The card of a model; empty if there is none, or it is not ours."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         card = json.loads(card_path(model).read_text(encoding="utf-8"))
-        if isinstance(card, dict) and card.get("kind") in ("kenlm", "fasttext"):
+        if isinstance(card, dict) and card.get("kind") in ("kenlm", "fasttext", "blocks"):
             return card
     return {}
 
@@ -148,8 +148,11 @@ def command_line(name: str, options: Any) -> str:
     words = ["gristmill", name]
     for option, value in vars(options).items():
         for item in value if isinstance(value, list) else [value]:
-            if option == "sources":
-                words.append(str(item))
+            flag = option.replace("_", "-")
+            if option in ("sources", "pages"):
+                words += [str(item)] if item is not None else []
+            elif isinstance(item, bool):
+                words.append(f"--{flag}" if item else f"--no-{flag}")
             elif item not in (None, ""):
-                words += [f"--{option.replace('_', '-')}", str(item)]
+                words += [f"--{flag}", str(item)]
     return shlex.join(words)

@@ -1,5 +1,6 @@
-"""The options of `train-lm`, `train-classifier` and `index-benchmarks`, as the command line reads
-them. Each is listed here alone: the commands and the cards of models take them from these classes.
+"""The options of `train-lm`, `train-classifier`, `train-extractor` and `index-benchmarks`, as the
+command line reads them. Each is listed here alone: the commands and the cards of models take them
+from these classes.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,12 @@ from typer import Argument, Option
 
 _SOURCE = "text: .txt, .jsonl[.gz|.zst], .parquet, or rows of a run: RUN:corpus, RUN:rejected"
 _Licence = Annotated[
-    str, Option(help="license of the sources, for the model's card, e.g. CC-BY-SA-4.0")
+    str,
+    Option(
+        "--license",
+        "--licence",
+        help="license of the sources, for the model's card, e.g. CC-BY-SA-4.0",
+    ),
 ]
 _TextColumn = Annotated[str, Option(help="column of the text in .jsonl and .parquet")]
 
@@ -101,6 +107,37 @@ class ClassifierOptions:
         "5,10,20,50"
     )
     text_column: _TextColumn = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorOptions:
+    """What to train a model of engine "blocks" on, and how to measure it.
+
+    A row of `gold` has `url` and `main_content`, and optionally `html` (a page that is in no WARC
+    file), `page_type`, `license` and `weight`, which is multiplied by its file's.
+    """
+
+    pages: Annotated[
+        list[Path] | None, Argument(help="WARC files with the pages; none if all rows have html")
+    ] = None
+    gold: Annotated[
+        list[Path],
+        Option(help="JSONL of url and main_content, compressed or not; repeat for more"),
+    ]
+    output: Annotated[
+        Path, Option("-o", "--output", help="model to write, .json.gz, for extract.model")
+    ]
+    licence: _Licence
+    weight: Annotated[
+        list[str] | None,
+        Option(help="how much a page of a gold file counts, against 1", metavar="GOLD=NUMBER"),
+    ] = None
+    cross_validate: Annotated[
+        bool, Option(help="measure on hosts that a model has not seen; takes five trainings")
+    ] = True
+    learning_curve: Annotated[
+        bool, Option(help="cross-validate with 1/8, 1/4 and 1/2 of the pages, too")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,22 @@ def documents(source: str | Path, *, text_column: str = "text", where: str = "")
     )
 
 
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON, compressed or not, each with its place.
+
+    ValueError names the file, and the line of a row that is none.
+    """
+    if not path.is_file():
+        raise ValueError(f"source {path}: no such file")
+    with _errors_name(path):
+        for place, row in _jsonl_rows(path):
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"source {path}, {place}: not a JSON object but {type(row).__name__}"
+                )
+            yield place, row
+
+
 # --- rows of a run --------------------------------------------------------------------------------
 
 

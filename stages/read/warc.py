@@ -124,7 +124,7 @@ def _empty_record(offset: int) -> Record:
 def _read_document(frame: Frame, limit: int) -> Record:
     fields = frame.fields
     record = _empty_record(frame.offset)._replace(
-        url=_clean_url(fields.get("warc-target-uri", "")),
+        url=clean_url(fields.get("warc-target-uri", "")),
         date=_utc(fields.get("warc-date", "")),
         # a page may be in several segments, which follow in this or another file (ISO 28500, 7)
         truncated=frame.truncated or "warc-truncated" in fields or "warc-segment-number" in fields,
@@ -156,7 +156,7 @@ def _utc(date: str) -> datetime | None:
         return None
 
 
-def _clean_url(url: str) -> str:
+def clean_url(url: str) -> str:
     """wget writes <http://...>, some crawlers leave spaces; anything else stays as it is."""
     return url.strip().removeprefix("<").removesuffix(">").strip().replace(" ", "%20")
 

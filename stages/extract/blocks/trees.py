@@ -61,7 +61,7 @@ class Trees:
             values: list[float] = []
             nodes.append(_nodes(tree["tree_structure"], values))
             leaves.append(values + [0.0] * (MAX_LEAVES - len(values)))
-        shape = (max(map(len, nodes)), len(nodes))
+        shape = (max(1, *map(len, nodes)), len(nodes))
         feature, threshold = np.zeros(shape, np.int64), np.full(shape, np.inf, np.float32)
         left = np.zeros(shape, np.uint32)
         for tree, its_nodes in enumerate(nodes):

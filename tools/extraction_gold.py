@@ -142,14 +142,18 @@ def rows_of(package: Package, pages: Iterable[Page]) -> Iterator[Row]:
 
 
 def keep_distinct(rows: Iterable[Row]) -> Iterator[Row]:
-    """Drop short texts, placeholders, and texts that begin like an earlier one."""
-    seen = set()
+    """Drop short texts, placeholders, and pages whose address or beginning an earlier one has."""
+    seen: set[str] = set()
     for row in rows:
         text = row["main_content"]
         start = re.sub(r"\W+", "", text)[:400]
-        if len(text) < MIN_CHARS or "lorem ipsum" in text[:3000].lower() or start in seen:
+        if (
+            len(text) < MIN_CHARS
+            or "lorem ipsum" in text[:3000].lower()
+            or seen & {start, row["url"]}
+        ):
             continue
-        seen.add(start)
+        seen |= {start, row["url"]}
         yield row
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,10 @@ from stages.extract.blocks.trees import Trees
 from stages.extract.blocks.walk import Blocks
 
 BUNDLED: Final = Path(__file__).parent / "extractor-en.json.gz"
+_UNREADABLE: Final = (
+    *(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, OverflowError),
+    RecursionError,
+)
 _DECIMALS: Final = 6  # of probabilities: the last bits of exp() differ between processors
 
 
@@ -56,6 +61,7 @@ class ExtractorModel:
         """Read `to_bytes`. ValueError if it is no such file or for other features."""
         try:
             content: dict[str, Any] = json.loads(gzip.decompress(data))
+            names = content["features"]
             lexicon, trees = Lexicon(**content["lexicon"]), content["trees"]
             arrays = Trees(
                 np.array(trees["feature"], np.int64),
@@ -63,11 +69,11 @@ class ExtractorModel:
                 np.array(trees["left"], np.int32),
                 np.array(trees["leaves"], np.float64),
             )
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"not a model of gristmill train-extractor: {type(error).__name__}: {error}"
             ) from None
-        if content["features"] != list(NAMES):
+        if names != list(NAMES):
             raise ValueError(
                 "the model was trained for other features than this version computes; train it "
                 "again with gristmill train-extractor"

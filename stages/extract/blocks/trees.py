@@ -92,4 +92,7 @@ def _rounded_down(bound: float) -> np.float32:
     """The largest float32 not above `bound`: for float32 values both conditions are the same."""
     with np.errstate(over="ignore"):
         rounded = np.float32(bound)
-    return np.nextafter(rounded, np.float32(-np.inf)) if rounded > bound else rounded
+    # as float64: NumPy compares a float32 with a Python float in float32
+    if float(rounded) > bound:
+        rounded = np.nextafter(rounded, np.float32(-np.inf))
+    return rounded + np.float32(0)  # no -0.0: less 0.0 it is negative

@@ -1,11 +1,14 @@
 """benchmarks/extraction.py on a few pages."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from benchmarks import extraction, extraction_steps
+from benchmarks import extraction
 from benchmarks.extraction import Counts, count_snippets
+from pipeline.models import extractor_training
+from stages.read.warc import ReadStats, read_records
 
 
 def test_snippets_are_found_whatever_the_white_space():
@@ -23,7 +26,8 @@ def few(tmp_path: Path, corpus: Path) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     for name in (*extraction.SETS, "trafilatura-eval"):
         source = corpus / "warc" / "web" / f"{name}.warc.gz"
-        end = extraction_steps.read_pages(source)[12].offset
+        records = read_records(source, max_payload_bytes=10**8, stats=ReadStats())
+        end = next(islice(records, 12, None)).offset
         with open(source, "rb") as file:
             (tmp_path / "warc" / "web" / source.name).write_bytes(file.read(end))
     for path in (corpus / "gold").iterdir():
@@ -32,8 +36,9 @@ def few(tmp_path: Path, corpus: Path) -> Path:
 
 
 @pytest.mark.corpus
-def test_figures_of_a_few_pages(few, capsys):
+def test_figures_of_a_few_pages(few, capsys, monkeypatch):
     pytest.importorskip("lightgbm")
+    monkeypatch.setattr(extractor_training, "NUM_TREES", 4)
     extraction.compare_snippets(few, extraction.compare_f1(few, []))
     out = capsys.readouterr().out
     for line in (

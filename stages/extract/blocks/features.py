@@ -94,8 +94,7 @@ class Lexicon:
         if known is None:
             if len(self._ranges) > 50_000:
                 self._ranges.clear()
-            get = self.names.get
-            scores = [get(word, 0.0) for word in name_words(name)] or [0.0]
+            scores = list(map(self.names.get, name_words(name), repeat(0.0))) or [0.0]
             known = self._ranges[name] = (min(scores), max(scores))
         return known
 
@@ -108,9 +107,10 @@ _NAME_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MAX_NAME = 500  # characters
 
 
-def name_words(name: str) -> set[str]:
+def name_words(name: str) -> list[str]:
     """The words of a class attribute and an id, lower-case: "postBody-2" has post and body."""
-    return {word.lower() for word in _NAME_WORD.findall(name[:_MAX_NAME])}
+    words = _NAME_WORD.findall(name[:_MAX_NAME])
+    return words if name.islower() else [word.lower() for word in words]
 
 
 def features(page: Blocks, url: str, lexicon: Lexicon) -> Floats:

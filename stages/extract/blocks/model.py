@@ -23,9 +23,10 @@ _UNREADABLE: Final = (
 _DECIMALS: Final = 6  # of probabilities: the last bits of exp() differ between processors
 
 
-# Blocks are not independent: where one is wrong, its neighbors are. In cross-validation this costs
-# no F1 and gains 1.3 points of precision on the snippets of trafilatura's evaluation.
-CAUTION: Final = 1.15
+# Blocks are not independent: where one is wrong, its neighbors are. In cross-validation a factor of
+# 1.15 costs .001 of F1 and gains 1.3 points of precision on the snippets of trafilatura's
+# evaluation; 1.3 costs .0015 more.
+CAUTION: Final = 1.2
 
 
 class Selection(NamedTuple):

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, repeat
@@ -155,6 +156,27 @@ def _words(data: bytes) -> list[bytes]:
     return data.translate(_TO_SPACES).split()
 
 
+_PART: Final = 4_000_000  # bytes; what a page takes in memory beyond its text is that of a part
+
+
+def _words_in_parts(data: bytes) -> Iterator[list[bytes]]:
+    begin = 0
+    while begin < len(data):
+        end = data.find(b" ", begin + _PART)
+        end = len(data) if end < 0 else end
+        yield _words(data[begin:end])
+        begin = end
+
+
+def _joined(texts: list[str]) -> bytes:
+    """The texts in lower case, as UTF-8, with a border between them."""
+    joined = f" {_BORDER} ".join(texts)
+    if joined.count(_BORDER) >= len(texts):
+        joined = f" {_BORDER} ".join(text.replace(_BORDER, " ") for text in texts)
+    # lower() takes 12 bytes a character for the time being
+    return b"".join(_lowered(joined[i : i + _PART]) for i in range(0, len(joined), _PART))
+
+
 _STOP, _COMMA, _IDEOGRAPH = 1, 2, 3  # classes of bytes in UTF-8
 
 
@@ -189,25 +211,27 @@ class _Text:
     @classmethod
     def of(cls, page: Blocks, lexicon: Lexicon) -> "_Text":
         texts = page.texts
-        joined = f" {_BORDER} ".join(texts)
-        if joined.count(_BORDER) >= len(texts):
-            joined = f" {_BORDER} ".join(text.replace(_BORDER, " ") for text in texts)
-        data = _lowered(joined)
-        words = _words(data)
-        scores = np.fromiter(map(lexicon.scores.get, words, repeat(0.0)), np.float64, len(words))
-        borders = np.flatnonzero(scores == _AT_BORDER)
-        scores[borders] = 0
+        data = _joined(texts)
         title = set(words_in(page.head.title))
-        in_title = np.fromiter(map(title.__contains__, words), np.float64, len(words))
-        begin = np.concatenate(([0], borders + 1))
-        end = np.append(borders, len(words))
-        score_sum, title_words = (
-            sums[end] - sums[begin]
-            for sums in (np.concatenate(([0.0], np.cumsum(x))) for x in (scores, in_title))
-        )
+        count, score_sum, title_words = np.zeros((3, len(texts)))
+        text = 0
+        for words in _words_in_parts(data):
+            size = len(words)
+            scores = np.fromiter(map(lexicon.scores.get, words, repeat(0.0)), np.float64, size)
+            borders = np.flatnonzero(scores == _AT_BORDER)
+            scores[borders] = 0
+            in_title = np.fromiter(map(title.__contains__, words), np.float64, size)
+            begin = np.concatenate(([0], borders + 1))
+            end = np.append(borders, size)
+            at = slice(text, text + len(begin))
+            count[at] += end - begin
+            for held, values in ((score_sum, scores), (title_words, in_title)):
+                sums = np.concatenate(([0.0], np.cumsum(values)))
+                held[at] += sums[end] - sums[begin]
+            text += len(borders)
         marks = _mark_counts(data, len(texts))
         chars = np.fromiter(map(len, texts), np.float64, len(texts))
-        num_words = (end - begin) + marks[_IDEOGRAPH] / 2
+        num_words = count + marks[_IDEOGRAPH] / 2
         linked = np.asarray(page.link_chars, np.float64)
         sums = np.zeros((6, len(texts) + 1))
         held = [num_words, chars, linked, marks[_COMMA] + marks[_STOP], score_sum]
@@ -221,13 +245,16 @@ def _mark_counts(data: bytes, texts: int) -> NDArray[np.int64]:
     counted.
     """
     codes = np.frombuffer(data, np.uint8)
-    classes = _CLASSES[codes]
-    places = np.flatnonzero(classes)
     # no other character has these three bytes
-    is_border = (codes[:-2] == 0xED) & (codes[1:-1] == 0xA0) & (codes[2:] == 0x80)
-    borders = np.flatnonzero(is_border)
-    text = np.searchsorted(borders, places)
-    return np.bincount(text * 4 + classes[places], minlength=4 * texts).reshape(-1, 4).T
+    borders = np.flatnonzero(codes[:-2] == 0xED)
+    borders = borders[(codes[borders + 1] == 0xA0) & (codes[borders + 2] == 0x80)]
+    counts = np.zeros(4 * texts, np.int64)
+    for begin in range(0, len(data), _PART):
+        classes = _CLASSES[codes[begin : begin + _PART]]
+        places = np.flatnonzero(classes)
+        text = np.searchsorted(borders, places + begin)
+        counts += np.bincount(text * 4 + classes[places], minlength=4 * texts)
+    return counts.reshape(-1, 4).T
 
 
 def _text_rows(page: Blocks, text: _Text, elements: "_Elements") -> Any:

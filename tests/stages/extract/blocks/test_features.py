@@ -97,6 +97,15 @@ def test_words_and_scores_are_those_of_each_text_alone(html):
         assert row(columns, "copies")[i] == page.texts.count(text)
 
 
+@given(PAGES, st.integers(1, 20))
+def test_the_parts_of_long_pages_change_nothing(html, size):
+    page = walk(html)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.extract.blocks.features._PART", size)
+        in_parts = features(page, "", LEXICON)
+    assert in_parts == pytest.approx(features(page, "", LEXICON), rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "name, words",
     [

@@ -56,6 +56,8 @@ _OWN_SETTINGS = {
     "resiliparse": {"resiliparse"},
 }
 _NO_DOCUMENT = "not_response"
+# what the child gets at once
+_RECORDS_AT_ONCE, _BYTES_AT_ONCE = 32, 4_000_000
 
 
 @dataclass(frozen=True)
@@ -245,23 +247,35 @@ def policy_settings(plan: ExtractPlan) -> list[Any]:
 
 
 def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats) -> Iterator[Row]:
-    for record in read_records(
-        str(path), max_payload_bytes=plan.config.max_html_bytes, stats=stats
-    ):
-        if record.skipped == _NO_DOCUMENT:
-            # requests and metadata records are only counted
-            continue
-        row: Row = {
-            "doc_id": make_doc_id(task.ordinal, record.index),
-            "url": record.url,
-            "crawl_date": record.date,
-            "warc_file": task.name,
-            "warc_offset": record.offset,
-            "truncated": record.truncated,
-        }
-        skipped = Page(rejected_by=f"warc.{record.skipped}") if record.skipped else None
-        page = skipped or _blocked(record.url, plan) or _page(record, plan)
-        yield _measured_row(row, page, plan)
+    limit = plan.config.max_html_bytes
+    records = read_records(str(path), max_payload_bytes=limit, stats=stats)
+    # requests and metadata records are only counted
+    pages = (record for record in records if record.skipped != _NO_DOCUMENT)
+    for batch in _batches(pages):
+        for record, page in zip(batch, _pages(batch, plan), strict=True):
+            row: Row = {
+                "doc_id": make_doc_id(task.ordinal, record.index),
+                "url": record.url,
+                "crawl_date": record.date,
+                "warc_file": task.name,
+                "warc_offset": record.offset,
+                "truncated": record.truncated,
+            }
+            yield _measured_row(row, page, plan)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records that the child gets together: one or more, of few bytes."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.payload)
+        if len(batch) == _RECORDS_AT_ONCE or size >= _BYTES_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _text_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: TextStats) -> Iterator[Row]:
@@ -283,17 +297,38 @@ def _blocked(url: str | None, plan: ExtractPlan) -> Page | None:
     return None if blocked is None else Page(rejected_by=f"url_policy.{blocked.rule}")
 
 
-def _page(record: Record, plan: ExtractPlan) -> Page:
+def _pages(records: Sequence[Record], plan: ExtractPlan) -> list[Page]:
+    pages = [_page_by_policy(record, plan) for record in records]
+    documents = [
+        (record.payload, record.headers.get("content-type", ""), record.url or "")
+        for record, page in zip(records, pages, strict=True)
+        if page is None
+    ]
+    results = iter(_child(plan).results(documents))
+    return [
+        _extracted(next(results), record) if page is None else page
+        for record, page in zip(records, pages, strict=True)
+    ]
+
+
+def _page_by_policy(record: Record, plan: ExtractPlan) -> Page | None:
+    """The page of a record that is dropped without a look at its content, or has no HTML."""
+    if record.skipped:
+        return Page(rejected_by=f"warc.{record.skipped}")
+    if blocked := _blocked(record.url, plan):
+        return blocked
     signal = in_headers(record.headers)
     if signal and plan.opt_out.reject:
         return Page(rejected_by="opt_out.reject", opt_out=signal)
     if record.kind == "text":
         return Page(text=record.payload.decode("utf-8", "replace").replace("\0", ""))
-    content_type = record.headers.get("content-type", "")
-    page = _child(plan).result((record.payload, content_type, record.url or ""))
-    if isinstance(page, Loss):
-        page = Page(**rejection_columns(*page.rejection("extract")))
-    return Page(**page._asdict() | {"opt_out": page.opt_out or signal})
+    return None
+
+
+def _extracted(result: Page | Loss, record: Record) -> Page:
+    if isinstance(result, Loss):
+        result = Page(**rejection_columns(*result.rejection("extract")))
+    return result._replace(opt_out=result.opt_out or in_headers(record.headers))
 
 
 def _measured_row(row: Row, page: Page, plan: ExtractPlan) -> Row:

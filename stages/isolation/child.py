@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -67,24 +67,46 @@ class Child:
         self._served = 0
 
     def result(self, item: Any) -> Any:
-        """The result of an item, or its Loss. No document makes it raise.
+        """The result of an item, or its Loss: see `results`."""
+        return self.results([item])[0]
 
+    def results(self, items: Iterable[Any]) -> list[Any]:
+        """The result of each item, or its Loss. No document makes it raise, or costs another one.
+
+        Cheaper than one by one: parent and child find less in the caches when they take turns.
         RuntimeError if the child cannot start, or if the machine killed it.
         """
-        if self._served >= self.limits.recycle_after:
-            self.close()
-        process = self._process = self._process or self._start()
-        self._served += 1
+        pickled = [pickle.dumps(item) for item in items]
+        results: list[Any] = []
+        while len(results) < len(pickled):
+            if self._served >= self.limits.recycle_after:
+                self.close()
+            process = self._process = self._process or self._start()
+            left = self.limits.recycle_after - self._served
+            results += self._next_results(pickled[len(results) :][:left], process)
+        return results
+
+    def _next_results(
+        self, items: Sequence[bytes], process: "subprocess.Popen[bytes]"
+    ) -> list[Any]:
+        """The results of the first items: of all, or up to the first that ends the child."""
+        results: list[Any] = []
         try:
-            self._pipe.send_bytes(pickle.dumps(item))
-            result, cpu_seconds = pickle.loads(self._pipe.recv_bytes())
+            # the child reads all before it answers, or both could wait for the other to read
+            self._pipe.send_bytes(pickle.dumps(len(items)))
+            for item in items:
+                self._pipe.send_bytes(item)
+            for _ in items:
+                result, cpu_seconds = pickle.loads(self._pipe.recv_bytes())
+                self.cpu_seconds += cpu_seconds
+                results.append(pickle.loads(result))
+                self._served += 1
         except (EOFError, OSError):
-            return self._loss(process)
+            results.append(self._loss(process))
         except BaseException:
             self.close()  # otherwise the next item would get this one's result
             raise
-        self.cpu_seconds += cpu_seconds
-        return pickle.loads(result)
+        return results
 
     def close(self) -> None:
         """End the child; the next document starts another."""
@@ -159,15 +181,16 @@ def serve(pipe: Connection) -> None:
     pipe.send_bytes(b"")
     before = 0.0
     while True:
-        item = pipe.recv_bytes()
-        signal.setitimer(signal.ITIMER_PROF, limits.seconds)
-        signal.setitimer(signal.ITIMER_REAL, limits.seconds * WALL_FACTOR)
-        result = _result(work, item, limits)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        now = time.process_time()
-        pipe.send_bytes(pickle.dumps((result, now - before)))
-        before = now
+        items = [pipe.recv_bytes() for _ in range(pickle.loads(pipe.recv_bytes()))]
+        for item in items:
+            signal.setitimer(signal.ITIMER_PROF, limits.seconds)
+            signal.setitimer(signal.ITIMER_REAL, limits.seconds * WALL_FACTOR)
+            result = _result(work, item, limits)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            now = time.process_time()
+            pipe.send_bytes(pickle.dumps((result, now - before)))
+            before = now
 
 
 def _limit_memory(more: int) -> None:

@@ -28,10 +28,30 @@ def test_a_hostile_document_is_lost_alone(child, kind, reason):
         assert loss.rejection("refine") == (f"refine.{reason}", loss.value, (0.0, loss.limit))
 
 
+def test_of_documents_that_pass_together_each_is_lost_alone(child):
+    texts = [text for kind in LOSSES for text in ("one", f"{kind} it")]
+    results = child.results([*texts, "two"])
+    assert results[::2] == ["ONE"] * len(LOSSES) + ["TWO"]
+    assert [loss.reason for loss in results[1::2]] == list(LOSSES.values())
+    assert child.results([]) == []
+
+
+def test_large_documents_pass_together(child):
+    texts = [letter * 10**6 for letter in "abc"]
+    assert child.results(texts) == [text.upper() for text in texts]
+
+
+def test_a_child_is_replaced_amid_documents_that_pass_together():
+    child = Child(make_hostile, "plan", LIMITS._replace(recycle_after=2))
+    assert child.results(["a", "b", "c"]) == ["A", "B", "C"]
+    assert child._served == 1
+    child.close()
+
+
 def test_the_time_of_lost_documents_counts(child):
     before = child.cpu_seconds
     child.result("hang")
-    assert child.cpu_seconds - before >= LIMITS.seconds
+    assert child.cpu_seconds >= before + LIMITS.seconds
 
 
 def test_a_child_that_cannot_load_its_models_is_an_error_with_its_reason():

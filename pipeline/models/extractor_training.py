@@ -46,7 +46,10 @@ Shares = NDArray[np.float64]
 
 
 class LabeledPage(NamedTuple):
-    """A page, and the share of each block's words that its gold text has. `fold` is its host's."""
+    """A page, and the share of each block's words that its gold text has.
+
+    `fold` is its host's, `source` the file of the gold text.
+    """
 
     url: str
     fold: int
@@ -55,14 +58,18 @@ class LabeledPage(NamedTuple):
     gold: str
     kind: str
     weight: float
+    source: str
 
 
-def label(url: str, html: str, gold: str, *, kind: str = "", weight: float = 1.0) -> LabeledPage:
+def label(
+    url: str, html: str, gold: str, *, kind: str = "", weight: float = 1.0, source: str = ""
+) -> LabeledPage:
     """A page to train on, from its HTML and its main text."""
     page = walk(html)
     host = (host_of(url) or "").removeprefix("www.")
     fold = int(digest(host), 16) % FOLDS
-    return LabeledPage(url, fold, page, np.array(gold_shares(page.texts, gold)), gold, kind, weight)
+    shares = np.array(gold_shares(page.texts, gold))
+    return LabeledPage(url, fold, page, shares, gold, kind, weight, source)
 
 
 def fit(pages: Sequence[LabeledPage]) -> ExtractorModel:

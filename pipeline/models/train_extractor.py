@@ -51,9 +51,9 @@ def train_extractor(options: ExtractorOptions) -> dict[str, Any]:
     with replacing(options.output, sources=[*warcs, *options.gold]) as (temporary,):
         gold = _read_gold(options.gold, weights)
         warc_entries = [_read_pages(path, gold) for path in warcs]
-        pages = [row.page for row in gold.rows.values() if row.page is not None]
+        pages = [row.page for row in gold.rows if row.page is not None]
         _check_pages(pages, gold, options)
-        measured = _measured(pages, gold, options) if options.cross_validate else {}
+        measured = _measured(pages, options) if options.cross_validate else {}
         model = fit(pages)
         if not _num_nodes(model):
             raise ValueError(f"{len(pages)} pages are too few: no tree learned anything of them")
@@ -135,7 +135,8 @@ class _GoldRow:
     def add(self, url: str, html: str, *, source: str) -> None:
         """Label the page. ValueError if there was another one."""
         if self.page is None:
-            self.page = label(url, html, self.text, kind=self.kind, weight=self.weight)
+            path = str(self.file.path)
+            self.page = label(url, html, self.text, kind=self.kind, weight=self.weight, source=path)
             self.html = hash(html)
             self.file.with_page += 1
         elif self.html != hash(html):
@@ -146,10 +147,11 @@ class _GoldRow:
 
 
 class _Gold(NamedTuple):
-    """Gold texts by URL, in order of files and rows; `textless` are URLs without main text."""
+    """Gold texts in order of files and rows; `textless` are URLs without main text."""
 
     files: list[_GoldFile]
-    rows: dict[str, _GoldRow]
+    rows: list[_GoldRow]
+    by_url: dict[str, _GoldRow]
     textless: set[str]
 
 
@@ -180,7 +182,7 @@ def _positive(value: Any) -> float | None:
 
 
 def _read_gold(paths: Sequence[Path], weights: Mapping[Path, float]) -> _Gold:
-    gold = _Gold([], {}, set())
+    gold = _Gold([], [], {}, set())
     for path in paths:
         file = _GoldFile(path, weights.get(path, 1.0))
         gold.files.append(file)
@@ -191,15 +193,15 @@ def _read_gold(paths: Sequence[Path], weights: Mapping[Path, float]) -> _Gold:
 
 
 def _add_row(gold: _Gold, file: _GoldFile, source: str, place: str, row: dict[str, Any]) -> None:
-    url = clean_url(_string(row, "url", source))
-    if not url:
-        raise ValueError(f"{source}: no url, only {sorted(row)}")
-    if (first := gold.rows.get(url)) is not None:
+    url, html = clean_url(_string(row, "url", source)), _string(row, "html", source)
+    if not url and not html:
+        raise ValueError(f"{source}: neither url nor html, only {sorted(row)}")
+    if (first := gold.by_url.get(url)) is not None:
         raise ValueError(
             f"{source}: a second text of {url}; the first one is in {first.file.path}, "
             f"{first.place}; remove one of them"
         )
-    text, html = _string(row, "main_content", source), _string(row, "html", source)
+    text = _string(row, "main_content", source)
     own_weight = row.get("weight")
     weight = 1.0 if own_weight is None else _positive(own_weight)
     if weight is None:
@@ -209,7 +211,9 @@ def _add_row(gold: _Gold, file: _GoldFile, source: str, place: str, row: dict[st
         gold.textless.add(url)
         return
     added = _GoldRow(file, place, text, _string(row, "page_type", source), weight * file.weight)
-    gold.rows[url] = added
+    gold.rows.append(added)
+    if url:
+        gold.by_url[url] = added
     file.licenses.update(filter(None, [_string(row, "license", source)]))
     if html:
         added.add(url, html, source=source)
@@ -241,7 +245,7 @@ def _read_pages(path: Path, gold: _Gold) -> dict[str, Any]:
         if record.kind != "html" or record.skipped is not None:
             continue
         counts["pages"] += 1
-        if (row := gold.rows.get(record.url)) is not None:
+        if (row := gold.by_url.get(record.url)) is not None:
             html = decode_html(record.payload, record.headers.get("content-type", "")).text
             row.add(record.url, html, source=f"source {path}")
         else:
@@ -282,18 +286,16 @@ def _sizes(pages: Sequence[LabeledPage]) -> dict[str, int]:
     }
 
 
-def _measured(
-    pages: Sequence[LabeledPage], gold: _Gold, options: ExtractorOptions
-) -> dict[str, Any]:
+def _measured(pages: Sequence[LabeledPage], options: ExtractorOptions) -> dict[str, Any]:
     results = list(cross_validate(pages))
-    found: dict[str, Any] = {"cross_validation": _figures(results, gold)}
+    found: dict[str, Any] = {"cross_validation": _figures(results)}
     if options.learning_curve:
         curve = [_point(pages, share, cross_validate(pages, share=share)) for share in CURVE]
         found["learning_curve"] = [*curve, _point(pages, 1.0, results)]
     return found
 
 
-def _figures(results: Sequence[Result], gold: _Gold) -> dict[str, Any]:
+def _figures(results: Sequence[Result]) -> dict[str, Any]:
     """Figures on pages of hosts that the model has not seen; F1 is that of words, in [0, 1]."""
     expected = np.array([result.expected_f1 for result in results])
     f1 = np.array([result.f1 for result in results])
@@ -303,7 +305,7 @@ def _figures(results: Sequence[Result], gold: _Gold) -> dict[str, Any]:
         "pages": len(results),
         "f1": _mean(f1),
         "by_page_type": _by(results, lambda page: page.kind or "none"),
-        "by_gold": _by(results, lambda page: str(gold.rows[page.url].file.path)),
+        "by_gold": _by(results, lambda page: page.source),
         "confidence": {
             "at_least": SURE,
             "share": _mean(sure),

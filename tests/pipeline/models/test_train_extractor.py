@@ -188,10 +188,11 @@ def test_card_counts_what_was_left_out(folder: Path) -> None:
         {"url": PAGES[20]["url"], "main_content": " \n"},
         {"url": "https://gone.example/", "main_content": "Some text.", "license": "CC0-1.0"},
     ]
+    rows.append({"url": None, "html": PAGES[23]["html"], "main_content": "Some text."})
     write_gold("some.jsonl", rows)
     card = train("some.jsonl", pages=["pages.warc.gz"])
     [gold], [warc] = card["gold"], card["pages"]
-    counts = {"rows": 23, "without_text": 2, "without_page": 1, "pages": 20}
+    counts = {"rows": 24, "without_text": 2, "without_page": 1, "pages": 21}
     assert gold.items() >= (counts | {"weight": 1.0, "licenses": {"CC0-1.0": 1}}).items()
     assert warc.items() >= {"pages": NUM_PAGES, "without_gold": 3, "without_text": 1}.items()
     assert gold["sha256"] == hashlib.sha256(Path("some.jsonl").read_bytes()).hexdigest()
@@ -211,8 +212,7 @@ def test_figures_are_means_of_groups() -> None:
         return Result(blank, f1, expected)
 
     results = [result(0.9, 0.95), result(0.8, 0.7), result(0.3, 0.5), result(0.1, 0.5)]
-    row = module._GoldRow(module._GoldFile(Path("g"), 1.0), "line 1", "x", "forum", 1.0)
-    figures = module._figures(results, module._Gold([], {"https://a.example/": row}, set()))
+    figures = module._figures(results)
     assert figures["f1"] == 0.525
     assert figures["by_page_type"] == {"forum": {"pages": 4, "f1": 0.525}}
     assert figures["confidence"] == {"at_least": 0.7, "share": 0.5, "f1": 0.85, "f1_of_others": 0.2}
@@ -251,7 +251,7 @@ ROW = {"url": "https://a.example/", "main_content": "Some text."}
     "rows, message",
     [
         (["no object"], "bad.jsonl, line 1: not a JSON object but str"),
-        ([{"main_content": "x"}], r"bad.jsonl, line 1: no url, only \['main_content'\]"),
+        ([{"main_content": "x"}], r"line 1: neither url nor html, only \['main_content'\]"),
         ([ROW | {"url": 7}], "line 1: url is int, not a text"),
         ([ROW | {"main_content": ["x"]}], "line 1: main_content is list, not a text"),
         ([ROW | {"weight": 0}], "line 1: weight = 0: must be a number above 0"),

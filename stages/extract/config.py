@@ -73,7 +73,7 @@ class ExtractConfig:
     rejected by it. Markdown is measured without its marks.
     """
 
-    engine: Literal["blocks", "trafilatura", "resiliparse"] = "trafilatura"
+    engine: Literal["blocks", "trafilatura", "resiliparse"] = "blocks"
     model: File = ""
     format: Literal["text", "markdown"] = "text"
     rules_see_code: bool = True

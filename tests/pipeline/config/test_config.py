@@ -89,7 +89,7 @@ def config(tmp_path):
         ),
         ('[pack]\nhashes = ["md5", "md5"]\n', r"c\.toml:6: pack.hashes = .*unique names"),
         (
-            '[extract]\nformat = "markdown"\n',
+            '[extract]\nengine = "trafilatura"\nformat = "markdown"\n',
             r"extract.*: format = 'markdown' needs engine = 'blocks'; trafilatura writes plain text",
         ),
         ("[extract]\nconfidence = [0.9, 0.2]\n", r"extract.confidence.*low must not exceed"),
@@ -419,11 +419,12 @@ def test_of_a_run_in_one_language_its_documents_are_all_documents(config, tmp_pa
 
 
 def test_a_table_of_other_texts_is_refused(config, tmp_path):
-    with_texts = percentiles.parse(table(config(""), c4__sentence_count={"": UP}))
-    with_texts.made_with["texts"] = texts_made_with(config(""))
+    engine = '[extract]\nengine = "trafilatura"\n'
+    with_texts = percentiles.parse(table(config(engine), c4__sentence_count={"": UP}))
+    with_texts.made_with["texts"] = texts_made_with(config(engine))
     (tmp_path / "cal.json").write_bytes(percentiles.dump(with_texts))
     bounds = ['c4.sentence_count=["p5", "p60"]', f"run.calibration={tmp_path}/cal.json"]
-    assert config("", *bounds, "extract.timeout_seconds=20").named("c4").of(
+    assert config(engine, *bounds, "extract.timeout_seconds=20").named("c4").of(
         "en"
     ).sentence_count == (50, 600)
     for override in (
@@ -434,7 +435,7 @@ def test_a_table_of_other_texts_is_refused(config, tmp_path):
         with pytest.raises(
             ConfigError, match=r"measured on texts of another extract.engine .* or dedup.line_level"
         ):
-            config("", *bounds, override)
+            config(engine, *bounds, override)
 
 
 def test_a_language_s_section_of_a_filter_that_no_stage_names_is_not_shown(config):

@@ -151,6 +151,7 @@ def test_tidy_keeps_indentation():
 def test_short_placeholder_and_repeated_texts_are_dropped():
     text = "The river rises in the mountains and flows west. " * 12
     texts = [text, "short", "Lorem ipsum. " + text, text.upper(), text + "more", "x" + text]
-    rows = [{"main_content": text} for text in texts]
+    rows = [{"url": f"https://a.example/{i}", "main_content": t} for i, t in enumerate(texts)]
+    rows.append({"url": "https://a.example/0", "main_content": "Another text. " * 50})
     kept = [row["main_content"] for row in keep_distinct(rows)]
     assert kept == [text, text.upper(), "x" + text]

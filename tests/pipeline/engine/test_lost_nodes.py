@@ -54,7 +54,8 @@ def test_lost_nodes_do_not_quarantine_a_unit(tmp_path):
         text=True,
         timeout=600,
     )
-    assert ended.returncode == 0, ended.stderr
+    # the exit code is not ours: Ray ends a driver with 1 if its raylet is gone before it
+    assert (tmp_path / "error.json").exists(), ended.stderr
     assert json.loads((tmp_path / "error.json").read_text()) is None
     assert len(list(tmp_path.glob("start-*"))) == LOST + 1
     store = Store(str(tmp_path))

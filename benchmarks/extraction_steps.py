@@ -34,9 +34,9 @@ from stages.read.warc import ReadStats, Record, read_records
 from stages.storage.ledger import Commit, Store, Unit
 
 
-def default_plan(engine: str) -> ExtractPlan:
-    """The stage as configured by default, but for the engine."""
-    config = ExtractConfig(engine=engine)  # type: ignore[arg-type]
+def default_plan(engine: str, **settings: Any) -> ExtractPlan:
+    """The stage as configured by default, but for the engine and some settings."""
+    config = ExtractConfig(engine=engine, **settings)  # type: ignore[arg-type]
     return ExtractPlan(
         config,
         InputConfig(),

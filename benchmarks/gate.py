@@ -14,38 +14,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from filters import filter_class
-from filters.language import Language
-from filters.license import License
-from filters.opt_out import OptOut
-from filters.url_policy import UrlPolicy
-from stages.dedup.config import DedupConfig
-from stages.extract.config import ExtractConfig, Gate
-from stages.extract.extract import ExtractPlan, ExtractTask, extract_unit
-from stages.formats.document import NamedFilter
-from stages.read.fetch import FetchOptions
+from benchmarks.extraction_steps import default_plan
+from stages.extract.config import Gate
+from stages.extract.extract import ExtractTask, extract_unit
 from stages.read.listing import fingerprint
-from stages.read.records import InputConfig
 from stages.storage.ledger import Store, Unit
 
 
 def verdicts(warc: Path, engine: str, *, gate: bool) -> dict[int, str | None]:
     """The rule that drops each page, None for a kept one."""
-    config = ExtractConfig(engine=engine, gate=Gate(enabled=gate))  # type: ignore[arg-type]
-    chain = tuple(NamedFilter(name, filter_class(name)()) for name in config.filters)
-    signature = DedupConfig().signature
-    plan = ExtractPlan(
-        config,
-        InputConfig(),
-        FetchOptions(),
-        UrlPolicy(),
-        OptOut(),
-        NamedFilter("language", Language()),
-        License(),
-        chain,
-        signature,
-        0,
-    )
+    plan = default_plan(engine, gate=Gate(enabled=gate))
     with tempfile.TemporaryDirectory() as folder:
         extract_unit(
             Unit("0", fingerprint(str(warc)), ExtractTask(str(warc), 0)),

@@ -244,7 +244,7 @@ def test_quickstart_is_estimated_and_its_report_compares(tmp_path):
         for u in ("core-seconds", "bytes")
     } | {"tokens"}
     # how near the seconds are depends on what else the machine does: see benchmarks.estimate
-    # few pages are drawn: of 56,453 tokens, checkouts in five folders gave 54,000 to 93,000
+    # few pages are drawn, by the path of the file: in five folders 54,000 to 93,000 of 56,453 tokens
     assert compared["tokens"].expected["value"] == pytest.approx(compared["tokens"].real, rel=0.8)
     # of ten small parts as they are: twice and three times as many
     sizes = {

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from pipeline.config.sections import Config
+    from pipeline.engine.units import RunUnits
 
 
 class _Commands(TyperGroup):
@@ -82,6 +83,13 @@ Address = Annotated[
     str | None,
     Option(help="Ray cluster to use (default: $RAY_ADDRESS, or else this machine)"),
 ]
+Dashboard = Annotated[
+    bool,
+    Option(
+        "--dashboard",
+        help="print the URL of Ray's dashboard, which is started on this machine (extra 'cluster')",
+    ),
+]
 LogAs = Annotated[
     Log,
     Option(
@@ -107,6 +115,20 @@ def load_config(
     from pipeline.config.load import load
 
     return load(file, overrides or [], calibrated=calibrated)
+
+
+def ray_units(address: str | None, dashboard: bool) -> "RunUnits":
+    """Runs units on Ray; prints the URL of its dashboard, if asked, when Ray starts."""
+    from pipeline.engine.ray_plan import on_ray
+
+    return on_ray(address, show_dashboard=_print_dashboard if dashboard else None)
+
+
+def _print_dashboard(url: str) -> None:
+    where = (
+        f"{url} (it asks for what `ray get-auth-token` prints)" if url else "this cluster has none"
+    )
+    err.print(Text.assemble(("dashboard", "bold"), f" {where}"))
 
 
 @contextmanager

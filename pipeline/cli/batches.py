@@ -13,6 +13,7 @@ from pipeline.cli import (
     Address,
     AsJson,
     ConfigFile,
+    Dashboard,
     Log,
     LogAs,
     NewLineage,
@@ -26,6 +27,7 @@ from pipeline.cli import (
     print_json,
     print_table,
     print_template,
+    ray_units,
     user_errors,
     warn,
 )
@@ -35,6 +37,7 @@ from stages.formats.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.config.sections import Config
+    from pipeline.engine.units import RunUnits
 
 command = partial(app.command, rich_help_panel="Batches and operations")
 
@@ -47,13 +50,15 @@ def batch(
         int | None, Option(help="number of inputs, instead of the controller's", min=0)
     ] = None,
     address: Address = None,
+    dashboard: Dashboard = False,
     log: LogAs = "bars",
     as_json: AsJson = False,
 ) -> None:
     """Publish the next generation of a series, sized for its trainers; or finish the batch that has
     begun.
     """
-    _run_batch(load_config(config, overrides), inputs, address, log, as_json)
+    run_units = ray_units(address, dashboard)
+    _run_batch(load_config(config, overrides), inputs, run_units, log, as_json)
 
 
 @command()
@@ -62,6 +67,7 @@ def schedule(
     overrides: Overrides = None,
     every: Annotated[str, Option(help="time from one batch to the next, as 30m, 6h or 1d")] = "6h",
     address: Address = None,
+    dashboard: Dashboard = False,
     log: LogAs = "bars",
 ) -> None:
     """Repeat `gristmill batch` until this process ends; a failed batch is finished next time."""
@@ -71,11 +77,12 @@ def schedule(
     horizon = load_config(config, overrides).schedule.horizon_hours
     if horizon * 3600 <= pause:
         warn(f"schedule.horizon_hours = {horizon:g} is no longer than --every {every}")
+    run_units = ray_units(address, dashboard)
     while True:
         began = time.monotonic()
         try:
             with user_errors():
-                _run_batch(load_config(config, overrides), None, address, log, False)
+                _run_batch(load_config(config, overrides), None, run_units, log, False)
         except Exit as exit:  # already reported; the next batch resumes what is committed
             if exit.exit_code == INTERRUPTED:
                 raise
@@ -83,14 +90,13 @@ def schedule(
 
 
 def _run_batch(
-    settings: "Config", inputs: int | None, address: str | None, log: Log, as_json: bool
+    settings: "Config", inputs: int | None, run_units: "RunUnits", log: Log, as_json: bool
 ) -> None:
     from pipeline.batches.batch import run_batch
     from pipeline.cli.progress import open_progress
-    from pipeline.engine.ray_plan import on_ray
 
     with open_progress(settings, log) as progress:
-        result = run_batch(settings, progress, on_ray(address), inputs=inputs)
+        result = run_batch(settings, progress, run_units, inputs=inputs)
     if as_json:
         d = result.decision
         decision = d and {"state": d.state, "inputs": d.inputs, "reasons": d.reasons}
@@ -152,6 +158,7 @@ def retry(
         ),
     ] = None,
     address: Address = None,
+    dashboard: Dashboard = False,
     new_lineage: NewLineage = False,
     log: LogAs = "bars",
     as_json: AsJson = False,
@@ -172,10 +179,16 @@ def retry(
     forgotten = forget_failures(root, [name for name in names or [] if "=" not in name])
     err.print(f"{len(forgotten)} failures forgotten")
     if series:
-        _run_batch(settings, None, address, log, as_json)
+        _run_batch(settings, None, ray_units(address, dashboard), log, as_json)
     else:
         run_command(
-            config, overrides, address=address, new_lineage=new_lineage, log=log, as_json=as_json
+            config,
+            overrides,
+            address=address,
+            dashboard=dashboard,
+            new_lineage=new_lineage,
+            log=log,
+            as_json=as_json,
         )
 
 
@@ -192,6 +205,7 @@ def estimate(
         int, Option(help="cores of each; 0: as many as this machine has", min=0)
     ] = 0,
     address: Address = None,
+    dashboard: Dashboard = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate core-seconds, wall time, bytes, cost and tokens of a run from a sample of its input.
@@ -199,7 +213,6 @@ def estimate(
     Publishes nothing. Writes RUN/estimate.json, which the report compares with the run.
     """
     from pipeline.cli.progress import open_progress
-    from pipeline.engine.ray_plan import on_ray
     from pipeline.study.estimate import estimate as measure
     from pipeline.study.estimate import table_rows, with_interval
     from pipeline.study.input_sample import parse_share
@@ -208,7 +221,7 @@ def estimate(
     share, price = parse_share(sample), price_per_core_hour
     cores = nodes * (cores_per_node or os.cpu_count() or 1)
     with open_progress(settings) as progress:
-        run_units = on_ray(address)
+        run_units = ray_units(address, dashboard)
         result = measure(settings, progress, run_units, share=share, price=price, cores=cores)
     if as_json:
         print_json(result)

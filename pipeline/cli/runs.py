@@ -12,6 +12,7 @@ from pipeline.cli import (
     Address,
     AsJson,
     ConfigFile,
+    Dashboard,
     LogAs,
     NewLineage,
     Overrides,
@@ -23,6 +24,7 @@ from pipeline.cli import (
     out,
     print_json,
     print_table,
+    ray_units,
     warn,
 )
 from stages.formats.errors import ConfigError
@@ -50,6 +52,7 @@ def run(
         bool, Option("--dry-run", help="print what would be done, and stop")
     ] = False,
     address: Address = None,
+    dashboard: Dashboard = False,
     new_lineage: NewLineage = False,
     log: LogAs = "bars",
     as_json: AsJson = False,
@@ -60,7 +63,6 @@ def run(
     published: trainers read the newest. Exit 1 if nothing was published.
     """
     from pipeline.cli.progress import open_progress
-    from pipeline.engine.ray_plan import on_ray
     from pipeline.run.execute import execute, plan
     from pipeline.study.calibrate import changed_since
 
@@ -77,7 +79,12 @@ def run(
         )
     with open_progress(settings, log) as progress:
         outcome = execute(
-            settings, progress, on_ray(address), only=only, first=first, new_lineage=new_lineage
+            settings,
+            progress,
+            ray_units(address, dashboard),
+            only=only,
+            first=first,
+            new_lineage=new_lineage,
         )
     _print_outcome(settings.run.directory, outcome, as_json)
     if only in (None, "pack") and outcome.published is None:
@@ -177,6 +184,7 @@ def calibrate(
         int, Option(help="number of documents to measure, approximately", min=100)
     ] = 5000,
     address: Address = None,
+    dashboard: Dashboard = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a sample of the run's own documents, so that bounds can be percentiles:
@@ -188,13 +196,12 @@ def calibrate(
     from pipeline.cli.progress import open_progress
     from pipeline.config.percentiles import CALIBRATED
     from pipeline.config.show import by_key, show
-    from pipeline.engine.ray_plan import on_ray
     from pipeline.study.calibrate import SHOWN, write_plot
     from pipeline.study.calibrate import calibrate as measure
 
     uncalibrated = load_config(config, overrides, calibrated=False)
     with open_progress(uncalibrated) as progress:
-        measured = measure(uncalibrated, progress, on_ray(address), sample=sample)
+        measured = measure(uncalibrated, progress, ray_units(address, dashboard), sample=sample)
     for language, count in measured.few.items():
         warn(
             f"{count} documents of language '{language}': too few for percentiles of its own, "
@@ -255,13 +262,13 @@ def dedup(
         Option("--set", help="section.key=value, e.g. dedup.num_bands=26", metavar="KEY=VALUE"),
     ] = None,
     address: Address = None,
+    dashboard: Dashboard = False,
     as_json: AsJson = False,
 ) -> None:
     """Find near-duplicates in JSONL or Parquet files: writes keep.parquet with id, cluster_id,
     cluster_size, keep.
     """
     from pipeline.cli.progress import open_progress
-    from pipeline.engine.ray_plan import on_ray
     from pipeline.report.report import write_report
     from pipeline.run.dedup_command import configure, dedup_files
 
@@ -276,7 +283,7 @@ def dedup(
         overrides=settings or [],
     )
     with open_progress(config) as progress:
-        result = dedup_files(config, progress, on_ray(address))
+        result = dedup_files(config, progress, ray_units(address, dashboard))
     page = write_report(config.run.directory)
     if as_json:
         print_json(result._asdict() | {"report": page})

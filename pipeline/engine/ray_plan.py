@@ -6,7 +6,7 @@ between units.
 """
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,23 +20,25 @@ from stages.storage.ledger import Unit
 MAX_BLOCKS = 10_000
 
 
-def on_ray(address: str | None = None) -> RunUnits:
+def on_ray(
+    address: str | None = None, *, show_dashboard: Callable[[str], None] | None = None
+) -> RunUnits:
     """Run units on a cluster, or on this machine, each phase as one Ray Data operator.
 
-    Ray starts with the first unit.
+    Ray starts with the first unit, and then gives `show_dashboard` the URL of its dashboard.
     """
 
-    return partial(_run_plan, address)
+    return partial(_run_plan, partial(start, address, show_dashboard=show_dashboard))
 
 
 def _run_plan(
-    address: str | None,
+    connect: Callable[[], None],
     name: str,
     work: PhaseWork,
     units: Sequence[Unit],
     resources: Resources,
 ) -> Iterator[UnitOutcome]:
-    start(address)
+    connect()
     import ray.data
 
     blocks = min(len(units), MAX_BLOCKS)

@@ -1,5 +1,5 @@
-"""The quickstart on a cluster of three nodes, submitted to its head, one node killed in its midst:
-the bytes of one machine.
+"""The quickstart submitted to a cluster, its driver on a worker node: a lost node costs nothing, the
+loss of the driver's ends the job, and the same submission goes on to the bytes of one machine.
 """
 
 import json
@@ -27,25 +27,31 @@ pytest.importorskip("ray")
 import psutil
 
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
-# A head that works on nothing, two workers of one processor each; ends with its input. The usual
-# ports may be those of another Ray; folders of their own, as each machine has one, are where nodes
-# unpack what a job was sent with.
+# A head that works on nothing, three workers of two processors each, all fit for a driver; ends with
+# its input. The usual ports may be those of another Ray; folders of their own, as each machine
+# has one, are where nodes unpack what a job was sent with.
 CLUSTER = """
 import json, sys
+from pathlib import Path
 from ray.cluster_utils import Cluster
 ports = dict(zip(("dashboard_port", "dashboard_agent_listen_port"), map(int, sys.argv[1:3])))
 head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", **ports}
 cluster = Cluster(initialize_head=True, head_node_args=head)
-nodes = [cluster.add_node(num_cpus=1, temp_dir=folder) for folder in sys.argv[3:]]
+worker = {"num_cpus": 2, "resources": {"driver": 1}}
+nodes = [cluster.add_node(**worker, temp_dir=folder) for folder in sys.argv[3:]]
+for folder in sys.argv[3:]:  # as `ray start` does, and where a job that starts there looks
+    Path(folder, "ray_current_cluster").write_text(cluster.address)
 cluster.wait_for_nodes()
 print(json.dumps([node.all_processes["raylet"][0].process.pid for node in nodes]), flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
+ON_A_PROCESSOR = ["--entrypoint-num-cpus", "1"]
+ON_A_DRIVER_NODE = ["--entrypoint-resources", '{"driver": 1}']
 
 
 def end(process: subprocess.Popen) -> None:
-    """Close its input, and wait; not for ever."""
+    """Close its input, and wait; not forever."""
     try:
         process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
@@ -54,7 +60,7 @@ def end(process: subprocess.Popen) -> None:
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A cluster with a job server: the process ids of its two workers' raylets, and the environment
+    """A cluster with a job server: the processes of its three workers' raylets, and the environment
     that leads to it.
     """
     pytest.importorskip("aiohttp_cors", reason="the job server comes with the cluster extra")
@@ -76,7 +82,7 @@ def cluster(tmp_path):
     )
     with ExitStack() as held:
         # paths of sockets have 107 characters
-        folders = [held.enter_context(TemporaryDirectory(dir="/tmp")) for _ in range(2)]
+        folders = [held.enter_context(TemporaryDirectory(dir="/tmp")) for _ in range(3)]
         command = [sys.executable, "-c", CLUSTER, *map(str, ports), *folders]
         log = held.enter_context((tmp_path / "cluster.log").open("w"))
         process = subprocess.Popen(
@@ -88,16 +94,22 @@ def cluster(tmp_path):
         yield [psutil.Process(pid) for pid in json.loads(line)], env
 
 
-def working(raylet, what: str) -> bool:
-    """Whether a worker of the node is at work on a unit of a phase: Ray names processes after their
-    task.
-    """
+def processes(raylet, pattern: str) -> list[str]:
+    """Commands of a node's processes that begin like `pattern`."""
     with suppress(psutil.NoSuchProcess):
-        return any(
-            re.match(f"ray::.*{what}", " ".join(p.cmdline()))
-            for p in raylet.children(recursive=True)
-        )
-    return False
+        commands = [" ".join(p.cmdline()) for p in raylet.children(recursive=True)]
+        return [command for command in commands if re.match(pattern, command)]
+    return []
+
+
+def drives(raylet) -> bool:
+    """Whether the job's command runs on the node."""
+    return bool(processes(raylet, r"\S*sh -c gristmill run "))
+
+
+def works(raylet) -> bool:
+    """Whether a worker of the node extracts: Ray names processes after their task."""
+    return bool(processes(raylet, "ray::.*extract"))
 
 
 def kill_node(raylet) -> None:
@@ -107,44 +119,80 @@ def kill_node(raylet) -> None:
             process.kill()
 
 
-def test_a_submitted_quickstart_outlives_a_node_and_has_the_bytes_of_one_machine(cluster, tmp_path):
-    raylets, env = cluster
+class Jobs:
+    """The commands of `ray job`, for one run."""
 
-    run = ["gristmill", "run", "configs/quickstart.toml", f"run.directory={tmp_path}/cluster"]
-    submission = ["--submission-id", "quickstart-1", "--working-dir", ".", "--no-wait", "--", *run]
+    def __init__(self, env, folder: Path):
+        self.env, self.folder = env, folder
 
-    def job(*words):
-        told = subprocess.run(
-            ["ray", "job", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    def call(self, *words: str) -> tuple[int, str]:
+        """Exit code, and what was printed."""
+        words = ("ray", "job", *words)
+        done = subprocess.run(
+            words, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=300
         )
-        return told.returncode, told.stdout + told.stderr
+        return done.returncode, done.stdout + done.stderr
 
-    code, said = job("submit", *submission)
+    def submit(self, name: str, *driver: str) -> tuple[int, str]:
+        """Start the run under a submission id; `driver`: options that say where its driver runs."""
+        run = ["gristmill", "run", str(QUICKSTART.relative_to(ROOT))]
+        run += [f"run.directory={self.folder}/cluster", "extract.parallelism=2"]
+        options = ["--submission-id", name, "--working-dir", ".", *driver, "--no-wait"]
+        return self.call("submit", *options, "--", *run)
+
+    def follow(self, name: str, log: Path) -> subprocess.Popen:
+        """Write the output of a job to `log`, until it ends."""
+        with log.open("w") as stream:
+            command = ["ray", "job", "logs", name, "--follow"]
+            return subprocess.Popen(command, env=self.env, stdout=stream, stderr=stream)
+
+    def wait(self, name: str) -> str:
+        """What is said of a job that has ended."""
+        until = time.monotonic() + 1200
+        while time.monotonic() < until:
+            _, status = self.call("status", name)
+            if re.search("succeeded|failed|stopped", status):
+                return status
+            time.sleep(1)
+        raise TimeoutError(status)
+
+
+def test_a_submitted_quickstart_outlives_nodes_and_goes_on_after_that_of_its_driver(
+    cluster, tmp_path
+):
+    raylets, env = cluster
+    jobs = Jobs(env, tmp_path)
+    code, message = jobs.submit("quickstart-1", *ON_A_PROCESSOR)
     until = time.monotonic() + 120
     # the head is up before what starts jobs on it
-    while code and "already exists" not in said and time.monotonic() < until:
-        code, said = job("submit", *submission)
-    assert code == 0 or "already exists" in said, said
+    while code and "already exists" not in message and time.monotonic() < until:
+        code, message = jobs.submit("quickstart-1", *ON_A_PROCESSOR)
+    assert code == 0 or "already exists" in message, message
     log = tmp_path / "job.log"
-    with log.open("w") as stream:
-        following = subprocess.Popen(
-            ["ray", "job", "logs", "quickstart-1", "--follow"],
-            env=env,
-            stdout=stream,
-            stderr=stream,
-        )
-    code, said = job("submit", *submission)
-    assert code == 1 and "already exists" in said
+    following = jobs.follow("quickstart-1", log)
+    code, message = jobs.submit("quickstart-1", *ON_A_PROCESSOR)
+    assert code == 1 and "already exists" in message
 
-    while not (committed(tmp_path) and working(raylets[1], "extract")):
+    while not (committed(tmp_path) and any(map(drives, raylets)) and any(map(works, raylets))):
         assert following.poll() is None, log.read_text()
         time.sleep(0.05)
-    kill_node(raylets[1])
-    assert 0 < committed(tmp_path) < 8
+    [driver] = filter(drives, raylets)
+    others = [raylet for raylet in raylets if raylet != driver]
+    lost = next(filter(works, others), others[0])
+    kill_node(lost)
+    before = committed(tmp_path)
+    while committed(tmp_path) == before < 8:
+        assert following.poll() is None, log.read_text()
+        time.sleep(0.05)
+
+    assert drives(driver)
+    kill_node(driver)
+    status = jobs.wait("quickstart-1")
+    assert "failed" in status and "its node has died" in status
+    assert jobs.submit("quickstart-2", *ON_A_DRIVER_NODE)[0] == 0
     # there is a processor free now
     execute(load(QUICKSTART, [f"run.directory={tmp_path}/local"]), Silent(), in_process)
-    following.wait(1200)
-    assert "succeeded" in job("status", "quickstart-1")[1], log.read_text()
+    assert "succeeded" in jobs.wait("quickstart-2")
     here, there = (
         bytes_of(tmp_path / name / "generations" / "gen-0001") for name in ("local", "cluster")
     )

@@ -2,6 +2,7 @@
 be had on one machine.
 """
 
+import json
 import os
 import re
 import shlex
@@ -70,6 +71,14 @@ def test_the_launchers_head_works_on_nothing_and_is_seen_by_no_one(launcher):
     assert not re.search("aws_credentials|AKIA|ssh_private_key|aws_secret", LAUNCHER.read_text())
 
 
+def test_the_launchers_driver_has_a_machine_that_stays_and_does_nothing_else(launcher):
+    node_type = launcher["available_node_types"]["driver"]
+    assert node_type["resources"] == {"CPU": 0, "driver": 1} and node_type["max_workers"] == 1
+    assert "InstanceMarketOptions" not in node_type["node_config"]
+    most = sum(each.get("max_workers", 0) for each in launcher["available_node_types"].values())
+    assert launcher["max_workers"] == most
+
+
 def test_the_launcher_starts_the_machines_that_were_meant(
     launcher, s3_server, tmp_path, monkeypatch
 ):
@@ -97,6 +106,7 @@ def test_the_launcher_starts_the_machines_that_were_meant(
         for i in started
     } == {
         ("m7i.2xlarge", None, "gristmill-head"),
+        ("m7i.large", None, "gristmill-worker"),  # for the driver
         ("m7i.8xlarge", "spot", "gristmill-worker"),
         ("p5.48xlarge", None, "gristmill-worker"),
     }
@@ -115,8 +125,8 @@ def fields(*required: str, **types: Any) -> dict[str, Any]:
 
 
 # Of KubeRay's definitions the fields that are used here, by hand: the API server drops or refuses
-# any other. Read at commits 034971d (raycronjobs.yaml) and 0057210 (reference/api.md) of
-# ray-project/kuberay; pod templates were checked by kubernetes-validate 1.37.
+# any other. Read at commits 034971d (raycronjobs.yaml), 0057210 (reference/api.md, rayjob_types.go)
+# of ray-project/kuberay; pod templates were checked by kubernetes-validate 1.37.
 TEXT, COUNT, YES_NO, POD = (
     {"type": "string"},
     {"type": "integer", "minimum": 0},
@@ -141,9 +151,11 @@ CLUSTER = fields("headGroupSpec", "rayVersion", rayVersion=TEXT, authOptions=fie
                  enableInTreeAutoscaling=YES_NO, autoscalerOptions=fields(idleTimeoutSeconds=COUNT),
                  headGroupSpec=fields("rayStartParams", "template", rayStartParams=START, template=POD),
                  workerGroupSpecs={"type": "array", "items": GROUP})  # fmt: skip
-JOB = fields("entrypoint", "rayClusterSpec", entrypoint=TEXT, backoffLimit=COUNT, shutdownAfterJobFinishes=YES_NO,
+JOB = fields("entrypoint", "rayClusterSpec", entrypoint=TEXT, entrypointNumCpus={"type": "number"}, entrypointResources=TEXT,
+             backoffLimit=COUNT, shutdownAfterJobFinishes=YES_NO,
              ttlSecondsAfterFinished=COUNT, rayClusterSpec=CLUSTER)  # fmt: skip
 CRON = fields("schedule", "jobTemplate", schedule=TEXT, timeZone=TEXT, jobTemplate=JOB)
+LABELS = {"type": "object", "additionalProperties": TEXT}
 NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 47}
 
 
@@ -160,12 +172,11 @@ def test_a_manifest_has_what_kuberay_knows(path):
         "spec",
         apiVersion={"const": "ray.io/v1"},
         kind=TEXT,
-        metadata=fields(name=NAME),
+        metadata=fields(name=NAME, labels=LABELS, annotations=LABELS),
         spec=spec,
     )
     jsonschema.validate(manifest, whole)
     cluster = job_of(manifest)["rayClusterSpec"]
-    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
         # the operator refuses others with the autoscaler that Ray 2.60 has
@@ -173,6 +184,75 @@ def test_a_manifest_has_what_kuberay_knows(path):
         for container in pod["containers"]:
             # Ray reads the limits, Kubernetes the requests: apart, nodes are overfilled
             assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
+def test_a_head_is_as_large_as_ray_says_and_no_driver_is_on_it(path):
+    """Ray's best practices for large clusters, "Configuring the head node": 8 CPUs, 32 GB, CPU: 0."""
+    job = job_of(read(path))
+    head = job["rayClusterSpec"]["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    [container] = head["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"cpu": "8", "memory": "32Gi"}
+    nodes = autoscaled_nodes(job["rayClusterSpec"])
+    wanted = json.loads(job.get("entrypointResources", "{}"))
+    wanted |= {"CPU": job.get("entrypointNumCpus", 0)}
+    assert any(wanted.values())
+    fit = [
+        name for name, each in nodes.items() if all(each.get(k, 0) >= v for k, v in wanted.items())
+    ]
+    assert fit and "headgroup" not in fit
+
+
+def autoscaled_nodes(cluster: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The resources of each group's nodes, as Ray's autoscaler reads them from KubeRay's cluster."""
+    from ray.autoscaler._private.kuberay import autoscaling_config
+
+    resource = {"metadata": {"name": "name", "namespace": "namespace"}, "spec": cluster}
+    config = autoscaling_config._derive_autoscaling_config_from_ray_cr(resource)
+    return {name: each["resources"] for name, each in config["available_node_types"].items()}
+
+
+def test_a_driver_has_a_node_that_no_unit_fits_on():
+    for name in ("curate", "batch"):
+        job = job_of(read(ROOT / f"configs/kuberay/{name}.yaml"))
+        nodes = autoscaled_nodes(job["rayClusterSpec"])
+        assert nodes["driver"] == {"CPU": 0, "memory": 8 << 30, "driver": 1}
+        assert nodes["cpu"] == {"CPU": 16, "memory": 64 << 30}
+
+
+# What Kueue's webhook for RayJobs refuses, by hand: pkg/controller/jobs/rayjob/rayjob_webhook.go at
+# commit 0394bfa and raycluster_webhook.go at 0205cda of kubernetes-sigs/kueue. That `suspend` is the
+# webhook's to set: kubernetes-sigs/kueue#8315, #8900.
+def refused_by_kueue(job: dict[str, Any], annotations: dict[str, str]) -> list[str]:
+    cluster = job.get("rayClusterSpec", {})
+    groups = cluster.get("workerGroupSpecs", [])
+    elastic = annotations.get("kueue.x-k8s.io/elastic-job") == "true"
+    rules = {
+        "an existing cluster": "clusterSelector" in job or not cluster,
+        "a cluster that stays": not job.get("shutdownAfterJobFinishes"),
+        "a cluster that grows": cluster.get("enableInTreeAutoscaling") and not elastic,
+        "more than 7 groups": len(groups) > 7,
+        "a group named head": "head" in [group["groupName"] for group in groups],
+    }
+    return [rule for rule, broken in rules.items() if broken]
+
+
+@pytest.mark.parametrize("name", ["curate", "train"])
+def test_kueue_queues_a_job_and_nothing_waits_without_kueue(name):
+    manifest = read(ROOT / f"configs/kuberay/{name}.yaml")
+    metadata = manifest["metadata"]
+    assert metadata["labels"] == {"kueue.x-k8s.io/queue-name": "gristmill"}
+    assert refused_by_kueue(manifest["spec"], metadata.get("annotations", {})) == []
+    assert "suspend" not in manifest["spec"]
+
+
+def test_kueue_takes_scheduled_jobs_once_their_cluster_does_not_grow():
+    """KubeRay gives them the spec, and no label or annotation of the RayCronJob."""
+    job = job_of(read(ROOT / "configs/kuberay/batch.yaml"))
+    assert refused_by_kueue(job, {}) == ["a cluster that grows"]
+    job["rayClusterSpec"]["enableInTreeAutoscaling"] = False
+    assert refused_by_kueue(job, {}) == []
 
 
 def test_the_batch_has_the_cluster_of_a_run():

@@ -23,10 +23,18 @@ from typing import Any, Literal, NamedTuple
 
 # wall-clock limit for a document that waits instead of working, as a multiple of the CPU time limit
 WALL_FACTOR = 20
+# children that the machine may kill one after the other, without a result between them; more often,
+# it is short of memory, and the next one would be killed as well
+KILLS = 3
 
+_NO_START = "the child process of this worker cannot start"
 _MAIN = "from stages.isolation.child import main; main()"
 
 Work = Callable[[Any], Any]
+
+
+class ChildKilled(RuntimeError):
+    """The machine killed the child: mostly for memory that others took."""
 
 
 class Limits(NamedTuple):
@@ -73,23 +81,34 @@ class Child:
     def results(self, items: Iterable[Any]) -> list[Any]:
         """The result of each item, or its Loss. No document makes it raise, or costs another one.
 
-        Cheaper than one by one: 8 % of the stage extract with engine blocks.
-        RuntimeError if the child cannot start, or if the machine killed it.
+        Cheaper than one by one: 8 % of the stage extract with engine blocks. A child that the
+        machine kills is replaced, and its document done again.
+        RuntimeError if the child cannot start; ChildKilled after KILLS in a row.
         """
         pickled = [pickle.dumps(item) for item in items]
         results: list[Any] = []
+        kills = 0
         while len(results) < len(pickled):
             if self._served >= self.limits.recycle_after:
                 self.close()
-            process = self._process = self._process or self._start()
-            left = self.limits.recycle_after - self._served
-            results += self._next_results(pickled[len(results) :][:left], process)
+            try:
+                process = self._process = self._process or self._start()
+                left = self.limits.recycle_after - self._served
+                results += self._next_results(pickled[len(results) :][:left], process)
+                kills = 0
+            except ChildKilled:
+                kills += 1
+                if kills == KILLS:
+                    raise
         return results
 
     def _next_results(
         self, items: Sequence[bytes], process: "subprocess.Popen[bytes]"
     ) -> list[Any]:
-        """The results of the first items: of all, or up to the first that ends the child."""
+        """The results of the first items: of all, or up to the first that ends the child.
+
+        ChildKilled if the machine killed it before the first result.
+        """
         results: list[Any] = []
         try:
             # the child reads all before it answers, or both could wait for the other to read
@@ -102,7 +121,14 @@ class Child:
                 results.append(pickle.loads(result))
                 self._served += 1
         except (EOFError, OSError):
-            results.append(self._loss(process))
+            code = process.wait()
+            self._process = None
+            if not _is_killed(code):
+                results.append(self._loss(code))
+            elif not results:
+                raise ChildKilled(
+                    f"the child process of this worker ended with exit code {code}: out of memory?"
+                ) from None
         except BaseException:
             self.close()  # otherwise the next item would get this one's result
             raise
@@ -134,22 +160,22 @@ class Child:
             error = self._pipe.recv_bytes().decode()
         except (EOFError, OSError):
             error = f"it ended with exit code {process.wait()}: out of memory?"
+            if _is_killed(process.wait()):
+                raise ChildKilled(f"{_NO_START}: {error}") from None
         if error:
-            raise RuntimeError(f"the child process of this worker cannot start: {error}")
+            raise RuntimeError(f"{_NO_START}: {error}")
         return process
 
-    def _loss(self, process: "subprocess.Popen[bytes]") -> Loss:
-        code = process.wait()
-        self._process = None
+    def _loss(self, code: int) -> Loss:
         if -code in (signal.SIGPROF, signal.SIGALRM):
             self.cpu_seconds += self.limits.seconds
             return Loss("timeout", self.limits.seconds, self.limits.seconds)
-        if code > 0 or -code in (signal.SIGKILL, signal.SIGTERM):
-            # the child catches all exceptions of a document: this is the machine
-            raise RuntimeError(
-                f"the child process of this worker ended with exit code {code}: out of memory?"
-            )
         return Loss("crash", float(code))
+
+
+def _is_killed(code: int) -> bool:
+    """Whether the machine ended a child: it catches all exceptions of a document itself."""
+    return code > 0 or -code in (signal.SIGKILL, signal.SIGTERM)
 
 
 _children: dict[Callable[[Any], Work], Child] = {}  # of this process, by `make`

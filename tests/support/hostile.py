@@ -3,6 +3,8 @@
 import ctypes
 import os
 import re
+import signal
+from pathlib import Path
 
 from stages.formats.tokens import load_encoding
 
@@ -11,6 +13,8 @@ def make_hostile(plan):
     """What returns a document in capitals, or does what its first word says."""
     if plan == "broken":
         raise ValueError("no such model")
+    if plan == "killed":  # while it loads
+        os.kill(os.getpid(), signal.SIGKILL)
     return lambda text: ACTIONS.get(text.split(" ")[0], str.upper)(text)
 
 
@@ -22,7 +26,17 @@ def panic(text):
     return load_encoding("o200k_base").encode_ordinary(" " * 1_000_000)
 
 
+def killed_at_first(text):
+    """Kill this process, unless the file that the text names is there."""
+    if not Path(text.split(" ")[1]).exists():
+        Path(text.split(" ")[1]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return text.upper()
+
+
 ACTIONS = {
+    "killed": lambda text: os.kill(os.getpid(), signal.SIGKILL),
+    "once": killed_at_first,
     "hang": catastrophe,
     "segfault": lambda text: ctypes.string_at(0),
     "abort": lambda text: os.abort(),

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from stages.isolation.child import Child, Limits, Loss, shared_child
+from stages.isolation.child import KILLS, Child, ChildKilled, Limits, Loss, shared_child
 from tests.support.hostile import LOSSES, make_hostile
 
 LIMITS = Limits(seconds=1.0, memory_bytes=10**9, recycle_after=10**6)
@@ -45,6 +45,24 @@ def test_a_child_is_replaced_amid_documents_that_pass_together():
     child = Child(make_hostile, "plan", LIMITS._replace(recycle_after=2))
     assert child.results(["a", "b", "c"]) == ["A", "B", "C"]
     assert child._served == 1
+    child.close()
+
+
+def test_what_the_machine_kills_is_done_again_without_a_loss(tmp_path):
+    child = Child(make_hostile, "plan", LIMITS)
+    # more kills than may come in a row: there are results between them
+    texts = [text for n in range(2 * KILLS) for text in (f"once {tmp_path}/{n}", "two")]
+    assert child.results(texts) == [text.upper() for text in texts]
+    assert child.results([f"once {tmp_path}/a", f"once {tmp_path}/b"])[1].startswith("ONCE")
+    child.close()
+
+
+@pytest.mark.parametrize(("plan", "text"), [("plan", "killed"), ("killed", "one")])
+def test_a_child_that_the_machine_kills_each_time_fails_the_unit(plan, text):
+    child = Child(make_hostile, plan, LIMITS)
+    with pytest.raises(ChildKilled, match="ended with exit code -9: out of memory"):
+        child.results([text, "two"])
+    assert plan == "killed" or child.results(["two"]) == ["TWO"]
     child.close()
 
 

@@ -24,7 +24,7 @@ from pipeline.controller.decide import decide
 from pipeline.engine import units
 from pipeline.engine.lease import Fenced, fence, lease
 from pipeline.run.execute import Outcome, Progress, execute
-from pipeline.run.inputs import write_numbers
+from pipeline.run.inputs import Input, entry, number_inputs, parse_entry, write_list
 from stages.formats.errors import ConfigError
 from stages.read.listing import expand_inputs
 from stages.storage.catalog import current_entries, read_catalog
@@ -33,13 +33,18 @@ from trainer.telemetry import feedback
 
 
 class Batch(NamedTuple):
-    """A batch: its number from 1, its inputs as (number, path), when it began, and done.json."""
+    """A batch: its number from 1, its inputs, when it began, and done.json."""
 
     number: int
     directory: str
-    inputs: tuple[tuple[int, str], ...]
+    inputs: tuple[Input, ...]
     started: float
     done: dict[str, Any] | None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of the files that the batch took; decisions are made in files, not ranges."""
+        return tuple(dict.fromkeys(i.path for i in self.inputs))
 
 
 class BatchResult(NamedTuple):
@@ -79,7 +84,7 @@ def run_batch(
             paths = left[: decision.inputs if inputs is None else inputs]
             if not paths:
                 return BatchResult(None, None, decision)
-            batch = _begin(series, earlier, paths)
+            batch = _begin(config, earlier, paths)
         outcome = execute(_batch_config(config, batch, earlier), progress, run_units)
         return BatchResult(_finish(batch, outcome), outcome, decision)
 
@@ -103,29 +108,28 @@ def _read_batch(directory: str) -> Batch | None:
     )
     if record is None:
         return None
-    inputs = tuple((i["ordinal"], i["path"]) for i in record["inputs"])
+    inputs = tuple(parse_entry(entry) for entry in record["inputs"])
     number = int(directory.rpartition("/")[2])
     return Batch(number, directory, inputs, record["started"], done)
 
 
 def _inputs_left(config: Config, earlier: Sequence[Batch]) -> list[str]:
     """Inputs of the listing that no batch has taken, in its order."""
-    taken = {path for batch in earlier for _, path in batch.inputs}
+    taken = {i.path for batch in earlier for i in batch.inputs}
     listed = expand_inputs(list(config.input.paths), base_uri=config.input.base_uri)
     return [path for path in listed if path not in taken]
 
 
-def _begin(series: str, earlier: Sequence[Batch], paths: Sequence[str]) -> Batch:
+def _begin(config: Config, earlier: Sequence[Batch], paths: Sequence[str]) -> Batch:
     """Number the inputs and record the batch: from here on it will be finished."""
     fence()
-    numbered = [pair for batch in earlier for pair in batch.inputs]
-    first = max((ordinal for ordinal, _ in numbered), default=-1) + 1
-    inputs = tuple((first + n, path) for n, path in enumerate(paths))
-    number = len(earlier) + 1
+    series, number = config.run.directory, len(earlier) + 1
+    taken = [i for batch in earlier for i in batch.inputs]
+    inputs = tuple(number_inputs(paths, config.input, listed=taken))
     batch = Batch(number, f"{series}/batches/{number:04d}", inputs, time.time(), None)
-    write_numbers(series, {path: n for n, path in (*numbered, *inputs)})
-    write_numbers(batch.directory, {path: n for n, path in inputs})
-    record = {"inputs": [{"ordinal": n, "path": p} for n, p in inputs], "started": batch.started}
+    write_list(series, [*taken, *inputs])
+    write_list(batch.directory, inputs)
+    record = {"inputs": [entry(i) for i in inputs], "started": batch.started}
     if not create_only(f"{batch.directory}/batch.json", json.dumps(record).encode()):
         raise Fenced(
             f"{batch.directory}: another scheduler began this batch at the same time; the same "
@@ -141,11 +145,10 @@ def _batch_config(config: Config, batch: Batch, earlier: Sequence[Batch]) -> Con
     before = [b.directory for b in earlier if b.number < batch.number]
     indexes = [directory for directory in before if exists(f"{directory}/index.json")]
     run = dataclasses.replace(config.run, directory=batch.directory, catalog=config.run.directory)
-    paths = tuple(path for _, path in batch.inputs)
     dedup = config.dedup
     if dedup.enabled:
         dedup = dataclasses.replace(dedup, against=(*dedup.against, *indexes), write_index="kept")
-    read = dataclasses.replace(config.input, paths=paths, base_uri="")
+    read = dataclasses.replace(config.input, paths=batch.files, base_uri="")
     return dataclasses.replace(config, run=run, input=read, dedup=dedup)
 
 
@@ -195,7 +198,7 @@ def _batch_record(batch: Batch) -> records.Batch:
     state: Literal["running", "published"] = "published" if batch.done else "running"
     done = batch.done or {}
     return records.Batch(
-        len(batch.inputs), state, batch.started, done.get("finished"), done.get("tokens", 0)
+        len(batch.files), state, batch.started, done.get("finished"), done.get("tokens", 0)
     )
 
 

@@ -198,7 +198,8 @@ class _Scrape:
         if len(batches) > len(record.inputs.batches):  # a batch began after this decision
             uri = f"{self.root}/batches/{batches[-1]}/batch.json"
             with self.reading(uri):
-                left -= len(json.loads(read_bytes(uri))["inputs"]) if exists(uri) else 0
+                taken = json.loads(read_bytes(uri))["inputs"] if exists(uri) else []
+                left -= len({i["path"] for i in taken})
         self.add("inputs_left", left)
 
     def _add_supply(self, home: str, record: Record | None) -> None:

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipeline.report.sample import Ledger, Sample
-from pipeline.run.inputs import input_numbers
+from pipeline.run.inputs import read_list
 from pipeline.run.results import commits_table
 from stages.read.fetch import printable
-from stages.storage.parts import unit_name
 
 LOST = 0.9  # a host or input file that lost more than this share is pointed out
 MANY = 5  # ... if it had at least so many pages: a single dropped page says nothing
@@ -62,23 +61,25 @@ FROM fates GROUP BY name"""
 # exact; copies count as dropped only once refine has read a file
 _BY_INPUT = """
 CREATE TABLE "by input" AS
-WITH extracted AS (FROM commits WHERE phase = 'extract'),
+WITH extracted AS (
+    SELECT *, coalesce(path, 'input ' || unit) AS name FROM commits LEFT JOIN inputs USING (unit)
+    WHERE phase = 'extract'),
 refined AS (SELECT unit, rows_out FROM commits WHERE phase = 'refine'),
+units AS (
+    SELECT name, extracted.rows_out AS passed, coalesce(refined.rows_out, passed) AS kept
+    FROM extracted LEFT JOIN refined USING (unit)),
 fates AS (
-    SELECT unit, unnest(map_keys(counts)) AS fate, unnest(map_values(counts)) AS n FROM extracted
+    SELECT name, unnest(map_keys(counts)) AS fate, unnest(map_values(counts)) AS n FROM extracted
     UNION ALL
-    SELECT unit, 'dedup, refine', extracted.rows_out - refined.rows_out
-    FROM extracted JOIN refined USING (unit)),
+    SELECT name, 'dedup, refine', passed - kept FROM units),
+sums AS (SELECT name, fate, sum(n)::BIGINT AS n FROM fates GROUP BY ALL),
 drops AS (
-    SELECT unit, sum(n) AS dropped, min_by(fate, (-n, fate = 'dedup, refine', fate)) AS main_rule
-    FROM fates WHERE n > 0 AND fate NOT IN ('kept', 'warc.not_response') GROUP BY unit)
-SELECT coalesce(inputs.path, 'input ' || unit) AS name,
-    coalesce(refined.rows_out, extracted.rows_out) AS kept,
-    coalesce(drops.dropped, 0)::BIGINT AS dropped,
-    drops.main_rule
-FROM extracted LEFT JOIN refined USING (unit) LEFT JOIN drops USING (unit)
-LEFT JOIN inputs USING (unit)
-WHERE kept + coalesce(drops.dropped, 0) > 0"""
+    SELECT name, sum(n) AS dropped, min_by(fate, (-n, fate = 'dedup, refine', fate)) AS main_rule
+    FROM sums WHERE n > 0 AND fate NOT IN ('kept', 'warc.not_response') GROUP BY name),
+keeps AS (SELECT name, sum(kept)::BIGINT AS kept FROM units GROUP BY name)
+SELECT name, kept, coalesce(dropped, 0)::BIGINT AS dropped, main_rule
+FROM keeps LEFT JOIN drops USING (name)
+WHERE kept + coalesce(dropped, 0) > 0"""
 _RANKING = """
 SELECT *, kept + dropped AS total, {lost} AS lost, count(*) OVER () AS groups,
     sum(kept) OVER ()::BIGINT AS all_kept, sum(total) OVER ()::BIGINT AS all_pages
@@ -105,9 +106,7 @@ def rankings(ledger: Ledger, sample: Sample) -> dict[str, Ranking]:
     for column in _GROUPED:
         where = "opt_out IS NOT NULL" if column == "opt_out" else "true"
         sample.connection.execute(_GROUP_BY.format(column=column, where=where)).fetchall()
-    inputs = [
-        {"unit": unit_name(n), "path": printable(p)} for p, n in input_numbers(ledger.root).items()
-    ]
+    inputs = [{"unit": i.unit, "path": printable(i.path)} for i in read_list(ledger.root)]
     schema = pa.schema([("unit", pa.string()), ("path", pa.string())])
     sample.connection.from_arrow(pa.Table.from_pylist(inputs, schema)).create("inputs")
     sample.connection.from_arrow(commits_table(ledger.commits)).create("commits")

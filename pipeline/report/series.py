@@ -96,7 +96,7 @@ def _rows(begun: Sequence[Batch], records: Sequence[Record]) -> Iterator[Row]:
     """Each batch with the last decision that was made before it."""
     decided = {len(record.inputs.batches) + 1: record.decision for record in records}
     for batch in begun:
-        decision, done, taken = decided.get(batch.number), batch.done or {}, len(batch.inputs)
+        decision, done, taken = decided.get(batch.number), batch.done or {}, len(batch.files)
         tokens_per_input = decision.production.tokens_per_input if decision else None
         yield Row(
             number=batch.number,

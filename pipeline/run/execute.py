@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -129,7 +130,9 @@ class Run:
         if not any(c.rows_out for c in commits):
             return None
         paths = {i.unit: i.path for i in inputs}
-        sources = {paths[c.unit]: c.rows_out for c in self.phases["refine"].ordered()}
+        sources: Counter[str] = Counter()  # of a file that was read in ranges, their sum
+        for commit in self.phases["refine"].ordered():
+            sources[paths[commit.unit]] += commit.rows_out
         return publish(
             self.catalog,
             packed.store,

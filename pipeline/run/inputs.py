@@ -1,18 +1,20 @@
 """The inputs of a run: its append-only list, from whose numbers document ids are made."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.formats.errors import ConfigError
 from stages.read.listing import expand_inputs, fingerprint
+from stages.read.ranges import WHOLE, ByteRange, equal_ranges
 from stages.read.records import InputConfig, TextStats, WrongColumn, read_texts
 from stages.storage.files import (
     exists,
@@ -28,11 +30,14 @@ _CHECKED_FILES, _CHECKED_ROWS, _CHECKED_BYTES = 16, 1000, 1 << 20
 
 
 class Input(NamedTuple):
-    """An input file: its number in the run's list, its path, and what identifies its content."""
+    """An input file, or a range of it: its number in the run's list, its path, and what identifies
+    the content of the file, "" if that was not looked at.
+    """
 
     ordinal: int
     path: str
-    fingerprint: str
+    fingerprint: str = ""
+    byte_range: ByteRange = WHOLE
 
     @property
     def unit(self) -> str:
@@ -40,27 +45,59 @@ class Input(NamedTuple):
         return unit_name(self.ordinal)
 
     @property
+    def identity(self) -> str:
+        """What identifies the content of the input."""
+        return self.fingerprint + self.byte_range.name
+
+    @property
     def bytes(self) -> int | None:
-        """Size of a file or object; None for an http address, which would have to be requested."""
-        size = self.fingerprint.partition(":")[0]
-        return int(size) if size.isdecimal() else None
+        """Size in bytes; None for an http address, which would have to be requested."""
+        size = _size_of(self.fingerprint)
+        return None if size is None else self.byte_range.size(size)
 
 
 def list_inputs(root: str, config: InputConfig) -> list[Input]:
     """The inputs that the configuration names, numbered: new ones after those in the list."""
-    numbers = input_numbers(root)
     paths = expand_inputs(list(config.paths), base_uri=config.base_uri)
     paths = [p for p in paths if not p.startswith(f"{root}/")]  # a run does not read its own output
-    for path in paths:
-        numbers.setdefault(path, len(numbers))
+    return number_inputs(paths, config, listed=read_list(root))
+
+
+def number_inputs(
+    paths: Sequence[str], config: InputConfig, *, listed: Sequence[Input]
+) -> list[Input]:
+    """The inputs that some files make: as they are listed, or else numbered after these.
+
+    The ranges of a file that was listed stay: document ids are made from them.
+    """
+    by_path: dict[str, list[Input]] = {}
+    for input in listed:
+        by_path.setdefault(input.path, []).append(input)
+    numbers = itertools.count(max((i.ordinal for i in listed), default=-1) + 1)
+    split_bytes = config.split_bytes if config.format in ("warc", "wet") else 0
     with ThreadPoolExecutor(32) as pool:
         fingerprints = list(pool.map(_fingerprint, paths))
-    return [Input(numbers[p], p, f) for p, f in zip(paths, fingerprints, strict=True)]
+    inputs: list[Input] = []
+    for path, identity in zip(paths, fingerprints, strict=True):
+        if path in by_path:
+            inputs += (i._replace(fingerprint=identity) for i in by_path[path])
+            continue
+        ranges = equal_ranges(_size_of(identity), split_bytes)
+        inputs += (Input(next(numbers), path, identity, r) for r in ranges)
+    return inputs
+
+
+def whole_files(inputs: Iterable[Input]) -> list[Input]:
+    """The files of some inputs, each once, under the number of its first range."""
+    firsts: dict[str, Input] = {}
+    for input in inputs:
+        firsts.setdefault(input.path, input._replace(byte_range=WHOLE))
+    return list(firsts.values())
 
 
 def extend_list(root: str, inputs: Sequence[Input]) -> None:
     """Add inputs to the run's list, if they are new."""
-    write_numbers(root, input_numbers(root) | {i.path: i.ordinal for i in inputs})
+    write_list(root, {i.ordinal: i for i in (*read_list(root), *inputs)}.values())
 
 
 def require_columns(inputs: Sequence[Input], config: InputConfig) -> None:
@@ -113,18 +150,34 @@ def _beginning(path: str, config: InputConfig) -> Iterator[Path | None]:
             yield file
 
 
-def input_numbers(root: str) -> dict[str, int]:
-    """Number of each input that was ever listed, by path; none if there is no list."""
+def read_list(root: str) -> list[Input]:
+    """Each input that was ever listed; none if there is no list."""
     uri = f"{root}/inputs.jsonl"
-    if not exists(uri):
-        return {}
-    return {r["path"]: r["ordinal"] for r in map(json.loads, read_bytes(uri).splitlines())}
+    return [parse_entry(json.loads(e)) for e in read_bytes(uri).splitlines()] if exists(uri) else []
 
 
-def write_numbers(root: str, numbers: Mapping[str, int]) -> None:
-    """Replace the list of inputs: the number of each, by path."""
-    lines = [json.dumps({"ordinal": n, "path": p}) + "\n" for p, n in numbers.items()]
+def write_list(root: str, inputs: Iterable[Input]) -> None:
+    """Replace the list of inputs."""
+    lines = [json.dumps(entry(i)) + "\n" for i in inputs]
     write_atomically(f"{root}/inputs.jsonl", "".join(lines).encode())
+
+
+def entry(input: Input) -> dict[str, Any]:
+    """An input as a list has it: number and path, and the range if it is not a whole file."""
+    of_file = {"ordinal": input.ordinal, "path": input.path}
+    return of_file if input.byte_range == WHOLE else of_file | input.byte_range._asdict()
+
+
+def parse_entry(entry: Mapping[str, Any]) -> Input:
+    """The input of an entry of a list."""
+    byte_range = ByteRange(entry.get("start", 0), entry.get("end"))
+    return Input(entry["ordinal"], entry["path"], byte_range=byte_range)
+
+
+def _size_of(fingerprint: str) -> int | None:
+    """The size in bytes that a fingerprint begins with, None if that is unknown."""
+    size = fingerprint.partition(":")[0]
+    return int(size) if size.isdecimal() else None
 
 
 def _fingerprint(path: str) -> str:

@@ -102,7 +102,10 @@ def extract_units(context: PlanContext) -> PhasePlan:
     return PhasePlan(
         [
             Unit(
-                i.unit, i.fingerprint, extract.ExtractTask(i.path, i.ordinal, stores), i.bytes or 0
+                i.unit,
+                i.identity,
+                extract.ExtractTask(i.path, i.ordinal, stores, i.byte_range),
+                i.bytes or 0,
             )
             for i in sorted(context.inputs)
         ]

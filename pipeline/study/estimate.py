@@ -31,6 +31,7 @@ from pipeline.engine.lease import lease
 from pipeline.report.charts import Floats
 from pipeline.report.page import duration
 from pipeline.run.execute import Progress, Run, execute
+from pipeline.run.inputs import whole_files
 from pipeline.run.phases import SPECS, STAGES
 from pipeline.run.results import all_commits, store_of
 from pipeline.run.state import read_state
@@ -109,7 +110,7 @@ def estimate(
     inputs = run.inputs(extend=False)
     with lease(root):  # `gristmill gc` leaves a leased folder alone
         try:
-            sample = draw(config, inputs, share=share, folder=f"{root}/inputs")
+            sample = draw(config, whole_files(inputs), share=share, folder=f"{root}/inputs")
             nothing = write_part(f"{root}/inputs", "empty", [], config)
             empty = _run_sample(config, [nothing], f"{root}/empty", progress, engine.in_process)
             sampled = _run_sample(config, sample.paths, f"{root}/sample", progress, run_units)
@@ -164,7 +165,7 @@ def _run_sample(
     format = "jsonl" if paths[0].endswith(".jsonl") else config.input.format
     config = replace(
         config,
-        input=replace(config.input, paths=tuple(paths), format=format),
+        input=replace(config.input, paths=tuple(paths), format=format, split_bytes=0),
         run=replace(config.run, directory=directory, catalog=""),
     )
     began = time.time()

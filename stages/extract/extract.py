@@ -41,9 +41,10 @@ from stages.formats.document import (
 )
 from stages.isolation.child import Child, Limits, Loss, shared_child
 from stages.read.compression import kind_of_file
-from stages.read.fetch import FetchOptions, local_copy, printable
+from stages.read.fetch import FetchOptions, printable
 from stages.read.frames import Accounts
 from stages.read.listing import fingerprint
+from stages.read.ranges import WHOLE, ByteRange, local_range
 from stages.read.records import InputConfig, TextStats, id_type, read_texts
 from stages.read.warc import ReadStats, Record, begins_as_warc, read_records
 from stages.storage.ledger import Commit, Store, Unit
@@ -78,7 +79,7 @@ class ExtractPlan:
 
 @validated
 class ExtractTask:
-    """An input file, and its number in the run's list of inputs.
+    """An input file, or a range of a WARC file, and its number in the run's list of inputs.
 
     `reusable_stores` hold the same extraction under other bounds, newest first.
     """
@@ -86,6 +87,7 @@ class ExtractTask:
     path: str
     ordinal: int
     reusable_stores: tuple[str, ...] = ()
+    byte_range: ByteRange = WHOLE
 
     @property
     def name(self) -> str:
@@ -95,9 +97,9 @@ class ExtractTask:
 
 @validated
 class ExtractResult:
-    """What was read and kept of an input file.
+    """What was read and kept of an input file or range.
 
-    `bytes_in` is the size of the file; `lost_bytes` in `lost_members` damaged places are in no
+    `bytes_in` is its size; `lost_bytes` in `lost_members` damaged places are in no
     record that could be read (compressed, where they cannot be decompressed). `truncated` pages may
     be only a part of what was crawled. `damage` says in words what was lost and where, "" if
     nothing. `chars_out` are characters of the kept documents. `id_type`
@@ -124,13 +126,12 @@ def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
         return _apply_bounds(*stored, unit, plan, store)
     task: ExtractTask = unit.task
     commit = Commit(unit.name, unit.fingerprint)
-    with local_copy(task.path, options=plan.fetch) as path:
+    with local_range(task.path, task.byte_range, options=plan.fetch) as path:
         if plan.input.format in ("warc", "wet"):
-            result = _extract_web(path, task, commit, plan, store)
+            commit.result = _extract_web(path, task, commit, plan, store)
         else:
-            result = _extract_texts(path, task, commit, plan, store)
-        commit.result = replace(result, bytes_in=path.stat().st_size)
-        current = fingerprint(task.path)
+            commit.result = _extract_texts(path, task, commit, plan, store)
+        current = fingerprint(task.path) + task.byte_range.name
     if current != unit.fingerprint:
         raise ValueError(
             f"{task.name} changed while it was read (was {unit.fingerprint}, is {current}); "
@@ -146,7 +147,8 @@ def _extract_texts(
     stats = TextStats()
     result = _write_documents(_text_rows(path, task, plan, stats), commit, plan, store)
     commit.rows_in = sum(commit.counts.values())
-    result = replace(result, id_type=id_type(path, plan.input))
+    size = path.stat().st_size
+    result = replace(result, bytes_in=size, id_type=id_type(path, plan.input))
     return _with_losses(result, task, stats, stats.damage)
 
 
@@ -168,7 +170,8 @@ def _extract_web(
     commit.cpu_seconds = round(child.cpu_seconds - started, 3)
     if no_documents := stats.skipped[_NO_DOCUMENT]:
         commit.counts[f"warc.{_NO_DOCUMENT}"] = no_documents
-    return replace(_with_losses(result, task, stats), truncated=stats.truncated)
+    result = replace(result, bytes_in=stats.bytes_total, truncated=stats.truncated)
+    return _with_losses(result, task, stats)
 
 
 def _with_losses(
@@ -212,6 +215,7 @@ def content_settings(plan: ExtractPlan) -> list[Any]:
     config = {k: v for k, v in asdict(plan.config).items() if k not in unused}
     measured = [(named.name, named.settings()) for named in plan.filters]
     text_input = asdict(plan.input) | {"paths": None, "base_uri": None}
+    del text_input["split_bytes"]  # ranges are in the units' fingerprints
     return [
         VERSION,
         config,
@@ -248,7 +252,7 @@ def policy_settings(plan: ExtractPlan) -> list[Any]:
 
 def _web_rows(path: Path, task: ExtractTask, plan: ExtractPlan, stats: ReadStats) -> Iterator[Row]:
     limit = plan.config.max_html_bytes
-    records = read_records(str(path), max_payload_bytes=limit, stats=stats)
+    records = read_records(path, max_payload_bytes=limit, stats=stats, byte_range=task.byte_range)
     # requests and metadata records are only counted
     pages = (record for record in records if record.skipped != _NO_DOCUMENT)
     for batch in _batches(pages):

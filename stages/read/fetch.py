@@ -26,6 +26,7 @@ from stages.storage.locks import try_lock
 
 USER_AGENT = "gristmill/0.1 (builds text corpora from web archives; python-requests)"
 _CHUNK = 1 << 20
+_PIECE = 32 << 20  # bytes of an object that are held in memory
 _MAX_WAIT_SECONDS = 300.0
 
 
@@ -79,16 +80,21 @@ def local_copy(path: str, *, options: FetchOptions) -> Iterator[Path]:
             link.symlink_to(os.path.abspath(path))
             yield link
         return
-    suffix = "-" + Path(path.partition("?")[0]).name[-80:]
-    with tempfile.NamedTemporaryFile(prefix="gristmill-", suffix=suffix) as file:
-        with _connection_slot(options.connections):
+    with download_file(path) as file:
+        with connection_slot(options.connections):
             (_download_http if is_http(path) else _download_object)(path, file, options)
         file.flush()
         yield Path(file.name)
 
 
+def download_file(path: str) -> IO[bytes]:
+    """A temporary file for what is fetched of `path`; it is deleted when it is closed."""
+    suffix = "-" + Path(path.partition("?")[0]).name[-80:]
+    return tempfile.NamedTemporaryFile(prefix="gristmill-", suffix=suffix)
+
+
 @contextmanager
-def _connection_slot(connections: int) -> Iterator[None]:
+def connection_slot(connections: int) -> Iterator[None]:
     """Hold one of the node's `connections` slots, a file lock: a killed process releases it."""
     folder = Path(tempfile.gettempdir()) / f"gristmill-slots-{os.getuid()}"
     folder.mkdir(exist_ok=True)
@@ -106,20 +112,52 @@ def _connection_slot(connections: int) -> Iterator[None]:
 
 def _download_object(path: str, file: IO[bytes], options: FetchOptions) -> None:
     fs, root = open_fs(path)  # which retries
+    with _fetch_errors(path):
+        fs.get_file(root, file.name)
+        size = fs.info(root)["size"]
+    _require_size(path, os.stat(file.name).st_size, size)
+
+
+def object_size(path: str) -> int:
+    """Bytes of an object. FetchError if there is none."""
+    fs, root = open_fs(path)
+    with _fetch_errors(path):
+        size: int = fs.info(root)["size"]
+    return size
+
+
+def fetch_bytes(path: str, file: IO[bytes], start: int, end: int) -> None:
+    """Write the bytes of an object from `start` to `end` to the same place of `file`.
+
+    FetchError if they cannot be had.
+    """
+    fs, root = open_fs(path)
+    for at in range(start, end, _PIECE):
+        size = min(_PIECE, end - at)
+        with _fetch_errors(path):
+            data = fs.cat_file(root, start=at, end=at + size)
+        _require_size(path, len(data), size)
+        file.seek(at)
+        file.write(data)
+    file.flush()
+
+
+@contextmanager
+def _fetch_errors(path: str) -> Iterator[None]:
     try:
         with explained(path, "reading"):
-            fs.get_file(root, file.name)
-            size = fs.info(root)["size"]
+            yield
     except StorageError as error:
         raise FetchError(str(error)) from error
     except OSError as error:
         raise FetchError(
             f"cannot fetch {path}: {error}; check the address and your credentials"
         ) from error
-    if os.stat(file.name).st_size != size:
-        raise FetchError(
-            f"cannot fetch {path}: got {os.stat(file.name).st_size:,} of {size:,} bytes; run again"
-        )
+
+
+def _require_size(path: str, received: int, size: int) -> None:
+    if received != size:
+        raise FetchError(f"cannot fetch {path}: got {received:,} of {size:,} bytes; run again")
 
 
 # --- HTTP with retries ----------------------------------------------------------------------------

@@ -77,18 +77,31 @@ class Accounts:
         self._is_in_damage = True
 
 
-def read_frames(data: mmap.mmap, *, keep: int, accounts: Accounts) -> Iterator[Frame]:
-    """Every record of a file, in order, with at most `keep` bytes of its block."""
+def read_frames(
+    data: mmap.mmap, start: int, stop: int, *, keep: int, accounts: Accounts
+) -> Iterator[Frame]:
+    """Every record of a file between two places, in order, with at most `keep` bytes of its block.
+
+    0 and the file's size, or places of `stages.read.ranges`. ValueError if a member from before
+    `stop` goes on after it.
+    """
     members = members_of(data)
-    at = members.skip_filling(0)
-    while at < len(data):
-        start = members.find(at)
-        accounts.lose(0, unreadable=(len(data) if start is None else start) - at)
-        if start is None:
-            break
-        stream = Stream(members, start)
+    at = members.skip_filling(start)
+    while at < stop:
+        found = members.find(at)
+        begin = stop if found is None else min(found, stop)
+        accounts.lose(0, unreadable=begin - at)
+        if begin == stop:
+            return
+        stream = Stream(members, begin)
         yield from _cut(stream, keep, accounts)
         at = members.skip_filling(stream.resume)
+    if at > stop:
+        raise ValueError(
+            f"the file cannot be read in ranges: what contains byte {stop:,}, where one should "
+            f"end, goes on to byte {at:,}; it may be an archive inside the archive. Set "
+            "input.split_bytes = 0, and another run.directory: a run keeps its ranges"
+        )
 
 
 def _cut(stream: Stream, keep: int, accounts: Accounts) -> Iterator[Frame]:

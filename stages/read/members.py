@@ -36,6 +36,7 @@ class Gzip:
     """The gzip members of a file."""
 
     magic = b"\x1f\x8b\x08"
+    first_block = 512  # bytes of a member that give its first ones decompressed
     errors: tuple[Any, ...] = (isal_zlib.error,)
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -48,10 +49,16 @@ class Gzip:
         """First bytes in the member at `offset`; None if there is no member."""
         if self.data[offset : offset + len(self.magic)] != self.magic:
             return None
+        head = b""
         try:
-            return bytes(self.decompressor().decompress(self.data[offset : offset + 512])[:64])
+            decompressor = self.decompressor()
+            for at in range(offset, offset + self.first_block, 512):
+                head = decompressor.decompress(self.data[at : at + 512])
+                if head or decompressor.eof:
+                    break
         except self.errors:
             return None
+        return bytes(head[:64])
 
     def find(self, at: int, *, until: int | None = None, of_record: bool = False) -> int | None:
         """Where the next member starts from `at` on; with `of_record`, one that begins a record."""
@@ -73,6 +80,7 @@ class Zstd(Gzip):
     """The zstd frames of a file, whose first one may be their dictionary (IIPC, WARC-zstd 1.0)."""
 
     magic = b"\x28\xb5\x2f\xfd"
+    first_block = (1 << 17) + 1024  # it comes as a whole, after two headers (RFC 8878, 3.1.1)
     errors = (zstandard.ZstdError,)
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -117,12 +125,19 @@ class Plain:
         return at
 
 
-def members_of(data: mmap.mmap) -> Gzip | Plain:
-    """The members of a file by its content, never by its name."""
+def compressed_members_of(data: mmap.mmap) -> Gzip | None:
+    """The members of a file that begins with a compressed one, None for any other."""
     if data[:2] == Gzip.magic[:2]:
         return Gzip(data)
     if data[:4] == Zstd.magic or is_skippable_zstd(data[:4]):
         return Zstd(data)
+    return None
+
+
+def members_of(data: mmap.mmap) -> Gzip | Plain:
+    """The members of a file by its content, never by its name."""
+    if (compressed := compressed_members_of(data)) is not None:
+        return compressed
     if not START.search(data):  # noise before the first member
         for members in (Gzip(data), Zstd(data)):
             if members.find(0, of_record=True) is not None:
@@ -167,6 +182,11 @@ class Stream:
                 self.forget(self.end - MAX_LOOKAHEAD)
             self._buffer += piece
         return self.end >= end
+
+    def skip(self) -> None:
+        """Go to the end of the stream without keeping its bytes: only `resume` counts then."""
+        for _ in self._pieces:
+            pass
 
     def forget(self, position: int) -> None:
         """Free the memory of what is before `position`."""

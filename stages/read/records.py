@@ -28,11 +28,16 @@ class InputConfig:
     not), whose lines are addresses or are joined to `base_uri`. jsonl inputs are JSON in any common
     layout, encoding and compression. They and parquet inputs skip extraction: the columns named
     here are read (`id_column` and `url_column` may be absent: "").
+
+    A WARC or WET file of more than `split_bytes` is read in equal ranges, each by a unit of its
+    own; 0: never. Not at http addresses, where sizes are unknown. A file that is not compressed, or
+    is one gzip member, is all in the first range. A run keeps the ranges of files that it listed.
     """
 
     format: Literal["warc", "wet", "jsonl", "parquet"] = "warc"
     paths: tuple[str, ...] = Field(default=(), min_length=0)
     base_uri: str = "https://data.commoncrawl.org/"
+    split_bytes: int = Field(default=512 << 20, ge=0)
     text_column: str = "text"
     id_column: str = ""
     url_column: str = ""

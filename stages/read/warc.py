@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from stages.read.frames import Accounts, Frame, read_frames
 from stages.read.http import MAX_HEADER, Body, decode_body, parse_response
 from stages.read.members import Plain, members_of
+from stages.read.ranges import WHOLE, ByteRange, bounds
 
 Kind = Literal["html", "text", "other"]
 
@@ -67,20 +68,27 @@ class ReadStats(Accounts):
     bytes_total: int = 0
 
 
-def read_records(path: str | Path, *, max_payload_bytes: int, stats: ReadStats) -> Iterator[Record]:
-    """Every readable record of a local file, in order; `skipped` says why one is no document.
+def read_records(
+    path: str | Path, *, max_payload_bytes: int, stats: ReadStats, byte_range: ByteRange = WHOLE
+) -> Iterator[Record]:
+    """Every readable record of a local file, or of a range of it, in order; `skipped` says why one
+    is no document.
 
     The format is detected from the content, never the name. `stats` accounts for the bytes that are
     in no record; the last record of a file that was cut off is yielded as far as it goes, with
-    `truncated` set. OSError only if the file cannot be opened.
+    `truncated` set. Ranges that cover a file give its records and add up to its `stats`, but that a
+    damaged place on a bound counts on both sides. OSError only if the file cannot be opened;
+    ValueError if it cannot be read in ranges.
     """
     path = Path(path)
-    size = path.stat().st_size
-    stats.bytes_total += size
-    if size == 0:
+    if path.stat().st_size == 0:
         return  # mmap refuses an empty file
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for index, record in enumerate(_records(data, max_payload_bytes, stats)):
+        first, stop = bounds(data, byte_range)
+        if first == stop:
+            return
+        stats.bytes_total += stop - first
+        for index, record in enumerate(_records(data, first, stop, max_payload_bytes, stats)):
             stats.records += 1
             if record.skipped is None:
                 stats.truncated += record.truncated
@@ -106,11 +114,14 @@ def _head(data: mmap.mmap) -> bytes | None:
 _UNSUPPORTED = (b"filedesc://", b"\x04\x22\x4d\x18", b"BZh")
 
 
-def _records(data: mmap.mmap, limit: int, stats: ReadStats) -> Iterator[Record]:
+def _records(
+    data: mmap.mmap, first: int, stop: int, limit: int, stats: ReadStats
+) -> Iterator[Record]:
     if data[:16].startswith(_UNSUPPORTED) or (_head(data) or b"").startswith(_UNSUPPORTED):
-        yield _empty_record(0)._replace(skipped="unsupported")
+        if first == 0:
+            yield _empty_record(0)._replace(skipped="unsupported")
         return
-    for frame in read_frames(data, keep=limit + 1 + MAX_HEADER, accounts=stats):
+    for frame in read_frames(data, first, stop, keep=limit + 1 + MAX_HEADER, accounts=stats):
         yield _read_document(frame, limit)
 
 

@@ -38,7 +38,7 @@ def damaged_file(seed: int) -> Damaged:
     rng = random.Random(seed)
     end_of_line = rng.choice((b"\r\n", b"\n"))
     pages = [_page(rng, i) for i in range(6)]
-    records = [_record(page, i, end_of_line) for i, page in enumerate(pages)]
+    records = [record(page, i, end_of_line) for i, page in enumerate(pages)]
     shape = rng.choice(SHAPES)
     if shape == "plain" or rng.random() < 0.5:
         parts, touched = damage(rng, records)
@@ -97,7 +97,7 @@ def _page(rng: random.Random, number: int) -> bytes:
     return f"<!doctype html><html><body>{number}<p>{words}</p></body></html>".encode()
 
 
-def _record(page: bytes, number: int, end_of_line: bytes) -> bytes:
+def record(page: bytes, number: int, end_of_line: bytes) -> bytes:
     block = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + page
     header = (
         b"WARC/1.0", b"WARC-Type: response", b"WARC-Target-URI: http://example.org/%d" % number,

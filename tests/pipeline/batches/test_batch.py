@@ -31,7 +31,7 @@ def listing(tmp_path):
 def test_a_listing_is_eaten_batch_by_batch_and_every_document_is_published_once(tmp_path, listing):
     settings = series_config(tmp_path, listing)
     done = [run_one_batch(settings) for _ in range(4)]
-    assert [d.batch and [Path(p).name for _, p in d.batch.inputs] for d in done] == [
+    assert [d.batch and [Path(p).name for p in d.batch.files] for d in done] == [
         ["0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl"],
         ["4.jsonl", "5.jsonl", "6.jsonl", "7.jsonl"],
         ["8.jsonl", "9.jsonl"],

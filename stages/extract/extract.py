@@ -1,4 +1,4 @@
-"""Stage extract: input files to documents, one Parquet part per file.
+"""Stage extract: input files to documents, one Parquet part per file or range of a large file.
 
 Per record: URL policy and opt-out headers, then (in a killable child) decoding, the gate, what the
 page says about itself and its main text, then language, the heuristics' scores and the MinHash band
@@ -120,7 +120,7 @@ class ExtractResult:
 
 
 def extract_unit(unit: Unit, plan: ExtractPlan, store: Store) -> Commit:
-    """Read an input file, measure its documents and write their part (an ExtractTask)."""
+    """Read an input file or range, measure its documents and write their part (an ExtractTask)."""
     stored = _stored_rows(unit, plan)
     if stored is not None:
         return _apply_bounds(*stored, unit, plan, store)
@@ -180,7 +180,8 @@ def _with_losses(
     lost, places = accounts.lost_bytes + accounts.unreadable_bytes, accounts.damaged_places
     if places:
         where = damage or f"damaged at {places:,} place{'s' * (places > 1)}"
-        damage = f"{task.name}: {where}" + f"; {lost:,} bytes could not be read" * (lost > 0)
+        name = task.name + task.byte_range.name
+        damage = f"{name}: {where}" + f"; {lost:,} bytes could not be read" * (lost > 0)
     return replace(result, lost_bytes=lost, lost_members=places, damage=damage)
 
 

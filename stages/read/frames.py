@@ -88,8 +88,8 @@ def read_frames(
     members = members_of(data)
     at = members.skip_filling(start)
     while at < stop:
-        found = members.find(at)
-        begin = stop if found is None else min(found, stop)
+        found = members.find(at)  # at `stop` at the latest, if a member starts there
+        begin = stop if found is None else found
         accounts.lose(0, unreadable=begin - at)
         if begin == stop:
             return

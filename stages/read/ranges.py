@@ -38,7 +38,7 @@ class ByteRange(NamedTuple):
 
     def size(self, whole: int) -> int:
         """Bytes of a range of a file that has `whole` bytes."""
-        return (whole if self.end is None else self.end) - self.start
+        return max(0, (whole if self.end is None else self.end) - self.start)
 
     @property
     def name(self) -> str:

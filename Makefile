@@ -2,14 +2,15 @@
 # make unit         tests without Ray, torch, network or GPU: a minute
 # make test         unit and integration tests, 25 examples of each property
 # make test-rest    what `make test` leaves out: kill, chaos and cluster tests, 500 examples
-# make test-all     everything: every test, 500 examples
+# make test-all     every test but the soak, 500 examples
+# make test-soak    200 kills at random over batches and a training: half an hour; SOAK_KILLS=20 for fewer
 # make check        lint and types
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart unit test test-rest test-all check lint kenlm clean
+.PHONY: quickstart unit test test-rest test-all test-soak check lint kenlm clean
 
 quickstart: $(VENV)/.curation
 	$(BIN)/gristmill run configs/quickstart.toml
@@ -26,10 +27,13 @@ test: $(VENV)/.dev lmplz
 	$(PYTEST) -m "not kill"
 
 test-rest: $(VENV)/.dev lmplz
-	$(PYTEST) -m "kill or hypothesis" --hypothesis-profile=thorough
+	$(PYTEST) -m "(kill or hypothesis) and not soak" --hypothesis-profile=thorough
 
 test-all: $(VENV)/.dev lmplz
 	$(PYTEST) --hypothesis-profile=thorough
+
+test-soak: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/test_soak.py -m soak -s
 
 # KenLM's lmplz takes 3 minutes to build, once per user; where it cannot be built, its tests are
 # skipped and say so

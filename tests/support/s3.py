@@ -20,8 +20,8 @@ class FaultyProxy(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, server, fault):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, server, fault, port=0):
+        super().__init__(("127.0.0.1", port), _Handler)
         self.patience = 4.0  # of a "timeout", in seconds: more than its client has
         self.behind, self.fault, self.lock = server.removeprefix("http://"), fault, threading.Lock()
         self.number, self.done = 0, Counter()
@@ -101,6 +101,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def gateway(server, port):
+    """A proxy without faults in a process of its own: kill it, and the store is gone in the midst of
+    its requests; start it again, and the store is back with what it had stored.
+
+    The server of these tests keeps everything in memory: killed itself, it would come back empty.
+    """
+    FaultyProxy(server, lambda *_: None, int(port))
+    threading.Event().wait()
 
 
 def forget_clients():

@@ -5,10 +5,13 @@ import random
 
 import pyarrow.parquet as pq
 
-from pipeline.batches.batch import run_batch
+from pipeline.batches.batch import batches, decisions, run_batch
 from pipeline.config.load import load
+from pipeline.controller.decide import replay
 from pipeline.engine.units import in_process
+from pipeline.inspect.verify import verify_path
 from stages.storage.catalog import read_catalog
+from stages.storage.files import open_fs
 from tests.support.quickstart import RecordedProgress
 
 WORDS = [
@@ -80,3 +83,34 @@ def published_urls(tmp_path, series="series"):
         table = pq.read_table(f"{tmp_path}/{series}/generations/{entry['name']}/provenance.parquet")
         found.append(sorted(set(table["url"].to_pylist())))
     return found
+
+
+def product(series):
+    """What a sequence comes to: catalog, numbers of the inputs, all files of generations, corpus,
+    and failures, if there are.
+    """
+    fs, root = open_fs(series)
+    found = {path.removeprefix(f"{root}/"): path for path in fs.find(root)}
+    wanted = [
+        n
+        for n in found
+        if n in ("catalog.jsonl", "inputs.jsonl")
+        or n.startswith("generations/")
+        or "/failures/" in n
+    ]
+    # a killed unit leaves its temporary file: rubbish, no lie
+    wanted += [n for n in found if "/corpus/" in n and "/." not in n]
+    return {name: fs.cat_file(found[name]) for name in wanted}
+
+
+def assert_undisturbed(series, undisturbed):
+    """The same batches, each published once, and each file as if nothing had happened."""
+    ours, theirs = product(series), product(undisturbed)
+    assert sorted(ours) == sorted(theirs) and any("/corpus/" in name for name in ours)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    told, expected = (
+        [(b.inputs, b.done["generation"]) for b in batches(which)]
+        for which in (series, undisturbed)
+    )
+    assert told == expected and not any(r.faults for r in verify_path(series))
+    assert len(decisions(series)) >= len(told) and replay(decisions(series)) == []

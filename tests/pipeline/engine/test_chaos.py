@@ -16,20 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.batches.batch import batches, decisions, run_batch
+from pipeline.batches.batch import run_batch
 from pipeline.config.load import load
-from pipeline.controller.decide import replay
 from pipeline.engine import lease
 from pipeline.engine.units import in_process
-from pipeline.inspect.verify import verify_path
 from stages.storage.catalog import read_catalog
-from stages.storage.files import open_fs
 from tests.support.inline import Silent
 from tests.support.live_training import LIVE_TRAINING, step_records
 from tests.support.paths import ROOT
 from tests.support.processes import call_command
 from tests.support.s3 import FAULT_KINDS, FaultyProxy
-from tests.support.series import published_urls, write_listing
+from tests.support.series import assert_undisturbed, published_urls, write_listing
 from trainer.telemetry.feedback import consumed, read_lines
 
 pytestmark = pytest.mark.kill
@@ -63,37 +60,6 @@ def crawl(tmp_path_factory):
     ]
     assert sorted(documents) == list(range(24))  # each once
     return folder
-
-
-def product(series):
-    """What a sequence comes to: catalog, numbers of the inputs, all files of generations, corpus,
-    and failures, if there are.
-    """
-    fs, root = open_fs(series)
-    found = {path.removeprefix(f"{root}/"): path for path in fs.find(root)}
-    wanted = [
-        n
-        for n in found
-        if n in ("catalog.jsonl", "inputs.jsonl")
-        or n.startswith("generations/")
-        or "/failures/" in n
-    ]
-    # a killed unit leaves its temporary file: rubbish, no lie
-    wanted += [n for n in found if "/corpus/" in n and "/." not in n]
-    return {name: fs.cat_file(found[name]) for name in wanted}
-
-
-def assert_undisturbed(series, undisturbed):
-    """The same batches, each published once, and each file as if nothing had happened."""
-    ours, theirs = product(series), product(undisturbed)
-    assert sorted(ours) == sorted(theirs) and sum("/corpus/" in name for name in ours) == 6
-    assert [name for name in ours if ours[name] != theirs[name]] == []
-    told, expected = (
-        [(b.inputs, b.done["generation"]) for b in batches(which)]
-        for which in (series, undisturbed)
-    )
-    assert told == expected and [result.faults for result in verify_path(series)] == [[], [], []]
-    assert len(decisions(series)) >= 3 and replay(decisions(series)) == []
 
 
 def run_batches(file, series):

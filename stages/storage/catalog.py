@@ -117,20 +117,33 @@ def entries_to_read(
 
 def read_manifest(run: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a generation. GenerationError if it is not what the catalog's entry says."""
-    name = entry["name"]
+    manifest = read_same_manifest(run, entry["name"], sha256=entry["manifest_sha256"])
+    raise_first(entry["name"], _listing_mismatches(entry, manifest))
+    return manifest
+
+
+def read_same_manifest(run: str, name: str, *, sha256: str) -> dict[str, Any]:
+    """The manifest with this sha256. GenerationError if the generation has another one by now."""
     with reading(run, name, MANIFEST):
         data = read_bytes(f"{generation_uri(run, name)}/{MANIFEST}")
-    raise_first(name, manifest_mismatches(entry, data))
+    raise_first(name, _hash_mismatches(sha256, data))
     manifest: dict[str, Any] = json.loads(data)
     return manifest
 
 
 def manifest_mismatches(entry: Mapping[str, Any], data: bytes) -> list[Mismatch]:
     """How the bytes of a manifest differ from the catalog's entry."""
-    sha256 = bytes_sha256(data)
-    if sha256 != entry["manifest_sha256"]:
-        return [Mismatch(MANIFEST, "sha256 in catalog", entry["manifest_sha256"], sha256)]
-    manifest = json.loads(data)
+    return _hash_mismatches(entry["manifest_sha256"], data) or _listing_mismatches(
+        entry, json.loads(data)
+    )
+
+
+def _hash_mismatches(expected: str, data: bytes) -> list[Mismatch]:
+    return mds.compare(MANIFEST, "sha256 in catalog", expected, bytes_sha256(data))
+
+
+def _listing_mismatches(entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[Mismatch]:
+    """How a whole entry of the catalog differs from the manifest that it lists."""
     mismatches = [
         Mismatch(CATALOG, key, manifest[key], entry[key])
         for key in ("rows", "tokens", "seq_len", "tokenizer")

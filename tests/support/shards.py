@@ -70,6 +70,8 @@ def write_manifest(run: Path, name: str, *, seq_len: int = SEQ_LEN) -> None:
     manifest = {
         "name": name,
         "identity": "0",
+        "lineage": name,
+        "supersedes": [],
         "rows": rows,
         "tokens": rows * 5,
         "seq_len": seq_len,

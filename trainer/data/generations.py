@@ -26,6 +26,7 @@ from stages.storage.catalog import (
     index_mismatches,
     raise_first,
     read_manifest,
+    read_same_manifest,
     reading,
     size_mismatches,
 )
@@ -87,7 +88,7 @@ def verify_generation(
     sha256 need no second look inside, and here they are read once. On an object store either mode
     checks manifest and index alone, and `stage` checks the shards.
     """
-    return _verify(run, _read_split(run, entry, entry["name"]), entry, mode=mode, cache=cache)
+    return _verify(run, read_manifest(run, entry), entry, mode=mode, cache=cache)
 
 
 def verify_held_out(run: str, entry: Mapping[str, Any], *, cache: str = "") -> Manifest | None:
@@ -97,7 +98,7 @@ def verify_held_out(run: str, entry: Mapping[str, Any], *, cache: str = "") -> M
 
     It is a generation of its own here, named "gen-0001/held_out", and its rows are in no other.
     """
-    split = _read_split(run, entry, f"{entry['name']}/held_out")
+    split = _split(read_manifest(run, entry), f"{entry['name']}/held_out")
     if split["rows"] == 0:
         return None
     manifest = _verify(run, split, entry, mode="full", cache=cache)
@@ -116,8 +117,8 @@ def stage(manifest: Manifest, *, mode: Mode, cache: str = "") -> None:
     if is_local(run):
         return
     folder, (fs, source) = folder_of(run, name, cache), open_fs(generation_uri(run, name))
-    entry = {"name": name.partition("/")[0], "manifest_sha256": manifest.sha256}
-    split, key = _read_split(run, entry, name), (str(folder), manifest.sha256)
+    published = read_same_manifest(run, name.partition("/")[0], sha256=manifest.sha256)
+    split, key = _split(published, name), (str(folder), manifest.sha256)
     _copy_index(run, split, manifest.sha256, folder)
     trusted = mode == "quick" or key in _hashed
     copy = partial(_copy_shard, fs, source, folder, manifest, trusted)
@@ -151,12 +152,11 @@ def documents_of(run: str, name: str, rows: Iterable[int]) -> list[Document]:
 _hashed: set[tuple[str, str]] = set()
 
 
-def _read_split(run: str, entry: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The manifest of a generation, or of its held-out split by the name 'gen-0001/held_out'.
+def _split(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A generation as its manifest has it, or its held-out split by the name 'gen-0001/held_out'.
 
     A split that does not exist has 0 rows.
     """
-    manifest = read_manifest(run, entry)
     held_out = manifest.get("held_out") or {"rows": 0}
     return {**manifest, **(held_out if "/" in name else {}), "name": name}
 

@@ -402,7 +402,7 @@ def _extracted(folder: Path) -> Phase:
         commit = Commit(path.stem, "", rows_out=pq.read_metadata(path).num_rows)
         commit.outputs = [Output(f"documents/{path.name}", path.stat().st_size, path.stem)]
         phase.units.append(Unit(path.stem, "", None))
-        phase.commits[path.stem] = commit
+        phase.add(commit)
     return phase
 
 
@@ -430,7 +430,7 @@ def _run_phase(
         for commit, spent, held in ran:
             cpu, peak = cpu + spent, max(peak, held)
             if commit is not None:
-                phase.commits[commit.unit] = commit
+                phase.add(commit)
     return Cost(
         name, len(phase.units), _rows(name, phase, phases), time.monotonic() - start, cpu, peak
     )

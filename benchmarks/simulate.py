@@ -184,7 +184,8 @@ def replay(config: Config, *, cores: int, dispatch: float) -> dict[str, Span]:
         if not phase.units:
             continue
         ordered = order_units(phase.units, len(phase.units))
-        commits = [phase.commits[unit.name] for unit in ordered]
+        by_unit = {commit.unit: commit for commit in phase.commits}
+        commits = [by_unit[unit.name] for unit in ordered]
         resources = spec.resources(config)
         trace = cluster.run(spec.name, ordered, [Load(c.seconds) for c in commits], resources)
         begin, end = min(c.finished - c.seconds for c in commits), max(c.finished for c in commits)

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -21,7 +20,7 @@ from rich.text import Text
 from pipeline.cli import PLAIN, Log
 from pipeline.config.sections import Config
 from pipeline.engine.units import UnitOutcome
-from stages.storage.ledger import Commit
+from stages.storage.ledger import Commits
 
 
 def open_progress(config: Config, log: Log = "bars") -> Any:
@@ -55,9 +54,9 @@ class Bars:
     def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
-    def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
+    def begin(self, phase: str, *, run: str, units: int, done: Commits) -> None:
         """Start the bar of a phase; `done` are the commits of an earlier run."""
-        rows_in, rows_out = sum(c.rows_in for c in done), sum(c.rows_out for c in done)
+        rows_in, rows_out = done.total("rows_in"), done.total("rows_out")
         # rows of an earlier run do not count in the rate
         fields: dict[str, Any] = {"rows_in": rows_in, "rows_out": rows_out, "rows_before": rows_in}
         self._tasks[phase] = self._bars.add_task(
@@ -106,7 +105,7 @@ class JsonLog:
         if error is not None:
             self._write("stopped", error=f"{type(error).__name__}: {error}")
 
-    def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None:
+    def begin(self, phase: str, *, run: str, units: int, done: Commits) -> None:
         """Log the start of a phase; `run` is the directory of the run, or of the batch."""
         self._run, self._began[phase] = run, time.monotonic()
         self._write("begin", phase, units=units, done=len(done))

@@ -116,7 +116,7 @@ def _run_copy(unit: Unit, work: PhaseWork) -> None:
     """Run the second copy of a unit. Its failure does not count: the first is still running."""
     with suppress(Exception), exit_when_committed(unit, work):
         # a commit of another input is for the first copy to withdraw
-        if work.store.commit_of(unit.name) is None:
+        if work.store.loose_commit(unit.name) is None:
             do_unit(unit, work)
 
 

@@ -104,7 +104,7 @@ def in_process(
 def run_unit(unit: Unit, work: PhaseWork) -> UnitOutcome:
     """Do one unit and commit it. An error is recorded with the unit and does not spread."""
     try:
-        before = work.store.commit_of(unit.name)
+        before = work.store.loose_commit(unit.name)
         if before is not None and before.fingerprint == unit.fingerprint:
             # Ray retries a task of many units from its first one
             return UnitOutcome(unit.name, before)
@@ -140,7 +140,7 @@ def _record_failure(unit: Unit, work: PhaseWork, error: BaseException) -> UnitOu
 
 def commit_for(unit: Unit, work: PhaseWork) -> Commit | None:
     """The unit's commit, if it is of the same input."""
-    commit = work.store.commit_of(unit.name)
+    commit = work.store.loose_commit(unit.name)
     return commit if commit is not None and commit.fingerprint == unit.fingerprint else None
 
 
@@ -197,5 +197,5 @@ class _GuardedStore(Store):
         assert self.unit is not None
         with super().create(*parts, outputs=outputs) as path:
             yield path
-            if self.commit_of(self.unit.name) is not None:
+            if self.loose_commit(self.unit.name) is not None:
                 raise Overtaken(f"unit {self.unit.name} was committed by another copy")

@@ -22,7 +22,6 @@ from pipeline.batches.batch import decisions
 from pipeline.controller.decide import HOUR, decide
 from pipeline.controller.policy import Policy
 from pipeline.controller.records import Generation, Inputs, Record, State, from_json
-from pipeline.report.sample import summed
 from pipeline.run.phases import FUNNEL_PHASES, SPECS
 from pipeline.run.publish import published_to
 from pipeline.run.results import store_of
@@ -184,9 +183,7 @@ class _Scrape:
         for name, value in numbers.items():
             self.add(name, value, batch=batch, phase=phase)
         if stage := _FUNNEL.get(phase):
-            # int: of a record that is broken, a count may be anything
-            counts = ({reason: int(n) for reason, n in c.counts.items()} for c in commits)
-            for reason, count in summed(counts).items():
+            for reason, count in commits.counts().items():
                 self.add("documents_total", count, batch=batch, stage=stage, reason=reason)
 
     def _add_decision(self, record: Record, batches: list[str]) -> None:

@@ -24,7 +24,7 @@ from pipeline.run.state import RunState
 from pipeline.run.status import PhaseStatus, phase_status
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, read_bytes
-from stages.storage.ledger import Commit
+from stages.storage.ledger import Commits
 
 
 class Loss(NamedTuple):
@@ -144,7 +144,7 @@ def _manifest(root: str, generation: str | None) -> dict[str, Any]:
 
 
 def _funnel_stages(
-    rows: Sequence[FunnelRow], commits: Mapping[str, Sequence[Commit]]
+    rows: Sequence[FunnelRow], commits: Mapping[str, Commits]
 ) -> Iterator[FunnelStage]:
     count, unit = rows[0].count, "records"
     for stage in ("extract", "dedup", "refine"):

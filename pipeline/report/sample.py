@@ -27,7 +27,7 @@ from pipeline.run.results import (
 )
 from pipeline.run.state import RunState, read_state
 from stages.storage.files import exists
-from stages.storage.ledger import Commit, Store
+from stages.storage.ledger import Commit, Commits, Store
 from stages.storage.parts import documents, schema_of, unit_of
 
 Row = dict[str, Any]
@@ -41,7 +41,7 @@ class Ledger:
 
     root: str
     state: RunState
-    commits: dict[str, list[Commit]]
+    commits: dict[str, Commits]
 
     def store(self, phase: str) -> Store:
         return store_of(self.root, self.state, phase)
@@ -236,4 +236,5 @@ def spread(commits: Sequence[Commit], *, rows: Callable[[Commit], int]) -> list[
         return []
     mean = max(1.0, sum(rows(c) for c in commits) / len(commits))
     count = max(1, min(len(commits), MAX_PARTS, int(MAX_ROWS / mean)))
-    return [commits[i * len(commits) // count] for i in range(count)]
+    chosen = {i * len(commits) // count for i in range(count)}
+    return [commit for i, commit in enumerate(commits) if i in chosen]

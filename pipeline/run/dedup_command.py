@@ -4,7 +4,7 @@ result.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,7 +149,7 @@ def dedup_files(config: Config, progress: Progress, run_units: RunUnits) -> Resu
     return Result(dict(sorted(rows.items())), clusters, failed, f"{root}/keep.parquet")
 
 
-def _write(path: Path, root: str, commits: dict[str, list[Commit]], state: RunState) -> None:
+def _write(path: Path, root: str, commits: Mapping[str, Sequence[Commit]], state: RunState) -> None:
     documents, kept = (store_of(root, state, phase) for phase in ("extract", "dedup keep"))
     uris = {c.unit: documents.uri(c.output().path) for c in commits["extract"]}
     schema = pa.schema(

@@ -92,13 +92,14 @@ def published_index(path: str, config: DedupConfig) -> Index:
     except ValueError as error:
         raise ConfigError(f"dedup.against: {error}") from None
     root, documents, kept = (f"{path}/{entry[name]}" for name in ("root", "documents", "keep"))
-    commits = Store(root, KeysResult).commits()
-    if entry["units"] != {name: commits[name].digest for name in entry["units"] if name in commits}:
+    units = entry["units"]
+    commits = {c.unit: c for c in Store(root, KeysResult).commits() if c.unit in units}
+    if units != {name: commit.digest for name, commit in commits.items()}:
         raise ConfigError(
             f"dedup.against: the index of {path} is not the one that was published; "
             "run its batch again"
         )
-    return Index(root, documents, kept, tuple(commits[name] for name in entry["units"]))
+    return Index(root, documents, kept, tuple(commits[name] for name in units))
 
 
 def publish_index(run: str, index: Index) -> None:
@@ -121,18 +122,18 @@ def groups(context: PlanContext) -> list[Group]:
 
     An input that is added later joins the last group or begins a new one.
     """
-    runs: list[list[tuple[PartRef, Commit]]] = []
-    documents = 0
+    found: list[Group] = []
+    parts: list[PartRef] = []
+    digests: list[str] = []
+    documents, most = 0, context.config.dedup.documents_per_unit
     for part, commit in context.before["extract"].parts():
-        if not runs or documents + commit.rows_out > context.config.dedup.documents_per_unit:
-            runs.append([])
-            documents = 0
-        runs[-1].append((part, commit))
+        if parts and documents + commit.rows_out > most:
+            found.append(Group(len(found), tuple(parts), digest(digests)))
+            parts, digests, documents = [], [], 0
+        parts.append(part)
+        digests.append(commit.digest)
         documents += commit.rows_out
-    return [
-        Group(n, tuple(part for part, _ in run), digest([c.digest for _, c in run]))
-        for n, run in enumerate(runs)
-    ]
+    return [*found, Group(len(found), tuple(parts), digest(digests))] if parts else found
 
 
 def sort_units(context: PlanContext) -> PhasePlan:
@@ -161,7 +162,7 @@ def star_units(context: PlanContext) -> PhasePlan:
         for n, (part, commit) in enumerate(context.before["dedup match"].parts())
     ]
     listed, plan = units, PhasePlan()
-    rounds: list[list[Commit]] = []
+    rounds: list[Sequence[Commit]] = []
     while (commits := context.here.commits_of(units)) is not None:
         rounds.append(commits)
         if _settled(rounds):
@@ -190,7 +191,7 @@ def cluster_units(context: PlanContext) -> PhasePlan:
     uri = context.here.store.uri(f"groups-{digest(first_ids)}.parquet")
     write_groups = partial(_write_groups, uri, first_ids)
     if not _in_rounds(context):
-        edges = context.before["dedup match"].parts()
+        edges = list(context.before["dedup match"].parts())
         identity = digest([first_ids, [commit.digest for _, commit in edges]])
         task = ClusterTask(uri, tuple(part.uri for part, _ in edges))
         return PhasePlan([Unit("all", identity, task)], (write_groups,), _graph_bytes(context))
@@ -223,7 +224,7 @@ def rank_units(context: PlanContext) -> PhasePlan:
 
 def elect_units(context: PlanContext) -> PhasePlan:
     plan = _partition_units(context, _sorted_files(context, "rank", "candidates"), keep.CANDIDATES)
-    return _answering(plan, groups=len(groups(context)) + 1)
+    return _answering(plan, context, more=1)
 
 
 def keep_units(context: PlanContext) -> PhasePlan:
@@ -287,7 +288,7 @@ def lines_units(context: PlanContext) -> PhasePlan:
 
 def repeats_units(context: PlanContext) -> PhasePlan:
     plan = _partition_units(context, _sorted_files(context, "lines", "lines"), lines.LINES)
-    return _answering(plan, groups=len(groups(context)))
+    return _answering(plan, context)
 
 
 def cuts_units(context: PlanContext) -> PhasePlan:
@@ -319,7 +320,7 @@ def _kept_groups(context: PlanContext) -> Iterator[tuple[Group, tuple[str, ...],
 def _sorted_files(context: PlanContext, phase: str, kind: str) -> SortedFiles:
     """The sorted files of one kind that a phase of dedup wrote, one per unit."""
     written = context.before[f"dedup {phase}"]
-    commits = written.ordered()
+    commits = list(written.ordered())
     return SortedFiles([Source(written.store.uri(kind, c.unit)) for c in commits], commits)
 
 
@@ -370,10 +371,13 @@ def _shuffle(phase: Phase, files: SortedFiles, layout: Layout, *, per_lane: int 
     )
 
 
-def _answering(plan: PhasePlan, *, groups: int) -> PhasePlan:
-    """The units of a plan, with answers that go back to groups of documents."""
+def _answering(plan: PhasePlan, context: PlanContext, *, more: int = 0) -> PhasePlan:
+    """The units of a plan, with answers that go back to groups of documents, and to `more`."""
+    if not plan.units:
+        return plan
+    count = len(groups(context)) + more
     return plan._replace(
-        units=[unit._replace(task=replace(unit.task, groups=groups)) for unit in plan.units]
+        units=[unit._replace(task=replace(unit.task, groups=count)) for unit in plan.units]
     )
 
 
@@ -403,16 +407,18 @@ def _graph_bytes(context: PlanContext) -> int:
 
     An edge adds at most two documents: its own and the center of its star.
     """
-    edges = sum(c.rows_out for c in context.before["dedup match"].ordered())
-    documents = sum(c.rows_out for c in context.before["dedup sort"].ordered())
+    edges = context.before["dedup match"].ordered().total("rows_out")
+    documents = context.before["dedup sort"].ordered().total("rows_out")
     earlier = edges if context.indexes else 0
     return estimated_bytes(min(2 * edges, documents + earlier))
 
 
-def _files_of_round(stars: Phase, commits: list[Commit]) -> SortedFiles:
+def _files_of_round(stars: Phase, commits: Sequence[Commit]) -> SortedFiles:
     """The rows that a round of stars wrote; a unit writes one or more sorted files."""
     files = [o.path for c in commits for o in c.outputs if o.path.endswith(".rows")]
-    return SortedFiles([Source(stars.store.uri(f.removesuffix(".rows"))) for f in files], commits)
+    return SortedFiles(
+        [Source(stars.store.uri(f.removesuffix(".rows"))) for f in files], list(commits)
+    )
 
 
 def _settled(rounds: Sequence[Sequence[Commit]]) -> bool:

@@ -28,7 +28,7 @@ from pipeline.run.publish import Published, publish
 from pipeline.run.state import IndexRef, RunState, Setting, read_state, state_or_new, write_state
 from stages.storage.catalog import read_catalog
 from stages.storage.digests import digest
-from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.ledger import Commits, Store, Unit
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class RunFailed(RuntimeError):
 class Progress(Protocol):
     """Receives progress events."""
 
-    def begin(self, phase: str, *, run: str, units: int, done: Sequence[Commit]) -> None: ...
+    def begin(self, phase: str, *, run: str, units: int, done: Commits) -> None: ...
     def advance(self, phase: str, outcome: UnitOutcome) -> None: ...
     def end(self, phase: str) -> None: ...
 
@@ -98,6 +98,7 @@ class Run:
 
     def list_phase(self, spec: PhaseSpec, inputs: Sequence[Input]) -> Phase:
         """As `read_phase`, and record the units: commits of others no longer count."""
+        self.store(spec.name).seal_loose()
         phase = self.read_phase(spec, inputs)
         phase.store.list_units(phase.units)
         return phase
@@ -131,8 +132,8 @@ class Run:
             return None
         paths = {i.unit: i.path for i in inputs}
         sources: Counter[str] = Counter()  # of a file that was read in ranges, their sum
-        for commit in self.phases["refine"].ordered():
-            sources[paths[commit.unit]] += commit.rows_out
+        for wrote in self.phases["refine"].written():
+            sources[paths[wrote.unit]] += wrote.rows_out
         return publish(
             self.catalog,
             packed.store,
@@ -261,8 +262,7 @@ def run_phase(
     if pending:
         for step in phase.prepare:
             step()
-        if spec.named_by_input:
-            _withdraw_unlisted(phase)
+        phase.withdraw_stale(unlisted=spec.named_by_input)
     progress.begin(phase.name, run=run.root, units=len(phase.units), done=phase.ordered())
     quarantined = _quarantined(phase, pending)
     pending = [unit for unit in pending if unit.name not in quarantined]
@@ -275,7 +275,7 @@ def run_phase(
     for outcome in itertools.chain(quarantined.values(), outcomes):
         progress.advance(phase.name, outcome)
         if outcome.commit is not None:
-            phase.commits[outcome.unit] = outcome.commit
+            phase.add(outcome.commit)
         else:
             errors.append(f"{outcome.unit}: {outcome.error}")
     progress.end(phase.name)
@@ -293,14 +293,6 @@ def _quarantined(phase: Phase, pending: Sequence[Unit]) -> dict[str, UnitOutcome
         for name, failure in failures.items()
         if failure.quarantined and failure.quarantined == fingerprints.get(name)
     }
-
-
-def _withdraw_unlisted(phase: Phase) -> None:
-    """Withdraw the commits of units that are no longer listed, before outputs are replaced."""
-    listed = {u.name: u.fingerprint for u in phase.units}
-    for name, commit in phase.store.commits().items():
-        if listed.get(name) != commit.fingerprint:
-            phase.store.withdraw(name)
 
 
 def _check_failures(spec: PhaseSpec, phase: Phase, errors: list[str], config: Config) -> None:

@@ -1,11 +1,10 @@
 """The funnel of a run: rows in, rows dropped by each rule, rows out."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.run.phases import FUNNEL_PHASES
-from stages.storage.ledger import Commit
+from stages.storage.ledger import Commits
 
 
 @dataclass(frozen=True)
@@ -18,28 +17,26 @@ class FunnelRow:
     unit: str = "documents"
 
 
-def funnel(commits: Mapping[str, Sequence[Commit]]) -> list[FunnelRow]:
+def funnel(commits: Mapping[str, Commits]) -> list[FunnelRow]:
     """From records to tokens, summed over the commits of each phase: counts at points, and losses
     by rule between.
     """
-    rows = [FunnelRow("extract", None, sum(c.rows_in for c in commits["extract"]), "records")]
+    rows = [FunnelRow("extract", None, commits["extract"].total("rows_in"), "records")]
     for stage, phase in FUNNEL_PHASES.items():
         if commits[phase] or stage == "extract":
             rows += _losses(stage, commits[phase])
             if stage != "pack":
-                rows.append(FunnelRow(stage, None, sum(c.rows_out for c in commits[phase])))
+                rows.append(FunnelRow(stage, None, commits[phase].total("rows_out")))
     if packed := commits["pack"]:
-        rows.append(FunnelRow("pack", None, sum(c.result.tokens for c in packed), "tokens"))
-        rows.append(FunnelRow("pack", None, sum(c.rows_out for c in packed), "rows"))
-        if held_out := sum(c.result.held_out_tokens for c in packed):
+        rows.append(FunnelRow("pack", None, packed.total("result.tokens"), "tokens"))
+        rows.append(FunnelRow("pack", None, packed.total("rows_out"), "rows"))
+        if held_out := packed.total("result.held_out_tokens"):
             rows.append(FunnelRow("pack", None, held_out, "held-out tokens"))
     return rows
 
 
-def _losses(stage: str, commits: Sequence[Commit]) -> list[FunnelRow]:
-    counts: Counter[str] = Counter()
-    for commit in commits:
-        counts.update(commit.counts)
+def _losses(stage: str, commits: Commits) -> list[FunnelRow]:
+    counts = commits.counts()
     del counts["kept"]
     return [
         FunnelRow(stage, rule, count)

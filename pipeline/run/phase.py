@@ -1,17 +1,22 @@
 """A phase of a run as it is on disk, and what its units are listed from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config.sections import Config
 from pipeline.run.inputs import Input
-from stages.storage.ledger import Commit, Output, Store, Unit
+from stages.storage.commits import Written, input_key
+from stages.storage.ledger import Commit, Commits, Output, Store, Unit
 from stages.storage.parts import PartRef
 
 
 class PhasePlan(NamedTuple):
-    """The units of a phase, and what they need.
+    """The units of a phase in order of names (`unit_order`), and what they need.
 
     `prepare` are small jobs that run before the units and may run again. `memory` is in bytes per
     unit, 0 for what the stage's configuration says.
@@ -29,36 +34,59 @@ class Phase:
     name: str
     store: Store
     units: Sequence[Unit] = ()
-    commits: dict[str, Commit] = field(default_factory=dict)
+    commits: Commits = field(default_factory=Commits)
     prepare: tuple[Callable[[], None], ...] = ()
     memory: int = 0
 
     @property
     def pending(self) -> list[Unit]:
         """Units without a commit of the same input."""
-        return [u for u in self.units if not self._is_done(u)]
+        is_done = pc.is_in(_keys(self.units), value_set=self.commits.keys())
+        return list(compress(self.units, pc.invert(is_done).to_pylist()))
 
-    def ordered(self) -> list[Commit]:
+    def add(self, commit: Commit) -> None:
+        """Add the commit of a unit that was pending and has ended."""
+        self.commits.add(commit)
+        self.store.seal_full(self.commits)
+
+    def ordered(self) -> Commits:
         """Commits of the phase's units, in the order of the units; failed ones are missing."""
-        return [self.commits[u.name] for u in self.units if self._is_done(u)]
+        return self.commits.select(_keys(self.units))
 
-    def commits_of(self, units: Sequence[Unit]) -> list[Commit] | None:
+    def commits_of(self, units: Sequence[Unit]) -> Commits | None:
         """Commits of some units, None if any of them is pending."""
-        if not all(self._is_done(u) for u in units):
-            return None
-        return [self.commits[u.name] for u in units]
+        commits = self.commits.select(_keys(units))
+        return commits if len(commits) == len(units) else None
 
-    def parts(self) -> list[tuple[PartRef, Commit]]:
+    def withdraw_stale(self, *, unlisted: bool) -> None:
+        """Withdraw commits of units that have another input now, before outputs are replaced;
+        `unlisted`: those of units that are no longer listed, too.
+        """
+        stale = self.commits.select(_keys(self.units), others=True)
+        names = stale.units()
+        if not unlisted:
+            names = names.filter(
+                pc.is_in(names, value_set=pa.array((u.name for u in self.units), pa.string()))
+            )
+        if len(names):
+            self.store.withdraw_all(names.to_pylist())
+            self.commits = self.store.commits()
+
+    def written(self) -> Iterator[Written]:
+        """What the phase's units wrote, in the order of the units."""
+        return self.ordered().written()
+
+    def parts(self) -> Iterator[tuple[PartRef, Written]]:
         """The Parquet part that each unit wrote first."""
-        return [(PartRef(c.unit, self.store.uri(c.output().path)), c) for c in self.ordered()]
+        return ((PartRef(w.unit, self.store.uri(w.output().path)), w) for w in self.written())
 
     def outputs(self) -> dict[str, Output]:
         """All files that the phase's units wrote, by path."""
-        return {output.path: output for c in self.ordered() for output in c.outputs}
+        return {output.path: output for w in self.written() for output in w.outputs}
 
-    def _is_done(self, unit: Unit) -> bool:
-        commit = self.commits.get(unit.name)
-        return commit is not None and commit.fingerprint == unit.fingerprint
+
+def _keys(units: Sequence[Unit]) -> pa.Array:
+    return pa.array((input_key(u.name, u.fingerprint) for u in units), pa.string())
 
 
 class Index(NamedTuple):
@@ -67,7 +95,7 @@ class Index(NamedTuple):
     root: str
     documents: str
     keep: str
-    commits: tuple[Commit, ...]
+    commits: Sequence[Commit]
 
 
 class PlanContext(NamedTuple):

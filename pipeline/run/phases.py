@@ -136,7 +136,7 @@ def ner_units(context: PlanContext) -> PhasePlan:
     if not context.config.ner.enabled:
         return PhasePlan()
     refined = context.before["refine"]
-    outputs = [(c.unit, c.output("corpus")) for c in refined.ordered()]
+    outputs = ((w.unit, w.output("corpus")) for w in refined.written())
     return PhasePlan(
         [
             Unit(name, o.sha256, ner.NerTask(refined.store.uri(o.path)), o.bytes)
@@ -149,7 +149,7 @@ def pack_units(context: PlanContext) -> PhasePlan:
     """One unit per group of corpus parts, drawn by the run's seed."""
     config = context.config
     source = context.before["refine ner" if config.ner.enabled else "refine"]
-    outputs = [(c.unit, c.output("corpus")) for c in source.ordered() if c.rows_out]
+    outputs = ((w.unit, w.output("corpus")) for w in source.written() if w.rows_out)
     parts = [
         pack.CorpusPart(unit, source.store.uri(o.path), o.bytes, o.sha256) for unit, o in outputs
     ]

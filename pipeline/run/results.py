@@ -15,7 +15,7 @@ from pipeline.run.phases import PHASES, SPECS
 from pipeline.run.state import RunState, read_state
 from stages.dedup.keep import KEEP
 from stages.formats.document import corpus_schema, document_schema
-from stages.storage.ledger import Commit, Store
+from stages.storage.ledger import Commit, Commits, Store
 from stages.storage.parts import schema_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def corpus_phase(root: str, state: RunState) -> str:
     return "refine ner" if store_of(root, state, "refine ner").listed_units() else "refine"
 
 
-def all_commits(root: str, state: RunState) -> dict[str, list[Commit]]:
+def all_commits(root: str, state: RunState) -> dict[str, Commits]:
     """Commits of every phase under the keys that the run used last."""
     return {spec.name: store_of(root, state, spec.name).listed_commits() for spec in PHASES}
 

@@ -4,14 +4,19 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.run.phases import PHASES
 from pipeline.run.results import store_of
 from pipeline.run.state import Process, read_state
-from stages.extract.extract import ExtractResult
-from stages.storage.ledger import Commit, Store
+from stages.storage.ledger import Commit, Commits, Store
 
 
 @dataclass(frozen=True)
@@ -72,67 +77,79 @@ def run_status(root: str) -> RunStatus:
     return RunStatus(root, state.stage, state.process, state.generation, phases)
 
 
-def phase_status(
-    name: str, store: Store, commits: Sequence[Commit], *, since: float
-) -> PhaseStatus:
+def phase_status(name: str, store: Store, commits: Commits, *, since: float) -> PhaseStatus:
     """The status of a phase with these commits. `since` is when the latest invocation began."""
-    listed, done = store.listed_units(), {c.unit for c in commits}
-    failures = {u: f for u, f in store.failures().items() if u in listed and u not in done}
-    recent = [c for c in commits if c.finished >= since] or commits
-    busy, left = wall_time(recent), len(listed) - len(done) - len(failures)
-    extracted = _extract_results(commits)
+    listed, failed = store.listed_units(), store.failures()
+    done = set(commits.units().to_pylist()) if failed else set()
+    failures = {u: f for u, f in failed.items() if u in listed and u not in done}
+    work = commits.table(*_COLUMNS)
+    recent = work.filter(pc.greater_equal(work["finished"], since))
+    recent = recent if len(recent) else work
+    busy, left = _wall_time(recent), len(listed) - len(work) - len(failures)
     return PhaseStatus(
         name=name,
         units=len(listed),
-        done=len(done),
+        done=len(work),
         failed=len(failures),
         left=left,
         errors={unit: f.error for unit, f in failures.items()},
-        damage=damage_of(commits),
+        damage=_damage(work),
         quarantined=sum(f.quarantined == listed[unit] for unit, f in failures.items()),
-        rows_in=sum(c.rows_in for c in commits),
-        rows_out=sum(c.rows_out for c in commits),
-        wall_seconds=wall_time(commits),
-        cpu_seconds=sum(c.cpu_seconds for c in commits),
-        bytes_read=_bytes_read(commits),
-        bytes_written=sum(o.bytes for c in commits for o in c.outputs),
-        lost_bytes=sum(r.lost_bytes for r in extracted),
-        lost_members=sum(r.lost_members for r in extracted),
-        truncated=sum(r.truncated for r in extracted),
-        reapplied=sum(r.reapplied for r in extracted),
-        rows_per_second=sum(c.rows_in for c in recent) / busy if busy else None,
+        rows_in=_total(work, "rows_in"),
+        rows_out=_total(work, "rows_out"),
+        wall_seconds=_wall_time(work),
+        cpu_seconds=_total(work, "cpu_seconds"),
+        bytes_read=_bytes_read(work),
+        bytes_written=_total(work, "bytes_out"),
+        lost_bytes=_total(work, "result.lost_bytes"),
+        lost_members=_total(work, "result.lost_members"),
+        truncated=_total(work, "result.truncated"),
+        reapplied=_total(work, "result.reapplied"),
+        rows_per_second=_total(recent, "rows_in") / busy if busy else None,
         bytes_per_second=_bytes_read(recent) / busy if busy else None,
-        eta_seconds=busy / len(recent) * left if recent and left else None,
-        last_commit=max((c.finished for c in commits), default=None),
+        eta_seconds=busy / len(recent) * left if len(recent) and left else None,
+        last_commit=pc.max(work["finished"]).as_py(),
     )
 
 
-def damage_of(commits: Sequence[Commit]) -> dict[str, str]:
+# those of results only extract has
+_COLUMNS = (
+    *("unit", "rows_in", "rows_out", "bytes_out", "seconds", "cpu_seconds", "finished"),
+    *("result.bytes_in", "result.damage", "result.lost_bytes", "result.lost_members"),
+    *("result.truncated", "result.reapplied"),
+)
+
+
+def _total(work: pa.Table, column: str) -> Any:
+    return pc.sum(work[column]).as_py() or 0
+
+
+def _damage(work: pa.Table) -> dict[str, str]:
     """What of each damaged input could not be read, by unit."""
-    return {
-        c.unit: c.result.damage
-        for c in commits
-        if isinstance(c.result, ExtractResult) and c.result.damage
-    }
+    is_damaged = pc.fill_null(pc.not_equal(work["result.damage"].cast(pa.string()), ""), False)
+    damaged = work.filter(is_damaged).sort_by("unit")
+    return dict(zip(damaged["unit"].to_pylist(), damaged["result.damage"].to_pylist(), strict=True))
 
 
-def _bytes_read(commits: Sequence[Commit]) -> int:
-    return sum(r.bytes_in for r in _extract_results(commits) if not r.reapplied)
-
-
-def _extract_results(commits: Sequence[Commit]) -> list[ExtractResult]:
-    return [c.result for c in commits if isinstance(c.result, ExtractResult)]
+def _bytes_read(work: pa.Table) -> int:
+    is_read = pc.invert(pc.fill_null(work["result.reapplied"].cast(pa.bool_()), True))
+    return int(_total(work.filter(is_read), "result.bytes_in"))
 
 
 def wall_time(commits: Iterable[Commit]) -> float:
     """Seconds in which at least one of these units was at work."""
-    return covered((c.finished - c.seconds, c.finished) for c in commits)
+    return covered([(c.finished - c.seconds, c.finished) for c in commits])
 
 
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    length, reached = 0.0, -math.inf
-    for start, end in sorted(spans):
-        length += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return length
+def _wall_time(work: pa.Table) -> float:
+    finished = work["finished"].to_numpy()
+    return covered(np.column_stack([finished - work["seconds"].to_numpy(), finished]))
+
+
+def covered(spans: npt.ArrayLike) -> float:
+    """Length of the union of intervals (start, end)."""
+    starts, ends = np.asarray(spans, np.float64).reshape(-1, 2).T
+    order = np.argsort(starts)
+    starts, ends = starts[order], ends[order]
+    reached = np.maximum.accumulate(np.append(-math.inf, ends))[:-1]
+    return float(np.maximum(0.0, ends - np.maximum(starts, reached)).sum())

@@ -15,7 +15,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -150,7 +150,7 @@ class _SampleRun(NamedTuple):
     """A finished run: its commits by phase, and the seconds in which no unit was at work."""
 
     directory: str
-    commits: dict[str, list[Commit]]
+    commits: Mapping[str, Sequence[Commit]]
     idle_seconds: float
 
 

@@ -82,11 +82,28 @@ def read_many(uris: Sequence[str]) -> list[bytes]:
 
     One read from an object store takes tens of milliseconds.
     """
+    return list(_read_all(uris))
+
+
+def read_present(uris: Sequence[str]) -> list[bytes]:
+    """As `read_many`, without the objects that are gone."""
+    return [data for data in _read_all(uris, missing=FileNotFoundError) if data is not None]
+
+
+def _read_all(uris: Sequence[str], *, missing: Any = ()) -> list[Any]:
+    """All bytes of objects; None in place of an error that counts as `missing`."""
     if not uris:
         return []
     fs, _ = open_fs(uris[0])  # one for all threads: fsspec would make a client in each
+
+    def read(uri: str) -> bytes | None:
+        with suppress(missing):
+            data: bytes = fs.cat_file(uri)
+            return data
+        return None
+
     with explained(uris[0], "reading"), ThreadPoolExecutor(16) as pool:
-        return list(pool.map(fs.cat_file, uris))
+        return list(pool.map(read, uris))
 
 
 @explains("looking for")
@@ -182,6 +199,26 @@ def remove(uri: str) -> None:
     fs, path = open_fs(uri)
     with suppress(FileNotFoundError):
         fs.rm_file(path)
+
+
+def remove_many(uris: Sequence[str]) -> None:
+    """Remove several objects of one store, those that there are; on S3, 1,000 with each request."""
+    if not uris:
+        return
+    fs, _ = open_fs(uris[0])
+    with explained(uris[0], "removing"):
+        if not _has_conditions(fs):
+            for uri in uris:
+                remove(uri)
+            return
+        paths = [fs.split_path(uri) for uri in uris]
+        for first in range(0, len(paths), 1000):
+            keys = [{"Key": key} for _, key, _ in paths[first : first + 1000]]
+            answer = fs.call_s3(
+                "delete_objects", Bucket=paths[0][0], Delete={"Objects": keys, "Quiet": True}
+            )
+            if errors := answer.get("Errors"):
+                raise OSError(f"{len(errors)} objects were not removed, first: {errors[0]}")
 
 
 @explains("removing")

@@ -2,11 +2,23 @@
 
     RUN/<stage>/<key>/<kind>/<unit>.parquet      outputs of a unit
     RUN/<stage>/<key>/commits/<unit>.json        its commit: written last, atomically
+    RUN/<stage>/<key>/sealed/<number>.parquet    a segment: many commits in one file
     RUN/<stage>/<key>/units.json                 units of the last run under this key: fingerprints
     RUN/<stage>/<key>/failures/<unit>.json       why it failed; the next run tries it again
 
 A unit writes its outputs under temporary names, renames them, and then writes its commit. A crash
 at any moment leaves garbage, never a false record. Paths are URIs: local disk or object storage.
+
+Of a million units, commits as files of their own would take an hour to list and read. So the
+driver, which holds the lease, seals them: it writes a segment, then removes the single files. What
+keeps that safe at any moment, through kills and retries:
+
+    - Only a commit whose outcome the driver has is sealed: no worker of this run needs its file.
+    - A single file counts more than a segment, and a later segment more than an earlier one: a kill
+      between the two steps leaves the same commit twice.
+    - A unit that will be done has no sealed commit: the driver withdraws one of another input
+      first. So workers look at single files alone (`loose_commit`). If Ray retries a task whose
+      commit is sealed, it does the same work again: the same bytes, the same commit.
 
 An object store has no rename and needs none: a PUT becomes visible whole or not at all. A multipart
 upload that was cut off is never visible but costs money: give the bucket a lifecycle rule that
@@ -15,24 +27,31 @@ aborts incomplete multipart uploads.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass as validated
+from pydantic_core import from_json
 
-from stages.storage.digests import digest, file_sha256
+from stages.storage.commits import Commit as Commit
+from stages.storage.commits import Commits as Commits
+from stages.storage.commits import Output as Output
+from stages.storage.commits import input_key, pack, unit_order, without
+from stages.storage.digests import file_sha256
 from stages.storage.files import (
     create_only,
     names_in,
     open_parquet,
     output_file,
     read_bytes,
-    read_many,
+    read_present,
     remove,
+    remove_many,
     remove_tree,
     write_atomically,
 )
@@ -40,6 +59,8 @@ from stages.storage.files import (
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+SEGMENT = 10_000  # commits of a segment
 
 
 class Unit(NamedTuple):
@@ -54,54 +75,6 @@ class Unit(NamedTuple):
     fingerprint: str
     task: Any
     bytes: int = 0
-
-
-@validated(frozen=True)
-class Output:
-    """A file that a unit wrote: `path` below the phase's folder, size in bytes, hex sha256."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-    @property
-    def kind(self) -> str:
-        """The folder of the file, such as "corpus"."""
-        return self.path.partition("/")[0]
-
-
-@validated
-class Commit:
-    """What one unit did.
-
-    `counts` are rows by reason ("kept" included). `result` is the phase's own frozen dataclass, or
-    None. `notes` are figures that a wrapper around the work adds (`gristmill estimate`). `finished`
-    is in Unix seconds, 0.0 until the unit is committed.
-    """
-
-    unit: str
-    fingerprint: str
-    rows_in: int = 0
-    rows_out: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    result: Any = None
-    notes: dict[str, float | str] = field(default_factory=dict)
-    outputs: list[Output] = field(default_factory=list)
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    finished: float = 0.0
-
-    @property
-    def digest(self) -> str:
-        """Identity of everything the unit wrote; equal bytes give equal digests."""
-        return digest([f"{o.path}:{o.sha256}" for o in self.outputs])
-
-    def output(self, kind: str = "") -> Output:
-        """The first file of a kind, or of any kind; ValueError if there is none."""
-        for output in self.outputs:
-            if kind in ("", output.kind):
-                return output
-        raise ValueError(f"unit {self.unit} wrote no file of kind '{kind}'")
 
 
 @validated(frozen=True)
@@ -154,7 +127,7 @@ class Store:
         record = dataclasses.asdict(commit) | {"digest": commit.digest}
         uri = self.uri("commits", f"{commit.unit}.json")
         if not create_only(uri, json.dumps(record, indent=1).encode()):
-            first = self._decode_commit(json.loads(read_bytes(uri)))
+            first = self._decode(from_json(read_bytes(uri)))
             if (first.fingerprint, first.digest) != (commit.fingerprint, commit.digest):
                 raise RuntimeError(
                     f"{uri} was written by another run, from another input or with other bytes: "
@@ -163,8 +136,42 @@ class Store:
         self.clear_failure(commit.unit)
 
     def withdraw(self, unit: str) -> None:
-        """Remove a unit's commit, so that the unit will be done again."""
+        """Remove the commit of a unit that a worker does, so that the unit will be done again."""
         remove(self.uri("commits", f"{unit}.json"))
+
+    def withdraw_all(self, units: Collection[str]) -> None:
+        """Remove commits of units, sealed or not. Only under the lease."""
+        # the oldest first: after a crash, none may count that another had replaced
+        for name in self._segments() if units else ():
+            uri = self.uri("sealed", name)
+            rest = without(uri, units)
+            if rest is not None:  # an empty one stays: its number must not be used again
+                write_atomically(uri, rest)
+        remove_many([self.uri("commits", f"{unit}.json") for unit in units])
+
+    def seal(self, commits: Sequence[Commit]) -> str:
+        """Replace the files of commits by a segment, and return its URI. Only under the lease, and
+        for units that no worker does any more.
+        """
+        names = self._segments()
+        number = int(names[-1].removesuffix(".parquet")) + 1 if names else 0
+        uri = self.uri("sealed", f"{number:06d}.parquet")
+        write_atomically(uri, pack(commits))
+        remove_many([self.uri("commits", f"{commit.unit}.json") for commit in commits])
+        return uri
+
+    def seal_full(self, commits: Commits) -> None:
+        """Seal the single commits of a phase if they fill a segment. As `seal`."""
+        if len(commits.loose) >= SEGMENT:
+            commits.replace_loose(self.seal([*commits.loose.values()]))
+
+    def seal_loose(self) -> None:
+        """Seal what earlier runs left in files of its own, if it is much. Only under the lease,
+        before the workers start.
+        """
+        for commits in self._loose_commits():
+            if len(commits) == SEGMENT:
+                self.seal(commits)
 
     def fail(self, failure: Failure) -> None:
         """Record why a unit could not be done; a later success removes the record."""
@@ -175,9 +182,15 @@ class Store:
         """Remove the record of an earlier failure of a unit."""
         remove(self.uri("failures", f"{unit}.json"))
 
-    def commits(self) -> dict[str, Commit]:
-        """Commits of all units done so far, by unit, in order of name."""
-        return {record["unit"]: self._decode_commit(record) for record in self._records("commits")}
+    def commits(self) -> Commits:
+        """Commits of all units done so far, the newest of each unit."""
+        last, packed = list[Commit](), list[bytes]()
+        for commits in self._loose_commits():
+            packed += [pack(last)] if last else []
+            last = commits
+        # after the single files: what is sealed meanwhile is in one of both
+        sealed = [self.uri("sealed", name) for name in self._segments()]
+        return Commits(last, segments=[*sealed, *packed], decode=self._decode)
 
     def list_units(self, units: Sequence[Unit]) -> None:
         """Record the units to do under this key; commits of other units no longer count."""
@@ -191,15 +204,29 @@ class Store:
             listed = json.loads(read_bytes(self.uri("units.json")))
         return listed
 
-    def listed_commits(self) -> list[Commit]:
-        """Commits of the units recorded last, in order of name, without those of another input."""
-        listed = self.listed_units()
-        return [c for c in self.commits().values() if listed.get(c.unit) == c.fingerprint]
+    def listed_commits(self) -> Commits:
+        """Commits of the units recorded last, without those of another input."""
+        import pyarrow as pa
+
+        listed = [input_key(unit, f) for unit, f in self.listed_units().items()]
+        return self.commits().select(pa.array(listed, pa.string()))
 
     def commit_of(self, unit: str) -> Commit | None:
-        """The commit of one unit, or None."""
+        """The commit of one unit, or None. `loose_commit` costs less."""
+        if commit := self.loose_commit(unit):
+            return commit
+        for name in reversed(self._segments()):
+            uri = self.uri("sealed", name)
+            if unit in _units_of(uri):
+                for commit in Commits(segments=[uri], decode=self._decode):
+                    if commit.unit == unit:
+                        return commit
+        return None
+
+    def loose_commit(self, unit: str) -> Commit | None:
+        """The commit of one unit, or None if it has none or a sealed one. Enough for a worker."""
         with suppress(FileNotFoundError):
-            return self._decode_commit(json.loads(read_bytes(self.uri("commits", f"{unit}.json"))))
+            return self._decode(from_json(read_bytes(self.uri("commits", f"{unit}.json"))))
         return None
 
     def read_part(self, commit: Commit, kind: str = "") -> "pa.Table":
@@ -235,14 +262,31 @@ class Store:
         return failures
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
-        names = sorted(name for name in names_in(self.uri(kind)) if name.endswith(".json"))
-        return [json.loads(data) for data in read_many([self.uri(kind, name) for name in names])]
+        return [json.loads(data) for data in read_present(self._files(kind))]
+
+    def _files(self, kind: str) -> list[str]:
+        """URIs of JSON files of units, in order of units."""
+        names = (n.removesuffix(".json") for n in names_in(self.uri(kind)) if n.endswith(".json"))
+        return [self.uri(kind, f"{name}.json") for name in sorted(names, key=unit_order)]
+
+    def _segments(self) -> list[str]:
+        """Names of the segments, the oldest first."""
+        return sorted(name for name in names_in(self.uri("sealed")) if name.endswith(".parquet"))
+
+    def _loose_commits(self) -> Iterator[list[Commit]]:
+        """Commits in files of their own, a segment's worth at a time; removed ones are left out."""
+        uris = self._files("commits")
+        for first in range(0, len(uris), SEGMENT):
+            yield [
+                self._decode(from_json(data))
+                for data in read_present(uris[first : first + SEGMENT])
+            ]
 
     def clear(self, *parts: str) -> None:
         """Remove a folder of this stage if there is one: what an uncommitted unit left."""
         remove_tree(self.uri(*parts))
 
-    def _decode_commit(self, record: dict[str, Any]) -> Commit:
+    def _decode(self, record: dict[str, Any]) -> Commit:
         """A commit from its JSON record; ValueError if the record is not one of this phase."""
         try:
             fields = _with_typed_result(record, self.result)
@@ -263,3 +307,10 @@ def _with_typed_result(record: dict[str, Any], result: type | None) -> dict[str,
     names = {f.name for f in dataclasses.fields(result)} if result is not None else set()
     fields = {name: value for name, value in earlier.items() if name in names}
     return {**record, "result": fields, "finished": earlier.get("finished", 0.0)}
+
+
+@lru_cache(maxsize=1024)
+def _units_of(uri: str) -> frozenset[str]:
+    """The units of a segment, or of what it was before some were withdrawn."""
+    with open_parquet(uri) as file:
+        return frozenset(file.read(columns=["unit"])["unit"].to_pylist())

@@ -53,7 +53,7 @@ def write_parts(folder: Path, parts, signature) -> Phase:
                 path,
             )
         phase.units.append(_unit(commit.unit))
-        phase.commits[commit.unit] = commit
+        phase.add(commit)
     return phase
 
 
@@ -82,8 +82,9 @@ def run_dedup(folder: Path, parts, config, *, against=()):
             for step in phase.prepare:
                 step()
             for unit in phase.pending:
-                phase.commits[unit.name] = spec.work(unit, config, phase.store)
-                phase.store.commit(phase.commits[unit.name])
+                commit = spec.work(unit, config, phase.store)
+                phase.store.commit(commit)
+                phase.add(commit)
         phase.store.list_units(phase.units)
     return phases
 

@@ -444,14 +444,14 @@ def test_the_quickstart_on_s3_is_the_quickstart_on_disk(
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         _expire(run)
-    done = Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits()
+    done = list(Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits())
     given = [
         f"{key}={json.dumps(value)}" for key, value in _overrides(quickstart_config(run)).items()
     ]
     said = _gristmill("run", str(ROOT / "configs" / "quickstart.toml"), *given, "--json")
     assert bytes_of(json.loads(said)["generation"]["uri"]) == bytes_of(local.uri)
     # what was committed was not done again
-    assert Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits() == done
+    assert list(Store(f"{run}/extract/{names_in(f'{run}/extract')[0]}").commits()) == done
     monkeypatch.setattr(
         "pipeline.engine.cluster.start", lambda *_: pytest.fail("Ray is not needed to ask")
     )

@@ -18,7 +18,7 @@ from pipeline.run.results import store_of
 from pipeline.run.state import read_state
 from pipeline.run.status import covered, phase_status, run_status
 from stages.extract.extract import ExtractResult
-from stages.storage.ledger import Commit, Failure, Store, Unit
+from stages.storage.ledger import Commit, Commits, Failure, Store, Unit
 from tests.support.inline import make_config, run_inline
 
 
@@ -96,7 +96,7 @@ def test_rates_are_of_the_latest_invocation_without_pauses():
     assert status.last_commit == 204.0
     before = phase_status("extract", store, store.listed_commits(), since=300.0)
     assert before.rows_per_second == 120 / 20  # the latest invocation has finished nothing
-    empty = phase_status("extract", store, [], since=0.0)
+    empty = phase_status("extract", store, Commits(), since=0.0)
     assert (empty.rows_per_second, empty.eta_seconds, empty.last_commit) == (None, None, None)
     assert empty.left == 6
 

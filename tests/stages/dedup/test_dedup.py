@@ -268,7 +268,7 @@ def test_similarities_are_measured_where_asked_for(tmp_path):
     # 96 5-grams in the whole, 86 in the first 90 words, 36 in the last 40
     similarities = [keep_rows(phases)[d]["similarity"] for d in range(3)]
     assert similarities == [None, pytest.approx(86 / 96), pytest.approx(36 / 96)]
-    assert phases["dedup keep"].commits["00000"].result.measured == 2
+    assert phases["dedup keep"].commits[0].result.measured == 2
     without = keep_rows(run_dedup(tmp_path / "none", [docs], CONFIG))
     assert [row["similarity"] for row in without.values()] == [None] * 3
 
@@ -278,7 +278,7 @@ def test_who_loses_too_much_is_named(tmp_path):
     others = [Doc(100 + n, f"text {n}", (), 1, host="good.example") for n in range(30)]
     few = [Doc(200 + n, "same", (), 1, host="small.example") for n in range(5)]
     phases = run_dedup(tmp_path, [copies + others + few], CONFIG)
-    losses = phases["dedup alarm"].commits["00000"].result.heavy_losses
+    losses = phases["dedup alarm"].commits[0].result.heavy_losses
     assert losses == (HeavyLoss("host", 30, 29, 0),)
 
 

@@ -27,7 +27,7 @@ def test_a_document_over_the_time_limit_is_rejected_with_its_reason(tmp_path):
     config = make_config(tmp_path, [tmp_path / "in.jsonl"], *OPTIONS, "refine.timeout_seconds=0.2")
     run_inline(config)
     store = Run(config).store("refine")
-    [commit] = store.commits().values()
+    [commit] = store.commits()
     assert commit.counts == {"kept": 2, "refine.timeout": 1}
     assert commit.cpu_seconds >= 0.2
     [rejected] = pq.read_table(store.uri("rejected", "000000.parquet")).to_pylist()

@@ -98,9 +98,9 @@ def read_frames(
         at = members.skip_filling(stream.resume)
     if at > stop:
         raise ValueError(
-            f"the file cannot be read in ranges: what contains byte {stop:,}, where one should "
-            f"end, goes on to byte {at:,}; it may be an archive inside the archive. Set "
-            "input.split_bytes = 0, and another run.directory: a run keeps its ranges"
+            f"the file cannot be read in ranges: the member that contains byte {stop:,}, where a "
+            f"range should end, goes on to byte {at:,}; it may be an archive inside the archive. "
+            "Set input.split_bytes = 0, and another run.directory: a run keeps its ranges"
         )
 
 

@@ -27,6 +27,7 @@ from stages.storage.files import (
 from stages.storage.parts import unit_name
 
 _CHECKED_FILES, _CHECKED_ROWS, _CHECKED_BYTES = 16, 1000, 1 << 20
+_AT_ONCE = 10_000  # a task that waits for a thread takes 2 kB
 
 
 class Input(NamedTuple):
@@ -75,12 +76,15 @@ def number_inputs(
         by_path.setdefault(input.path, []).append(input)
     numbers = itertools.count(max((i.ordinal for i in listed), default=-1) + 1)
     split_bytes = config.split_bytes if config.format in ("warc", "wet") else 0
+    fingerprints: list[str] = []
     with ThreadPoolExecutor(32) as pool:
-        fingerprints = list(pool.map(_fingerprint, paths))
+        for first in range(0, len(paths), _AT_ONCE):
+            fingerprints += pool.map(_fingerprint, paths[first : first + _AT_ONCE])
     inputs: list[Input] = []
     for path, identity in zip(paths, fingerprints, strict=True):
         if path in by_path:
-            inputs += (i._replace(fingerprint=identity) for i in by_path[path])
+            # the path that is equal, so that memory holds it once
+            inputs += (i._replace(path=path, fingerprint=identity) for i in by_path[path])
             continue
         ranges = equal_ranges(_size_of(identity), split_bytes)
         inputs += (Input(next(numbers), path, identity, r) for r in ranges)
@@ -97,7 +101,10 @@ def whole_files(inputs: Iterable[Input]) -> list[Input]:
 
 def extend_list(root: str, inputs: Sequence[Input]) -> None:
     """Add inputs to the run's list, if they are new."""
-    write_list(root, {i.ordinal: i for i in (*read_list(root), *inputs)}.values())
+    listed = read_list(root)
+    numbers = {i.ordinal for i in listed}
+    if new := [i for i in inputs if i.ordinal not in numbers]:
+        write_list(root, [*listed, *new])
 
 
 def require_columns(inputs: Sequence[Input], config: InputConfig) -> None:

@@ -103,8 +103,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Job:
             break
     units = [
         unit._replace(name=f"{unit.name}-{copy:02d}")
-        for copy in range(arguments.copies)
         for unit in phase.units
+        for copy in range(arguments.copies)
     ]
     return Job(config, units, str(folder))
 
@@ -155,8 +155,8 @@ def by_units(mark: Callable[[], None], job: Job) -> Done:
         work = PhaseWork(spec.work, spec.plan(job.config), phase.store, 3, "benchmark")
         for outcome in on_ray()(name, work, phase.units, spec.resources(job.config)):
             assert outcome.commit is not None, outcome.error
-            phase.commits[outcome.unit] = outcome.commit
-    packed = phases["pack"].ordered()
+            phase.add(outcome.commit)
+    packed = list(phases["pack"].ordered())
     return Done(sum(c.rows_in for c in packed), sum(c.result.tokens for c in packed))
 
 

@@ -119,7 +119,7 @@ def load_config(
 
 def ray_units(address: str | None, dashboard: bool) -> "RunUnits":
     """Runs units on Ray; prints the URL of its dashboard, if asked, when Ray starts."""
-    from pipeline.engine.ray_plan import on_ray
+    from pipeline.engine.dispatch import on_ray
 
     return on_ray(address, show_dashboard=_print_dashboard if dashboard else None)
 

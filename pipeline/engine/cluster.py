@@ -4,10 +4,13 @@ import logging
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 from pipeline.engine.units import Resources
 from stages.formats.errors import ConfigError
+
+_UNLIMITED = 1_000_000  # nodes of a kind without a limit
 
 
 def start(address: str | None, *, show_dashboard: Callable[[str], None] | None = None) -> None:
@@ -20,7 +23,6 @@ def start(address: str | None, *, show_dashboard: Callable[[str], None] | None =
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = not (address or os.environ.get("RAY_ADDRESS"))
     import ray
-    import ray.data
 
     if not ray.is_initialized():
         settings = local_settings(dashboard=show_dashboard is not None) if local else {}
@@ -32,13 +34,6 @@ def start(address: str | None, *, show_dashboard: Callable[[str], None] | None =
         )
         if show_dashboard:
             show_dashboard(f"http://{session.dashboard_url}" if session.dashboard_url else "")
-    for handler in logging.getLogger("ray.data").handlers:
-        # the terminal; Ray's own log files keep everything
-        if type(handler).__name__ == "PlainRayHandler":
-            handler.setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
 
 
 def local_settings(*, dashboard: bool) -> dict[str, Any]:
@@ -52,18 +47,65 @@ def local_settings(*, dashboard: bool) -> dict[str, Any]:
     return {"include_dashboard": dashboard, "object_store_memory": 200_000_000}
 
 
-def largest_node_memory() -> int:
-    """Bytes of memory of the largest node: Ray waits forever for a worker that fits on no node."""
+class Nodes(NamedTuple):
+    """Nodes of one kind: how many there are or may be, and what each has."""
+
+    number: int
+    resources: dict[str, float]
+
+    def slots(self, worker: Resources) -> int:
+        """How many workers fit."""
+        fit = self.resources.get("CPU", 0.0) / worker.num_cpus
+        # what a node that the autoscaler has not started will have may be unknown
+        return self.number * int(min(fit, self.resources.get("memory", inf) / worker.memory))
+
+
+def fitted(worker: Resources) -> Resources:
+    """A worker that asks for no more memory than the largest node has, alive or not yet.
+
+    Ray waits forever for a worker that fits on no node.
+    """
+    kinds = [k for k in (*_alive(), *_possible()) if k.resources.get("CPU", 0) >= worker.num_cpus]
+    largest = max((k.resources.get("memory", inf) for k in kinds), default=inf)
+    return worker._replace(memory=int(min(worker.memory, largest)))
+
+
+def slots(worker: Resources) -> int:
+    """How many workers fit on the nodes that are alive."""
+    return sum(nodes.slots(worker) for nodes in _alive())
+
+
+def most_slots(worker: Resources) -> int:
+    """How many workers fit on the cluster once it is as large as its autoscaler may make it."""
+    return max(slots(worker), sum(nodes.slots(worker) for nodes in _possible()))
+
+
+def free_slots(worker: Resources, *, running: int) -> int:
+    """How many more workers the cluster could run now, beside `running` ones."""
+    import ray
+
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    fit = min(free.get("CPU", 0.0) / worker.num_cpus, free.get("memory", 0.0) / worker.memory)
+    return int(min(fit, worker.parallelism - running) if worker.parallelism else fit)
+
+
+def _alive() -> list[Nodes]:
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    memory = [node["Resources"].get("memory", 0) for node in nodes if node["Alive"]]
-    return int(max(memory, default=0)) or 1
+    return [Nodes(1, node["Resources"]) for node in nodes if node["Alive"]]
 
 
-def actors_that_fit(resources: Resources, units: int) -> int:
-    """Number of actors in a pool: as many as the cluster has processors for, at most one a unit."""
-    import ray
+def _possible() -> list[Nodes]:
+    """The kinds of nodes that the autoscaler may start, and how many of each.
 
-    fit = int(ray.cluster_resources().get("CPU", 1) / resources.num_cpus)  # type: ignore[no-untyped-call]
-    return max(1, min(units, resources.parallelism or fit))
+    None without an autoscaler, and with its first version, which tells nobody.
+    """
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    return [
+        Nodes(_UNLIMITED if kind.max_count < 0 else kind.max_count, dict(kind.resources))
+        for kind in (config.node_group_configs if config else ())
+        if kind.max_count
+    ]

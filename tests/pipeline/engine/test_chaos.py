@@ -20,6 +20,7 @@ from pipeline.batches.batch import run_batch
 from pipeline.config.load import load
 from pipeline.engine import lease
 from pipeline.engine.units import in_process
+from pipeline.run.phases import PHASES
 from stages.storage.catalog import read_catalog
 from tests.support.inline import Silent
 from tests.support.live_training import LIVE_TRAINING, step_records
@@ -153,7 +154,8 @@ def kill_worker(driver):
     """Kill a Ray worker: one at work on a unit or, as units take milliseconds, if none is seen, one
     between two. False if none is.
     """
-    for wanted in [b"ray::MapBatches"] * 50 + [b"ray::IDLE"]:
+    at_work = tuple(f"ray::{spec.name}".encode() for spec in PHASES)
+    for wanted in [at_work] * 50 + [b"ray::IDLE"]:
         for pid in (pid for pid, name in session_of(driver).items() if name.startswith(wanted)):
             os.kill(pid, signal.SIGKILL)
             return True

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.engine import attempts, ray_plan, stragglers
-from pipeline.engine.ray_plan import on_ray, order_units
-from pipeline.engine.stragglers import late_units
+from pipeline.engine import attempts, dispatch
+from pipeline.engine.cluster import Nodes
+from pipeline.engine.dispatch import on_ray
+from pipeline.engine.pool import order_units
+from pipeline.engine.stragglers import Stragglers, late_units, run_copy
 from pipeline.engine.units import (
     PhaseWork,
     Quarantined,
@@ -70,7 +72,8 @@ def starts(store):
 def test_dealt_blocks_hold_every_unit_once_and_each_round_of_them_is_larger_than_the_next(
     sizes, blocks
 ):
-    units, blocks = [unit(str(n), size) for n, size in enumerate(sizes)], min(blocks, len(sizes))
+    units = sorted((unit(str(n), size) for n, size in enumerate(sizes)), key=lambda u: -u.bytes)
+    blocks = min(blocks, len(sizes))
     rows, cut = order_units(units, blocks), []
     for n in range(blocks):  # the cut of ray.data.from_items
         cut.append([rows.pop(0) for _ in range(len(units) // blocks + (n < len(units) % blocks))])
@@ -80,17 +83,58 @@ def test_dealt_blocks_hold_every_unit_once_and_each_round_of_them_is_larger_than
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("blocks, order", [(10_000, "edcba"), (2, "ecadb")])
-def test_ray_begins_the_largest_units_first(ray_session, tmp_path, monkeypatch, blocks, order):
-    monkeypatch.setattr(ray_plan, "MAX_BLOCKS", blocks)
+def test_ray_begins_the_largest_units_first(ray_session, tmp_path):
     task = PhaseWork(_noted, None, Store(str(tmp_path)), 3, "i")
     units = [unit(name, 10 * n) for n, name in enumerate("abcde")]
     ends = list(on_ray()("ordered", task, units, SMALL._replace(parallelism=1)))
-    assert "".join(starts(task.store)) == order and len(ends) == 5
+    assert "".join(starts(task.store)) == "edcba" and len(ends) == 5
 
 
 def _noted(unit, plan, store):
     return Commit(unit.name, unit.fingerprint, rows_in=note(unit, store))
+
+
+@pytest.mark.ray
+def test_no_more_tasks_are_in_rays_queue_than_the_cluster_runs_and_a_number_that_waits(
+    ray_session, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "MAX_WAITING", 3)
+    begun = []
+    real = dispatch._Tasks._watch
+    monkeypatch.setattr(
+        dispatch._Tasks, "_watch", lambda self, name, task: (begun.append(name), real(self, name, task))
+    )
+    task = PhaseWork(_noted, None, Store(str(tmp_path)), 3, "i")
+    ends = on_ray()("many", task, [unit(f"{n:02}") for n in range(40)], SMALL)
+    done = {next(ends).unit}
+    assert len(begun) <= 3 + os.cpu_count() + 1
+    done |= {end.unit for end in ends}
+    assert done == set(begun) and len(done) == len(begun) == 40
+
+
+@pytest.mark.ray
+def test_a_phase_that_ends_early_leaves_nothing_in_rays_queue(ray_session, tmp_path):
+    task = PhaseWork(_noted_slowly, None, Store(str(tmp_path)), 3, "i")
+    ends = on_ray()("early", task, [unit(f"{n:02}") for n in range(20)], SMALL)
+    next(ends)
+    ends.close()
+    last = PhaseWork(_noted, None, Store(str(tmp_path / "last")), 3, "i")
+    (tmp_path / "last").mkdir()
+    assert [end.unit for end in on_ray()("last", last, [unit("last")], SMALL)] == ["last"]
+    assert len(starts(task.store)) < 20
+
+
+def _noted_slowly(unit, plan, store):
+    time.sleep(0.5)
+    return _noted(unit, plan, store)
+
+
+def test_slots_are_bound_by_processors_and_by_memory_where_it_is_known():
+    worker = Resources(2.0, 10)
+    assert Nodes(3, {"CPU": 7.0, "memory": 100.0}).slots(worker) == 9
+    assert Nodes(3, {"CPU": 7.0, "memory": 25.0}).slots(worker) == 6
+    assert Nodes(3, {"CPU": 7.0}).slots(worker) == 9
+    assert Nodes(3, {"CPU": 1.0, "memory": 100.0}).slots(worker) == 0
 
 
 def test_inputs_tell_their_size(tmp_path):
@@ -135,6 +179,18 @@ def test_a_unit_is_late_by_the_rates_of_the_others_and_its_own_size(rates, waite
         patience=60.0,
     )
     assert [u.name for u in found] == expected
+
+
+def test_late_units_are_begun_again_only_while_there_is_room():
+    units, watch = [unit("a", 10), unit("b", 10)], Stragglers(patience=0.0)
+    watch.note(unit("c", 10), None)
+    assert watch.late(units, room=2) == []  # no rate yet
+    watch.note(unit("c", 10), Commit("c", "f", seconds=0.001))
+    time.sleep(0.01)
+    assert watch.late(units, room=0) == []
+    assert watch.late(units, room=2) == []  # idle from now on
+    time.sleep(0.01)
+    assert watch.late(units, room=1) == units[:1]
 
 
 @pytest.mark.ray
@@ -226,11 +282,11 @@ def _overtaken_before_it_commits(unit, plan, store):
 
 def test_the_failure_of_a_second_copy_is_not_the_units(tmp_path):
     store = Store(str(tmp_path))
-    stragglers._run_copy(unit("u"), PhaseWork(_wrong, None, store, 1, "i"))
+    assert run_copy(unit("u"), PhaseWork(_wrong, None, store, 1, "i")) is None
     assert store.failures() == {} and starts(store) == ["u"]
     store.commit(Commit("u", "other input"))
     # the first copy's to withdraw
-    stragglers._run_copy(unit("u"), PhaseWork(_noted, None, store, 1, "i"))
+    assert run_copy(unit("u"), PhaseWork(_noted, None, store, 1, "i")) is None
     assert store.commit_of("u").fingerprint == "other input" and starts(store) == ["u"]
 
 
@@ -244,22 +300,19 @@ def _wrong(unit, plan, store):
 
 @pytest.mark.ray
 @pytest.mark.kill
-def test_a_unit_that_only_fails_beside_one_that_kills_keeps_its_own_reason(
-    ray_session, tmp_path, monkeypatch
+@pytest.mark.parametrize("actors", [False, True])
+def test_a_unit_that_kills_its_worker_is_quarantined_and_others_are_done(
+    ray_session, tmp_path, actors
 ):
-    monkeypatch.setattr(ray_plan, "MAX_BLOCKS", 1)
     task = PhaseWork(_wrong_or_kill, None, Store(str(tmp_path)), 2, "i")
+    worker = SMALL._replace(actors=actors)
     ends = {
         done.unit: done
-        for done in on_ray()("block", task, [unit("wrong", 2), unit("kills", 1)], SMALL)
+        for done in on_ray()("kills", task, [unit("wrong", 2), unit("kills", 1)], worker)
     }
-    assert (
-        ends["wrong"].error == "wrong.jsonl: ValueError: wrong input"
-        and starts(task.store).count("wrong") == 3
-    )
-    assert (
-        "its worker died 2 times" in ends["kills"].error and starts(task.store).count("kills") == 2
-    )
+    assert ends["wrong"].error == "wrong.jsonl: ValueError: wrong input"
+    assert "its worker died 2 times" in ends["kills"].error
+    assert starts(task.store).count("kills") == 2
 
 
 def _wrong_or_kill(unit, plan, store):
@@ -332,7 +385,7 @@ def test_a_poisoned_unit_is_quarantined_with_its_attempts_until_retry(
     )
 
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.engine.ray_plan.on_ray", lambda address: in_process)
+    monkeypatch.setattr("pipeline.engine.dispatch.on_ray", lambda address: in_process)
     command = ["retry", str(tmp_path / "config.toml")]
     wrong = CliRunner().invoke(app, [*command, "000007"])
     assert wrong.exit_code == 1 and "unit '000007' has not failed; failed: 000000" in wrong.stderr

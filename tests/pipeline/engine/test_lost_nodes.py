@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine.ray_plan import on_ray
+from pipeline.engine.dispatch import on_ray
 from pipeline.engine.units import PhaseWork, Resources
 from stages.storage.ledger import Commit, Store, Unit
 from tests.support.paths import ROOT

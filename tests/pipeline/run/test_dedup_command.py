@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.engine.ray_plan import on_ray
+from pipeline.engine.dispatch import on_ray
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.run import phases, results
@@ -558,7 +558,7 @@ class KillsWorkers(Silent):
     def _kill(self, phase):
         end = time.monotonic() + 5
         while time.monotonic() < end:
-            for pid in descendants(f"ray::MapBatches({phase})"):
+            for pid in descendants(f"ray::{phase}"):
                 with suppress(ProcessLookupError):  # it has just ended
                     os.kill(pid, signal.SIGKILL)
                     self.killed.append(phase)

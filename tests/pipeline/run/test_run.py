@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.engine.lease import Held, lease
-from pipeline.engine.ray_plan import on_ray
+from pipeline.engine.dispatch import on_ray
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.inspect.verify import verify_path

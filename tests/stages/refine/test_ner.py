@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.engine.ray_plan import on_ray
+from pipeline.engine.dispatch import on_ray
 from pipeline.inspect import export, why
 from pipeline.run.execute import Run, execute
 from pipeline.run.state import read_state

@@ -385,7 +385,7 @@ def test_a_poisoned_unit_is_quarantined_with_its_attempts_until_retry(
     )
 
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.engine.dispatch.on_ray", lambda address: in_process)
+    monkeypatch.setattr("pipeline.engine.dispatch.on_ray", lambda *_, **__: in_process)
     command = ["retry", str(tmp_path / "config.toml")]
     wrong = CliRunner().invoke(app, [*command, "000007"])
     assert wrong.exit_code == 1 and "unit '000007' has not failed; failed: 000000" in wrong.stderr

@@ -427,7 +427,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(series):
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    monkeypatch.setattr("pipeline.engine.dispatch.on_ray", lambda address=None: in_process)
+    monkeypatch.setattr("pipeline.engine.dispatch.on_ray", lambda *_, **__: in_process)
 
 
 def logged(*arguments):

@@ -246,7 +246,7 @@ def test_verify_compares_lineages_with_manifest_and_catalog(tmp_path, key, value
 
 @pytest.fixture
 def call(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.engine.dispatch.on_ray", lambda address: in_process)
+    monkeypatch.setattr("pipeline.engine.dispatch.on_ray", lambda *_, **__: in_process)
 
     def call(names, *arguments, format="jsonl", command="run"):
         make_config(tmp_path, [tmp_path / f"{n}.{format}" for n in names])

@@ -1,0 +1,98 @@
+"""A Ray cluster that begins without workers and has an autoscaler, all on this machine.
+
+Ray's own `AutoscalingCluster` stops every other Ray of the machine, and lacks a file in the wheel.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.support.processes import free_ports
+
+# seconds
+_INTERVAL, _IDLE = 1, 6
+_NONE = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+
+
+def _configuration(workers: int, processors: int) -> dict:
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+    node = {"CPU": processors, "memory": 4 << 30, "object_store_memory": 100 << 20}
+    head = {"CPU": 0, "object_store_memory": 100 << 20}
+    provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    return {
+        "cluster_name": "fake",
+        "max_workers": workers,
+        "idle_timeout_minutes": _IDLE / 60,
+        "upscaling_speed": 1.0,
+        "head_node_type": "head",
+        "provider": {
+            "type": "external",
+            "module": provider,
+            "launch_multiple": True,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+        },
+        "available_node_types": {
+            "head": {"resources": head, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": node,
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": workers,
+            },
+        },
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        **{f"{name}_commands": [] for name in _NONE},
+    }
+
+
+@contextmanager
+def growing_cluster(*, workers: int, processors: int = 1) -> Iterator[str]:
+    """The address of a cluster whose head works on nothing, and which may grow to `workers`."""
+    import psutil
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+    port, dashboard = free_ports(2)
+    # paths of sockets have 107 characters
+    with TemporaryDirectory(dir="/tmp", prefix="ray") as folder:
+        configuration = Path(folder) / "autoscaler.json"
+        configuration.write_text(json.dumps(_configuration(workers, processors)))
+        ray = str(Path(sys.executable).parent / "ray")
+        command = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
+        command += [f"--temp-dir={folder}", f"--autoscaling-config={configuration}"]
+        command += ["--include-dashboard=false", f"--dashboard-port={dashboard}"]
+        command += ["--dashboard-agent-listen-port=0", "--object-store-memory=100000000"]
+        settings = {
+            "AUTOSCALER_UPDATE_INTERVAL_S": str(_INTERVAL),
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        }
+        log = Path(folder) / "start.log"
+        with log.open("w") as stream:
+            head = subprocess.Popen(command, env=os.environ | settings, stdout=stream, stderr=stream)
+        try:
+            while "Ray runtime started" not in log.read_text():
+                assert head.poll() is None, log.read_text()
+                time.sleep(0.2)
+            yield f"127.0.0.1:{port}"
+        finally:
+            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            head.wait()

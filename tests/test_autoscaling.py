@@ -13,7 +13,6 @@ from pipeline.engine.dispatch import on_ray
 from pipeline.engine.units import PhaseWork, Resources, in_process
 from pipeline.run.execute import execute
 from stages.storage.ledger import Commit, Store, Unit
-from tests.support.autoscaling import growing_cluster
 from tests.support.inline import Silent
 from tests.support.paths import ROOT
 from tests.support.processes import call_command
@@ -21,6 +20,8 @@ from tests.support.quickstart import bytes_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.kill]
 pytest.importorskip("ray")
+from tests.support.autoscaling import growing_cluster
+
 WORKERS = 3
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
 

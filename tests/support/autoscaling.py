@@ -1,6 +1,7 @@
 """A Ray cluster that begins without workers and has an autoscaler, all on this machine.
 
 Ray's own `AutoscalingCluster` stops every other Ray of the machine, and lacks a file in the wheel.
+The autoscaler imports the provider of nodes from here.
 """
 
 import json
@@ -13,33 +14,55 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
+from ray._private.services import get_node_ip_address
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FakeMultiNodeProvider,
+)
+
+from tests.support.paths import ROOT
 from tests.support.processes import free_ports
 
 # seconds
 _INTERVAL, _IDLE = 1, 6
-_NONE = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+_NONE = (
+    "initialization",
+    "setup",
+    "head_setup",
+    "worker_setup",
+    "head_start_ray",
+    "worker_start_ray",
+)
 
 
-def _configuration(workers: int, processors: int) -> dict:
-    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+class Provider(FakeMultiNodeProvider):
+    """Nodes that are processes; each has the memory of the machine, whatever was asked for."""
 
+    def _create_node_with_resources_and_labels(self, node_config, tags, count, resources, labels):
+        asked = {name: value for name, value in resources.items() if name != "memory"}
+        super()._create_node_with_resources_and_labels(node_config, tags, count, asked, labels)
+
+
+def _configuration(address: str, workers: int, processors: int) -> dict:
     node = {"CPU": processors, "memory": 4 << 30, "object_store_memory": 100 << 20}
     head = {"CPU": 0, "object_store_memory": 100 << 20}
-    provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     return {
         "cluster_name": "fake",
         "max_workers": workers,
         "idle_timeout_minutes": _IDLE / 60,
         "upscaling_speed": 1.0,
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "provider": {
             "type": "external",
-            "module": provider,
+            "module": f"{__name__}.{Provider.__name__}",
+            "gcs_address": address,
             "launch_multiple": True,
+            "disable_node_updaters": True,
             "head_node_id": FAKE_HEAD_NODE_ID,
         },
         "available_node_types": {
-            "head": {"resources": head, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": head, "node_config": {}, "max_workers": 0},
             "worker": {
                 "resources": node,
                 "node_config": {},
@@ -61,14 +84,12 @@ def _configuration(workers: int, processors: int) -> dict:
 @contextmanager
 def growing_cluster(*, workers: int, processors: int = 1) -> Iterator[str]:
     """The address of a cluster whose head works on nothing, and which may grow to `workers`."""
-    import psutil
-    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
-
     port, dashboard = free_ports(2)
+    address = f"{get_node_ip_address()}:{port}"
     # paths of sockets have 107 characters
     with TemporaryDirectory(dir="/tmp", prefix="ray") as folder:
         configuration = Path(folder) / "autoscaler.json"
-        configuration.write_text(json.dumps(_configuration(workers, processors)))
+        configuration.write_text(json.dumps(_configuration(address, workers, processors)))
         ray = str(Path(sys.executable).parent / "ray")
         command = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
         command += [f"--temp-dir={folder}", f"--autoscaling-config={configuration}"]
@@ -77,6 +98,7 @@ def growing_cluster(*, workers: int, processors: int = 1) -> Iterator[str]:
         settings = {
             "AUTOSCALER_UPDATE_INTERVAL_S": str(_INTERVAL),
             "RAY_FAKE_CLUSTER": "1",
+            "PYTHONPATH": str(ROOT),
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_autoscaler_v2": "1",
@@ -85,12 +107,14 @@ def growing_cluster(*, workers: int, processors: int = 1) -> Iterator[str]:
         }
         log = Path(folder) / "start.log"
         with log.open("w") as stream:
-            head = subprocess.Popen(command, env=os.environ | settings, stdout=stream, stderr=stream)
+            head = subprocess.Popen(
+                command, env=os.environ | settings, stdout=stream, stderr=stream
+            )
         try:
             while "Ray runtime started" not in log.read_text():
                 assert head.poll() is None, log.read_text()
                 time.sleep(0.2)
-            yield f"127.0.0.1:{port}"
+            yield address
         finally:
             for process in [*psutil.Process(head.pid).children(recursive=True), head]:
                 with suppress(psutil.NoSuchProcess):

@@ -102,7 +102,9 @@ def test_no_more_tasks_are_in_rays_queue_than_the_cluster_runs_and_a_number_that
     begun = []
     real = dispatch._Tasks._watch
     monkeypatch.setattr(
-        dispatch._Tasks, "_watch", lambda self, name, task: (begun.append(name), real(self, name, task))
+        dispatch._Tasks,
+        "_watch",
+        lambda self, name, task: (begun.append(name), real(self, name, task)),
     )
     task = PhaseWork(_noted, None, Store(str(tmp_path)), 3, "i")
     ends = on_ray()("many", task, [unit(f"{n:02}") for n in range(40)], SMALL)

@@ -48,12 +48,12 @@ def alive() -> int:
 def run_phases(address: str, folder: str) -> None:
     """Each kind of phase on a cluster that has no worker yet; then the quickstart."""
     run, seen = on_ray(address), {}
-    for kind in ("tasks", "actors"):
+    for kind in ("any worker", "own workers"):
         store = Path(folder) / kind
         store.mkdir()
         work = PhaseWork(wait_for_others, None, _Elsewhere(str(store)), 3, "i", patience=1e9)
         # more memory than the head has
-        worker = Resources(1.0, 3 << 30, actors=kind == "actors")
+        worker = Resources(1.0, 3 << 30, own_workers=kind == "own workers")
         units = [Unit(f"{n:06d}", "f", None) for n in range(2 * WORKERS)]
         seen[kind] = sorted(end.commit.rows_in for end in run(kind, work, units, worker))
         until = time.monotonic() + 120
@@ -84,7 +84,7 @@ def test_a_cluster_without_workers_grows_to_what_a_phase_can_use_and_shrinks_aga
         )
     assert (tmp_path / "seen.json").exists(), ended.stderr
     seen = json.loads((tmp_path / "seen.json").read_text())
-    for kind in ("tasks", "actors"):
+    for kind in ("any worker", "own workers"):
         # every unit saw all nodes at work
         assert seen[kind] == [WORKERS] * (2 * WORKERS), seen
         assert seen[f"left after {kind}"] == 0, seen

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 from pipeline.engine.units import Resources
 from stages.formats.errors import ConfigError
 
-_UNLIMITED = 1_000_000  # nodes of a kind without a limit
-
 
 def start(address: str | None, *, show_dashboard: Callable[[str], None] | None = None) -> None:
     """Connect to a cluster (`address`, else $RAY_ADDRESS), or start Ray on this machine.
@@ -75,11 +73,6 @@ def slots(worker: Resources) -> int:
     return sum(nodes.slots(worker) for nodes in _alive())
 
 
-def most_slots(worker: Resources) -> int:
-    """How many workers fit on the cluster once it is as large as its autoscaler may make it."""
-    return max(slots(worker), sum(nodes.slots(worker) for nodes in _possible()))
-
-
 def free_slots(worker: Resources, *, running: int) -> int:
     """How many more workers the cluster could run now, beside `running` ones."""
     import ray
@@ -97,15 +90,12 @@ def _alive() -> list[Nodes]:
 
 
 def _possible() -> list[Nodes]:
-    """The kinds of nodes that the autoscaler may start, and how many of each.
+    """The kinds of nodes that the autoscaler may start, and how many of each (-1: any number).
 
     None without an autoscaler, and with its first version, which tells nobody.
     """
     from ray._private.state import state
 
     config = state.get_cluster_config()
-    return [
-        Nodes(_UNLIMITED if kind.max_count < 0 else kind.max_count, dict(kind.resources))
-        for kind in (config.node_group_configs if config else ())
-        if kind.max_count
-    ]
+    kinds = config.node_group_configs if config else ()
+    return [Nodes(kind.max_count, dict(kind.resources)) for kind in kinds if kind.max_count]

@@ -20,7 +20,6 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from pipeline.engine.cluster import fitted, free_slots, slots, start
-from pipeline.engine.pool import run_pool
 from pipeline.engine.stragglers import Stragglers, run_copy
 from pipeline.engine.units import (
     PhaseWork,
@@ -57,14 +56,10 @@ def _run_phase(
 ) -> Iterator[UnitOutcome]:
     connect()
     resources = fitted(resources)
-    # the largest first: they end last
-    units = sorted(units, key=lambda unit: -unit.bytes)
-    if resources.actors:
-        yield from run_pool(name, work, units, resources)
-        return
     tasks = _Tasks.of(name, work, resources)
     try:
-        yield from tasks.run(units)
+        # the largest first: they end last
+        yield from tasks.run(sorted(units, key=lambda unit: -unit.bytes))
     finally:
         tasks.cancel_all()
 
@@ -91,7 +86,10 @@ class _Tasks:
         """Tasks that the dashboard shows under the name of the phase."""
         import ray
 
-        needs = {"num_cpus": resources.num_cpus, "memory": resources.memory}
+        needs: dict[str, Any] = {"num_cpus": resources.num_cpus, "memory": resources.memory}
+        if resources.own_workers:
+            # a process runs only tasks with the environment that it was started with
+            needs["runtime_env"] = {"env_vars": {"GRISTMILL_PHASE": name}}
         shared = ray.put(work)
         # a worker that dies, and a node that is lost, are no fault of the unit: run_unit counts
         task = ray.remote(run_unit).options(name=name, max_retries=-1, **needs)

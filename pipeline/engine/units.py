@@ -29,14 +29,14 @@ LOST_NODES = (
 class Resources(NamedTuple):
     """What one worker of a phase needs: processors, and bytes of memory.
 
-    `parallelism` caps the number of workers, 0 means as many as fit the cluster. With `actors`, the
-    workers are a pool of their own that keeps its model, instead of tasks that any process runs.
+    `parallelism` caps the number of workers, 0 means as many as fit the cluster. With `own_workers`
+    they are processes of their own, so that no others load the phase's large model.
     """
 
     num_cpus: float
     memory: int
     parallelism: int = 0
-    actors: bool = False
+    own_workers: bool = False
 
 
 class UnitOutcome(NamedTuple):

@@ -44,8 +44,8 @@ class PhaseSpec:
     in_rounds: bool = False
     # outputs are named by input and not by unit, so that another unit's may take their place
     named_by_input: bool = False
-    # its workers are a pool that keeps a large model
-    actors: bool = False
+    # its workers keep a large model, which those of other phases must not have
+    own_workers: bool = False
 
     @property
     def stage(self) -> str:
@@ -59,7 +59,7 @@ class PhaseSpec:
     def resources(self, config: Config) -> Resources:
         """What a worker needs, by the stage's section of the configuration."""
         section = getattr(config, self.stage)
-        return Resources(section.num_cpus, section.memory, section.parallelism, self.actors)
+        return Resources(section.num_cpus, section.memory, section.parallelism, self.own_workers)
 
     def store(self, root: str, stage_keys: dict[str, str]) -> Store:
         """The phase's store under these keys: RUN/<stage>/<key>, and a folder in it for a part."""
@@ -255,7 +255,7 @@ PHASES: tuple[PhaseSpec, ...] = (
         key="ner",
         by_input=True,
         optional=True,
-        actors=True,
+        own_workers=True,
     ),
     PhaseSpec(
         "pack",

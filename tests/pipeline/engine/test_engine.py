@@ -10,15 +10,12 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.engine import attempts, dispatch
 from pipeline.engine.cluster import Nodes
 from pipeline.engine.dispatch import on_ray
-from pipeline.engine.pool import order_units
 from pipeline.engine.stragglers import Stragglers, late_units, run_copy
 from pipeline.engine.units import (
     PhaseWork,
@@ -68,20 +65,6 @@ def starts(store):
 # --- order ----------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 40))
-def test_dealt_blocks_hold_every_unit_once_and_each_round_of_them_is_larger_than_the_next(
-    sizes, blocks
-):
-    units = sorted((unit(str(n), size) for n, size in enumerate(sizes)), key=lambda u: -u.bytes)
-    blocks = min(blocks, len(sizes))
-    rows, cut = order_units(units, blocks), []
-    for n in range(blocks):  # the cut of ray.data.from_items
-        cut.append([rows.pop(0) for _ in range(len(units) // blocks + (n < len(units) % blocks))])
-    rounds = [[block[n] for block in cut if n < len(block)] for n in range(len(cut[0]))]
-    in_turn = [u for one in rounds for u in one]
-    assert in_turn == sorted(units, key=lambda u: (-u.bytes, int(u.name)))
-
-
 @pytest.mark.ray
 def test_ray_begins_the_largest_units_first(ray_session, tmp_path):
     task = PhaseWork(_noted, None, Store(str(tmp_path)), 3, "i")
@@ -124,6 +107,20 @@ def test_a_phase_that_ends_early_leaves_nothing_in_rays_queue(ray_session, tmp_p
     (tmp_path / "last").mkdir()
     assert [end.unit for end in on_ray()("last", last, [unit("last")], SMALL)] == ["last"]
     assert len(starts(task.store)) < 20
+
+
+@pytest.mark.ray
+def test_a_phase_with_a_large_model_has_workers_that_no_other_phase_has(ray_session, tmp_path):
+    units, pids = [unit(name) for name in "abcd"], {}
+    for phase, own in (("large", True), ("others", False), ("large again", True)):
+        work = PhaseWork(_whoami, None, Store(str(tmp_path / phase)), 3, "i")
+        ends = on_ray()(phase.split()[0], work, units, SMALL._replace(own_workers=own))
+        pids[phase] = {end.commit.rows_in for end in ends}
+    assert not pids["large"] & pids["others"] and pids["large"] & pids["large again"]
+
+
+def _whoami(unit, plan, store):
+    return Commit(unit.name, unit.fingerprint, rows_in=os.getpid())
 
 
 def _noted_slowly(unit, plan, store):
@@ -302,12 +299,12 @@ def _wrong(unit, plan, store):
 
 @pytest.mark.ray
 @pytest.mark.kill
-@pytest.mark.parametrize("actors", [False, True])
+@pytest.mark.parametrize("own_workers", [False, True])
 def test_a_unit_that_kills_its_worker_is_quarantined_and_others_are_done(
-    ray_session, tmp_path, actors
+    ray_session, tmp_path, own_workers
 ):
     task = PhaseWork(_wrong_or_kill, None, Store(str(tmp_path)), 2, "i")
-    worker = SMALL._replace(actors=actors)
+    worker = SMALL._replace(own_workers=own_workers)
     ends = {
         done.unit: done
         for done in on_ray()("kills", task, [unit("wrong", 2), unit("kills", 1)], worker)

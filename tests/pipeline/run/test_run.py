@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.engine.lease import Held, lease
 from pipeline.engine.dispatch import on_ray
+from pipeline.engine.lease import Held, lease
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.inspect.verify import verify_path

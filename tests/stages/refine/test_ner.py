@@ -65,7 +65,7 @@ def test_names_go_from_texts_of_the_models_language_and_from_no_others(make):
 
 
 @pytest.mark.ray
-def test_a_pool_of_actors_writes_the_same_corpus(ray_session, make):
+def test_workers_with_the_model_write_the_same_corpus(ray_session, make):
     config = make("ner.enabled=true")
     run_inline(config)
     alone = Run(config).store("refine ner").commits()

@@ -1,7 +1,9 @@
 """Presidio's recognizers, one per entity, and what is added to them."""
 
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -75,9 +77,13 @@ def context_words(entity: str) -> tuple[str, ...]:
 
 @lru_cache
 def recognizer(entity: str, phone_regions: tuple[str, ...] = ()) -> Any:
-    """Presidio's recognizer of an entity, one per process; importing it takes seconds."""
+    """Presidio's recognizer of an entity, one per process; importing it takes a second."""
     import tldextract.tldextract
-    from presidio_analyzer import Pattern, predefined_recognizers
+
+    # Presidio and spaCy import these where they are installed, which takes two seconds more, for
+    # models that are not used here
+    with _hidden("stanza", "torch", "transformers"):
+        from presidio_analyzer import Pattern, predefined_recognizers
 
     # the e-mail recognizer uses it for public suffixes; by default it downloads the list and caches
     # it on disk
@@ -89,6 +95,18 @@ def recognizer(entity: str, phone_regions: tuple[str, ...] = ()) -> Any:
         more = [Pattern(f"more cards {i}", rf"\b{c}\b", 0.3) for i, c in enumerate(_MORE_CARDS)]
         return cards(patterns=[*cards.PATTERNS, *more])
     return getattr(predefined_recognizers, _CLASSES[entity])()
+
+
+@contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Let imports of these packages fail, unless they have been imported already."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be found
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _phone_recognizer(regions: tuple[str, ...]) -> Any:

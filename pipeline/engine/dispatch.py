@@ -4,10 +4,9 @@ The task that gets a unit reads, works and writes by itself and returns its comm
 ever passes through the object store or the driver. Workers keep their models between units.
 
 Tasks that wait in Ray's queue are also what makes its autoscaler add nodes, as many as can work on
-them, and no more once the last has begun or the driver is gone. Ray Data, whose operators would
-pass units through blocks, takes twenty times the driver's time for each, and asks for nodes by the
-rate of outputs, which a unit does not have before its end (benchmarks/README.md). It runs the
-phases whose workers are a pool (`pipeline.engine.pool`).
+them, and no more once the last has begun or the driver is gone. An operator of Ray Data takes many
+times the driver's time for each unit, and asks for nodes by the rate of outputs, which a unit does
+not have before its end (benchmarks/README.md).
 """
 
 import time

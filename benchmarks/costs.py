@@ -12,7 +12,7 @@ names     entity recognition, on every twentieth page
 dedup     the phases of dedup on a million documents that are keys only (`benchmarks.dedup_scale`)
 requests  what a run on S3 sends, by phase, counted in front of a local S3 server
 loads     processes that import and load what a worker does, and then end
-dispatch  the driver's own CPU for units that do nothing, through Ray Data
+dispatch  the driver's own CPU for units that do nothing
 """
 
 import argparse
@@ -39,7 +39,7 @@ from benchmarks.pipeline import Silent
 from benchmarks.watch import SPAWN, peak_bytes, watched
 from pipeline.config.load import load
 from pipeline.config.sections import Config
-from pipeline.engine.ray_plan import on_ray
+from pipeline.engine.dispatch import on_ray
 from pipeline.engine.units import PhaseWork, Resources, in_process
 from pipeline.run import results
 from pipeline.run.execute import execute

@@ -31,7 +31,7 @@ from benchmarks.snapshot import figures, inputs
 from benchmarks.watch import peak_bytes
 from pipeline.config.load import load
 from pipeline.config.sections import Config
-from pipeline.engine.ray_plan import order_units
+from pipeline.engine.dispatch import order_units
 from pipeline.engine.units import PhaseWork, Resources, UnitOutcome
 from pipeline.run.execute import Run, execute
 from pipeline.run.phases import PHASES
@@ -65,7 +65,7 @@ class SimulatedEngine:
     ) -> Iterator[UnitOutcome]:
         planning = time.process_time() - self._mark
         self.planning[name] = self.planning.get(name, 0.0) + planning
-        ordered = order_units(units, len(units))
+        ordered = order_units(units)
         start = time.process_time()
         works = self.snapshot.work(name, ordered, work.store)
         self.requests[name] = Requests(
@@ -183,7 +183,7 @@ def replay(config: Config, *, cores: int, dispatch: float) -> dict[str, Span]:
         phase = run.read_phase(spec, given)
         if not phase.units:
             continue
-        ordered = order_units(phase.units, len(phase.units))
+        ordered = order_units(phase.units)
         by_unit = {commit.unit: commit for commit in phase.commits}
         commits = [by_unit[unit.name] for unit in ordered]
         resources = spec.resources(config)

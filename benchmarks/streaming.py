@@ -34,7 +34,7 @@ from filters.pii.ner import Ner
 from pipeline.config.load import load
 from pipeline.config.sections import Config
 from pipeline.engine.cluster import local_settings, start
-from pipeline.engine.ray_plan import on_ray
+from pipeline.engine.dispatch import on_ray
 from pipeline.engine.units import PhaseWork, in_process
 from pipeline.run.execute import Run, execute
 from pipeline.run.phase import Phase, PlanContext

@@ -11,7 +11,6 @@ started again until `SOAK_KILLS` kills have hit a process at work: `victims` say
 import itertools
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from pipeline.batches.batch import batches, run_batch
 from pipeline.config.load import load
 from pipeline.engine import lease
 from pipeline.engine.units import in_process
+from pipeline.run.phases import SPECS
 from pipeline.run.state import read_state
 from stages.storage.catalog import read_catalog
 from stages.storage.files import exists, names_in
@@ -341,8 +341,8 @@ def suspended_phase(process: psutil.Process, phase_of: Callable[[], str | None])
 
 def task_of(process: psutil.Process | None) -> str | None:
     """The phase of the unit that a Ray worker is at work on, None for any other process."""
-    match = re.match(r"ray::MapBatches\((.+)\)", title(process) if process else "")
-    return match and match[1]
+    name = title(process).removeprefix("ray::") if process else ""
+    return name if name in SPECS else None
 
 
 def write_training(folder: Path, series: str, at_end: str, checkpoints: str = "") -> Path:

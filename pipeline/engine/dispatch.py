@@ -57,10 +57,14 @@ def _run_phase(
     resources = fitted(resources)
     tasks = _Tasks.of(name, work, resources)
     try:
-        # the largest first: they end last
-        yield from tasks.run(sorted(units, key=lambda unit: -unit.bytes))
+        yield from tasks.run(order_units(units))
     finally:
         tasks.cancel_all()
+
+
+def order_units(units: Sequence[Unit]) -> list[Unit]:
+    """The units as they begin: the largest first, since they end last."""
+    return sorted(units, key=lambda unit: -unit.bytes)
 
 
 @dataclass

@@ -2,21 +2,20 @@
 loss of the driver's ends the job, and the same submission goes on to the bytes of one machine.
 """
 
-import json
 import os
 import re
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from pipeline.config.load import load
 from pipeline.engine.units import in_process
 from pipeline.run.execute import execute
+from tests.support.cluster import QUIET, kill_node, local_cluster, title
 from tests.support.inline import Silent
 from tests.support.paths import ROOT
 from tests.support.processes import free_ports
@@ -27,35 +26,8 @@ pytest.importorskip("ray")
 import psutil
 
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
-# A head that works on nothing, three workers of two processors each, all fit for a driver; ends with
-# its input. The usual ports may be those of another Ray; folders of their own, as each machine
-# has one, are where nodes unpack what a job was sent with.
-CLUSTER = """
-import json, sys
-from pathlib import Path
-from ray.cluster_utils import Cluster
-ports = dict(zip(("dashboard_port", "dashboard_agent_listen_port"), map(int, sys.argv[1:3])))
-head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", **ports}
-cluster = Cluster(initialize_head=True, head_node_args=head)
-worker = {"num_cpus": 2, "resources": {"driver": 1}}
-nodes = [cluster.add_node(**worker, temp_dir=folder) for folder in sys.argv[3:]]
-for folder in sys.argv[3:]:  # as `ray start` does, and where a job that starts there looks
-    Path(folder, "ray_current_cluster").write_text(cluster.address)
-cluster.wait_for_nodes()
-print(json.dumps([node.all_processes["raylet"][0].process.pid for node in nodes]), flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
 ON_A_PROCESSOR = ["--entrypoint-num-cpus", "1"]
 ON_A_DRIVER_NODE = ["--entrypoint-resources", '{"driver": 1}']
-
-
-def end(process: subprocess.Popen) -> None:
-    """Close its input, and wait; not forever."""
-    try:
-        process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.kill()
 
 
 @pytest.fixture
@@ -64,40 +36,23 @@ def cluster(tmp_path):
     that leads to it.
     """
     pytest.importorskip("aiohttp_cors", reason="the job server comes with the cluster extra")
-    ports = free_ports(2)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where gristmill and ray are
-    quiet = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "no_proxy": "127.0.0.1",
+    names = ("dashboard_port", "dashboard_agent_listen_port")
+    ports = dict(zip(names, free_ports(2), strict=True))  # the usual may be those of another Ray
+    env = {
+        # where gristmill and ray are
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard_port']}",
     }
-    env = (
-        os.environ
-        | quiet
-        | {
-            "PATH": path,
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[0]}",
-        }
-    )
-    with ExitStack() as held:
-        # paths of sockets have 107 characters
-        folders = [held.enter_context(TemporaryDirectory(dir="/tmp")) for _ in range(3)]
-        command = [sys.executable, "-c", CLUSTER, *map(str, ports), *folders]
-        log = held.enter_context((tmp_path / "cluster.log").open("w"))
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        held.callback(end, process)
-        line = process.stdout.readline()
-        assert line, (tmp_path / "cluster.log").read_text()
-        yield [psutil.Process(pid) for pid in json.loads(line)], env
+    head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", **ports}
+    worker = {"num_cpus": 2, "resources": {"driver": 1}}  # fit for a driver
+    with local_cluster(tmp_path / "cluster.log", env, **head) as started:
+        yield [started.add_node(**worker) for _ in range(3)], os.environ | QUIET | env
 
 
 def processes(raylet, pattern: str) -> list[str]:
     """Commands of a node's processes that begin like `pattern`."""
     with suppress(psutil.NoSuchProcess):
-        commands = [" ".join(p.cmdline()) for p in raylet.children(recursive=True)]
+        commands = map(title, raylet.children(recursive=True))
         return [command for command in commands if re.match(pattern, command)]
     return []
 
@@ -110,13 +65,6 @@ def drives(raylet) -> bool:
 def works(raylet) -> bool:
     """Whether a worker of the node extracts: Ray names processes after their task."""
     return bool(processes(raylet, "ray::.*extract"))
-
-
-def kill_node(raylet) -> None:
-    """All processes of a node at once, as when its machine vanishes."""
-    for process in [raylet, *raylet.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 class Jobs:

@@ -311,7 +311,7 @@ class Round:
                     soak.hits.append(Hit(kind, phase))
                     bag.remove(kind)
                     print(f"{len(soak.hits):4} {self.place:5} {kind:8} {phase}", flush=True)
-                    kind, due = "", time.monotonic() + draw.uniform(0.0, 3.0)
+                    kind, due = "", time.monotonic() + draw.uniform(0.0, 2.0)
                 elif time.monotonic() > due + PATIENCE:
                     kind, due = "", time.monotonic()
             if progress != (progress := (len(soak.hits), self.last_step())):

@@ -13,10 +13,11 @@ from typing import Any
 import psutil
 
 # A head that works on nothing, and a node per line of its input, which holds the node's arguments;
-# answers with its address, then with the node's raylet; ends with its input. The usual ports may be
-# those of another Ray. A node that vanished counts as dead after 3 s instead of 15.
+# answers with its address, then with each node's raylet; ends with its input. A node that vanished
+# counts as dead after 3 s instead of 15.
 _CLUSTER = """
 import json, sys
+from pathlib import Path
 from ray.cluster_utils import Cluster
 checks = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3,
           "prestart_worker_first_driver": False}
@@ -24,7 +25,9 @@ head = {"num_cpus": 0, "_system_config": checks, **json.loads(sys.stdin.readline
 cluster = Cluster(initialize_head=True, head_node_args=head)
 print(json.dumps(cluster.address), flush=True)
 for line in sys.stdin:
-    node = cluster.add_node(**json.loads(line))
+    node = cluster.add_node(**(arguments := json.loads(line)))
+    # as `ray start` does, and where a job that starts there looks
+    Path(arguments["temp_dir"], "ray_current_cluster").write_text(cluster.address)
     print(json.dumps(node.all_processes["raylet"][0].process.pid), flush=True)
 cluster.shutdown()
 """
@@ -53,13 +56,13 @@ class LocalCluster:
         assert answer, self._log.read_text()
         return json.loads(answer)
 
-    def add_node(self, num_cpus: int) -> psutil.Process:
+    def add_node(self, **arguments: Any) -> psutil.Process:
         """Start a node; its raylet, of which all its workers are descendants."""
         # paths of sockets have 107 characters
         folder = self._folders.enter_context(
             TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
         )
-        return psutil.Process(self.ask({"num_cpus": num_cpus, "temp_dir": folder}))
+        return psutil.Process(self.ask({"temp_dir": folder, **arguments}))
 
 
 @contextmanager

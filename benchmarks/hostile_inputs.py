@@ -1,6 +1,6 @@
 """Damaged files, damaged pages and hostile texts through the real stages, for as long as you like.
 
-    python -m benchmarks.soak [MINUTES] [DATA]        (DATA defaults to $GRISTMILL_DATA)
+    python -m benchmarks.hostile_inputs [MINUTES] [DATA]        (DATA defaults to $GRISTMILL_DATA)
 
 Each round is a run of its own: real pages with random changes in a WARC file with random damage,
 and texts in a JSONL file, through extract, dedup, refine and pack to verified shards. A line per

@@ -9,6 +9,7 @@ started again until `SOAK_KILLS` kills have hit a process at work: `victims` say
 """
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -29,7 +30,7 @@ pytest.importorskip("torch")
 
 import psutil
 
-from pipeline.batches.batch import batches, run_batch
+from pipeline.batches.batch import batches, decisions, run_batch
 from pipeline.config.load import load
 from pipeline.engine import lease
 from pipeline.engine.units import in_process
@@ -76,7 +77,7 @@ optimizer = {{lr = 1e-2}}
 ray = {{workers = 2, cpus_per_worker = 0.05, max_failures = -1}}
 """
 PATIENCE = 8.0  # seconds until another kind is killed, if no process of a kind is at work
-STUCK = 600.0  # seconds without a kill or a commit after which the test fails
+STUCK = 600.0  # seconds without a kill or a step of the training after which the test fails
 
 
 class Hit(NamedTuple):
@@ -112,7 +113,6 @@ class Service:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
-        self.started = time.monotonic()
 
     def keep_alive(self) -> None:
         if (code := self.process.poll()) is not None:
@@ -211,10 +211,13 @@ class Round:
                 return "saving" if self.is_saving() else "steps"
         return None
 
-    def restarts(self) -> str:
-        """How often scheduler and training ended, by exit code: -9 is a kill."""
-        services = {"scheduler": self.driver, "training": self.trainer}
-        return ", ".join(f"{name} {dict(s.codes)}" for name, s in services.items())
+    def summary(self) -> str:
+        """How often scheduler and training ended, by exit code (-9 is a kill), and in which states
+        the scheduler saw the training.
+        """
+        states = Counter(json.loads(line)["decision"]["state"] for line in decisions(self.series))
+        codes = f"scheduler {dict(self.driver.codes)}, training {dict(self.trainer.codes)}"
+        return f"{codes}, decisions {dict(states)}"
 
     def is_saving(self) -> bool:
         checkpoints = (
@@ -332,6 +335,8 @@ def suspended_phase(process: psutil.Process, phase_of: Callable[[], str | None])
     process.suspend()
     phase = None
     try:
+        while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            time.sleep(0.001)
         phase = phase_of()
         return phase
     finally:
@@ -423,7 +428,7 @@ def test_bytes_weights_and_losses_do_not_depend_on_who_was_killed(tmp_path, monk
             assert_undisturbed(current.series, f"{calm}/series")
             assert losses(current.folder) == losses(calm)
             assert weights(current.folder) == weights(calm)
-            print(f"round {number} is the undisturbed one; {current.restarts()}", flush=True)
+            print(f"round {number} is the undisturbed one; {current.summary()}", flush=True)
             if len(soak.hits) >= KILLS:
                 break
     for kind, count in sorted(Counter(hit.kind for hit in soak.hits).items()):

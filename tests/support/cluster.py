@@ -10,6 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
+
+pytest.importorskip("ray")  # brings psutil
 import psutil
 
 # A head that works on nothing, and a node per line of its input, which holds the node's arguments;

@@ -26,7 +26,7 @@ pytest.importorskip("ray")
 import psutil
 
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
-ON_A_PROCESSOR = ["--entrypoint-num-cpus", "1"]
+ON_A_PROCESSOR = ["--entrypoint-num-cpus", "1", "--entrypoint-memory", "1000000000"]
 ON_A_DRIVER_NODE = ["--entrypoint-resources", '{"driver": 1}']
 
 

@@ -59,7 +59,7 @@ BATCH = [
     # not the largest, which would be most of the training
     "input.paths=['samples/[b-z]*.warc.gz', 'samples/apache2*.warc.gz']",
     "pack.seq_len=256",
-    "pack.held_out=0.7",  # most of the training would take longer than the batches
+    "pack.held_out=0.8",  # most of the training would take longer than the batches
     "schedule.min_inputs=1",
     "schedule.max_inputs=1",
     # the ranks take the rest
@@ -76,7 +76,7 @@ telemetry = {{sinks = [], every_seconds = 2.0}}
 optimizer = {{lr = 1e-2}}
 ray = {{workers = 2, cpus_per_worker = 0.05, max_failures = -1}}
 """
-PATIENCE = 8.0  # seconds until another kind is killed, if no process of a kind is at work
+PATIENCE = 5.0  # seconds until another kind is killed, if no process of a kind is at work
 STUCK = 600.0  # seconds without a kill or a step of the training after which the test fails
 
 

@@ -98,7 +98,7 @@ def kill_node(raylet: psutil.Process) -> None:
 def title(process: psutil.Process) -> str:
     """The command line: Ray names a worker after the task that it is at work on. "" for a dead one."""
     with suppress(psutil.Error):
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()  # Ray pads its names
     return ""
 
 

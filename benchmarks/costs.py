@@ -90,7 +90,7 @@ def record(name: str, figures: dict[str, Any], load_average: float) -> None:
         "load_average": round(load_average, 2),
     }
     known[name] = conditions | figures
-    ordered = {part: known[part] for part in PARTS if part in known}
+    ordered = {part: known[part] for part in dict.fromkeys([*PARTS, *known]) if part in known}
     FIGURES.write_text(json.dumps(ordered, indent=1) + "\n")
 
 

@@ -1,8 +1,7 @@
 """A discrete-event model of a cluster that runs the units of one phase after the other.
 
 Nodes are launched when a phase asks for them, arrive later, are slower or faster, and may be taken away;
-what ran on them is lost and runs again. The driver starts one unit after the other, in the order of
-`order_units`. When processors are idle, late units (`late_units`, the engine's own) get a second copy.
+what ran on them is lost and runs again. The driver starts one unit after the other. When processors are idle, late units (`late_units`, the engine's own) get a second copy.
 Draws are seeded by name: equal parameters give equal events. Times are in seconds, work is in
 core-seconds.
 """
@@ -34,9 +33,9 @@ class Cloud:
     cores: int = 16
     # of a node with 32 GiB, what Ray offers to tasks: 70 %
     memory: int = 24_050_000_000
-    # EC2's RunInstances by default: a bucket of 1,000 machines, refilled by 2 a second
-    # (docs.aws.amazon.com/ec2/latest/devguide/ec2-api-throttling.html)
-    launch_burst: float = 1000
+    # Ray 2.60's autoscaler (v2) launches 10 machines at once, in rounds of 5 s. EC2 would take 1,000 at
+    # once, and then 2 a second (docs.aws.amazon.com/ec2/latest/devguide/ec2-api-throttling.html)
+    launch_burst: float = 10
     launch_rate: float = 2.0
     # until Ray runs on it: assumption (boot, image, ray start), lognormal
     startup_seconds: float = 90.0
@@ -145,7 +144,6 @@ class _Attempt:
     node: Node
     start: float
     end: float
-    copy: bool = False
 
 
 class Cluster:
@@ -262,7 +260,7 @@ class _Phase:
         self.poison = rng.random(len(units)) < self.cloud.poison_share
         self.pending = deque(range(len(units)))
         self.left = dict.fromkeys(range(len(units)))
-        self.committed: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
         self.crashes: dict[int, int] = {}
         self.copied: set[int] = set()
         self.rates: list[float] = []
@@ -337,7 +335,7 @@ class _Phase:
             self._start(self.pending.popleft())
             if not self.pending and not self.trace.dry:
                 self.trace.dry = self.driver_free
-        if not self.pending and not self.ticking and not self.resources.actors and self.left:
+        if not self.pending and not self.ticking and self.left:
             self.ticking = True
             self._at(self.cluster.clock + min(TICK, self.patience / 4), self._tick, None)
 
@@ -349,7 +347,7 @@ class _Phase:
             self.free.popleft()
         return bool(self.free)
 
-    def _start(self, unit: int, *, copy: bool = False) -> None:
+    def _start(self, unit: int) -> None:
         node = self.free[0]
         node.free -= 1
         if node.free:
@@ -360,10 +358,8 @@ class _Phase:
         if node.loaded < self.slots:
             node.loaded += 1
             seconds += self.load_seconds / node.speed
-        if unit in self.committed:  # returns what stands
-            seconds = 0.0
         crashes = bool(self.poison[unit])
-        attempt = _Attempt(unit, node, start, start + (seconds / 2 if crashes else seconds), copy)
+        attempt = _Attempt(unit, node, start, start + (seconds / 2 if crashes else seconds))
         number = next(self.numbers)
         self.trace.dispatched += 1
         self.running[number] = attempt
@@ -373,27 +369,18 @@ class _Phase:
 
     def _finish(self, number: int) -> None:
         attempt = self.running.get(number)
-        if attempt is None or attempt.end > self.cluster.clock:
+        if attempt is None:
             return
-        unit, now = attempt.unit, self.cluster.clock
-        counts = unit not in self.committed
-        self._stop(number, counts=counts)
-        if counts:
-            self.committed[unit] = attempt.end - attempt.start
-        if attempt.copy and self.of_unit[unit]:
-            # the first one looks for a commit every `patience` seconds; the plan waits for it
-            first = self.running[self.of_unit[unit][0]]
-            waited = now - first.start
-            first.end = first.start + self.patience * math.ceil(waited / self.patience)
-            self._at(first.end, self._finish, self.of_unit[unit][0])
-            return
+        unit = attempt.unit
+        self._stop(number, counts=True)
+        self.seconds[unit] = attempt.end - attempt.start
         for other in list(self.of_unit[unit]):
             self._stop(other, counts=False)
         self._settle(unit)
 
     def _settle(self, unit: int, *, failed: bool = False) -> None:
         del self.left[unit]
-        seconds = self.committed.get(unit, 0.0)
+        seconds = self.seconds.get(unit, 0.0)
         self.trace.settled.append(Settled(unit, self.cluster.clock, seconds, failed))
         if not failed:
             bisect.insort(self.rates, seconds / max(1, self.units[unit].bytes))
@@ -449,7 +436,7 @@ class _Phase:
             if self._room():
                 self.copied.add(by_name[unit.name])
                 self.trace.copies += 1
-                self._start(by_name[unit.name], copy=True)
+                self._start(by_name[unit.name])
 
     def _late(self, units: Sequence[Unit]) -> list[Unit]:
         # `late_units` takes the median, and these are sorted already

@@ -9,6 +9,8 @@ bytes as JSON: 30 reasons, 60 languages). Commits are sealed as a run leaves the
 server (moto) and counts requests. Each figure comes from a process of its own, which prints it:
 
     fill N ROOT          seconds to plan the run, make the commits and seal them
+    repeat N ROOT        repeat the first segment of extract and refine under other names, up to N
+                         units: faster than `fill`, enough for `commits` and `status`
     commits ROOT         Store.commits() of extract
     plan ROOT            Run.list_phase of every phase, as `gristmill run` does of a run that is done
     status ROOT          run_status(): `gristmill status`
@@ -33,6 +35,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from pipeline.config.load import load
 from pipeline.config.sections import Config
 from pipeline.run.execute import Run
@@ -46,8 +52,9 @@ from stages.extract.extract import ExtractResult
 from stages.pack.pack import PackResult
 from stages.refine.refine import RefineResult
 from stages.storage import ledger
-from stages.storage.files import open_fs, write_atomically
+from stages.storage.files import names_in, open_fs, open_parquet, remove_many, write_atomically
 from stages.storage.ledger import Commit, Output, Unit
+from stages.storage.parts import unit_name
 from tests.support.s3 import s3_process
 
 # S3 Standard in us-east-1, November 2026, in dollars per request; DELETE is free
@@ -111,6 +118,32 @@ def fill(root: str, units: int, *, loose: int = 1000, dedup: bool = False) -> No
             phase.store.commit(last)
             phase.commits.add(last)
     write_state(root, run.state().at_work(stage="done"))
+
+
+def repeat(root: str, units: int) -> None:
+    """Repeat the first segment of extract and refine under other names, up to `units` units.
+
+    The run can be read then, but not planned: paths and fingerprints are those of the first units.
+    """
+    run = _run(root)
+    for store in (run.store("extract"), run.store("refine")):
+        with open_parquet(store.uri("sealed", "000000.parquet")) as file:
+            table = file.read()
+        prints = table["fingerprint"].to_pylist()
+        rest = pc.utf8_slice_codeunits(table["record"], len('{"unit":"000000"'))
+        listed = [Unit(unit_name(n), prints[n % len(prints)], None) for n in range(units)]
+        for number in range(1, units // len(table)):
+            chosen = listed[number * len(table) : (number + 1) * len(table)]
+            names = pa.array([unit.name for unit in chosen])
+            heads = pc.binary_join_element_wise('{"unit":"', names, '"', "")
+            records = pc.binary_join_element_wise(heads, rest.combine_chunks(), "")
+            copy = table.set_column(0, "unit", names)
+            copy = copy.set_column(copy.schema.get_field_index("record"), "record", records)
+            sink = pa.BufferOutputStream()
+            pq.write_table(copy, sink, compression="zstd", row_group_size=1000)
+            write_atomically(store.uri("sealed", f"{number:06d}.parquet"), sink.getvalue())
+        remove_many([store.uri("commits", name) for name in names_in(store.uri("commits"))])
+        store.list_units(listed)
 
 
 def commit(spec: PhaseSpec, unit: Unit, draw: random.Random) -> Commit:
@@ -280,6 +313,8 @@ def main() -> None:
             fill(root, int(count), loose=arguments.loose, dedup=arguments.dedup)
             wall, cpu = time.monotonic() - began, time.process_time() - cpu
             _print([Figure("fill: wall", wall, "s"), Figure("fill: CPU", cpu, "s")])
+        case ["repeat", count, root]:
+            repeat(root, int(count))
         case [what, root]:
             _print(measure(what, root))
         case _:

@@ -71,7 +71,7 @@ class Ledger:
     def outputs(self) -> dict[str, set[str]]:
         """Paths of what the units of each phase wrote."""
         return {
-            phase: {o.path for c in commits for o in c.outputs}
+            phase: {o.path for w in commits.written() for o in w.outputs}
             for phase, commits in self.commits.items()
         }
 

@@ -292,7 +292,8 @@ def repeats_units(context: PlanContext) -> PhasePlan:
 
 
 def cuts_units(context: PlanContext) -> PhasePlan:
-    if context.config.dedup.line_level == "off":
+    cut = lines_units(context).units
+    if not cut:
         return PhasePlan()
     files = _sorted_files(context, "repeats", "repeats")
     repeats = _shuffle(context.here, files, lines.repeats_layout(len(groups(context))))
@@ -301,7 +302,7 @@ def cuts_units(context: PlanContext) -> PhasePlan:
             fingerprint=digest([unit.fingerprint, files.digests]),
             task=replace(unit.task, repeats=repeats.uri),
         )
-        for unit in context.before["dedup lines"].units
+        for unit in cut
     ]
     return PhasePlan(units, (partial(shuffle.transpose, repeats),))
 

@@ -101,6 +101,8 @@ class Run:
         self.store(spec.name).seal_loose()
         phase = self.read_phase(spec, inputs)
         phase.store.list_units(phase.units)
+        if not phase.pending:
+            phase.release()
         return phase
 
     def state(self) -> RunState:
@@ -221,6 +223,7 @@ def execute(
                 failed[spec.name] = errors
             while spec.in_rounds and (phase := run.list_phase(spec, inputs)).pending:
                 run_phase(run, spec, phase, progress, run_units)
+            phase.release()
         published = run.publish(inputs) if "pack" in run.phases else None
         if published or ("pack" not in run.phases and only is None):
             run.publish_index()

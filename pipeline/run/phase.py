@@ -14,6 +14,8 @@ from stages.storage.commits import Written, input_key
 from stages.storage.ledger import Commit, Commits, Output, Store, Unit
 from stages.storage.parts import PartRef
 
+_PIECE = 10_000
+
 
 class PhasePlan(NamedTuple):
     """The units of a phase in order of names (`unit_order`), and what they need.
@@ -58,6 +60,10 @@ class Phase:
         commits = self.commits.select(_keys(units))
         return commits if len(commits) == len(units) else None
 
+    def release(self) -> None:
+        """Forget the tasks of units that are done: of a million units they take half a gigabyte."""
+        self.units = [Unit(u.name, u.fingerprint, None) for u in self.units]
+
     def withdraw_stale(self, *, unlisted: bool) -> None:
         """Withdraw commits of units that have another input now, before outputs are replaced;
         `unlisted`: those of units that are no longer listed, too.
@@ -86,7 +92,12 @@ class Phase:
 
 
 def _keys(units: Sequence[Unit]) -> pa.Array:
-    return pa.array((input_key(u.name, u.fingerprint) for u in units), pa.string())
+    def keys(some: Sequence[Unit]) -> pa.Array:
+        return pa.array([input_key(u.name, u.fingerprint) for u in some], pa.string())
+
+    # in pieces: a million strings of Python would take 200 MB
+    pieces = [keys(units[first : first + _PIECE]) for first in range(0, len(units), _PIECE)]
+    return pa.concat_arrays([*pieces, keys(())])
 
 
 class Index(NamedTuple):

@@ -96,7 +96,7 @@ def open_results(root: str) -> Iterator["duckdb.DuckDBPyConnection"]:
 
 
 def result_parts(
-    root: str, state: RunState, commits: Mapping[str, Sequence[Commit]]
+    root: str, state: RunState, commits: Mapping[str, Commits]
 ) -> dict[str, list[str]]:
     """URIs of the parts of each kind of row that the given commits list, in order of units."""
     phases = {
@@ -108,7 +108,7 @@ def result_parts(
     parts = {}
     for name, phase in phases.items():
         store, kind = store_of(root, state, phase), name.partition("_")[0]
-        outputs = (o for c in commits[phase] for o in c.outputs)
+        outputs = (o for w in commits[phase].written() for o in w.outputs)
         parts[name] = [store.uri(o.path) for o in outputs if o.kind == kind]
     return parts
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,13 +73,25 @@ def run_status(root: str) -> RunStatus:
     phases = {}
     for spec in PHASES:
         store = store_of(root, state, spec.name)
-        phases[spec.name] = phase_status(spec.name, store, store.listed_commits(), since=since)
+        listed = store.listed_units()
+        commits = store.listed_commits(listed)
+        phases[spec.name] = phase_status(spec.name, store, commits, since=since, listed=listed)
     return RunStatus(root, state.stage, state.process, state.generation, phases)
 
 
-def phase_status(name: str, store: Store, commits: Commits, *, since: float) -> PhaseStatus:
-    """The status of a phase with these commits. `since` is when the latest invocation began."""
-    listed, failed = store.listed_units(), store.failures()
+def phase_status(
+    name: str,
+    store: Store,
+    commits: Commits,
+    *,
+    since: float,
+    listed: Mapping[str, str] | None = None,
+) -> PhaseStatus:
+    """The status of a phase with these commits. `since` is when the latest invocation began;
+    `listed` are the store's `listed_units`, which are read if they are not given.
+    """
+    listed = store.listed_units() if listed is None else listed
+    failed = store.failures()
     done = set(commits.units().to_pylist()) if failed else set()
     failures = {u: f for u, f in failed.items() if u in listed and u not in done}
     work = commits.table(*_COLUMNS)

@@ -129,8 +129,8 @@ def _measure_sample(
         run.read_phase(spec, inputs)
         if spec.name == "refine":
             break
-    kept = sum(c.rows_out for c in phases["dedup keep"].ordered())
-    rows = sum(sum(c.counts.values()) for c in phases["extract"].ordered())
+    kept = phases["dedup keep"].ordered().total("rows_out")
+    rows = phases["extract"].ordered().counts().total()
     if not kept:
         raise ValueError(
             f"{run.root}: extract and dedup kept no document, so there is nothing to calibrate with"

@@ -37,7 +37,7 @@ T = TypeVar("T")
 Segment = str | bytes
 
 # commits that a reader of a segment holds decompressed; all segments are read side by side
-_ROW_GROUP = 250
+_ROW_GROUP = 1000
 
 
 @validated(frozen=True, slots=True)

@@ -27,7 +27,7 @@ aborts incomplete multipart uploads.
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -194,22 +194,26 @@ class Store:
 
     def list_units(self, units: Sequence[Unit]) -> None:
         """Record the units to do under this key; commits of other units no longer count."""
-        listed = {unit.name: unit.fingerprint for unit in units}
-        write_atomically(self.uri("units.json"), json.dumps(listed).encode())
+        pieces = []  # of the text: all at once, a million units would take a gigabyte
+        for first in range(0, len(units), SEGMENT):
+            listed = {unit.name: unit.fingerprint for unit in units[first : first + SEGMENT]}
+            pieces.append(json.dumps(listed)[1:-1].encode())
+        write_atomically(self.uri("units.json"), b"{" + b", ".join(pieces) + b"}")
 
     def listed_units(self) -> dict[str, str]:
         """Fingerprints of the units recorded last, by name."""
         listed: dict[str, str] = {}
         with suppress(FileNotFoundError):
-            listed = json.loads(read_bytes(self.uri("units.json")))
+            listed = from_json(read_bytes(self.uri("units.json")))
         return listed
 
-    def listed_commits(self) -> Commits:
-        """Commits of the units recorded last, without those of another input."""
+    def listed_commits(self, listed: Mapping[str, str] | None = None) -> Commits:
+        """Commits of the units recorded last (`listed_units`), without those of another input."""
         import pyarrow as pa
 
-        listed = [input_key(unit, f) for unit, f in self.listed_units().items()]
-        return self.commits().select(pa.array(listed, pa.string()))
+        listed = self.listed_units() if listed is None else listed
+        keys = pa.array([input_key(unit, f) for unit, f in listed.items()], pa.string())
+        return self.commits().select(keys)
 
     def commit_of(self, unit: str) -> Commit | None:
         """The commit of one unit, or None. `loose_commit` costs less."""

@@ -153,6 +153,22 @@ def test_other_bounds_are_applied_to_rows_whose_commits_are_sealed(run, pages):
     assert len(commits) == 7 and all(c.result.reapplied for c in commits)
 
 
+def test_units_from_a_million_on_follow_those_before(tmp_path, pages, three_at_a_time):
+    root = tmp_path / "r"
+    root.mkdir()
+    (root / "inputs.jsonl").write_text('{"ordinal": 999996, "path": "/gone.jsonl"}\n')
+    config = configure(root, pages)
+    assert execute(config, RecordedProgress(), in_process).published.manifest["documents"] == 14
+    units = [str(n) for n in range(999_997, 1_000_004)]
+    for phase in ("extract", "refine"):
+        assert [c.unit for c in Run(config).store(phase).commits()] == units
+    query = "SELECT part, doc_id FROM corpus ORDER BY doc_id"
+    rows = json.loads(gristmill("sql", str(root), query, "--json"))
+    assert [Path(row["part"]).stem for row in rows] == [u for u in units for _ in range(2)]
+    assert [row["doc_id"] >> 32 for row in rows] == [int(u) for u in units for _ in range(2)]
+    assert '"fate": "published"' in gristmill("why", str(root), "https://mill.example/13", "--json")
+
+
 # --- kills ----------------------------------------------------------------------------------------
 
 

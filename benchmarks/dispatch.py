@@ -185,4 +185,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import dispatch  # workers cannot load what lies in __main__
+
+    dispatch.main()

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 U64 = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.signedinteger[Any]]
@@ -113,6 +111,10 @@ def _roots(parent: Places, places: Places) -> Places:
 
 def _hook(parent: Places, pairs: Places) -> None:
     """Join the trees of each pair of roots (k, 2)."""
+    # imported by the few processes that come here: it takes half a second
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     if not len(pairs):
         return
     roots = np.unique(pairs)

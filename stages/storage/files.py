@@ -95,10 +95,12 @@ def _read_all(uris: Sequence[str], *, missing: Any = ()) -> list[Any]:
     if not uris:
         return []
     fs, _ = open_fs(uris[0])  # one for all threads: fsspec would make a client in each
+    # s3fs would ask for each object's size first, to read large ones in parallel
+    options = {"max_concurrency": 1} if _has_conditions(fs) else {}
 
     def read(uri: str) -> bytes | None:
         with suppress(missing):
-            data: bytes = fs.cat_file(uri)
+            data: bytes = fs.cat_file(uri, **options)
             return data
         return None
 

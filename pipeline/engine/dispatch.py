@@ -10,11 +10,11 @@ not have before its end (benchmarks/README.md).
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -106,9 +106,10 @@ class _Tasks:
 
     def run(self, units: Sequence[Unit]) -> Iterator[UnitOutcome]:
         """Each outcome as it comes."""
-        todo, stragglers = iter(units), Stragglers(self.work.patience)
+        todo, stragglers = deque(units), Stragglers(self.work.patience)
         while True:
-            for unit in islice(todo, max(0, self._most() - len(self.units))):
+            for _ in range(min(len(todo), self._most() - len(self.units))):
+                unit = todo.popleft()
                 self.units[unit.name] = unit
                 self._watch(unit.name, self.begin(unit))
             if not self.units:
@@ -118,7 +119,8 @@ class _Tasks:
                 stragglers.note(self.units.pop(outcome.unit), outcome.commit)
                 yield outcome
             if self.units and stragglers.are_due():
-                self._copy_late(stragglers)
+                # what an end leaves free is for the next unit
+                self._copy_late(stragglers, room=0 if todo else self._room())
 
     def _most(self) -> int:
         """How many tasks Ray may have: all that the cluster can run, and some that wait."""
@@ -135,18 +137,24 @@ class _Tasks:
     def _next_end(self, *, timeout: float) -> UnitOutcome | None:
         """How the next unit ended; None if none did in `timeout` seconds.
 
-        Raises what a task raised: the errors of a unit are part of its outcome.
+        Raises what a unit's first task raised: the errors of a unit are part of its outcome.
         """
+        from ray.exceptions import RayTaskError
+
         try:
             name, task, future = self.ends.get(timeout=timeout)
         except Empty:
             return None
         if name not in self.units:
             return None  # the other task of its unit was faster
+        is_copy = task != self.running[name][0]
         self.running[name].remove(task)
-        outcome: UnitOutcome | None = future.result()
-        if outcome is None:
-            return None  # a second task that failed: the first one says how the unit ends
+        if is_copy and (future.exception() or future.result() is None):
+            return None  # it failed or died: the first task says how the unit ends
+        try:
+            outcome: UnitOutcome = future.result()
+        except RayTaskError as error:
+            raise error.cause from error  # its text is one line, Ray's a traceback
         others = self.running.pop(name)
         _cancel(others)
         if others and outcome.commit is None and (commit := self._commit_after(name, others)):
@@ -160,9 +168,12 @@ class _Tasks:
         ray.wait(list(tasks), num_returns=len(tasks), timeout=_CANCEL_SECONDS)
         return commit_for(self.units[name], self.work)
 
-    def _copy_late(self, stragglers: Stragglers) -> None:
+    def _room(self) -> int:
+        """How many more tasks the cluster could run now."""
+        return free_slots(self.resources, running=sum(map(len, self.running.values())))
+
+    def _copy_late(self, stragglers: Stragglers, *, room: int) -> None:
         """Begin late units again while there is room."""
-        room = free_slots(self.resources, running=sum(map(len, self.running.values())))
         once = [unit for unit in self.units.values() if len(self.running[unit.name]) == 1]
         for unit in stragglers.late(once, room=room):
             self._watch(unit.name, self.begin_again(unit))

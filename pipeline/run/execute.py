@@ -6,17 +6,17 @@ on disk.
 """
 
 import dataclasses
-import itertools
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import NamedTuple, Protocol
 
 from pipeline.config.digests import file_digests
 from pipeline.config.sections import Config
 from pipeline.config.show import settings
-from pipeline.engine.lease import lease
+from pipeline.engine.lease import fence, lease
 from pipeline.engine.units import PhaseWork, RunUnits, UnitOutcome
 from pipeline.run import dedup_plan
 from pipeline.run.inputs import Input, extend_list, list_inputs, require_columns
@@ -98,6 +98,7 @@ class Run:
 
     def list_phase(self, spec: PhaseSpec, inputs: Sequence[Input]) -> Phase:
         """As `read_phase`, and record the units: commits of others no longer count."""
+        fence()
         self.store(spec.name).seal_loose()
         phase = self.read_phase(spec, inputs)
         phase.store.list_units(phase.units)
@@ -120,8 +121,8 @@ class Run:
 
     def publish_index(self) -> None:
         """Let later batches deduplicate against this one, if it has an index."""
-        phase = self.phases["dedup index"]
-        if phase.units:
+        phase = self.phases.get("dedup index")
+        if phase is not None and phase.units:
             documents, kept = self.store("extract").root, self.store("dedup keep").root
             index = Index(phase.store.root, documents, kept, tuple(phase.ordered()))
             dedup_plan.publish_index(self.root, index)
@@ -267,24 +268,34 @@ def run_phase(
             step()
         phase.withdraw_stale(unlisted=spec.named_by_input)
     progress.begin(phase.name, run=run.root, units=len(phase.units), done=phase.ordered())
+    errors = []
+    # closed, so that no unit is at work once an error has freed the lease
+    with closing(_outcomes(run, spec, phase, pending, run_units)) as outcomes:
+        for outcome in outcomes:
+            progress.advance(phase.name, outcome)
+            if outcome.commit is not None:
+                phase.add(outcome.commit)
+            else:
+                errors.append(f"{outcome.unit}: {outcome.error}")
+    progress.end(phase.name)
+    phase.store.clear("attempts", run.invocation)
+    _check_failures(spec, phase, errors, run.config)
+    return errors
+
+
+def _outcomes(
+    run: Run, spec: PhaseSpec, phase: Phase, pending: Sequence[Unit], run_units: RunUnits
+) -> Generator[UnitOutcome]:
+    """How each pending unit ends, as it ends."""
     quarantined = _quarantined(phase, pending)
+    yield from quarantined.values()
     pending = [unit for unit in pending if unit.name not in quarantined]
     attempts = run.config.run.attempts
     work = PhaseWork(spec.work, spec.plan(run.config), phase.store, attempts, run.invocation)
     resources = spec.resources(run.config)
     resources = resources._replace(memory=max(resources.memory, phase.memory))
-    outcomes = run_units(phase.name, work, pending, resources) if pending else ()
-    errors = []
-    for outcome in itertools.chain(quarantined.values(), outcomes):
-        progress.advance(phase.name, outcome)
-        if outcome.commit is not None:
-            phase.add(outcome.commit)
-        else:
-            errors.append(f"{outcome.unit}: {outcome.error}")
-    progress.end(phase.name)
-    phase.store.clear("attempts", run.invocation)
-    _check_failures(spec, phase, errors, run.config)
-    return errors
+    if pending:
+        yield from run_units(phase.name, work, pending, resources)
 
 
 def _quarantined(phase: Phase, pending: Sequence[Unit]) -> dict[str, UnitOutcome]:

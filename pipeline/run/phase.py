@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.sections import Config
+from pipeline.engine.lease import fence
 from pipeline.run.inputs import Input
 from stages.storage.commits import Written, input_key
 from stages.storage.ledger import Commit, Commits, Output, Store, Unit
@@ -49,7 +50,9 @@ class Phase:
     def add(self, commit: Commit) -> None:
         """Add the commit of a unit that was pending and has ended."""
         self.commits.add(commit)
-        self.store.seal_full(self.commits)
+        if self.store.is_segment(self.commits.loose):
+            fence()  # or it would count more than what another run has done since
+            self.commits.replace_loose(self.store.seal([*self.commits.loose.values()]))
 
     def ordered(self) -> Commits:
         """Commits of the phase's units, in the order of the units; failed ones are missing."""

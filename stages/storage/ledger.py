@@ -151,19 +151,19 @@ class Store:
 
     def seal(self, commits: Sequence[Commit]) -> str:
         """Replace the files of commits by a segment, and return its URI. Only under the lease, and
-        for units that no worker does any more.
+        for units that no worker does any more. RuntimeError if another process seals as well.
         """
         names = self._segments()
         number = int(names[-1].removesuffix(".parquet")) + 1 if names else 0
         uri = self.uri("sealed", f"{number:06d}.parquet")
-        write_atomically(uri, pack(commits))
+        if not create_only(uri, pack(commits)):
+            raise RuntimeError(f"{uri} was written by another run: is one still running? Run again")
         remove_many([self.uri("commits", f"{commit.unit}.json") for commit in commits])
         return uri
 
-    def seal_full(self, commits: Commits) -> None:
-        """Seal the single commits of a phase if they fill a segment. As `seal`."""
-        if len(commits.loose) >= SEGMENT:
-            commits.replace_loose(self.seal([*commits.loose.values()]))
+    def is_segment(self, loose: Collection[str]) -> bool:
+        """Whether so many commits are to be sealed."""
+        return len(loose) >= SEGMENT
 
     def seal_loose(self) -> None:
         """Seal what earlier runs left in files of its own, if it is much. Only under the lease,

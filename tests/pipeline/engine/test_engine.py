@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -292,6 +293,64 @@ def test_the_failure_of_a_second_copy_is_not_the_units(tmp_path):
 def _wrong(unit, plan, store):
     note(unit, store)
     raise ValueError("wrong input")
+
+
+@pytest.mark.ray
+@pytest.mark.kill
+def test_the_death_of_a_second_copy_is_not_the_runs(ray_session, tmp_path):
+    task = PhaseWork(_kill_the_copy, None, Store(str(tmp_path)), 1, "i", patience=1.0)
+    ends = {done.unit: done for done in on_ray()("dies", task, [unit("slow"), unit("a")], SMALL)}
+    assert ends["slow"].commit.rows_in == 1 and starts(task.store).count("slow") >= 2
+
+
+def _kill_the_copy(unit, plan, store):
+    """The first copy ends a second after the other one has died."""
+    commit = Commit(unit.name, unit.fingerprint, rows_in=note(unit, store))
+    if unit.name == "slow" and commit.rows_in > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while unit.name == "slow" and starts(store).count("slow") < 2:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    return commit
+
+
+def test_no_unit_is_late_while_others_have_not_begun(tmp_path, monkeypatch):
+    """Each end leaves room for the next unit, not for a copy."""
+    monkeypatch.setattr(dispatch, "free_slots", lambda worker, *, running: 2 - running)
+    begun, copied = [], []
+
+    def begin(unit):
+        begun.append(unit.name)
+        return _Task(UnitOutcome(unit.name, Commit(unit.name, unit.fingerprint)))
+
+    def begin_again(unit):
+        copied.append(len(begun))
+        return _Task(None)
+
+    work = PhaseWork(_noted, None, Store(str(tmp_path)), 1, "i", patience=0.0)
+    tasks = dispatch._Tasks(work, SMALL._replace(parallelism=2), begin, begin_again)
+    assert len(list(tasks.run([unit(f"{n:02}") for n in range(50)]))) == 50
+    assert not [number for number in copied if number < 50]
+
+
+class _Task:
+    """A task of Ray that has ended."""
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def future(self):
+        future = Future()
+        future.set_result(self.outcome)
+        return future
+
+
+@pytest.mark.ray
+def test_a_store_that_a_worker_cannot_write_to_ends_the_run_with_the_workers_error(ray_session):
+    task = PhaseWork(_noted, None, Store("/proc/none"), 1, "i")
+    with pytest.raises(OSError, match="/proc/none") as error:
+        list(on_ray()("lost store", task, [unit("a")], SMALL))
+    assert "\n" not in str(error.value)
 
 
 # --- quarantine -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.engine.dispatch import on_ray
-from pipeline.engine.lease import Held, lease
+from pipeline.engine.lease import Held, is_held, lease
 from pipeline.engine.units import in_process
 from pipeline.inspect import export, why
 from pipeline.inspect.verify import verify_path
@@ -362,6 +362,34 @@ def test_a_unit_that_fails_is_recorded_named_and_tried_again(tmp_path):
     pq.write_table(pa.table({"text": ["four five six"]}), bad)
     outcome, _ = go(tolerant)
     assert outcome.failed == {}
+
+
+def test_a_run_may_end_after_its_first_stage(tmp_path):
+    config = quickstart_config(tmp_path / "r", samples="{debian-handbook}")
+    progress = RecordedProgress()
+    outcome = execute(config, progress, in_process, last="extract")
+    assert outcome.published is None and outcome.failed == {}
+    assert progress.stages() == {"extract"}
+    assert go(config)[1].stages() == {"dedup", "refine", "pack"}
+
+
+def test_units_end_before_the_lease_when_the_run_fails_in_between(tmp_path):
+    config = make_config(tmp_path, [ROOT / "samples" / "debian-handbook.warc.gz"])
+    held = []
+
+    def run_units(*arguments):
+        try:
+            yield from in_process(*arguments)
+        finally:
+            held.append(is_held(config.run.directory))
+
+    class Broken(RecordedProgress):
+        def advance(self, phase, done):
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        execute(config, Broken(), run_units)
+    assert held == [True] and not is_held(config.run.directory)
 
 
 def test_a_done_unit_is_not_done_again_and_a_stale_commit_is_withdrawn(tmp_path):

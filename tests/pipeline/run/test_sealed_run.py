@@ -13,14 +13,17 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.config.load import load
+from pipeline.engine.lease import Fenced, lease
 from pipeline.engine.units import in_process
 from pipeline.inspect.metrics import Metrics
 from pipeline.run.execute import Run, execute
+from pipeline.run.phase import Phase
 from pipeline.run.phases import SPECS
 from pipeline.run.results import all_commits
 from pipeline.run.state import read_state
 from stages.storage import ledger
-from stages.storage.files import names_in
+from stages.storage.files import names_in, write_atomically
+from stages.storage.ledger import Commit, Store
 from tests.support.paths import ROOT
 from tests.support.processes import call_command
 from tests.support.quickstart import RecordedProgress, bytes_of
@@ -169,6 +172,20 @@ def test_units_from_a_million_on_follow_those_before(tmp_path, pages, three_at_a
     assert '"fate": "published"' in gristmill("why", str(root), "https://mill.example/13", "--json")
 
 
+def test_a_run_that_lost_its_lease_seals_nothing(tmp_path, three_at_a_time):
+    """Its segment would count more than what the other run has done since."""
+    root = f"memory://{tmp_path}"
+    phase = Phase("extract", Store(f"{root}/extract/key"))
+    with lease(root):
+        write_atomically(f"{root}/lease.json", json.dumps({"nonce": "theirs"}).encode())
+        with pytest.raises(Fenced, match="lost it to"):
+            for n in range(3):
+                phase.store.commit(Commit(f"{n:06d}", "f"))
+                phase.add(phase.store.loose_commit(f"{n:06d}"))
+    assert names_in(f"{phase.store.root}/sealed") == []
+    assert len(names_in(f"{phase.store.root}/commits")) == 3
+
+
 # --- kills ----------------------------------------------------------------------------------------
 
 
@@ -177,7 +194,7 @@ def run_until_killed(folder, pages, call, number):
     ledger.SEGMENT, original, calls = 3, getattr(ledger, call), [0]
 
     def dying(*arguments):
-        sealing = call != "write_atomically" or "/sealed/" in arguments[0]
+        sealing = call != "create_only" or "/sealed/" in arguments[0]
         calls[0] += sealing
         if sealing and calls[0] == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -188,7 +205,7 @@ def run_until_killed(folder, pages, call, number):
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize("call", ["write_atomically", "remove_many"])
+@pytest.mark.parametrize("call", ["create_only", "remove_many"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_kill_while_commits_are_sealed_loses_and_doubles_nothing(
     tmp_path, pages, plain, three_at_a_time, call, number

@@ -171,6 +171,23 @@ def test_a_task_that_is_retried_after_its_commit_was_sealed_commits_the_same_aga
     assert list(store.commits()) == [] and store.commit_of("000009") is None
 
 
+def test_a_segment_is_never_replaced_by_that_of_another_process(tmp_path, monkeypatch):
+    store = Store(str(tmp_path), Result)
+    for unit in UNITS:
+        store.commit(commit(unit, "a"))
+    ours, theirs = list(store.commits())[:2], list(store.commits())[2:]
+    real = ledger.pack
+    # the other one seals after we chose our number
+    monkeypatch.setattr(
+        ledger, "pack", lambda c: (monkeypatch.undo(), store.seal(theirs), real(c))[-1]
+    )
+    with pytest.raises(RuntimeError, match=r"000000\.parquet was written by another run"):
+        store.seal(ours)
+    assert [c.unit for c in store.commits()] == list(UNITS)
+    store.seal(ours)
+    assert [c.unit for c in store.commits()] == list(UNITS)
+
+
 def test_few_commits_stay_files_of_their_own(tmp_path, monkeypatch):
     store = Store(str(tmp_path), Result)
     for unit in UNITS:

@@ -310,12 +310,12 @@ def _fill(endpoint: str, files: list[Path]) -> None:
 def loads(data: Path, folder: Path) -> dict[str, Any]:
     """Seconds of a process that imports what a worker of a phase imports, and loads its models."""
     calls = {
-        "extract": "import ray.data, stages.extract.extract, stages.extract.extractor as e; "
+        "extract": "import ray, stages.extract.extract, stages.extract.extractor as e; "
         "from stages.extract.blocks.model import load_extractor; load_extractor(''); "
         "from filters.language import Language; Language().guess('a text'); import scipy.stats",
-        "refine": "import ray.data, stages.refine.refine; from filters.pii.scrub import Pii; "
+        "refine": "import ray, stages.refine.refine; from filters.pii.scrub import Pii; "
         "Pii().scrub('call +1 202 555 0175 or write to a@example.org')",
-        "pack": "import ray.data, stages.pack.pack",
+        "pack": "import ray, stages.pack.pack",
     }
     seconds = {}
     for name, code in calls.items():

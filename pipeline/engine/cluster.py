@@ -75,11 +75,12 @@ def slots(worker: Resources) -> int:
 
 def free_slots(worker: Resources, *, running: int) -> int:
     """How many more workers the cluster could run now, beside `running` ones."""
-    import ray
+    from ray._private.state import available_resources_per_node
 
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    fit = min(free.get("CPU", 0.0) / worker.num_cpus, free.get("memory", 0.0) / worker.memory)
-    return int(min(fit, worker.parallelism - running) if worker.parallelism else fit)
+    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    # nothing is listed of what a node has none left of
+    fit = sum(Nodes(1, {"memory": 0.0, **node}).slots(worker) for node in free.values())
+    return min(fit, worker.parallelism - running) if worker.parallelism else fit
 
 
 def _alive() -> list[Nodes]:

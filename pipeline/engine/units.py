@@ -106,7 +106,7 @@ def run_unit(unit: Unit, work: PhaseWork) -> UnitOutcome:
     try:
         before = work.store.loose_commit(unit.name)
         if before is not None and before.fingerprint == unit.fingerprint:
-            # Ray retries a task of many units from its first one
+            # Ray retries a task whose worker died after its commit
             return UnitOutcome(unit.name, before)
         if before is not None:
             # before its outputs are replaced: a commit must never vouch for other bytes

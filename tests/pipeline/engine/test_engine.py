@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.engine import attempts, dispatch
-from pipeline.engine.cluster import Nodes
+from pipeline.engine.cluster import Nodes, free_slots
 from pipeline.engine.dispatch import on_ray
 from pipeline.engine.stragglers import Stragglers, late_units, run_copy
 from pipeline.engine.units import (
@@ -135,6 +135,17 @@ def test_slots_are_bound_by_processors_and_by_memory_where_it_is_known():
     assert Nodes(3, {"CPU": 7.0, "memory": 25.0}).slots(worker) == 6
     assert Nodes(3, {"CPU": 7.0}).slots(worker) == 9
     assert Nodes(3, {"CPU": 1.0, "memory": 100.0}).slots(worker) == 0
+
+
+def test_room_for_a_worker_is_on_one_node(monkeypatch):
+    worker, free = Resources(1.0, 10), {}
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
+    assert free_slots(worker, running=0) == 0
+    free |= {"a": {"CPU": 2.0, "memory": 9.0}, "b": {"CPU": 2.0}, "c": {"memory": 50.0}}
+    assert free_slots(worker, running=0) == 0
+    free |= {"d": {"CPU": 2.5, "memory": 30.0}, "e": {"CPU": 1.0, "memory": 10.0}}
+    assert free_slots(worker, running=5) == 3
+    assert free_slots(worker._replace(parallelism=6), running=5) == 1
 
 
 def test_inputs_tell_their_size(tmp_path):

@@ -403,7 +403,7 @@ def test_a_done_unit_is_not_done_again_and_a_stale_commit_is_withdrawn(tmp_path)
         return Commit(unit.name, unit.fingerprint)
 
     task = PhaseWork(work, None, store, 1, "i")
-    # more often than there are attempts: a retried task of many units
+    # more often than there are attempts: a task that is retried after its commit
     for fingerprint in (
         "a",
         "a",

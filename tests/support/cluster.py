@@ -81,8 +81,9 @@ def local_cluster(log: Path, env: dict[str, str], **head: Any) -> Iterator[Local
             stderr=stream,
             text=True,
         )
+        folders = stack.enter_context(ExitStack())  # removed after the nodes have ended
         stack.callback(_end, process)
-        cluster = LocalCluster(process, stack, log)
+        cluster = LocalCluster(process, folders, log)
         cluster.address = cluster.ask({"temp_dir": folder, **head})
         yield cluster
 

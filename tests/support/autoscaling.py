@@ -87,7 +87,7 @@ def growing_cluster(*, workers: int, processors: int = 1) -> Iterator[str]:
     port, dashboard = free_ports(2)
     address = f"{get_node_ip_address()}:{port}"
     # paths of sockets have 107 characters
-    with TemporaryDirectory(dir="/tmp", prefix="ray") as folder:
+    with TemporaryDirectory(dir="/tmp", prefix="ray", ignore_cleanup_errors=True) as folder:
         configuration = Path(folder) / "autoscaler.json"
         configuration.write_text(json.dumps(_configuration(address, workers, processors)))
         ray = str(Path(sys.executable).parent / "ray")
@@ -116,7 +116,11 @@ def growing_cluster(*, workers: int, processors: int = 1) -> Iterator[str]:
                 time.sleep(0.2)
             yield address
         finally:
-            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+            processes = psutil.Process(head.pid).children(recursive=True)
+            for process in processes:  # all stand still first: the autoscaler may start another
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            for process in [*psutil.Process(head.pid).children(recursive=True), *processes, head]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             head.wait()

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
@@ -84,6 +83,8 @@ def _configuration(address: str, workers: int, processors: int) -> dict:
 @contextmanager
 def growing_cluster(*, workers: int, processors: int = 1) -> Iterator[str]:
     """The address of a cluster whose head works on nothing, and which may grow to `workers`."""
+    import psutil  # which Ray brings, once it is imported
+
     port, dashboard = free_ports(2)
     address = f"{get_node_ip_address()}:{port}"
     # paths of sockets have 107 characters

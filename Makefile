@@ -5,6 +5,7 @@
 # make test-all     every test but the soak, 500 examples
 # make test-soak    200 kills at random over batches and a training: half an hour; SOAK_KILLS=20 for fewer
 # make check        lint and types
+# make cost         renders docs/cost.md from the figures in benchmarks/
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -45,6 +46,10 @@ check lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy filters stages pipeline trainer
+
+.PHONY: cost
+cost: $(VENV)/.curation
+	$(BIN)/python -m benchmarks.cost_page
 
 # KenLM's lmplz, which gristmill train-lm calls: built from the package's source, kept in .kenlm/
 kenlm:

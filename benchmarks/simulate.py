@@ -229,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--nodes", type=int, nargs="+", default=[100, 300, 1000, 2000, 5000])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100, 1000, 5000])
     parser.add_argument("--files", type=int, default=int(inputs().snapshot["files"]))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cut", choices=CUTS, action="append", help="default: all")

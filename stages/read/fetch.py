@@ -5,13 +5,14 @@ per node, by file locks that all processes of the node share, and after a refusa
 longer.
 """
 
+import fcntl
 import hashlib
 import os
 import random
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -28,6 +29,7 @@ USER_AGENT = "gristmill/0.1 (builds text corpora from web archives; python-reque
 _CHUNK = 1 << 20
 _PIECE = 32 << 20  # bytes of an object that are held in memory
 _MAX_WAIT_SECONDS = 300.0
+_DOWNLOAD = "gristmill-download-"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -88,9 +90,26 @@ def local_copy(path: str, *, options: FetchOptions) -> Iterator[Path]:
 
 
 def download_file(path: str) -> IO[bytes]:
-    """A temporary file for what is fetched of `path`; it is deleted when it is closed."""
+    """A temporary file for what is fetched of `path`; it is deleted when it is closed.
+
+    Those that killed processes left are deleted now: a hundred of them would fill a disk.
+    """
     suffix = "-" + Path(path.partition("?")[0]).name[-80:]
-    return tempfile.NamedTemporaryFile(prefix="gristmill-", suffix=suffix)
+    file = tempfile.NamedTemporaryFile(prefix=_DOWNLOAD, suffix=suffix)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    for other in Path(tempfile.gettempdir()).glob(f"{_DOWNLOAD}*"):
+        with suppress(OSError):  # held, or not ours
+            _delete_abandoned(other)
+    return file
+
+
+def _delete_abandoned(file: Path) -> None:
+    """Delete a download that no process holds. BlockingIOError if one does."""
+    with open(file, "rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # a new file is not locked at once
+        if os.fstat(handle.fileno()).st_mtime < time.time() - 60:
+            file.unlink()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import gzip
 import lzma
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -459,6 +460,24 @@ def test_a_name_that_is_not_utf_8_is_read(tmp_path):
     with local_copy(path, options=QUICK) as copy:
         assert pq.read_table(copy).num_rows == 1
     assert Path(path).exists() and not copy.exists()
+
+
+def test_what_killed_processes_left_is_deleted_by_the_next_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held = fetch.download_file("s3://bucket/held.warc.gz")
+    for name in ("left.warc.gz", "new.warc.gz"):
+        (tmp_path / f"gristmill-download-{name}").touch()
+    (tmp_path / "another").touch()
+    for file in tmp_path.iterdir():
+        if "new" not in file.name:
+            os.utime(file, (0, 0))
+    with held, fetch.download_file("s3://bucket/a.warc.gz") as file:
+        names = {
+            held.name,
+            file.name,
+            *(f"{tmp_path}/{n}" for n in ("another", "gristmill-download-new.warc.gz")),
+        }
+        assert {str(path) for path in tmp_path.iterdir()} == names
 
 
 def test_a_local_file_is_used_where_it_lies(folder):

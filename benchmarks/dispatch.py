@@ -126,7 +126,9 @@ def grow(engine: str, address: str, folder: str) -> None:
     units = [Unit(f"{n:06d}", "f", None) for n in range(2 * NODES)]
 
     def watch() -> None:
-        while not ended.wait(0.5):
+        last = False
+        while not last:
+            last = ended.wait(0.5)
             if ray.is_initialized():
                 alive = sum(n["Alive"] and "CPU" in n["Resources"] for n in ray.nodes())
                 working = len(list(Path(folder).glob("working-*")))

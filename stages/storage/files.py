@@ -137,8 +137,9 @@ def open_parquet(uri: str) -> "Iterator[pq.ParquetFile]":
             yield file
         return
     fs, path = open_fs(uri)
-    with explained(uri, "reading"), fs.open(path, "rb") as stream:
-        yield pq.ParquetFile(stream)
+    # Arrow asks for the ranges that it needs, together: with a cache fsspec would read on to the end
+    with explained(uri, "reading"), fs.open(path, "rb", cache_type="none") as stream:
+        yield pq.ParquetFile(stream, pre_buffer=True)
 
 
 @explains("downloading")

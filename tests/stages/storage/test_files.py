@@ -4,6 +4,8 @@ import multiprocessing
 import os
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 
@@ -12,6 +14,7 @@ from stages.storage.files import (
     fs_options,
     names_in,
     open_fs,
+    open_parquet,
     output_file,
     read_bytes,
     read_many,
@@ -54,6 +57,43 @@ def test_an_output_file_appears_only_when_its_block_succeeds(folder):
         path.write_bytes(b"whole")
         assert "x" not in names_in(f"{folder}/a")
     assert names_in(f"{folder}/a") == ["x"] and read_bytes(f"{folder}/a/x") == b"whole"
+
+
+def test_columns_of_a_part_are_read_from_any_store(folder):
+    table = pa.table({"doc_id": [1, 2, 3], "text": ["a", "b", None]})
+    with output_file(f"{folder}/a/x.parquet") as path:
+        pq.write_table(table, path, row_group_size=2)
+    with open_parquet(f"{folder}/a/x.parquet") as part:
+        assert part.read() == table and part.read_row_group(1, ["text"])["text"].to_pylist() == [
+            None
+        ]
+        assert [b.num_rows for b in part.iter_batches(2, columns=["doc_id"])] == [2, 1]
+
+
+def test_two_columns_of_a_part_on_s3_cost_their_own_bytes(s3_bucket, monkeypatch):
+    """And not those of the text between them, nor a request for each row group."""
+    texts = [os.urandom(300).hex() for _ in range(3000)]
+    table = pa.table({"doc_id": range(3000), "text": texts, "key": range(3000)})
+    with output_file(f"{s3_bucket}/x.parquet") as path:
+        pq.write_table(table, path, row_group_size=500, compression="none")
+        size = path.stat().st_size
+    received = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        answer = await call(self, method, *args, **kwargs)
+        if method == "get_object":
+            received.append(answer["ContentLength"])
+        return answer
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    with open_parquet(f"{s3_bucket}/x.parquet") as part:
+        assert part.read(["doc_id", "key"]) == table.select(["doc_id", "key"])
+    assert sum(received) < size / 10 and len(received) < 12
+    received.clear()
+    with open_parquet(f"{s3_bucket}/x.parquet") as part:
+        assert part.read() == table
+    assert size <= sum(received) < 1.1 * size and len(received) < 12
 
 
 # --- S3 clients -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ are expected to share one by chance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from stages.dedup.config import EARLIER, DedupConfig
 from stages.dedup.shuffle import U64, concatenate, group_starts
 from stages.storage.files import open_parquet
 from stages.storage.ledger import Commit, Store, Unit
-from stages.storage.parts import PartRef, fixed_binary, kept_ids, read_columns
+from stages.storage.parts import PartRef, fixed_binary, kept_ids, read_ahead, read_columns
 
 _INDEX_BITS = 56
 
@@ -58,11 +58,9 @@ def _write_keys(
     unit: Unit, select: Callable[[U64], U64], config: DedupConfig, store: Store
 ) -> Commit:
     task: SortTask = unit.task
-    batches = [
-        batch
-        for part, keep in zip_longest(task.parts, task.keep)
-        for batch in read_keys(part, config, keep)
-    ]
+    pairs = zip_longest(task.parts, task.keep)
+    read = read_ahead(lambda pair: list(read_keys(pair[0], config, pair[1])), pairs)
+    batches = list(chain.from_iterable(read))
     documents = sum(len(batch.ids) for batch in batches)
     commit = Commit(unit.name, unit.fingerprint, rows_in=documents, rows_out=documents)
     lanes = map(select, lanes_of(batches, config.num_bands))

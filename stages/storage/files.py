@@ -137,7 +137,7 @@ def open_parquet(uri: str) -> "Iterator[pq.ParquetFile]":
             yield file
         return
     fs, path = open_fs(uri)
-    # Arrow asks for the ranges that it needs, together: with a cache fsspec would read on to the end
+    # Arrow asks for the ranges that it needs, together; with a cache fsspec reads on to the end
     with explained(uri, "reading"), fs.open(path, "rb", cache_type="none") as stream:
         yield pq.ParquetFile(stream, pre_buffer=True)
 

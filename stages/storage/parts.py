@@ -1,7 +1,9 @@
 """Read Parquet parts that earlier stages wrote: columns, rows by number, documents by id."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,9 @@ import pyarrow.compute as pc
 
 from stages.formats.document import POSITION_BITS
 from stages.storage.files import open_parquet
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class PartRef(NamedTuple):
@@ -23,6 +28,23 @@ def read_columns(uri: str, columns: list[str] | None) -> pa.Table:
     """Columns of a part; None for all."""
     with open_parquet(uri) as part:
         return part.read(columns=columns)
+
+
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], *, at_once: int = 8
+) -> Iterator[Result]:
+    """What `read` returns for each item, in order; the next `at_once` are read meanwhile.
+
+    A read from an object store is a tenth of a second of waiting.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        reading: deque[Future[Result]] = deque()
+        for item in items:
+            reading.append(pool.submit(read, item))
+            if len(reading) > at_once:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
 
 
 def schema_of(uri: str) -> pa.Schema:

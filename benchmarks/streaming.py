@@ -137,7 +137,7 @@ def show_barriers() -> None:
             print(f"{label}: {wall:,.0f} s; {even:,.0f} s if none waits")
 
 
-# --- a plan of units for each phase ---------------------------------------------------------------
+# --- units of each phase --------------------------------------------------------------------------
 
 
 def by_units(mark: Callable[[], None], job: Job) -> Done:

@@ -14,6 +14,7 @@ from pipeline import cli
 from pipeline.__main__ import app
 from pipeline.cli import progress
 from pipeline.engine.units import UnitOutcome
+from stages.storage.ledger import Commits
 
 # what rich reads as a tag, an emoji or an escape
 PIECES = [
@@ -54,7 +55,7 @@ def test_a_failed_unit_is_shown_with_its_error_as_it_is(text):
     bars = progress.Bars()
     stream = io.StringIO()
     bars._bars.live.console = Console(file=stream, soft_wrap=True, width=999, **cli.PLAIN)
-    bars.begin("extract", run="", units=1, done=[])
+    bars.begin("extract", run="", units=1, done=Commits())
     bars.advance("extract", UnitOutcome("000001", None, text))
     assert stream.getvalue() == f"failed extract unit 000001: {text}\n"
 

@@ -542,10 +542,16 @@ def test_a_changed_byte_costs_one_member_at_most(tmp_path_factory, index, place,
     if unpacks(parts[index]) == PLAIN[index]:
         assert [page for page in payloads(records) if page != PAGES[index]] == expected
     else:
-        # in the last member a changed byte can look like a file that was cut off
-        assert (payloads(records)[:5] if index == 5 else payloads(records)) == expected
-        rest = damaged.lstrip(PADDING)  # a changed first byte may be padding
-        assert (stats.damaged_places, _lost(stats)) == (1, len(rest))
+        # in the last member a changed byte can look like a file that was cut off: its page is
+        # delivered in part, and the bytes that are missing are those of the page
+        in_part = index == 5 and len(records) == 6
+        assert (payloads(records)[:5] if in_part else payloads(records)) == expected
+        assert stats.damaged_places == 1
+        if in_part:
+            assert records[-1].truncated and 0 < stats.lost_bytes < len(PLAIN[5])
+        else:
+            rest = damaged.lstrip(PADDING)  # a changed first byte may be padding
+            assert _lost(stats) == len(rest)
 
 
 @given(data=st.data())
@@ -562,7 +568,9 @@ def test_what_was_not_cut_out_is_recovered(tmp_path_factory, data):
             break
     untouched = [i for i in range(6) if starts[i + 1] <= a or starts[i] >= b or a == b]
     expected = [PAGES[i] for i in untouched]
-    assert [page for page in payloads(records) if page in expected] == expected
+    # a page that was cut short may equal a shorter one
+    whole_pages = payloads([record for record in records if not record.truncated])
+    assert [page for page in whole_pages if page in expected] == expected
     first = max((s for s in starts if s <= a), default=0)
     last = min((s for s in starts if s >= b), default=len(whole))
     rest = (whole[first:a] + whole[b:last]).lstrip(PADDING)  # a file may be padded

@@ -58,7 +58,8 @@ def test_the_bundled_model_selects_some_blocks_of_any_page(html, url):
     selection = load_extractor("").select(page, url)
     assert set(selection.blocks) <= set(range(len(page.texts)))
     assert 0 <= selection.expected_f1 <= 1
-    assert bool(selection.blocks) == (selection.expected_f1 > 0)
+    # calibrated, what is expected of some blocks may be nothing
+    assert selection.blocks or selection.expected_f1 == 0
 
 
 # --- the file -------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def order_units(units: Sequence[Unit]) -> list[Unit]:
 class _Tasks:
     """The tasks of a phase that Ray has been given and that have not ended, by unit.
 
-    A unit has a second task while it is late; the first of them that ends well stands.
+    A unit that is late has a second task, once; the first of the two that ends well stands.
     """
 
     work: PhaseWork
@@ -148,9 +148,11 @@ class _Tasks:
         if name not in self.units:
             return None  # the other task of its unit was faster
         is_copy = task != self.running[name][0]
-        self.running[name].remove(task)
         if is_copy and (future.exception() or future.result() is None):
-            return None  # it failed or died: the first task says how the unit ends
+            # it failed or died, and stays listed: there is no third task. The first one says how
+            # the unit ends
+            return None
+        self.running[name].remove(task)
         try:
             outcome: UnitOutcome = future.result()
         except RayTaskError as error:

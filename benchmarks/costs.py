@@ -28,11 +28,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.dedup_scale import _generate, _ours
+from benchmarks.dispatch import empty
 from benchmarks.extraction_steps import bare_steps
 from benchmarks.pages import Page, deal, read_pages
 from benchmarks.pipeline import Silent
@@ -47,7 +47,7 @@ from pipeline.run.phases import extract_plan
 from pipeline.run.state import read_state
 from stages.dedup.config import DedupConfig
 from stages.read.warc import ReadStats, read_records
-from stages.storage.ledger import Commit, Store, Unit
+from stages.storage.ledger import Store, Unit
 
 ROOT = Path(__file__).parents[1]
 FIGURES = Path(__file__).with_name("costs.json")
@@ -337,16 +337,14 @@ def dispatch(data: Path, folder: Path) -> dict[str, Any]:
 
 
 def _dispatch(slots: int, units: int, folder: str) -> dict[str, Any]:
-    """One plan of empty units. The cluster has more processors than the machine: tasks only wait."""
+    """Empty units. The cluster has more processors than the machine: tasks only wait."""
     import ray
-
-    from benchmarks.costs import Nothing, _do_nothing  # a worker cannot load what lies in __main__
 
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(address="local", num_cpus=slots, include_dashboard=False, log_to_driver=False)
-    todo = [Unit(f"{n:06d}", "same", Nothing()) for n in range(units)]
+    todo = [Unit(f"{n:06d}", "same", None) for n in range(units)]
     store = Store(f"{folder}/{slots}-{units}")
-    work = PhaseWork(_do_nothing, None, store, 3, "0")
+    work = PhaseWork(empty, None, store, 3, "0")
     run_units: Callable[..., Any] = on_ray()
     cpu = [time.process_time()]
     wall, first, base = time.monotonic(), 0.0, peak_bytes()
@@ -368,15 +366,6 @@ def _dispatch(slots: int, units: int, folder: str) -> dict[str, Any]:
         "driver_bytes_before": base,
         "driver_bytes": peak_bytes(),
     }
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """The task of a unit that does nothing."""
-
-
-def _do_nothing(unit: Unit, plan: Any, store: Store) -> Commit:
-    return Commit(unit.name, unit.fingerprint)
 
 
 PARTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {

@@ -68,6 +68,9 @@ $(VENV)/.curation: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
+# streaming asks for torchvision, and its wheel is CUDA's: beside a CPU build of torch it raises when imported,
+# and transformers with it, which imports one that is installed. Neither needs it for text.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[train,dev,s3,ner,cluster]'
+	@$(BIN)/python -c 'import torchvision' 2> /dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
 	@touch $@ $(VENV)/.curation

@@ -36,6 +36,7 @@ BELOW = {
         "trainer.telemetry.records",
         "trainer.launch",
         "trainer.config",
+        "trainer.model.layouts",
     ),
 }
 # the trainer imports these of ours, and nothing else
@@ -46,7 +47,7 @@ FORMATS = (
     *("filters", "stages/formats", "stages/storage"),
     *("trainer/telemetry/feedback.py", "trainer/config.py", "trainer/telemetry/devices.py"),
     "trainer/telemetry/records.py",
-    *("trainer/launch.py",),
+    *("trainer/launch.py", "trainer/model/layouts.py"),
 )
 
 

@@ -43,11 +43,12 @@ from trainer.checkpoint_files import (
     write_meta,
     writer_of,
 )
-from trainer.config import CheckpointConfig
+from trainer.config import CheckpointConfig, ModelConfig
 from trainer.model.llama import Transformer
 from trainer.ranks import Ranks, gather_objects
 
-_FREE = {"attention"}  # settings that may change between save and load: the kernel alone
+# settings that may change between save and load: the kernel; `init` is for `check_same_init`
+_FREE = {"attention", "init"}
 _LOG = logging.getLogger(__name__)
 
 
@@ -259,11 +260,11 @@ def _state(model: Transformer, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _check_fits(folder: str, meta: Meta, model: Transformer, optimizer: Optimizer) -> None:
-    ours = asdict(model.config)
+    ours, theirs = asdict(model.config), asdict(ModelConfig(**model_settings(meta)))
     other = [
-        f"{key}={value} where the config has {ours.get(key)}"
-        for key, value in model_settings(meta).items()
-        if key not in _FREE and value != ours.get(key)
+        f"{key}={value} where the config has {ours[key]}"
+        for key, value in theirs.items()
+        if key not in _FREE and value != ours[key]
     ]
     if other:
         raise ValueError(

@@ -152,7 +152,7 @@ def inspect_files(folder: str, rank: int, ranks: int) -> tuple[Meta | None, str 
         return None, fault
     for name, expected in sorted(meta["files"].items())[rank::ranks]:
         try:
-            actual = _size_and_hash(f"{folder}/{name}", expected_bytes=expected["bytes"])
+            actual = size_and_hash(f"{folder}/{name}", expected_bytes=expected["bytes"])
         except _damage_errors(folder) as error:
             return meta, f"{name} cannot be read: {error}"
         if actual != expected:
@@ -212,13 +212,13 @@ def hash_files(folder: str, rank: int) -> dict[str, dict[str, Any]]:
     """
     prefixes = (f"__{rank}_", ".metadata") if rank == 0 else f"__{rank}_"
     return {
-        name: _size_and_hash(f"{folder}/{name}")
+        name: size_and_hash(f"{folder}/{name}")
         for name in names_of(folder)
         if name.startswith(prefixes)
     }
 
 
-def _size_and_hash(uri: str, *, expected_bytes: int | None = None) -> dict[str, Any]:
+def size_and_hash(uri: str, *, expected_bytes: int | None = None) -> dict[str, Any]:
     """Size and sha256; only the size if it is not `expected_bytes`, as hashing reads the file."""
     fs, path = open_fs(uri)
     size = fs.size(path)

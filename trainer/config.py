@@ -39,10 +39,19 @@ RENAMED_KEYS = {
 class ModelConfig:
     """A Llama-style decoder (Touvron et al. 2023).
 
-    `num_heads` is a multiple of `num_kv_heads`, `dim` of `num_heads`. `ffn_dim` is the width of the
-    feed-forward layers; with `tie_embeddings` the output layer shares the embedding's weights.
-    `vocab_size` may exceed the tokenizer's (100,277 of cl100k_base), as multiples of 128 are
-    faster.
+    `num_heads` is a multiple of `num_kv_heads`. A head has `head_dim` dimensions (0: `dim` /
+    `num_heads`). `ffn_dim` is the width of the feed-forward layers; with `tie_embeddings` the
+    output layer shares the embedding's weights. `vocab_size` may exceed the tokenizer's (100,277 of
+    cl100k_base), as multiples of 128 are faster. `qkv_bias` adds a bias to queries, keys and values
+    (Qwen2); `qk_norm` normalizes each head of queries and keys (Qwen3).
+
+    A `rope_factor` above 1 stretches the slow rotations of the rotary embedding for longer
+    contexts, as Llama 3.1: by the factor for those that turn less than `rope_low_freq_factor` times
+    in `rope_original_positions`, not at all above `rope_high_freq_factor` times.
+
+    `init` is a Hugging Face checkpoint to start from, a folder or URL with config.json and
+    safetensors in the layout of Llama 2 or 3, Qwen2 or Qwen3. The other settings are read from
+    there; only `vocab_size` may be larger. "" draws the weights from the seed.
     """
 
     vocab_size: Positive = 100_352
@@ -55,6 +64,19 @@ class ModelConfig:
     norm_eps: NonNegativeFloat = 1e-5
     tie_embeddings: bool = True
     attention: Literal["sdpa", "flex"] = "sdpa"
+    head_dim: NonNegativeInt = 0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_factor: Annotated[float, Field(ge=1)] = 1.0
+    rope_low_freq_factor: PositiveFloat = 1.0
+    rope_high_freq_factor: PositiveFloat = 4.0
+    rope_original_positions: Positive = 8192
+    init: str = ""
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of a head."""
+        return self.head_dim or self.dim // self.num_heads
 
 
 PRESETS = {

@@ -81,20 +81,17 @@ def why_step(directory: Path, step: int) -> "list[RowDocuments]":
         return module.why_step(directory, step)
 
 
-def export(training: str, output: str, *, step: int | None) -> int:
+def export(training: str, output: str, *, step: int | None, **options: Any) -> int:
     """Write the weights of a checkpoint, the newest or that of `step`, for transformers; its step.
 
-    `training` is the directory of a training, or the folder or URL of its checkpoints.
-    TrainingError if there is no such checkpoint or it is damaged.
+    `training` is the directory of a training, or the folder or URL of its checkpoints. `options`
+    are those of `export_hugging_face`. TrainingError if there is no such checkpoint or it is
+    damaged.
     """
     from trainer.checkpoint_files import CheckpointError, committed
     from trainer.model.hugging_face import export_hugging_face
-    from trainer.telemetry.why_step import CONFIG
 
-    folder = training
-    if Path(training, CONFIG).exists():
-        config = json.loads(Path(training, CONFIG).read_bytes())
-        folder = config["checkpoint"]["folder"] or f"{training}/checkpoints"
+    folder = checkpoint_folder(training)
     with _raised_as(TrainingError, CheckpointError, ValueError):
         folders = committed(folder)
         if step is None:
@@ -102,8 +99,18 @@ def export(training: str, output: str, *, step: int | None) -> int:
         if step not in folders:
             missing = f", none of {step}" if step else ""
             raise TrainingError(f"{folder} holds checkpoints of the steps {list(folders)}{missing}")
-        export_hugging_face(folders[step], output)
+        export_hugging_face(folders[step], output, **options)
         return step
+
+
+def checkpoint_folder(training: str) -> str:
+    """The folder or URL of a training's checkpoints, by its directory or by this folder itself."""
+    from trainer.telemetry.why_step import CONFIG
+
+    if not Path(training, CONFIG).exists():
+        return training
+    config = json.loads(Path(training, CONFIG).read_bytes())
+    return config["checkpoint"]["folder"] or f"{training}/checkpoints"
 
 
 @contextmanager

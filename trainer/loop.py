@@ -34,6 +34,7 @@ from trainer.model.llama import flops_per_token
 from trainer.model.optim import set_learning_rate
 from trainer.model.packing import row_targets
 from trainer.model.parallel import clip_grad_norm, join_ranks, sum_over_ranks
+from trainer.model.pretrained import check_same_init, load_pretrained
 from trainer.model.schedule import Schedule, change_of, resumed
 from trainer.model.step import StepSums, accumulate, build
 from trainer.ranks import Ranks, gather_objects
@@ -104,6 +105,9 @@ class Training:
         saved = self.checkpoints.latest()
         extra = saved.extra if saved else {}
         self.step = self.saved_at = saved.step if saved else 0
+        self.init: dict[str, Any] | None = extra.get("init")
+        if saved:
+            check_same_init(config.model.init, self.init, ranks=ranks)
         self.schedule, self.notice = self._resume_schedule(extra.get("schedule"))
         # the data first: its faults should show before the minutes that a model's set-up takes
         self.loader = resources.enter_context(
@@ -130,6 +134,8 @@ class Training:
             self.model, self.optimizer = build(config, device)
             if saved:
                 self.checkpoints.load(saved, self.model, self.optimizer)
+            elif config.model.init:
+                self.init = load_pretrained(self.model, seed=config.seed, ranks=ranks)
         self.loss = (self.spikes.losses or [math.nan])[-1]
         self.bad_steps, self.was_preempted, self.stop_requested = 0, False, False
         self.scores: Scores | None = None  # of the last step, if it was evaluated
@@ -265,6 +271,7 @@ class Training:
                 "totals": self.meter.totals._asdict(),
                 "losses": self.spikes.losses,
                 "schedule": self.schedule.state(),
+                "init": self.init,
             }
             metric = self.scores.loss if self.scores else None
             self.checkpoints.save(self.step, self.model, self.optimizer, extra, metric=metric)

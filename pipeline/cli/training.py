@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -71,15 +71,21 @@ def export_model(
     training: Annotated[
         str, Argument(help="directory of a training, or folder or URL of its checkpoints")
     ],
-    output: Annotated[
-        str, Argument(help="folder or URL to write config.json and model.safetensors to")
-    ],
+    output: Annotated[str, Argument(help="folder or URL to write config.json and safetensors to")],
     step: Annotated[int | None, Option(help="step of the checkpoint (default: the newest)")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        Option(help="kind of the numbers; the checkpoint's are float32"),
+    ] = "bfloat16",
+    shard_gb: Annotated[
+        float, Option(help="GB of weights in a file, which is also the memory it takes", min=0.001)
+    ] = 5.0,
 ) -> None:
     """Write a checkpoint's weights as transformers loads them:
-    LlamaForCausalLM.from_pretrained(OUTPUT).
+    AutoModelForCausalLM.from_pretrained(OUTPUT).
     """
     from trainer.launch import export
 
-    exported = export(training, output, step=step)
+    shard_bytes = int(shard_gb * 1e9)
+    exported = export(training, output, step=step, dtype=dtype, shard_bytes=shard_bytes)
     out.print(f"step {exported:,} written to {output}")

@@ -10,6 +10,7 @@ from pipeline.config.build import build
 from pipeline.config.paths import check_survives_job, replace_paths
 from pipeline.config.source import error_at, located, read_source
 from trainer.config import PRESETS, TrainConfig
+from trainer.model.layouts import disagreements, model_settings
 
 
 def load_training(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -25,7 +26,9 @@ def load_training(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
 
 def _build_config(values: dict[str, Any]) -> TrainConfig:
     model = values.get("model", {})
-    if isinstance(model, dict) and "preset" in model:
+    if isinstance(model, dict) and isinstance(model.get("init"), str) and model["init"]:
+        values["model"] = _model_of_init(model["init"], model)
+    elif isinstance(model, dict) and "preset" in model:
         preset = model.pop("preset")
         if preset not in PRESETS:
             text = f" = {preset!r}: there is no such preset{did_you_mean(str(preset), PRESETS)}"
@@ -42,6 +45,20 @@ def _build_config(values: dict[str, Any]) -> TrainConfig:
     return config
 
 
+def _model_of_init(init: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The section [model] of a training that starts from a Hugging Face checkpoint."""
+    if "preset" in given:
+        raise error_at("model.preset", ": model.init has the sizes of a model; leave it out")
+    try:
+        settings, different = model_settings(init), disagreements(given, init)
+    except (OSError, ValueError) as error:
+        raise error_at("model.init", f": {error}") from None
+    for key, value in different.items():
+        text = f" = {given[key]!r}: {init} has {value!r}; leave the key out"
+        raise error_at(f"model.{key}", text)
+    return settings | given
+
+
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers may run in another folder, and a source is known by its path."""
     replace = dataclasses.replace
@@ -50,6 +67,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     data = replace(config.data, sources=sources, cache_dir=cache_dir)
     config = replace(
         config,
+        model=replace_paths(config.model, ["init"]),
         data=replace_paths(data, ["cache_dir"]),
         checkpoint=replace_paths(config.checkpoint, ["folder"]),
         evaluation=replace_paths(config.evaluation, ["cloze"]),

@@ -2,8 +2,6 @@
 it.
 """
 
-import importlib
-
 import pytest
 
 from tests.support.shards import publish
@@ -28,17 +26,9 @@ def one_thread():
 
 
 @pytest.fixture
-def transformers(monkeypatch):
-    """The package, also beside a torchvision that does not match torch.
-
-    Llama needs no torchvision, but imports one that is installed.
-    """
-    package = pytest.importorskip("transformers")
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, OSError):
-        monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False)
-    return package
+def transformers():
+    """The package."""
+    return pytest.importorskip("transformers")
 
 
 @pytest.fixture

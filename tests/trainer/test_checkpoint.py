@@ -636,7 +636,7 @@ def test_an_export_has_the_logits_of_the_model_in_transformers(tied, transformer
     model, optimizer = trained(config=replace(SMALL, tie_embeddings=tied))
     checkpoints = Checkpoints(tmp_path / "checkpoints", NOW)
     checkpoints.save(2, model, optimizer, {"supply": {"seq_len": 64}})
-    export_hugging_face(checkpoints.latest().folder, tmp_path / "out")
+    export_hugging_face(checkpoints.latest().folder, tmp_path / "out", dtype="float32")
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "out", attn_implementation="eager"
     ).eval()
@@ -650,7 +650,7 @@ def test_one_process_exports_what_two_ranks_saved(two_ranks, tmp_path):
     from safetensors.torch import load_file
 
     folder, _, seen = two_ranks
-    export_hugging_face(folder / "two" / "adamw" / "step-00000002", tmp_path)
+    export_hugging_face(folder / "two" / "adamw" / "step-00000002", tmp_path, dtype="float32")
     found = load_file(tmp_path / "model.safetensors")
     assert torch.equal(
         found["model.embed_tokens.weight"], seen[0]["saved", "adamw"]["embedding.weight", ""]

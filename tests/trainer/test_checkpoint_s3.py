@@ -20,7 +20,9 @@ from tests.support.checkpoints import (
     LATER,
     NOW,
     PATIENCE,
+    SMALL,
     assert_same,
+    build,
     is_saving,
     restored,
     train,
@@ -33,6 +35,8 @@ from tests.support.s3 import s3_process
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import CheckpointError, writer_of
 from trainer.model.hugging_face import export_hugging_face
+from trainer.model.pretrained import load_pretrained
+from trainer.ranks import Ranks
 
 pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
 
@@ -313,7 +317,20 @@ def test_an_export_from_url_to_url_is_that_of_local_folders(run, tmp_path):
     assert (
         names(f"{run}-exported")
         == sorted(path.name for path in local.iterdir())
-        == ["config.json", "model.safetensors"]
+        == ["config.json", "generation_config.json", "model.safetensors"]
     )
     for path in local.iterdir():
         assert files().cat_file(f"{run}-exported/{path.name}") == path.read_bytes()
+
+
+def test_a_training_starts_from_an_export_at_a_url_as_from_a_folder(run, tmp_path):
+    Checkpoints(run, NOW).save(2, *trained(), {})
+    digests = []
+    for output in (f"{run}-exported", str(tmp_path / "exported")):
+        export_hugging_face(f"{run}/step-00000002", output, dtype="float32")
+        model, optimizer = build(config=replace(SMALL, init=output), seed=5)
+        digests.append(load_pretrained(model, seed=5, ranks=Ranks())["sha256"])
+        assert_same(
+            whole(model, optimizer), {k: v for k, v in whole(*trained()).items() if not k[1]}
+        )
+    assert digests[0] == digests[1]

@@ -24,6 +24,7 @@ from tests.support.live_training import run_training
 from tests.support.ranks import run_ranks
 from tests.support.shards import publish
 from trainer import checkpoint, loop
+from trainer.checkpoint import Checkpoints
 from trainer.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -32,6 +33,7 @@ from trainer.config import (
 )
 from trainer.data import loader
 from trainer.data.rows import read_batch
+from trainer.launch import export
 from trainer.telemetry.feedback import (
     read_summaries,
 )
@@ -79,6 +81,24 @@ def test_more_steps_do_not_change_the_rates_of_those_that_were_taken(config, cap
     assert taken.items() <= rates.items() and rates[7] <= taken[6]
     assert result.reason.startswith("step 10 was reached; max_steps or schedule was changed at st")
     assert "the learning rate goes on from there" in caplog.text
+
+
+def test_a_run_starts_from_an_export_and_resumes_from_its_own_checkpoints(config, tmp_path):
+    run_training(config, device="cpu")
+    export(config.directory, str(tmp_path / "exported"), step=8, dtype="float32")
+    init = replace(config.model, init=str(tmp_path / "exported"))
+    child = replace(config, directory=str(tmp_path / "child"), model=init, max_steps=4)
+    run_training(child, device="cpu")
+    fresh = replace(config, directory=str(tmp_path / "fresh"), max_steps=4)
+    run_training(fresh, device="cpu")
+    assert metrics(child)[1]["data"] == metrics(fresh)[1]["data"]
+    assert metrics(child)[1]["loss"] < metrics(fresh)[1]["loss"] - 0.05
+    (tmp_path / "exported" / "model.safetensors").unlink()  # it is not read again
+    assert run_training(replace(child, max_steps=6), device="cpu").steps == 6
+    record = Checkpoints(f"{child.directory}/checkpoints", child.checkpoint).latest().extra["init"]
+    assert record["path"] == init.init and len(record["sha256"]) == 64
+    with pytest.raises(ValueError, match=r"model\.init = '', but this training started from"):
+        run_training(replace(child, model=config.model), device="cpu")
 
 
 def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):

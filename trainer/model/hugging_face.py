@@ -1,103 +1,155 @@
-"""Export the weights of a checkpoint in the names and files of transformers' LlamaForCausalLM."""
+"""Export the weights of a checkpoint in the names and files of transformers (`layouts`)."""
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.storage.files import is_local, open_fs, scratch_folder
-from trainer.checkpoint_files import inspect_files, locate, model_settings, read_state
+from trainer.checkpoint_files import Meta, inspect_files, locate, model_settings, read_state
 from trainer.config import ModelConfig
+from trainer.model.layouts import CONFIG, config_json, hugging_face_name
 from trainer.model.llama import Transformer
 
-_OUTSIDE_BLOCKS = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-_IN_BLOCK = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.query.weight": "self_attn.q_proj.weight",
-    "attention.key.weight": "self_attn.k_proj.weight",
-    "attention.value.weight": "self_attn.v_proj.weight",
-    "attention.out.weight": "self_attn.o_proj.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
-    "mlp.gate.weight": "mlp.gate_proj.weight",
-    "mlp.up.weight": "mlp.up_proj.weight",
-    "mlp.down.weight": "mlp.down_proj.weight",
-}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def export_hugging_face(folder: Path | str, output: Path | str) -> None:
-    """Write the weights of a checkpoint, float32, for transformers (`save_hugging_face`).
+def export_hugging_face(
+    folder: Path | str,
+    output: Path | str,
+    *,
+    dtype: str = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint for transformers' AutoModelForCausalLM: `save_hugging_face`.
 
-    In this process alone, without a process group; holds the weights, not the optimizer's state.
-    Both may be URLs, by way of the temporary folder. ValueError if the folder is not a checkpoint
-    or is damaged.
+    In this process alone, without a process group; holds the weights of one file at a time. Both
+    may be URLs, by way of the temporary folder. The same checkpoint and options give the same
+    bytes. ValueError if the folder is not a checkpoint or is damaged.
     """
-    folder, target = locate(folder), locate(output)
-    meta, fault = inspect_files(folder, 0, 1)
-    if meta is None or fault is not None:
-        raise ValueError(f"{folder}: {fault}; export another checkpoint")
-    config = ModelConfig(**model_settings(meta))
-    with torch.device("meta"):
-        model = Transformer(config)
-    state = {"model": model.to_empty(device="cpu").state_dict()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
-        read_state(folder, state, no_dist=True)
-    # the length of the rows that it was trained on
-    max_positions = meta["extra"].get("supply", {}).get("seq_len") or 2048
-    with scratch_folder("gristmill-export") as scratch:
+    target = locate(output)
+    with _local_copy(locate(folder)) as source, scratch_folder("gristmill-export") as scratch:
+        meta, fault = inspect_files(source, 0, 1)
+        if meta is None or fault is not None:
+            raise ValueError(f"{folder}: {fault}; export another checkpoint")
         local = Path(target) if is_local(target) else scratch
-        save_hugging_face(local, state["model"], config, max_positions=max_positions)
+        save_hugging_face(
+            local,
+            ModelConfig(**model_settings(meta)),
+            lambda tensors: _read_weights(source, tensors),
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+            max_positions=_max_positions(meta),
+        )
         if not is_local(target):
             fs, path = open_fs(target)
             fs.put(f"{scratch}/", f"{path}/", recursive=True)
 
 
 def save_hugging_face(
-    folder: Path, state_dict: Mapping[str, Tensor], config: ModelConfig, *, max_positions: int
+    folder: Path,
+    config: ModelConfig,
+    read: Callable[[dict[str, Tensor]], None],
+    *,
+    dtype: str = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
+    max_positions: int,
+    special_tokens: Mapping[str, int | None] | None = None,
 ) -> None:
-    """Write config.json and model.safetensors for transformers' `from_pretrained(folder)`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {llama_name(name): tensor.contiguous() for name, tensor in state_dict.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.dim // config.num_heads,
-        "max_position_embeddings": max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "torch_dtype": "float32",
-    }
-    (folder / "config.json").write_text(json.dumps(settings, indent=2))
+    """Write config.json, generation_config.json and the weights, in files of up to `shard_bytes`.
 
-
-def llama_name(name: str) -> str:
-    """The name of a parameter of ours in LlamaForCausalLM.
-
-    Only names differ: queries and keys are rotated by halves there too, so nothing is permuted.
+    `read` fills the tensors that it is given, by our names. What an earlier export left in the
+    folder is removed, and config.json is written last: a folder that has it is complete.
     """
-    if not name.startswith("blocks."):
-        return _OUTSIDE_BLOCKS[name]
-    _, number, in_block = name.split(".", 2)
-    return f"model.layers.{number}.{_IN_BLOCK[in_block]}"
+    special_tokens = special_tokens or {"bos_token_id": None, "eos_token_id": None}
+    settings = config_json(
+        config, dtype=dtype, max_positions=max_positions, special_tokens=special_tokens
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in (folder / CONFIG, *folder.glob("model*.safetensors*")):
+        earlier.unlink(missing_ok=True)
+    _write_weights(folder, config, read, DTYPES[dtype], shard_bytes)
+    (folder / "generation_config.json").write_text(json.dumps(special_tokens, indent=2))
+    (folder / CONFIG).write_bytes(settings)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def _write_weights(
+    folder: Path,
+    config: ModelConfig,
+    read: Callable[[dict[str, Tensor]], None],
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> None:
+    """Write the files one after another, so that memory holds one at a time.
+
+    torch's HuggingFaceStorageWriter (2.13) would need all weights in memory.
+    """
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
+    sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
+    shards, weight_map = _split_names(sizes, shard_bytes), dict[str, str]()
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
+        tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in names}
+        read(tensors)
+        stored = {hugging_face_name(name): tensor for name, tensor in tensors.items()}
+        save_file(stored, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(stored, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _split_names(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Names in files of up to `shard_bytes`, in order; a larger tensor has a file of its own."""
+    shards, room = list[list[str]](), 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _read_weights(folder: str, tensors: dict[str, Tensor]) -> None:
+    """Read weights of a local checkpoint, rounded to the kind of the tensors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
+        read_state(folder, {"model": tensors}, no_dist=True)
+
+
+@contextmanager
+def _local_copy(folder: str) -> Iterator[str]:
+    """The checkpoint's folder itself, or a copy of one on an object store."""
+    if is_local(folder):
+        yield folder
+        return
+    with scratch_folder("gristmill-checkpoint") as scratch:
+        fs, path = open_fs(folder)
+        fs.get(f"{path}/", f"{scratch}/", recursive=True)
+        yield str(scratch)
+
+
+# --- what the training knows ----------------------------------------------------------------------
+
+
+def _max_positions(meta: Meta) -> int:
+    """The length of the rows of the training, or what the model was made for before, if longer."""
+    extra: Mapping[str, Any] = meta["extra"]
+    lengths: Sequence[int | None] = (
+        (extra.get("supply") or {}).get("seq_len"),
+        (extra.get("init") or {}).get("max_positions"),
+    )
+    return max(filter(None, lengths), default=2048)

@@ -1,6 +1,7 @@
 """A Llama-style decoder (Touvron et al. 2023, arXiv:2307.09288) for packed rows, as plain modules.
 
-B rows, S positions, D dim, H heads, K key/value heads, E = D / H, V vocabulary, T = B x S.
+B rows, S positions, D dim, H heads, K key/value heads, E dimensions of a head, V vocabulary,
+T = B x S.
 
 `documents` (B, S) is the index of each token's document in its row; tokens attend only to their own
 document, and rotary positions restart with each. Fill (-1) is treated as one more document, so that
@@ -8,6 +9,7 @@ no row of attention is ever empty. `parallel` shards, checkpoints and compiles t
 """
 
 import hashlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,7 @@ class Transformer(nn.Module):
         return Loss(total, nats.view_as(targets).sum(1), (targets != IGNORE).sum())
 
     def init_weights(self, seed: int) -> None:
-        """Draw matrices from a normal distribution, set norms to 1 (as GPT-2).
+        """Draw matrices from a normal distribution, set norms to 1 and biases to 0 (as GPT-2).
 
         The std is 0.02, and 0.02 / sqrt(2 layers) for matrices that write to the residual stream.
         Each parameter is drawn whole, on the CPU, from a generator of (seed, its name), then
@@ -72,7 +74,7 @@ class Transformer(nn.Module):
         per billion parameters, once per run.
         """
         for name, parameter in self.named_parameters():
-            values = _initial_values(name, parameter.shape, seed, self.config.num_layers)
+            values = initial_values(name, parameter.shape, seed, self.config.num_layers)
             _fill_parameter(parameter, values)
 
     def _hidden(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
@@ -104,22 +106,33 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): H / K query heads share a key/value head."""
+    """Grouped-query attention (Ainslie et al. 2023): H / K query heads share a key/value head.
+
+    With `qk_norm` queries and keys are normalized before they are rotated, by RMSNorm over the
+    dimensions of a head with weights that all heads share (Qwen3; the idea is of Dehghani et al.
+    2023, arXiv:2302.05442).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        kv_dim = config.num_kv_heads * config.dim // config.num_heads
-        self.query = nn.Linear(config.dim, config.dim, bias=False)
-        self.key = nn.Linear(config.dim, kv_dim, bias=False)
-        self.value = nn.Linear(config.dim, kv_dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        size = config.head_size
+        self.head_size, bias = size, config.qkv_bias
+        self.query = nn.Linear(config.dim, config.num_heads * size, bias=bias)
+        self.key = nn.Linear(config.dim, config.num_kv_heads * size, bias=bias)
+        self.value = nn.Linear(config.dim, config.num_kv_heads * size, bias=bias)
+        self.out = nn.Linear(config.num_heads * size, config.dim, bias=False)
+        self.query_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         """What attention adds to the residual stream."""
-        q_BSHE = _rotate(self.query(x_BSD).unflatten(-1, (self.num_heads, -1)), cos, sin)
-        k_BSKE = _rotate(self.key(x_BSD).unflatten(-1, (self.num_kv_heads, -1)), cos, sin)
-        v_BSKE = self.value(x_BSD).unflatten(-1, (self.num_kv_heads, -1))
+        q_BSHE, k_BSKE, v_BSKE = (
+            project(x_BSD).unflatten(-1, (-1, self.head_size))
+            for project in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BSHE, k_BSKE = self.query_norm(q_BSHE), self.key_norm(k_BSKE)
+        q_BSHE, k_BSKE = _rotate(q_BSHE, cos, sin), _rotate(k_BSKE, cos, sin)
         q_BHSE, k_BKSE, v_BKSE = (x.transpose(1, 2) for x in (q_BSHE, k_BSKE, v_BSKE))
         out_BHSE = attend(q_BHSE, k_BKSE, v_BKSE, mask)
         return self.out(out_BHSE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -140,7 +153,7 @@ class SwiGLU(nn.Module):
 
 
 def flops_per_token(model: Transformer, seq_len: int) -> int:
-    """FLOP of a token's forward and backward pass: 6 N + 12 layers dim seq_len.
+    """FLOP of a token's forward and backward pass: 6 N + 12 layers heads head_size seq_len.
 
     PaLM's formula for MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). N excludes the
     embedding, whose lookup multiplies nothing, and includes the head, tied or not. Attention counts
@@ -151,20 +164,34 @@ def flops_per_token(model: Transformer, seq_len: int) -> int:
     weights = sum(parameter.numel() for parameter in model.parameters())
     if not config.tie_embeddings:
         weights -= model.embedding.weight.numel()
-    return 6 * weights + 12 * config.num_layers * config.dim * seq_len
+    return 6 * weights + 12 * config.num_layers * config.num_heads * config.head_size * seq_len
 
 
 def _rotations(
     tokens: Tensor, documents: Tensor | None, config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B or 1, S, 1, E / 2) of rotary embedding (Su et al. 2021), float32."""
-    head_dim = config.dim // config.num_heads
-    frequencies = config.rope_theta ** (
-        -torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float32) / head_dim
-    )
+    frequencies = _frequencies(config, tokens.device)
     positions = token_positions(torch.zeros_like(tokens[:1]) if documents is None else documents)
     angles = (positions.float()[..., None] * frequencies)[:, :, None]
     return angles.cos(), angles.sin()
+
+
+def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Radians per position of each pair of dimensions (E / 2,), float32.
+
+    Those that turn rarely within the original context are divided by `rope_factor`, with a linear
+    transition: Llama 3.1's, "llama3" in transformers.
+    """
+    size = config.head_size
+    exponents = -torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
+    frequencies = config.rope_theta**exponents
+    if config.rope_factor == 1:
+        return frequencies
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_positions * frequencies / (2 * math.pi)
+    share_kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (share_kept + (1 - share_kept) / config.rope_factor)
 
 
 def _rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -173,9 +200,10 @@ def _rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_BSHE.dtype)
 
 
-def _initial_values(name: str, shape: torch.Size, seed: int, layers: int) -> Tensor:
+def initial_values(name: str, shape: torch.Size, seed: int, layers: int) -> Tensor:
+    """The initial values of a whole parameter, float32 on the CPU (`Transformer.init_weights`)."""
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     digest = hashlib.sha256(f"{seed}/init/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     writes_to_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
@@ -198,13 +226,15 @@ def _fill_parameter(parameter: nn.Parameter, values: Tensor) -> None:
 
 
 def _check_heads(config: ModelConfig) -> None:
-    if (
-        config.dim % config.num_heads
-        or config.num_heads % config.num_kv_heads
-        or config.dim // config.num_heads % 2
-    ):
+    divides = config.head_dim > 0 or config.dim % config.num_heads == 0
+    if not divides or config.head_size % 2 or config.num_heads % config.num_kv_heads:
         raise ValueError(
             f"model: dim {config.dim}, num_heads {config.num_heads}, num_kv_heads "
-            f"{config.num_kv_heads}; dim must be a multiple of 2 num_heads, and num_heads of "
-            "num_kv_heads"
+            f"{config.num_kv_heads}, head_dim {config.head_dim}; dim must be a multiple of 2 "
+            "num_heads or head_dim be even, and num_heads a multiple of num_kv_heads"
+        )
+    if config.rope_factor > 1 and config.rope_high_freq_factor <= config.rope_low_freq_factor:
+        raise ValueError(
+            f"model: rope_high_freq_factor {config.rope_high_freq_factor} must exceed "
+            f"rope_low_freq_factor {config.rope_low_freq_factor}"
         )

@@ -34,12 +34,16 @@ class StepSums(NamedTuple):
 
 
 def build(config: TrainConfig, device: str) -> tuple[Transformer, Optimizer]:
-    """The model, sharded and initialized from the seed, and its optimizer."""
+    """The model, sharded and initialized from the seed, and its optimizer.
+
+    Where `model.init` names a checkpoint, `load_pretrained` sets the weights afterwards.
+    """
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, config.parallel, make_mesh(config.parallel, device=device))
     model.to_empty(device=device)
-    model.init_weights(config.seed)
+    if not config.model.init:
+        model.init_weights(config.seed)
     return model, make_optimizer(model, config.optimizer)
 
 

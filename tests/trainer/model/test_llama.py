@@ -18,7 +18,8 @@ from trainer.config import PRESETS, ModelConfig
 from trainer.model import attention, packing
 from trainer.model import llama as model_module
 from trainer.model import loss as loss_module
-from trainer.model.hugging_face import llama_name, save_hugging_face
+from trainer.model.hugging_face import save_hugging_face
+from trainer.model.layouts import hugging_face_name
 from trainer.model.llama import Transformer, flops_per_token
 from trainer.model.loss import loss_and_gradient
 from trainer.model.packing import IGNORE, next_tokens, num_targets, packed_documents
@@ -32,6 +33,7 @@ CONFIGS = [
     replace(SMALL, tie_embeddings=False),
     replace(SMALL, num_kv_heads=4),
     replace(SMALL, num_kv_heads=1),
+    replace(SMALL, head_dim=12),
 ]
 # lengths of the documents of a row, then fill
 SPANS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
@@ -67,15 +69,22 @@ def packed(spans, fill=3):
     return tokens, documents
 
 
-def llama(transformers, folder):
+def llama(transformers, folder, model):
+    """The model in transformers, by way of an export."""
+    state = model.state_dict()
+
+    def read(tensors):
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
+
+    save_hugging_face(folder, model.config, read, dtype="float32", max_positions=64)
     return transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_logits_are_those_of_transformers_with_the_exported_weights(config, transformers, tmp_path):
     model = excited(config)
-    save_hugging_face(tmp_path, model.state_dict(), config, max_positions=64)
-    theirs = llama(transformers, tmp_path)
+    theirs = llama(transformers, tmp_path, model)
     tokens = torch.randint(0, VOCAB, (2, 40))
     with torch.no_grad():
         expected, found = theirs(tokens).logits, model(tokens, None)
@@ -88,15 +97,14 @@ def test_logits_are_those_of_transformers_with_the_exported_weights(config, tran
 
 def test_gradients_are_those_of_transformers(transformers, tmp_path):
     model = excited(SMALL)
-    save_hugging_face(tmp_path, model.state_dict(), SMALL, max_positions=64)
-    theirs = llama(transformers, tmp_path)
+    theirs = llama(transformers, tmp_path, model)
     tokens = torch.randint(0, VOCAB, (2, 20))
     model.loss(tokens, None).sum.backward()
     logits = theirs(tokens).logits[:, :-1]
     torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
     ).backward()
-    expected = {llama_name(name): p.grad for name, p in model.named_parameters()}
+    expected = {hugging_face_name(name): p.grad for name, p in model.named_parameters()}
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(
             expected[name], parameter.grad, rtol=1e-3, atol=1e-4 * parameter.grad.abs().max().item()
@@ -316,9 +324,60 @@ def test_flops_are_those_of_every_matmul_forward_and_backward():
     assert flops_per_token(tied, 24) == flops_per_token(model, 24)
 
 
+def test_flops_count_heads_by_their_own_size():
+    small, wide = (build(replace(SMALL, head_dim=size)) for size in (8, 16))
+    added = sum(p.numel() for p in wide.parameters()) - sum(p.numel() for p in small.parameters())
+    more = flops_per_token(wide, 24) - flops_per_token(small, 24)
+    assert more == 6 * added + 12 * SMALL.num_layers * SMALL.num_heads * 8 * 24
+
+
+def test_queries_and_keys_are_normalized_by_head_before_they_are_rotated():
+    """Against the definition, written out with loops for one head after the other."""
+    model = excited(replace(SMALL, qk_norm=True))
+    attention_module, x = model.blocks[0].attention, torch.randn(1, 5, SMALL.dim)
+    tables = model_module._rotations(torch.zeros(1, 5, dtype=torch.int64), None, SMALL)
+
+    def heads(project, norm):
+        each = project(x)[0].split(8, dim=-1)
+        scaled = [h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight for h in each]
+        return [model_module._rotate(h[None, :, None], *tables)[0, :, 0] for h in scaled]
+
+    queries = heads(attention_module.query, attention_module.query_norm)
+    keys = heads(attention_module.key, attention_module.key_norm)
+    values = attention_module.value(x)[0].split(8, dim=-1)
+    causal = torch.full((5, 5), -torch.inf).triu(1)
+    outputs = [
+        (query @ keys[n // 2].T / 8**0.5 + causal).softmax(-1) @ values[n // 2]
+        for n, query in enumerate(queries)
+    ]
+    expected = attention_module.out(torch.cat(outputs, dim=-1))
+    found = attention_module(x, *tables, None)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert replace(SMALL, qk_norm=False) == SMALL  # off by default
+
+
+def test_biases_start_at_zero_and_new_vectors_are_not_decayed():
+    from trainer.config import OptimizerConfig
+    from trainer.model.optim import make_optimizer
+
+    model = build(replace(SMALL, qkv_bias=True, qk_norm=True))
+    parameters = dict(model.named_parameters())
+    assert not parameters["blocks.0.attention.key.bias"].any()
+    assert (parameters["blocks.1.attention.key_norm.weight"] == 1).all()
+    decayed, others = make_optimizer(model, OptimizerConfig()).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in parameters.items()}
+    assert not any("norm" in names[id(p)] or "bias" in names[id(p)] for p in decayed["params"])
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"num_heads": 5}, {"num_kv_heads": 3}, {"dim": 36, "num_heads": 12, "num_kv_heads": 12}],
+    [
+        {"num_heads": 5},
+        {"num_kv_heads": 3},
+        {"dim": 36, "num_heads": 12, "num_kv_heads": 12},
+        {"head_dim": 7},
+    ],
 )
 def test_sizes_that_do_not_divide_are_refused(change):
     with pytest.raises(ValueError, match="dim must be a multiple of 2 num_heads"):

@@ -1,0 +1,372 @@
+"""Checkpoints from and for transformers: its models give our logits, and ours theirs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config.train import load_training
+from stages.formats.errors import ConfigError
+from tests.support.ranks import run_ranks
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
+
+from tests.support.checkpoints import NOW
+from trainer.checkpoint import Checkpoints
+from trainer.config import ModelConfig, OptimizerConfig, ParallelConfig
+from trainer.model.hugging_face import export_hugging_face
+from trainer.model.layouts import config_json, hugging_face_name, model_settings
+from trainer.model.llama import Transformer
+from trainer.model.optim import make_optimizer
+from trainer.model.parallel import make_mesh, parallelize
+from trainer.model.pretrained import check_same_init, load_pretrained
+from trainer.ranks import Ranks
+
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("one_thread")]
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# name: class of the config, settings
+LAYOUTS = {
+    "llama2": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama3": ("LlamaConfig", {"rope_scaling": LLAMA3_ROPE, "rope_theta": 5e5}),
+    "llama3_tied": ("LlamaConfig", {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama_head_dim": ("LlamaConfig", {"head_dim": 12}),
+    "qwen2": ("Qwen2Config", {"rms_norm_eps": 1e-5}),
+    "qwen2_tied": ("Qwen2Config", {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "qwen3_tied": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
+}
+
+
+def save_theirs(folder, layout, *, dtype="float32", **options):
+    """A model of transformers with random weights, none of which is 0 or 1, saved; it itself."""
+    name, settings = LAYOUTS[layout]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**SIZES, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **options)
+    return model.eval()
+
+
+def from_theirs(folder, **changes):
+    config = ModelConfig(**{**model_settings(str(folder)), **changes}, init=str(folder))
+    model = Transformer(config)
+    record = load_pretrained(model, seed=3, ranks=Ranks())
+    return model, record
+
+
+def tokens():
+    return torch.randint(0, 61, (2, 200), generator=torch.Generator().manual_seed(1))
+
+
+def assert_same_logits(model, theirs):
+    with torch.no_grad():
+        expected, found = theirs(tokens()).logits, model(tokens(), None)
+    assert expected.std() > 0.5  # logits that say something
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def saved(model, folder, record=None):
+    """A checkpoint of ours; its folder."""
+    checkpoints = Checkpoints(folder, NOW)
+    optimizer = make_optimizer(model, OptimizerConfig())
+    checkpoints.save(0, model, optimizer, {"supply": {"seq_len": 64}, "init": record})
+    return checkpoints.latest().folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- start from a checkpoint of theirs ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_of_theirs_has_its_logits_here(layout, tmp_path):
+    theirs = save_theirs(tmp_path, layout)
+    model, record = from_theirs(tmp_path)
+    assert_same_logits(model, theirs)
+    assert record["max_positions"] == 256 and record["path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_16_bits_in_several_files_become_float32_exactly(dtype, tmp_path):
+    theirs = save_theirs(tmp_path, "qwen3", dtype=dtype, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    model, _ = from_theirs(tmp_path)
+    expected = {name: value.float() for name, value in theirs.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, expected[hugging_face_name(name)])
+
+
+def test_rows_of_a_larger_vocabulary_are_those_of_the_seed(tmp_path):
+    theirs = save_theirs(tmp_path, "llama3")
+    model, _ = from_theirs(tmp_path, vocab_size=64)
+    drawn = Transformer(model.config)
+    drawn.init_weights(3)
+    assert torch.equal(model.embedding.weight[:61], theirs.model.embed_tokens.weight)
+    for ours, expected in ((model.embedding, drawn.embedding), (model.head, drawn.head)):
+        assert torch.equal(ours.weight[61:], expected.weight[61:])
+
+
+def _load_on_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=3
+    )
+    config = ModelConfig(**model_settings(folder), init=folder)
+    config = replace(config, vocab_size=67)
+    with torch.device("meta"):
+        model = Transformer(config)
+    fp32 = ParallelConfig(precision="fp32")
+    parallelize(model, fp32, make_mesh(fp32, device="cpu"))
+    model.to_empty(device="cpu")
+    record = load_pretrained(model, seed=3, ranks=Ranks())
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    torch.save((record, weights), f"{folder}/seen-{rank}.pt")
+
+
+def test_each_rank_reads_its_rows(tmp_path):
+    """Of 67 rows, 6 drawn; on three ranks the last has fewer."""
+    save_theirs(tmp_path, "qwen2")
+    alone, record = from_theirs(tmp_path, vocab_size=67)
+    run_ranks(_load_on_rank, str(tmp_path), ranks=3)
+    for rank in range(3):
+        seen_record, weights = torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False)
+        assert seen_record == record
+        for name, parameter in alone.named_parameters():
+            assert torch.equal(weights[name], parameter), name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "mistral"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"bits": 4}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("num_hidden_layers", None),
+    ],
+)
+def test_a_model_that_ours_is_not_is_refused_by_the_name_of_its_key(key, value, tmp_path):
+    save_theirs(tmp_path, "llama3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: {key}"):
+        model_settings(str(tmp_path))
+
+
+def test_settings_of_transformers_5_are_those_of_4(tmp_path):
+    save_theirs(tmp_path, "llama3")
+    before = model_settings(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = config.pop("rope_scaling") | {
+        "rope_theta": config.pop("rope_theta")
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert model_settings(str(tmp_path)) == before
+    assert before["rope_theta"] == 5e5 and before["rope_factor"] == 8
+
+
+def _edit_weights(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _cut(folder):
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: _edit_weights(f, lambda t: t.pop("model.norm.weight")), r"missing: model\.norm"),
+        (lambda f: _edit_weights(f, lambda t: t.update(x=torch.ones(2))), "does not have: x"),
+        (
+            lambda f: _edit_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(5)})),
+            r"model\.norm\.weight has the shape \[5\], expected \[32\]",
+        ),
+        (
+            lambda f: _edit_weights(
+                f, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+            ),
+            r"model\.norm\.weight is of I8; only F32, F16, BF16",
+        ),
+        (_cut, "expected .* bytes, found .*; copy it again"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "no safetensors file"),
+        (lambda f: (f / "model.safetensors").unlink(), "pickles are not read"),
+        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(damage, message, tmp_path):
+    save_theirs(tmp_path, "llama2")
+    config = ModelConfig(**model_settings(str(tmp_path)), init=str(tmp_path))
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(Transformer(config), seed=0, ranks=Ranks())
+
+
+def test_tables_and_a_tied_head_in_the_files_are_ignored(tmp_path):
+    theirs = save_theirs(tmp_path, "llama3_tied")
+    extra = {
+        "lm_head.weight": torch.ones(61, 32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    _edit_weights(tmp_path, lambda tensors: tensors.update(extra))
+    assert_same_logits(from_theirs(tmp_path)[0], theirs)
+
+
+def test_another_checkpoint_is_refused_when_a_training_resumes(tmp_path):
+    save_theirs(tmp_path / "a", "llama2")
+    _, record = from_theirs(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    check_same_init(str(tmp_path / "a"), record, ranks=Ranks())  # not read
+    check_same_init(str(tmp_path / "moved"), record, ranks=Ranks())
+    _edit_weights(tmp_path / "moved", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    for other in (str(tmp_path / "moved"), ""):
+        with pytest.raises(ValueError, match=r"this training started from '.*/a'; restore it"):
+            check_same_init(other, record, ranks=Ranks())
+    with pytest.raises(ValueError, match="this training started from ''; restore it"):
+        check_same_init(str(tmp_path / "moved"), None, ranks=Ranks())
+
+
+# --- the configuration ----------------------------------------------------------------------------
+
+
+def test_the_sizes_of_model_init_need_not_be_given_and_may_not_differ(tmp_path):
+    save_theirs(tmp_path / "hf", "qwen3")
+    file = tmp_path / "train.toml"
+    file.write_text(f'directory = "{tmp_path}/t"\n[model]\ninit = "{tmp_path}/hf"\n')
+    model = load_training(file, ["model.vocab_size=64", "model.num_layers=2"]).model
+    assert model == ModelConfig(
+        **model_settings(f"{tmp_path}/hf") | {"vocab_size": 64}, init=model.init
+    )
+    for override, message in (
+        ("model.dim=64", r"model\.dim = 64: .*hf has 32; leave the key out"),
+        ("model.vocab_size=60", r"model\.vocab_size = 60: .*hf has 61"),
+        ("model.preset=tiny", r"model\.preset: model\.init has the sizes"),
+        (f"model.init={tmp_path}", r"model\.init: .*holds no config\.json"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_training(file, [override])
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_started_from_and_exported_again_has_the_same_bytes(layout, dtype, tmp_path):
+    save_theirs(tmp_path / "theirs", layout)
+    first, again = tmp_path / "first", tmp_path / "again"
+    for source, target in ((tmp_path / "theirs", first), (first, again)):
+        checkpoint = saved(
+            *from_theirs(source)[:1], f"{target}-checkpoints", from_theirs(source)[1]
+        )
+        export_hugging_face(checkpoint, target, dtype=dtype, shard_bytes=10_000)
+    assert contents(first) == contents(again)
+    assert len(contents(first)) > 5
+    if dtype == "float32":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+        assert_same_logits(from_theirs(again)[0], theirs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tie_embeddings": False},
+        {"qkv_bias": True},
+        {"qk_norm": True},
+        {"head_dim": 20},
+        {"rope_factor": 4.0, "rope_original_positions": 64},
+    ],
+)
+def test_config_json_has_every_setting_of_a_model(change, tmp_path):
+    config = replace(ModelConfig(), **change)
+    special = {"bos_token_id": None, "eos_token_id": 5}
+    data = config_json(config, dtype="bfloat16", max_positions=128, special_tokens=special)
+    (tmp_path / "config.json").write_bytes(data)
+    assert ModelConfig(**model_settings(str(tmp_path))) == config
+
+
+def test_a_model_that_no_architecture_has_is_not_exported(tmp_path):
+    config = replace(ModelConfig(**_small(tmp_path)), qkv_bias=True, qk_norm=True)
+    model = Transformer(config)
+    model.init_weights(0)
+    with pytest.raises(ValueError, match="both qkv_bias and qk_norm"):
+        export_hugging_face(saved(model, tmp_path / "checkpoints"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _small(tmp_path):
+    save_theirs(tmp_path / "sizes", "llama2")
+    return model_settings(str(tmp_path / "sizes"))
+
+
+def test_an_export_removes_the_files_of_an_earlier_one(tmp_path):
+    save_theirs(tmp_path / "theirs", "llama2")
+    model, record = from_theirs(tmp_path / "theirs")
+    checkpoint = saved(model, tmp_path / "checkpoints", record)
+    export_hugging_face(checkpoint, tmp_path / "out", shard_bytes=5_000)
+    export_hugging_face(checkpoint, tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+
+
+PLAIN_PROCESS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+assert model.dtype == torch.bfloat16, model.dtype
+print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape[1])
+"""
+
+
+@pytest.mark.parametrize("layout", ["llama3_tied", "qwen2", "qwen3"])
+def test_transformers_loads_and_generates_in_a_plain_process(layout, tmp_path):
+    """In the project's own environment, without any preparation (see the Makefile, torchvision)."""
+    save_theirs(tmp_path / "theirs", layout)
+    model, record = from_theirs(tmp_path / "theirs")
+    export_hugging_face(saved(model, tmp_path / "checkpoints", record), tmp_path / "out")
+    shutil.rmtree(tmp_path / "theirs")
+    command = [sys.executable, "-c", PLAIN_PROCESS, str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "7\n"), ended.stderr

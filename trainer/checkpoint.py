@@ -140,15 +140,10 @@ class Checkpoints:
         self.finish()
         faults: list[str] = []
         for name in self._ranks.on_first(partial(committed_names, self._folder)):
-            folder = f"{self._folder}/{name}"
-            results = self._ranks.on_all(
-                partial(inspect_files, folder, self._ranks.rank, self._ranks.count)
-            )
-            meta = results[0][0]
-            fault = next((fault for _, fault in results if fault is not None), None)
-            if meta is not None and fault is None:
-                return Saved(meta["step"], folder, meta["extra"], meta["metric"])
-            faults.append(f"{folder}: {fault}")
+            saved, fault = self._inspect(f"{self._folder}/{name}")
+            if saved is not None:
+                return saved
+            faults.append(f"{self._folder}/{name}: {fault}")
             self._damaged.add(name)
             if self._ranks.leads:
                 _LOG.warning("checkpoint skipped: %s", faults[-1])
@@ -158,6 +153,26 @@ class Checkpoints:
                 + "; ".join(faults)
             )
         return None
+
+    def open(self, folder: str) -> Saved:
+        """A checkpoint of this or another run, after hashing its files. Collective.
+
+        CheckpointError if it is damaged.
+        """
+        saved, fault = self._inspect(folder)
+        if saved is None:
+            raise CheckpointError(f"{folder}: {fault}")
+        return saved
+
+    def _inspect(self, folder: str) -> tuple[Saved | None, str | None]:
+        """A checkpoint, or what is wrong with it; each rank hashes a share of its files."""
+        inspect = partial(inspect_files, folder, self._ranks.rank, self._ranks.count)
+        results = self._ranks.on_all(inspect)
+        meta = results[0][0]
+        fault = next((fault for _, fault in results if fault is not None), None)
+        if meta is None or fault is not None:
+            return None, fault
+        return Saved(meta["step"], folder, meta["extra"], meta["metric"]), None
 
     def load(self, saved: Saved, model: Transformer, optimizer: Optimizer) -> None:
         """Load weights, optimizer state and CPU random state, on any number of ranks.

@@ -34,7 +34,7 @@ from stages.storage.files import (
     sync_folder,
     write_atomically,
 )
-from trainer.config import RENAMED_KEYS
+from trainer.config import CONFIG, RENAMED_KEYS
 
 VERSION = 1
 META = "meta.json"
@@ -75,6 +75,14 @@ def locate(folder: Path | str) -> str:
         )
     fs, path = open_fs(uri)
     return path if is_local(uri) else str(fs.unstrip_protocol(path))
+
+
+def checkpoint_folder(training: str) -> str:
+    """The folder or URL of a training's checkpoints, by its directory or by this folder itself."""
+    if not Path(training, CONFIG).exists():
+        return training
+    config = json.loads(Path(training, CONFIG).read_bytes())
+    return config["checkpoint"]["folder"] or f"{training}/checkpoints"
 
 
 def names_of(folder: str) -> set[str]:

@@ -3,6 +3,7 @@
 Each section is a strict dataclass; `pipeline.config.train` builds them from a TOML file.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -21,7 +22,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_in
 Positive = Annotated[int, Field(ge=1)]
 Sink = Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"]
 
-STOP = "stop"  # a file of this name in the directory asks the training to save and end
+# files in a training's directory: its config when it last started; asks it to save and end
+CONFIG, STOP = "config.json", "stop"
 
 # old -> new: checkpoints saved with an old name still load, a config with one is refused
 RENAMED_KEYS = {
@@ -275,12 +277,17 @@ class TrainConfig:
 
     A step whose loss spikes, 6 sigma above the last 128, is logged with its rows; with
     `skip_spikes` it does not change the weights.
+
+    `branch` = "RUN@STEP" starts it from a checkpoint of another training: RUN is that one's
+    directory, or the folder or URL of its checkpoints. The schedule goes on from the rate that was
+    reached there, and `max_steps` counts the parent's steps too.
     """
 
     directory: str
     seed: NonNegativeInt = 0
     max_steps: NonNegativeInt = 0
     skip_spikes: bool = False
+    branch: str = ""
     model: ModelConfig = PRESETS["tiny"]
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -297,3 +304,10 @@ class TrainConfig:
         if not path or "://" in path:
             raise ValueError("give a local folder; checkpoint.folder may be a URL")
         return path
+
+    @field_validator("branch")
+    @classmethod
+    def _branch_names_a_step(cls, branch: str) -> str:
+        if branch and not re.fullmatch(r".+@\d+", branch):
+            raise ValueError("write RUN@STEP, the directory of a training and a step")
+        return branch

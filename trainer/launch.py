@@ -5,7 +5,6 @@ Its own checkpoints and reports are not used: ours are in the training's folder,
 are a barrier that keeps only rank 0's.
 """
 
-import json
 import logging
 import os
 import signal
@@ -88,7 +87,7 @@ def export(training: str, output: str, *, step: int | None, **options: Any) -> i
     are those of `export_hugging_face`. TrainingError if there is no such checkpoint or it is
     damaged.
     """
-    from trainer.checkpoint_files import CheckpointError, committed
+    from trainer.checkpoint_files import CheckpointError, checkpoint_folder, committed
     from trainer.model.hugging_face import export_hugging_face
 
     folder = checkpoint_folder(training)
@@ -101,16 +100,6 @@ def export(training: str, output: str, *, step: int | None, **options: Any) -> i
             raise TrainingError(f"{folder} holds checkpoints of the steps {list(folders)}{missing}")
         export_hugging_face(folders[step], output, **options)
         return step
-
-
-def checkpoint_folder(training: str) -> str:
-    """The folder or URL of a training's checkpoints, by its directory or by this folder itself."""
-    from trainer.telemetry.why_step import CONFIG
-
-    if not Path(training, CONFIG).exists():
-        return training
-    config = json.loads(Path(training, CONFIG).read_bytes())
-    return config["checkpoint"]["folder"] or f"{training}/checkpoints"
 
 
 @contextmanager

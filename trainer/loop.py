@@ -25,8 +25,9 @@ from torch import Tensor
 
 from stages.storage.catalog import GenerationError
 from stages.storage.locks import try_lock
+from trainer.branch import check_same_parent, open_parent
 from trainer.checkpoint import Checkpoints
-from trainer.config import STOP, TrainConfig
+from trainer.config import CONFIG, STOP, TrainConfig
 from trainer.data.loader import BatchLoader
 from trainer.data.rows import Batch
 from trainer.evaluate.held_out import Evaluation, Scores
@@ -43,7 +44,7 @@ from trainer.telemetry.devices import gpu_health, peak_flops
 from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.meter import Meter, SourceSums, SpikeDetector, mfu
 from trainer.telemetry.sinks import METRICS, Telemetry
-from trainer.telemetry.why_step import CONFIG, SPIKES, RowLoss, log_spike
+from trainer.telemetry.why_step import SPIKES, RowLoss, log_spike
 
 MAX_BAD_STEPS = 10  # consecutive steps without a finite loss before a run gives up
 _LOG = logging.getLogger(__name__)
@@ -102,8 +103,13 @@ class Training:
         self.checkpoints = Checkpoints(
             config.checkpoint.folder or f"{config.directory}/checkpoints", config.checkpoint
         )
-        saved = self.checkpoints.latest()
+        own = self.checkpoints.latest()
+        if own:
+            check_same_parent(config.branch, own.extra.get("parent"))
+        self.is_new_branch = own is None and bool(config.branch)
+        saved = open_parent(config, self.checkpoints, ranks=ranks) if self.is_new_branch else own
         extra = saved.extra if saved else {}
+        self.parent: dict[str, Any] | None = extra.get("parent")
         self.step = self.saved_at = saved.step if saved else 0
         self.init: dict[str, Any] | None = extra.get("init")
         if saved:
@@ -126,9 +132,11 @@ class Training:
         self.writer: Writer | None = None
         self.telemetry: Telemetry | None = None
         self.previous: feedback.Summary | None = None
-        ranks.on_first(lambda: self._open_outputs(resources, fresh=saved is None))
-        before = feedback.Totals(**extra["totals"]) if saved else None
-        self.meter = Meter(feedback.resumed(before, self.previous, now=time.time()))
+        ranks.on_first(lambda: self._open_outputs(resources, fresh=own is None))
+        totals = feedback.Totals(**extra["totals"]) if saved else None
+        if own or self.previous:
+            totals = feedback.resumed(totals, self.previous, now=time.time())
+        self.meter = Meter(totals)
         self.spikes = SpikeDetector(extra.get("losses", ()))
         with self.meter.part("restart"):
             self.model, self.optimizer = build(config, device)
@@ -161,6 +169,9 @@ class Training:
             _LOG.warning(self.notice)
         try:
             self._write_feedback("running")
+            if self.is_new_branch:  # the parent may remove its checkpoint from now on
+                self._save()
+                self.checkpoints.finish()
             reason, state = self._run_steps(), "stopped"
             if self.step > self.saved_at:
                 self._save()
@@ -272,6 +283,7 @@ class Training:
                 "losses": self.spikes.losses,
                 "schedule": self.schedule.state(),
                 "init": self.init,
+                "parent": self.parent,
             }
             metric = self.scores.loss if self.scores else None
             self.checkpoints.save(self.step, self.model, self.optimizer, extra, metric=metric)

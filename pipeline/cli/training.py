@@ -19,6 +19,13 @@ def train(
         bool,
         Option(help="workers of Ray Train, restarted when one dies; --no-ray: this process alone"),
     ] = True,
+    branch: Annotated[
+        str | None,
+        Option(
+            help="start from a checkpoint of another training, its directory or checkpoints",
+            metavar="RUN@STEP",
+        ),
+    ] = None,
 ) -> None:
     """Train a model on published generations, from its last checkpoint if it has one.
 
@@ -28,7 +35,8 @@ def train(
     from pipeline.report.training import write_training_page
     from trainer.launch import launch
 
-    ended = launch(load_training(config, overrides or []), on_ray=ray)
+    overrides = [*(overrides or []), *([f"branch={branch}"] if branch else [])]
+    ended = launch(load_training(config, overrides), on_ray=ray)
     loss = f"loss {ended.loss:.4f} nats a token"
     out.print(f"{ended.steps:,} steps, {loss}; {ended.reason}")
     if ended.metrics and (page := write_training_page(ended.metrics)):

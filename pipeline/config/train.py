@@ -73,4 +73,4 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         evaluation=replace_paths(config.evaluation, ["cloze"]),
         telemetry=replace_paths(config.telemetry, ["feedback"]),
     )
-    return cast(TrainConfig, replace_paths(config, ["directory"]))
+    return cast(TrainConfig, replace_paths(config, ["directory", "branch"]))

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.storage.catalog import read_catalog
+from trainer.config import CONFIG
 from trainer.data.generations import Document, documents_of, verify_generation
 from trainer.telemetry.feedback import append_line, to_json
 from trainer.telemetry.records import read_metrics
 from trainer.telemetry.sinks import METRICS
 
-CONFIG = "config.json"
 SPIKES = "spikes.jsonl"
 _LOG = logging.getLogger(__name__)
 

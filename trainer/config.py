@@ -45,7 +45,9 @@ class ModelConfig:
     `num_heads`). `ffn_dim` is the width of the feed-forward layers; with `tie_embeddings` the
     output layer shares the embedding's weights. `vocab_size` may exceed the tokenizer's (100,277 of
     cl100k_base), as multiples of 128 are faster. `qkv_bias` adds a bias to queries, keys and values
-    (Qwen2); `qk_norm` normalizes each head of queries and keys (Qwen3).
+    (Qwen2); `qk_norm` normalizes each head of queries and keys (Qwen3). `attention`: "auto" is
+    "flex" (FlexAttention) on GPUs, which skips what lies between documents, and "sdpa" on CPUs, for
+    which FlexAttention has no backward pass.
 
     A `rope_factor` above 1 stretches the slow rotations of the rotary embedding for longer
     contexts, as Llama 3.1: by the factor for those that turn less than `rope_low_freq_factor` times
@@ -65,7 +67,7 @@ class ModelConfig:
     rope_theta: NonNegativeFloat = 500_000.0
     norm_eps: NonNegativeFloat = 1e-5
     tie_embeddings: bool = True
-    attention: Literal["sdpa", "flex"] = "sdpa"
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
     head_dim: NonNegativeInt = 0
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -105,29 +107,52 @@ class ParallelConfig:
 
     `shard_size` ranks hold one copy of the model between them (0: all; fewer: HSDP, copies are kept
     equal by all-reduce). Weights and reductions are float32 in either precision; "bf16" is what
-    blocks compute in.
+    blocks compute in. `compile`: "auto" compiles on GPUs.
+
+    `gradient_reduction`: micro-batches of a step are reduced over ranks one by one
+    ("each_micro_batch"), or are summed unsharded on each rank, 4 bytes a parameter, and reduced
+    once ("last_micro_batch"); "auto" is the latter if that takes a tenth of the GPU's memory or
+    less. A rank that waits for another longer than `timeout_seconds` ends the attempt.
     """
 
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
+    gradient_reduction: Literal["auto", "each_micro_batch", "last_micro_batch"] = "auto"
     shard_size: NonNegativeInt = 0
+    timeout_seconds: PositiveFloat = 600.0
 
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """The optimizer. `clip_norm` limits the global gradient norm, 0 for no limit.
 
-    Only matrices have weight decay.
+    Only matrices have weight decay. "muon" is Muon for the matrices of blocks and AdamW for the
+    rest. `state_dtype` is how AdamW keeps its moments: "bf16" halves them, and takes betas up to
+    0.99. `z_loss` times log(Z)^2, the squared log of the softmax's denominator, is added to the
+    loss that is minimized, not to the one that is reported (PaLM: 1e-4).
     """
 
-    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    name: Literal["adamw", "muon", "adafactor", "sgd"] = "adamw"
     lr: NonNegativeFloat = 3e-4
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
     eps: NonNegativeFloat = 1e-8
     momentum: NonNegativeFloat = 0.0
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: NonNegativeFloat = 1.0
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    z_loss: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _state_fits(self) -> "OptimizerConfig":
+        if self.state_dtype == "bf16" and self.name != "adamw":
+            raise ValueError(f'state_dtype = "bf16" is for adamw, not {self.name}')
+        if self.state_dtype == "bf16" and max(self.betas) > 0.99:
+            raise ValueError(
+                f"betas = {list(self.betas)}: in bf16 a moment that moves by less than 1/256 a "
+                "step stands still; take 0.99 at most"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -214,13 +239,15 @@ class TelemetryConfig:
 
     `feedback` is the folder that the pipeline reads; "" is `feedback/` of the first source's run.
     `name` identifies the trainer there and must be unique; "" is the name of the training's
-    directory.
+    directory. After a warm-up `profile_steps` steps of rank 0 are profiled into `profile/` of the
+    training's directory.
     """
 
     sinks: tuple[Sink, ...] = ("console", "jsonl")
     feedback: str = ""
     name: str = ""
     every_seconds: PositiveFloat = 30.0
+    profile_steps: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, config=STRICT)

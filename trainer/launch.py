@@ -6,6 +6,7 @@ are a barrier that keeps only rank 0's.
 """
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
 
     ConfigError for a wrong config, TrainingError for a fault of the data or the model.
     """
+    os.environ.update(cuda_environment(config.directory))  # before CUDA starts
     try:
         import torch
     except ImportError:
@@ -102,6 +104,24 @@ def export(training: str, output: str, *, step: int | None, **options: Any) -> i
         return step
 
 
+def cuda_environment(directory: str) -> dict[str, str]:
+    """Environment variables for ranks on GPUs, which CUDA and NCCL read when they start.
+
+    The allocator's segments can grow: micro-batches need buffers of many sizes. If a collective
+    times out, each rank writes its last 2,000 to DIRECTORY/flight_recorder, which
+    `python -m torch.distributed.flight_recorder.fr_trace` reads. What the user has set stays.
+    """
+    settings = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{Path(directory).absolute()}/flight_recorder/rank_",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ:  # the older name of the same
+        del settings["PYTORCH_ALLOC_CONF"]
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
 @contextmanager
 def _raised_as(kind: type[TrainingError], *errors: type[Exception]) -> Iterator[None]:
     try:
@@ -118,6 +138,8 @@ def _train_as_rank(
     from trainer.checkpoint_files import CheckpointError
     from trainer.loop import Diverged, Training
 
+    if device == "cuda":
+        (Path(config.directory) / "flight_recorder").mkdir(parents=True, exist_ok=True)
     with (
         ExitStack() as resources,
         # a store may answer the next time
@@ -137,6 +159,7 @@ def _train_on_ray(config: TrainConfig) -> dict[str, Any]:
     counts, on_gpus = worker_counts(config), _start_ray(config.ray.gpus)
     _check_resources(config, counts[0], on_gpus)
     import ray.train
+    from ray.train.torch import TorchConfig
 
     api: Any = ray.train  # type checkers see the older of its two interfaces
     # the console is this process's, see _console_metrics
@@ -150,8 +173,10 @@ def _train_on_ray(config: TrainConfig) -> dict[str, Any]:
             use_gpu=on_gpus,
             resources_per_worker={"CPU": config.ray.cpus_per_worker, "GPU": int(on_gpus)},
         ),
+        torch_config=TorchConfig(timeout_s=math.ceil(config.parallel.timeout_seconds)),
         run_config=api.RunConfig(
             name="ray",
+            worker_runtime_env={"env_vars": cuda_environment(config.directory)},
             storage_path=config.directory,
             failure_config=api.FailureConfig(config.ray.max_failures),
         ),

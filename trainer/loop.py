@@ -1,11 +1,15 @@
 """Step 5 of a row's way to the loss: the training loop, in plain torch.
 
 It is the same under torchrun, Ray Train and pytest. A step: this rank's micro-batches
-(`data.loader`), gradients of the global batch's mean loss (`model.step`), one update. A loss or
-gradient that is not finite never reaches the optimizer. A checkpoint has everything that a restart
+(`data.loader`), gradients of the global batch's mean loss, one update (`model.step`). A loss or
+gradient that is not finite never reaches the weights. A checkpoint has everything that a restart
 needs to take exactly the steps that would have followed.
+
+The figures of a step are read after the next one is queued, so that a GPU never waits for Python;
+before an evaluation, a checkpoint and a wait for data they are read at once.
 """
 
+import gc
 import itertools
 import json
 import logging
@@ -14,7 +18,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -29,20 +33,29 @@ from trainer.branch import check_same_parent, open_parent
 from trainer.checkpoint import Checkpoints
 from trainer.config import CONFIG, STOP, TrainConfig
 from trainer.data.loader import BatchLoader
-from trainer.data.rows import Batch
+from trainer.data.rows import Batch, RowRange
 from trainer.evaluate.held_out import Evaluation, Scores
 from trainer.model.llama import flops_per_token
 from trainer.model.optim import set_learning_rate
 from trainer.model.packing import row_targets
-from trainer.model.parallel import clip_grad_norm, join_ranks, sum_over_ranks
+from trainer.model.parallel import join_ranks, sum_over_ranks
 from trainer.model.pretrained import check_same_init, load_pretrained
 from trainer.model.schedule import Schedule, change_of, resumed
-from trainer.model.step import StepSums, accumulate, build
+from trainer.model.step import (
+    DeviceClock,
+    Read,
+    RunSums,
+    StepFigures,
+    build,
+    queue_gradients,
+    queue_update,
+)
 from trainer.ranks import Ranks, gather_objects
 from trainer.telemetry import feedback
 from trainer.telemetry.devices import gpu_health, peak_flops
 from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.meter import Meter, SourceSums, SpikeDetector, mfu
+from trainer.telemetry.profile import Profiler
 from trainer.telemetry.sinks import METRICS, Telemetry
 from trainer.telemetry.why_step import SPIKES, RowLoss, log_spike
 
@@ -63,20 +76,14 @@ class Result(NamedTuple):
     reason: str
 
 
-class StepResult(NamedTuple):
-    """A step over all ranks.
+class QueuedStep(NamedTuple):
+    """A step that the device may still work on, and what is needed to record it later."""
 
-    Loss in nats per target, gradient norm before clipping, and sums by source.
-    """
-
-    loss: float
-    grad_norm: float
-    sources: dict[str, SourceSums]
-    is_spike: bool
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+    step: int
+    rate: float
+    batches: Sequence[Batch]
+    row_ranges: dict[str, list[RowRange]]
+    figures: StepFigures
 
 
 class Training:
@@ -96,7 +103,7 @@ class Training:
         device: str,
         preempted: Callable[[], bool] = lambda: False,
     ) -> None:
-        join_ranks(device)
+        join_ranks(device, timeout_seconds=config.parallel.timeout_seconds)
         self.config, self.device, self.preempted = config, device, preempted
         self.ranks = ranks = Ranks()
         self.folder = Path(config.directory)
@@ -145,7 +152,14 @@ class Training:
             elif config.model.init:
                 self.init = load_pretrained(self.model, seed=config.seed, ranks=ranks)
         self.loss = (self.spikes.losses or [math.nan])[-1]
-        self.bad_steps, self.was_preempted, self.stop_requested = 0, False, False
+        self.queued: QueuedStep | None = None
+        self.bad_steps, self.was_preempted = 0, False
+        # of this rank by a signal; of any rank, as all of them know it
+        self.stop_requested, self.stopping = False, False
+        self.clock = DeviceClock(device)
+        steps = config.telemetry.profile_steps if ranks.leads else 0
+        self.profiler = Profiler(self.folder / "profile", steps=steps, device=device)
+        resources.callback(self.profiler.close)
         self.scores: Scores | None = None  # of the last step, if it was evaluated
         self.health: feedback.Health | None = None  # as last reported
         # in other threads Python does not allow signal handlers
@@ -172,11 +186,14 @@ class Training:
             if self.is_new_branch:  # the parent may remove its checkpoint from now on
                 self._save()
                 self.checkpoints.finish()
+            gc.collect()
+            gc.freeze()  # a collection among all objects of torch would hold up all ranks
             reason, state = self._run_steps(), "stopped"
             if self.step > self.saved_at:
                 self._save()
             self.checkpoints.finish()
         finally:
+            gc.unfreeze()
             if self.writer:
                 self.writer.close(self._report(state))
         # workers of Ray have no console: what they warned of is said again at the end
@@ -190,29 +207,34 @@ class Training:
         while not self.config.max_steps or self.step < self.config.max_steps:
             batches = self._next_batches()
             if batches:
-                self._record_step(self._update(batches))
-            if self._should_stop():
+                self._take_step(batches)
+            elif self._should_stop():
                 return "it was asked to stop"
-            if not batches:
+            else:
                 return "the data ended"
-            is_due = self.step % self.config.checkpoint.every_steps == 0 or (
-                self.step % PREEMPTION_CHECK_STEPS == 0 and self._is_newly_preempted()
-            )
-            if is_due and not self.bad_steps:
-                self._save()
+            if self.stopping:
+                self._record_queued()
+                return "it was asked to stop"
+            if self._is_checkpoint_due():
+                self._record_queued()
+                if not self.bad_steps:
+                    self._save()
+        self._record_queued()
         return f"step {self.config.max_steps} was reached"
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of the next step; [] at the end of the data, after waiting if set."""
+        begin = time.perf_counter()
         with self.meter.part("data_wait"):
-            while not (batches := self.loader.next(self.step)):
-                while self.loader.should_wait() and not self._should_stop():
-                    if self.loader.poll():
-                        break
-                    self._write_feedback("waiting")
-                else:
-                    return []
-        largest = max(int(batch.tokens.max()) for batch in batches)
+            batches = self.loader.next(self.step)
+        if batches:
+            # while the device still had work, it did not wait
+            overlap = time.perf_counter() - begin - self.clock.idle_seconds()
+            self.meter.move(overlap, "data_wait", "compute")
+        else:
+            self._record_queued()
+            batches = self._wait_for_batches()
+        largest = max((int(batch.tokens.max()) for batch in batches), default=0)
         if largest >= self.config.model.vocab_size:
             raise GenerationError(
                 f"token {largest} exceeds model.vocab_size = {self.config.model.vocab_size}; "
@@ -220,44 +242,58 @@ class Training:
             )
         return batches
 
-    def _update(self, batches: Sequence[Batch]) -> StepResult:
-        """Take one step, which counts even if it did not change the weights."""
-        config = self.config
-        set_learning_rate(self.optimizer, self.schedule.rate(self.step, config.optimizer.lr))
-        sums = accumulate(self.model, batches, list(self.loader.row_ranges), device=self.device)
-        norm = clip_grad_norm(self.model.parameters(), config.optimizer.clip_norm)
-        result = self._step_result(sums, norm)
-        if result.is_finite and not (result.is_spike and config.skip_spikes):
-            self.optimizer.step()
-        self.bad_steps = 0 if result.is_finite else self.bad_steps + 1
+    def _wait_for_batches(self) -> list[Batch]:
+        with self.meter.part("data_wait"):
+            while self.loader.should_wait() and not self._should_stop():
+                if self.loader.poll() and (batches := self.loader.next(self.step)):
+                    return batches
+                self._write_feedback("waiting")
+            return []
+
+    def _take_step(self, batches: Sequence[Batch]) -> None:
+        """Queue one step, which counts even if it does not change the weights."""
+        config, rate = self.config, self.schedule.rate(self.step, self.config.optimizer.lr)
+        figures = queue_gradients(
+            self.model,
+            batches,
+            list(self.loader.row_ranges),
+            device=self.device,
+            clip_norm=config.optimizer.clip_norm,
+            stop=self._is_asked_to_stop(),
+        )
+        self._record_queued()  # the device works on the gradients of this step meanwhile
+        set_learning_rate(self.optimizer, rate)
+        highest = self.spikes.bound() if config.skip_spikes else math.inf
+        queue_update(self.optimizer, figures, highest_loss=highest)
+        self.clock.mark()
+        self.step += 1
+        self.profiler.step(self.step)
+        self.queued = QueuedStep(self.step, rate, batches, self.loader.row_ranges, figures)
+        if self._is_evaluation_due(self.step):
+            self._record_queued()
+
+    def _record_queued(self) -> None:
+        """Read the figures of the queued step, if any, which waits for the device; record them.
+
+        Diverged if it is one too many that is not finite.
+        """
+        queued, self.queued = self.queued, None
+        if queued is None:
+            return
+        read = queued.figures.read()
+        self.loss, self.stopping = read.loss, read.stop > 0
+        self.bad_steps = 0 if read.is_finite else self.bad_steps + 1
+        is_spike = self.spikes.observe(read.loss)
+        if is_spike:
+            rows = _row_losses(queued.batches, queued.figures.row_nats)
+            if self.ranks.leads:
+                log_spike(self.folder, queued.step, read.loss, rows)
         if self.bad_steps == MAX_BAD_STEPS:
             raise Diverged(
-                f"{MAX_BAD_STEPS} steps in a row up to {self.step + 1} had no finite loss or "
+                f"{MAX_BAD_STEPS} steps in a row up to {queued.step} had no finite loss or "
                 "gradient: lower optimizer.lr"
             )
-        self.optimizer.zero_grad()
-        self.step, self.loss = self.step + 1, result.loss
-        if result.is_spike:
-            rows = _row_losses(batches, sums.row_nats)
-            if self.ranks.leads:
-                log_spike(self.folder, self.step, result.loss, rows)
-        return result
-
-    def _step_result(self, sums: StepSums, norm: Tensor) -> StepResult:
-        """The step as Python numbers, which waits for the device: here a step ends."""
-        *flat, grad_norm = torch.cat([sums.by_run.flatten(), norm.double().reshape(1)]).tolist()
-        sources = {}
-        ranges = self.loader.row_ranges.items()
-        for (run, parts), tokens, targets, nats in zip(
-            ranges, flat[::3], flat[1::3], flat[2::3], strict=True
-        ):
-            rows = Counter[str]()
-            for part in parts:
-                rows[part.generation] += part.stop - part.start
-            sources[run] = SourceSums(dict(rows), int(tokens), nats, int(targets))
-        nats = sum(source.loss_sum for source in sources.values())
-        loss = nats / max(1, sum(source.targets for source in sources.values()))
-        return StepResult(loss, grad_norm, sources, self.spikes.observe(loss))
+        self._record_step(queued, read, is_spike=is_spike)
 
     # --- stop and save ----------------------------------------------------------------------------
 
@@ -265,10 +301,21 @@ class Training:
         self.stop_requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
+    def _is_asked_to_stop(self) -> bool:
+        return self.stop_requested or (self.ranks.leads and (self.folder / STOP).exists())
+
     def _should_stop(self) -> bool:
-        """Whether any rank was asked to stop: all then end at the same step. Collective."""
-        requested = self.stop_requested or (self.ranks.leads and (self.folder / STOP).exists())
-        return bool(sum_over_ranks(float(requested), device=self.device) > 0)
+        """Whether any rank was asked to stop: all then end at the same step. Collective.
+
+        For use while there is no step: a step itself tells the other ranks.
+        """
+        flags = sum_over_ranks(float(self._is_asked_to_stop()), device=self.device)
+        return self.stopping or bool(flags > 0)
+
+    def _is_checkpoint_due(self) -> bool:
+        return self.step % self.config.checkpoint.every_steps == 0 or (
+            self.step % PREEMPTION_CHECK_STEPS == 0 and self._is_newly_preempted()
+        )
 
     def _is_newly_preempted(self) -> bool:
         """Whether a machine will be taken away, and was not going to be at the last check."""
@@ -291,32 +338,39 @@ class Training:
 
     # --- evaluate and report ----------------------------------------------------------------------
 
-    def _evaluate(self) -> Scores | None:
-        if self.evaluation is None or self.step % self.config.evaluation.every_steps:
+    def _is_evaluation_due(self, step: int) -> bool:
+        return self.evaluation is not None and step % self.config.evaluation.every_steps == 0
+
+    def _evaluate(self, step: int) -> Scores | None:
+        if self.evaluation is None or not self._is_evaluation_due(step):
             return None
         with self.meter.part("evaluation"):
             return self.evaluation.run(self.model)
 
-    def _record_step(self, result: StepResult) -> None:
-        self.scores = self._evaluate()
-        tokens = sum(sums.tokens for sums in result.sources.values())
-        step = self.meter.step(tokens=tokens, sources=result.sources)
+    def _record_step(self, queued: QueuedStep, read: Read, *, is_spike: bool) -> None:
+        sources = _sources(queued.row_ranges, read.runs)
+        self.scores = self._evaluate(queued.step)
+        tokens, pairs = (
+            sum(getattr(run, name) for run in read.runs) for name in ("tokens", "pairs")
+        )
+        seconds = self.meter.step(tokens=tokens, pairs=pairs, sources=sources).seconds
         if self.telemetry:
             record = {
-                "step": self.step,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
+                "step": queued.step,
+                "loss": read.loss,
+                "grad_norm": read.grad_norm,
                 "tokens": tokens,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "spike": result.is_spike,
+                "lr": queued.rate,
+                "spike": is_spike,
                 "mfu": self._mfu(),
-                "seconds": step.seconds,
+                "mfu_palm": self._mfu(context=self.loader.seq_len),
+                "seconds": seconds,
                 "sources": {
                     name: {"loss": sums.loss_sum / max(1, sums.targets), "tokens": sums.tokens}
-                    for name, sums in result.sources.items()
+                    for name, sums in sources.items()
                 },
                 "restarts": self.meter.totals.restarts,
-                "data": self.loader.row_ranges,
+                "data": queued.row_ranges,
             }
             health = asdict(self.health) if self.health else {}
             scores: dict[str, float] = self.scores.figures() if self.scores else {}
@@ -336,14 +390,16 @@ class Training:
             budget = steps * self.config.data.global_batch_rows * seq_len
         return self.meter.report(state, mfu=self._mfu(), health=self.health, budget=budget)
 
-    def _mfu(self) -> float | None:
-        seq_len = self.loader.seq_len
-        if self.device != "cuda" or self.config.parallel.precision != "bf16" or seq_len is None:
+    def _mfu(self, *, context: float | None = None) -> float | None:
+        """Model FLOP utilization; with the length of a row as `context` it is PaLM's."""
+        rates = self.meter.rates()
+        context = rates.mean_context if context is None else context
+        if self.device != "cuda" or self.config.parallel.precision != "bf16" or context is None:
             return None
         peak = peak_flops(torch.cuda.get_device_name())
         return mfu(
-            self.meter.rates().tokens_per_second,
-            flops_per_token=flops_per_token(self.model, seq_len),
+            rates.tokens_per_second,
+            flops_per_token=flops_per_token(self.model, context),
             peak=peak and peak * self.ranks.count,
         )
 
@@ -374,6 +430,19 @@ class Training:
         self.telemetry = Telemetry(self.folder, run=name, sinks=("jsonl", *config.sinks))
         resources.callback(self.telemetry.close)
         (self.folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=1))
+
+
+def _sources(
+    row_ranges: Mapping[str, Sequence[RowRange]], runs: Sequence[RunSums]
+) -> dict[str, SourceSums]:
+    """What a step took of each run."""
+    sources = {}
+    for (run, parts), sums in zip(row_ranges.items(), runs, strict=True):
+        rows = Counter[str]()
+        for part in parts:
+            rows[part.generation] += part.stop - part.start
+        sources[run] = SourceSums(dict(rows), sums.tokens, sums.nats, sums.targets)
+    return sources
 
 
 def _row_losses(batches: Sequence[Batch], row_nats: Sequence[Tensor]) -> list[RowLoss]:

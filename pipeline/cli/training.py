@@ -26,6 +26,10 @@ def train(
             metavar="RUN@STEP",
         ),
     ] = None,
+    profile: Annotated[
+        bool,
+        Option(help="profile three steps: a trace, and on GPUs a memory snapshot, in profile/"),
+    ] = False,
 ) -> None:
     """Train a model on published generations, from its last checkpoint if it has one.
 
@@ -35,8 +39,12 @@ def train(
     from pipeline.report.training import write_training_page
     from trainer.launch import launch
 
-    overrides = [*(overrides or []), *([f"branch={branch}"] if branch else [])]
-    ended = launch(load_training(config, overrides), on_ray=ray)
+    changes = [
+        *(overrides or []),
+        *([f"branch={branch}"] if branch else []),
+        *(["telemetry.profile_steps=3"] if profile else []),
+    ]
+    ended = launch(load_training(config, changes), on_ray=ray)
     loss = f"loss {ended.loss:.4f} nats a token"
     out.print(f"{ended.steps:,} steps, {loss}; {ended.reason}")
     if ended.metrics and (page := write_training_page(ended.metrics)):

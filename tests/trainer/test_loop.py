@@ -40,7 +40,11 @@ from trainer.telemetry.feedback import (
 from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.records import read_metrics
 
-NO_LOSS = torch.tensor([[10.0, 9.0, math.nan]], dtype=torch.float64)
+
+def without_loss(figures):
+    host = figures.host.clone()
+    host[-2] = math.nan
+    return figures._replace(loss=host[-2], host=host)
 
 
 def metrics(config):
@@ -102,17 +106,18 @@ def test_a_run_starts_from_an_export_and_resumes_from_its_own_checkpoints(config
 
 
 def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):
-    accumulate, calls, weights = loop.accumulate, [], []
+    queue_gradients, calls, weights = loop.queue_gradients, [], []
 
     def poisoned(model, *args, **options):
         calls.append(len(calls))
         weights.append([p.full_tensor().clone() for p in model.parameters()])
-        sums = accumulate(model, *args, **options)
+        figures = queue_gradients(model, *args, **options)
         if calls[-1] == 3:
             next(model.parameters()).grad.fill_(math.nan)
-        return sums
+            return figures._replace(grad_norm=torch.tensor(math.nan))
+        return figures
 
-    monkeypatch.setattr(loop, "accumulate", poisoned)
+    monkeypatch.setattr(loop, "queue_gradients", poisoned)
     run_training(replace(config, max_steps=6), device="cpu")
     same = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
     assert same == [False, False, False, True, False]
@@ -120,11 +125,11 @@ def test_what_is_not_finite_never_reaches_the_weights(config, monkeypatch):
 
 def test_only_nan_ends_the_run_and_the_last_good_state_stays(config, monkeypatch):
     run_training(replace(config, max_steps=4), device="cpu")
-    accumulate = loop.accumulate
+    queue_gradients = loop.queue_gradients
     monkeypatch.setattr(
         loop,
-        "accumulate",
-        lambda *args, **options: accumulate(*args, **options)._replace(by_run=NO_LOSS),
+        "queue_gradients",
+        lambda *args, **options: without_loss(queue_gradients(*args, **options)),
     )
     with pytest.raises(
         loop.Diverged,
@@ -141,18 +146,19 @@ def test_only_nan_ends_the_run_and_the_last_good_state_stays(config, monkeypatch
 
 
 def test_a_run_that_is_asked_to_stop_saves_first(config, monkeypatch):
-    accumulate, handler = loop.accumulate, signal.getsignal(signal.SIGTERM)
+    queue_gradients, handler = loop.queue_gradients, signal.getsignal(signal.SIGTERM)
 
     def asked(model, batches, *args, **options):
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         seen.append(batches[0].row_ids)
-        return accumulate(model, batches, *args, **options)
+        return queue_gradients(model, batches, *args, **options)
 
     seen = []
-    monkeypatch.setattr(loop, "accumulate", asked)
+    monkeypatch.setattr(loop, "queue_gradients", asked)
     result = run_training(config, device="cpu")
-    assert (result.steps, result.reason) == (3, "it was asked to stop")
+    # the next step tells all ranks; its figures are read when another one is queued
+    assert (result.steps, result.reason) == (5, "it was asked to stop")
     assert signal.getsignal(signal.SIGTERM) == handler
     result = run_training(config, device="cpu")
     assert (result.steps, len(seen)) == (12, 12)
@@ -241,7 +247,7 @@ def test_a_slow_reader_raises_data_wait_and_nothing_else(config, tmp_path, monke
             for key in ("loss", "grad_norm", "tokens", "sources", "data", "lr")
         )
     last = metrics(slow)[12]
-    wait = sum(row["seconds"]["data_wait"] for row in metrics(slow).values())
+    wait = sum(row["seconds"].get("data_wait", 0) for row in metrics(slow).values())
     others = sum(sum(row["seconds"].values()) for row in metrics(slow).values()) - wait
     assert last["data_wait_share"] > metrics(config)[12]["data_wait_share"]
     assert wait > 12 * 2 * 0.2 - others  # what reading took and computing did not hide
@@ -254,14 +260,14 @@ def test_steps_go_on_while_a_checkpoint_is_written(config, monkeypatch):
         assert trained.wait(600)
         return hashes(*args)
 
-    def counted(self, batches, update=loop.Training._update):
+    def counted(self, batches, update=loop.Training._take_step):
         steps.append((self.step, is_saving(self.checkpoints)))
         if self.step == 6:
             trained.set()
         return update(self, batches)
 
     monkeypatch.setattr(checkpoint, "hash_files", slow)
-    monkeypatch.setattr(loop.Training, "_update", counted)
+    monkeypatch.setattr(loop.Training, "_take_step", counted)
     run_training(config, device="cpu")
     # the save after step 4 is in flight at the start of steps 4 to 6 (counted from 0), and waited
     # for by none of them
@@ -306,16 +312,16 @@ def test_a_trainer_that_waits_says_so_and_goes_on_with_the_next_generation(confi
 
 
 def test_a_file_asks_a_run_to_stop_and_what_is_left_of_the_budget_is_told(config, monkeypatch):
-    def asked(self, batches, update=loop.Training._update):
+    def asked(self, batches, update=loop.Training._take_step):
         if self.step == 3:
             (self.folder / "stop").touch()
         return update(self, batches)
 
-    monkeypatch.setattr(loop.Training, "_update", asked)
+    monkeypatch.setattr(loop.Training, "_take_step", asked)
     result = run_training(config, device="cpu")
-    assert (result.steps, result.reason) == (4, "it was asked to stop")
+    assert (result.steps, result.reason) == (5, "it was asked to stop")
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
-    assert summary.report.budget == 8 * 8 * 16
+    assert summary.report.budget == 7 * 8 * 16
 
 
 def test_a_machine_about_to_be_taken_away_is_saved_for_and_training_goes_on(config):

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -52,6 +52,20 @@ class Manifest(NamedTuple):
     shard_rows: tuple[int, ...]
 
 
+class Share(NamedTuple):
+    """Which shards a rank hashes: those of its number, modulo the number of ranks."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, shards: Sequence[Any]) -> Sequence[Any]:
+        """The shards of this rank; over all ranks each shard is hashed once."""
+        return shards[self.rank :: self.ranks]
+
+
+WHOLE = Share()
+
+
 class Document(NamedTuple):
     """A document's span in a row of a generation.
 
@@ -78,17 +92,22 @@ def folder_of(run: str, name: str, cache: str = "") -> Path:
 
 
 def verify_generation(
-    run: str, entry: Mapping[str, Any], *, mode: Mode, cache: str = ""
+    run: str,
+    entry: Mapping[str, Any],
+    *,
+    mode: Mode,
+    share: Share = WHOLE,
+    cache: str = "",
 ) -> Manifest:
     """Check a generation against the catalog's `entry`. GenerationError names the first mismatch.
 
     Quick: manifest against catalog, index against manifest, presence and size of every shard. Full:
-    sha256 of every shard as well, in parallel; this process does not hash a generation that passed
-    again. This is less than `mds_verify`, which ran when it was published: bytes with the published
-    sha256 need no second look inside, and here they are read once. On an object store either mode
-    checks manifest and index alone, and `stage` checks the shards.
+    sha256 of this rank's share of the shards as well, in parallel; this process does not hash a
+    share that passed again. This is less than `mds_verify`, which ran when it was published: bytes
+    with the published sha256 need no second look inside, and here they are read once. On an object
+    store either mode checks manifest and index alone, and `stage` checks the shards.
     """
-    return _verify(run, read_manifest(run, entry), entry, mode=mode, cache=cache)
+    return _verify(run, read_manifest(run, entry), entry, mode=mode, share=share, cache=cache)
 
 
 def verify_held_out(run: str, entry: Mapping[str, Any], *, cache: str = "") -> Manifest | None:
@@ -101,7 +120,7 @@ def verify_held_out(run: str, entry: Mapping[str, Any], *, cache: str = "") -> M
     split = _split(read_manifest(run, entry), f"{entry['name']}/held_out")
     if split["rows"] == 0:
         return None
-    manifest = _verify(run, split, entry, mode="full", cache=cache)
+    manifest = _verify(run, split, entry, mode="full", share=WHOLE, cache=cache)
     stage(manifest, mode="full", cache=cache)
     return manifest
 
@@ -118,7 +137,7 @@ def stage(manifest: Manifest, *, mode: Mode, cache: str = "") -> None:
         return
     folder, (fs, source) = folder_of(run, name, cache), open_fs(generation_uri(run, name))
     published = read_same_manifest(run, name.partition("/")[0], sha256=manifest.sha256)
-    split, key = _split(published, name), (str(folder), manifest.sha256)
+    split, key = _split(published, name), (str(folder), manifest.sha256, WHOLE)
     _copy_index(run, split, manifest.sha256, folder)
     trusted = mode == "quick" or key in _hashed
     copy = partial(_copy_shard, fs, source, folder, manifest, trusted)
@@ -148,8 +167,8 @@ def documents_of(run: str, name: str, rows: Iterable[int]) -> list[Document]:
     return [Document(**span) for span in spans.to_pylist()]
 
 
-# folder and manifest's sha256 of the generations whose shards this process has hashed
-_hashed: set[tuple[str, str]] = set()
+# folder, manifest's sha256 and share of the generations whose shards this process has hashed
+_hashed: set[tuple[str, str, Share]] = set()
 
 
 def _split(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -162,7 +181,13 @@ def _split(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _verify(
-    run: str, split: Mapping[str, Any], entry: Mapping[str, Any], *, mode: Mode, cache: str
+    run: str,
+    split: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    *,
+    mode: Mode,
+    share: Share,
+    cache: str,
 ) -> Manifest:
     name, sha256 = split["name"], entry["manifest_sha256"]
     folder, shards = folder_of(run, name, cache), split["shards"]
@@ -172,9 +197,10 @@ def _verify(
         else:
             raise_first(name, index_mismatches(folder, split))
             raise_first(name, size_mismatches(folder, shards))
-            if mode == "full" and (str(folder), sha256) not in _hashed:
-                raise_first(name, hash_mismatches(folder, shards))
-                _hashed.add((str(folder), sha256))
+            key = str(folder), sha256, share
+            if mode == "full" and key not in _hashed:
+                raise_first(name, hash_mismatches(folder, share.of(shards)))
+                _hashed.add(key)
     shape = {key: split[key] for key in ("rows", "seq_len", "tokenizer")}
     return Manifest(run, name, sha256, **shape, shard_rows=tuple(s["rows"] for s in shards))
 

@@ -22,7 +22,7 @@ from stages.storage.catalog import (
 from stages.storage.digests import bytes_sha256
 from stages.storage.files import is_local
 from trainer.config import DataConfig, SourceConfig
-from trainer.data.generations import Manifest, folder_of, stage, verify_generation
+from trainer.data.generations import Manifest, Share, folder_of, stage, verify_generation
 from trainer.data.order import I64, OrderSlice, Position, epoch_order
 from trainer.data.rows import RowRange, RowRef
 from trainer.ranks import Ranks
@@ -59,10 +59,12 @@ class Source:
         for entry in entries[known:]:
             # generations that a resumed run has finished are not hashed again
             is_read = len(self.generations) < self.position.gen_index
-            skip_hashes = not self._ranks.leads or (is_read and self._data.at_end != "repeat")
-            mode = "quick" if skip_hashes else self._data.verify
+            mode = "quick" if is_read and self._data.at_end != "repeat" else self._data.verify
+            share = Share(self._ranks.rank, self._ranks.count)
             cache = self._data.cache_dir
-            verify = partial(verify_generation, self.run, entry, mode=mode, cache=cache)
+            verify = partial(
+                verify_generation, self.run, entry, mode=mode, share=share, cache=cache
+            )
             self.generations.append(self._ranks.agree(verify))
         return self.generations[known:]
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.config import ModelConfig
-from trainer.model.attention import Mask, attend, attention_mask
+from trainer.model.attention import Mask, attend, attention_mask, kernel_of
 from trainer.model.loss import Loss, LossKernel, chunked_loss, loss_and_gradient
-from trainer.model.packing import IGNORE, next_tokens, token_positions
+from trainer.model.packing import IGNORE, document_starts, next_tokens
 
 INIT_STD = 0.02
 
@@ -43,6 +43,7 @@ class Transformer(nn.Module):
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         )
         self.loss_and_gradient: LossKernel = loss_and_gradient  # `parallelize` may compile it
+        self.reduces_each_micro_batch = False  # set by `parallelize`, for accumulation
 
     def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """Logits (B, S, V) of the next token, in the precision of the weights.
@@ -63,7 +64,7 @@ class Transformer(nn.Module):
         total, nats = chunked_loss(
             hidden_TD, self._head_weight(), targets.flatten(), self.loss_and_gradient
         )
-        return Loss(total, nats.view_as(targets).sum(1), (targets != IGNORE).sum())
+        return Loss(total, nats.view_as(targets), (targets != IGNORE).sum())
 
     def init_weights(self, seed: int) -> None:
         """Draw matrices from a normal distribution, set norms to 1 and biases to 0 (as GPT-2).
@@ -79,8 +80,12 @@ class Transformer(nn.Module):
 
     def _hidden(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         x_BSD = self.embedding(tokens)
-        cos, sin = _rotations(tokens, documents, self.config)
-        mask = attention_mask(documents, self.config.attention)
+        kernel = kernel_of(self.config.attention, tokens.device)
+        starts = None if documents is None else document_starts(documents)
+        if starts is None and kernel == "flex":
+            starts = torch.zeros_like(tokens)  # the same graph as for any other rows
+        cos, sin = _rotations(tokens, starts, self.config)
+        mask = attention_mask(starts, kernel)
         for block in self.blocks:
             x_BSD = block(x_BSD, cos, sin, mask)
         return self.norm(x_BSD)  # type: ignore[no-any-return]
@@ -152,27 +157,29 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
-def flops_per_token(model: Transformer, seq_len: int) -> int:
-    """FLOP of a token's forward and backward pass: 6 N + 12 layers heads head_size seq_len.
+def flops_per_token(model: Transformer, context: float) -> float:
+    """FLOP of a token's forward and backward pass: 6 N + 12 layers x width of queries x `context`.
 
-    PaLM's formula for MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). N excludes the
-    embedding, whose lookup multiplies nothing, and includes the head, tied or not. Attention counts
-    in full, as there and in our peers' numbers: not halved for the causal mask, nor cut at
-    documents. Recomputation by checkpointing does not count.
+    N excludes the embedding, whose lookup multiplies nothing, and includes the head, tied or not.
+    `context` is how many positions a token attends to on average (`visible_positions`): what is
+    useful work. With the length of a row instead it is PaLM's formula for MFU (Chowdhery et al.
+    2022, arXiv:2204.02311, appendix B), which peers report: attention is neither halved for the
+    causal mask nor cut at documents. Recomputation by checkpointing does not count.
     """
     config = model.config
     weights = sum(parameter.numel() for parameter in model.parameters())
     if not config.tie_embeddings:
         weights -= model.embedding.weight.numel()
-    return 6 * weights + 12 * config.num_layers * config.num_heads * config.head_size * seq_len
+    width = config.num_heads * config.head_size
+    return 6 * weights + 12 * config.num_layers * width * context
 
 
-def _rotations(
-    tokens: Tensor, documents: Tensor | None, config: ModelConfig
-) -> tuple[Tensor, Tensor]:
+def _rotations(tokens: Tensor, starts: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B or 1, S, 1, E / 2) of rotary embedding (Su et al. 2021), float32."""
     frequencies = _frequencies(config, tokens.device)
-    positions = token_positions(torch.zeros_like(tokens[:1]) if documents is None else documents)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    if starts is not None:
+        positions = positions - starts
     angles = (positions.float()[..., None] * frequencies)[:, :, None]
     return angles.cos(), angles.sin()
 

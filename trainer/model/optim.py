@@ -1,5 +1,6 @@
 """Optimizers over sharded parameters."""
 
+import math
 from collections.abc import Generator
 from contextlib import suppress
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from trainer.config import OptimizerConfig
 
@@ -18,16 +19,21 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
     Weight decay applies to the matrices of blocks and of an untied head, not to norms and the
     embedding, even if it is the head: decay makes embeddings small and so their gradients large
-    (OLMo 2, arXiv:2501.00656, 3.3). In AdamW and Adafactor it is decoupled, lr x weight_decay; in
-    SGD it is torch's L2 penalty. Adafactor's `lr` is relative to the RMS of each parameter (1e-2 is
-    common), and betas and momentum do not apply to it.
+    (OLMo 2, arXiv:2501.00656, 3.3). In AdamW, Muon and Adafactor it is decoupled, lr x
+    weight_decay; in SGD it is torch's L2 penalty. Adafactor's `lr` is relative to the RMS of each
+    parameter (1e-2 is common), and betas and momentum do not apply to it.
     """
     groups = _parameter_groups(model, config.weight_decay)
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    # fused: one kernel per group instead of a dozen; on CPUs the plain loop, which every version of
+    # torch has
+    fused = next(model.parameters()).device.type == "cuda"
+    if config.name == "adamw" and config.state_dtype == "bf16":
+        return AdamWInBF16(groups, **adam)
     if config.name == "adamw":
-        # fused: one kernel per group instead of a dozen; on CPUs the plain loop, which every
-        # version of torch has
-        fused = next(model.parameters()).device.type == "cuda"
-        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+        return AdamW(groups, **adam, fused=fused)
+    if config.name == "muon":
+        return MuonAndAdamW(*_split_for_muon(model, groups), **adam, fused=fused)
     if config.name == "adafactor":
         return Adafactor(groups, lr=config.lr)
     return SGD(groups, lr=config.lr, momentum=config.momentum)
@@ -37,6 +43,120 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Use this rate from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def update_unless(skip: Tensor, optimizer: Optimizer) -> None:
+    """Take a step, unless `skip` (bool, 0-dim, on the device) is true: then nothing changes.
+
+    Fused AdamW decides on the device. Any other optimizer waits for it here.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bool(skip):
+        optimizer.step()
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamWInBF16(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) whose moments are kept in bfloat16.
+
+    A step computes in float32 and rounds what it keeps: half the memory, 4 bytes a parameter less.
+    A moment changes by 1 - beta of its distance to the gradient; far below 2^-8 of itself that is
+    rounded away, hence the config's bound on betas.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step over the parameters that have gradients. Does not sync with the GPU."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    _adamw_update(parameter, self.state[parameter], group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which converts moments to the precision of the parameters; here back."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in MOMENTS:
+                state[name] = state[name].bfloat16()
+
+
+def _adamw_update(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    assert parameter.grad is not None
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        for name in MOMENTS:
+            state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+    state["step"] += 1
+    step, (beta1, beta2) = float(state["step"]), group["betas"]
+    values, grad = _local(parameter), _local(parameter.grad)
+    mean = _local(state["exp_avg"]).float().lerp_(grad, 1 - beta1)
+    square = _local(state["exp_avg_sq"]).float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    _local(state["exp_avg"]).copy_(mean)
+    _local(state["exp_avg_sq"]).copy_(square)
+    values.mul_(1 - group["lr"] * group["weight_decay"])
+    divisor = square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    values.addcdiv_(mean, divisor, value=-group["lr"] / (1 - beta1**step))
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) for some groups, AdamW for the others.
+
+    Muon's update is scaled to the RMS of AdamW's (Liu et al. 2025, arXiv:2502.16982), so one
+    learning rate and one weight decay serve both. Its momentum is 0.95. Sharded matrices are
+    gathered for its iteration, one after the other.
+    """
+
+    def __init__(
+        self,
+        muon_groups: Any,
+        adamw_groups: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        fused: bool,
+    ) -> None:
+        self._muon = Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self._adamw = AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step over the parameters that have gradients."""
+        # both work on this optimizer's groups and state, which a checkpoint replaces
+        for inner, is_muon in ((self._muon, True), (self._adamw, False)):
+            inner.param_groups = [g for g in self.param_groups if ("ns_steps" in g) == is_muon]
+            inner.state = self.state
+            inner.step()  # type: ignore[no-untyped-call]
+
+
+def _split_for_muon(
+    model: nn.Module, groups: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups for Muon, the matrices of blocks, and for AdamW, the rest."""
+    matrices = {p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
+    muon, adamw = [], []
+    for group in groups:
+        ours = [p for p in group["params"] if p in matrices]
+        others = [p for p in group["params"] if p not in matrices]
+        muon += [group | {"params": ours}] if ours else []
+        adamw += [group | {"params": others}] if others else []
+    return muon, adamw
 
 
 # Adafactor: the second moment forgets as step^-DECAY_POWER; the others are as in the paper

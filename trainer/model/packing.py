@@ -1,4 +1,4 @@
-"""Targets and positions of rows into which several documents are packed.
+"""Targets and document bounds of rows into which several documents are packed.
 
 B rows, S positions. `documents` (B, S) is the index of each token's document in its row, -1 for
 fill.
@@ -37,12 +37,18 @@ def num_targets(documents: Tensor) -> int:
     return int(row_targets(documents).sum())
 
 
-def token_positions(documents: Tensor) -> Tensor:
-    """(B, S): the position of each token in its document."""
+def document_starts(documents: Tensor) -> Tensor:
+    """(B, S): the first position of each position's document."""
     position = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     starts = torch.zeros_like(position)
     starts[:, 1:] = position[:, 1:] * (documents[:, 1:] != documents[:, :-1])
-    return position - starts.cummax(1).values
+    return starts.cummax(1).values
+
+
+def visible_positions(documents: Tensor) -> Tensor:
+    """(B, S): how many positions a token attends to, itself included; 0 for fill."""
+    position = torch.arange(documents.shape[1], device=documents.device)
+    return (position - document_starts(documents) + 1) * (documents >= 0)
 
 
 def _has_next(documents: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ Every second belongs to one part: data wait, checkpoint, evaluation, restart, or
     goodput                  compute of the steps in the current state / time since the first start
     MFU                      tokens/s × FLOP per token / peak FLOP/s (PaLM, arXiv:2204.02311, B)
 Work that a restart threw away, replayed steps and the time between attempts lower the goodput.
-Rates cover the last WINDOW steps and the time since. A GPU works ahead of Python, so the parts are
-right only if a step ends by waiting for it, as reading the loss does.
+Rates cover the last WINDOW steps and the time since. A GPU works behind Python, so the parts are
+right only if each step waits for the one before, as reading its loss does; and what Python waits
+for data meanwhile is compute (`Meter.move`).
 """
 
 import math
@@ -40,10 +41,14 @@ class SourceSums(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step: seconds by part since the previous step, tokens of all ranks, sums by source."""
+    """One step: seconds by part since the previous step, tokens of all ranks, sums by source.
+
+    `pairs` are those of a token and a position that it attends to.
+    """
 
     seconds: Counter[str]
     tokens: int
+    pairs: int
     sources: Mapping[str, SourceSums]
 
 
@@ -57,6 +62,7 @@ class Rates(NamedTuple):
     data_wait_p50: float | None
     data_wait_p99: float | None
     goodput: float | None
+    mean_context: float | None  # positions that a token attends to
 
 
 class Meter:
@@ -95,14 +101,22 @@ class Meter:
             self._count_time()
             self._parts.pop()
 
-    def step(self, *, tokens: int, sources: Mapping[str, SourceSums] | None = None) -> Step:
+    def move(self, seconds: float, source: Part, target: Part) -> None:
+        """Count seconds of the open step to another part, as many as there are."""
+        moved = min(max(0.0, seconds), self._seconds[source])
+        self._seconds[source] -= moved  # type: ignore[assignment]
+        self._seconds[target] += moved  # type: ignore[assignment]
+
+    def step(
+        self, *, tokens: int, pairs: int = 0, sources: Mapping[str, SourceSums] | None = None
+    ) -> Step:
         """End a step.
 
         `sources`, over all ranks, may be given every few steps for the steps since, but has to be
         given before a checkpoint.
         """
         self._count_time()
-        step = Step(self._seconds, tokens, sources or {})
+        step = Step(self._seconds, tokens, pairs, sources or {})
         self._seconds = Counter()
         self._window.append(step)
         self._sources = sum_by_source([self._sources, step.sources])
@@ -148,6 +162,7 @@ class Meter:
             data_wait_p50=p50,
             data_wait_p99=p99,
             goodput=_ratio(totals.useful_seconds, totals.wall_seconds),
+            mean_context=_ratio(sum(step.pairs for step in self._window), tokens),
         )
 
     def report(
@@ -214,11 +229,14 @@ class SpikeDetector:
         """
         if not math.isfinite(loss):
             return True
-        spike = len(self._losses) == self._losses.maxlen and loss > self._bound()
+        spike = loss > self.bound()
         self._losses.append(loss)
         return spike
 
-    def _bound(self) -> float:
+    def bound(self) -> float:
+        """The loss above which the next one is a spike; inf before the window is full."""
+        if len(self._losses) < (self._losses.maxlen or 0):
+            return math.inf
         count = len(self._losses)
         mean = sum(self._losses) / count
         variance = sum((loss - mean) * (loss - mean) for loss in self._losses) / max(1, count - 1)

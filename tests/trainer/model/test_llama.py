@@ -2,6 +2,8 @@
 autograd.
 """
 
+import itertools
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from tests.support.examples import at_most
 
 torch = pytest.importorskip("torch")
+
+import torch.nn.functional as F
 
 from trainer.config import PRESETS, ModelConfig
 from trainer.model import attention, packing
@@ -141,14 +145,63 @@ def test_a_token_changes_no_logit_before_it_or_in_another_document():
     assert changed.nonzero().flatten().tolist() == [7, 8, 9, 10]
 
 
+def documents_of(lengths, length):
+    """Documents of these lengths, over and over, in a row of `length` tokens and 3 of fill."""
+    ids = itertools.chain.from_iterable(
+        [n] * size for n, size in enumerate(itertools.cycle(lengths))
+    )
+    row = list(itertools.islice(ids, max(0, length - 3)))
+    return [*row, *[-1] * (length - len(row))]
+
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=8)
+
+
+@at_most(40)
+@given(rows=st.lists(LENGTHS, min_size=1, max_size=2), length=st.integers(1, 520))
+def test_flex_attention_is_sdpa_with_a_dense_mask_forward_and_backward(rows, length):
+    """Over several blocks of 128. FlexAttention's backward pass is not open to users on CPUs: here
+    its uncompiled operators, the definition that its kernels are tested against, are.
+    """
+    starts = packing.document_starts(torch.tensor([documents_of(row, length) for row in rows]))
+    q, k, v = (
+        torch.randn(len(rows), heads, length, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    weights, found = torch.randn(len(rows), 4, length, 8, dtype=torch.float64), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+        for kernel in ("sdpa", "flex"):
+            out = attention.attend(q, k, v, attention.attention_mask(starts, kernel))
+            found[kernel] = [out, *torch.autograd.grad(out, (q, k, v), weights)]
+    torch.testing.assert_close(found["flex"], found["sdpa"], rtol=1e-9, atol=1e-9)
+
+
+@at_most(40)
+@given(lengths=LENGTHS, length=st.integers(1, 700))
+def test_blocks_of_scores_are_computed_where_something_is_visible_and_only_there(lengths, length):
+    starts = packing.document_starts(torch.tensor([documents_of(lengths, length)]))
+    mask, size = attention.block_mask(starts), -(-length // attention.BLOCK)
+    visible = torch.zeros(size * 128, size * 128, dtype=torch.bool)
+    visible[:length, :length] = attention.attention_mask(starts, "sdpa")[0, 0]
+    blocks = visible.view(size, 128, size, 128).transpose(1, 2).flatten(2)
+    assert mask.to_dense()[0, 0].bool().equal(blocks.any(-1))
+    unmasked = torch.zeros(size, size, dtype=torch.bool)
+    for query, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
+        unmasked[query, mask.full_kv_indices[0, 0, query, :count].long()] = True
+    # all that can be: a block that is alone in a row of its own is not worth a special case
+    assert unmasked.equal(blocks.all(-1) & (torch.arange(size)[:, None] > torch.arange(size)))
+
+
 def test_flex_attention_compiled_is_sdpa():
     """The forward pass, which is all that CPUs have of it; on accelerators it trains."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch compiles for CPUs by a C++ compiler, and there is none")
     _, documents = packed([[40, 30, 50], [100]], fill=8)
     q, k, v = (torch.randn(2, heads, documents.shape[1], 16) for heads in (4, 2, 2))
-    expected = attention.attend(q, k, v, attention.attention_mask(documents, "sdpa"))
-    mask = attention.attention_mask(documents, "flex")
+    starts = packing.document_starts(documents)
+    expected = attention.attend(q, k, v, attention.attention_mask(starts, "sdpa"))
+    mask = attention.attention_mask(starts, "flex")
     found = attention.compiled(attention.flex_attention)(q, k, v, block_mask=mask, enable_gqa=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -186,8 +239,8 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
         )
         for r in range(len(tokens))
     ]
-    torch.testing.assert_close(found.rows, torch.stack(by_row), rtol=1e-5, atol=1e-4)
-    assert not found.rows.requires_grad
+    torch.testing.assert_close(found.nats.sum(1), torch.stack(by_row), rtol=1e-5, atol=1e-4)
+    assert not found.nats.requires_grad
     if targets:
         (found.sum * scale).backward()
         (expected * scale).backward()
@@ -224,13 +277,16 @@ def test_targets_are_the_next_tokens_of_the_document(spans):
 
 
 @given(spans=SPANS)
-def test_positions_restart_with_each_document(spans):
+def test_documents_start_where_their_first_token_is(spans):
     _, documents = packed(spans, fill=2)
-    expected = [
-        [at for span in [*row, documents.shape[1] - sum(row)] for at in range(span)]
-        for row in spans
-    ]
-    assert packing.token_positions(documents).tolist() == expected
+    expected, visible = [], []
+    for row in spans:
+        starts = [sum(row[:n]) for n in range(len(row) + 1)]
+        lengths = [*row, documents.shape[1] - sum(row)]
+        expected.append([start for start, n in zip(starts, lengths, strict=True) for _ in range(n)])
+        visible.append([at + 1 for n in row for at in range(n)] + [0] * lengths[-1])
+    assert packing.document_starts(documents).tolist() == expected
+    assert packing.visible_positions(documents).tolist() == visible
 
 
 @pytest.mark.parametrize(
@@ -239,6 +295,37 @@ def test_positions_restart_with_each_document(spans):
 )
 def test_only_rows_of_one_document_without_fill_take_the_plain_causal_kernel(documents, whole):
     assert (packed_documents(torch.tensor(documents)) is None) == whole
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_z_loss_changes_the_gradient_and_not_the_loss_that_is_reported(ignored):
+    logits = torch.randn(20, VOCAB, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (20,))
+    if ignored:
+        targets[::2] = IGNORE
+    plain, _ = loss_and_gradient(logits.detach().float(), targets)
+    found, gradient = loss_and_gradient(logits.detach().float(), targets, z_loss=0.01)
+    squares = 0.01 * logits.logsumexp(-1) ** 2
+    expected = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE)
+    (expected + squares * (targets != IGNORE)).sum().backward()
+    assert found.equal(plain)
+    torch.testing.assert_close(gradient.double(), logits.grad, rtol=1e-5, atol=1e-6)
+
+
+@given(length=st.integers(1, 40), chunk=st.integers(1, 50))
+def test_chunks_of_the_loss_have_one_shape(length, chunk):
+    hidden, targets, shapes = torch.randn(length, 8), torch.arange(length) % VOCAB, []
+
+    def kernel(logits, target):
+        shapes.append(logits.shape)
+        return loss_and_gradient(logits, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss_module.LOGITS_BYTES, "cpu", chunk * 4 * VOCAB)
+        hidden.requires_grad_()
+        _, nats = loss_module.chunked_loss(hidden, torch.randn(VOCAB, 8), targets, kernel)
+    assert len(set(shapes)) == 1 and shapes[0][0] <= chunk and len(nats) == length
+    assert len(shapes) == math.ceil(length / chunk)
 
 
 def test_bfloat16_logits_give_a_float32_loss_and_a_bfloat16_gradient():

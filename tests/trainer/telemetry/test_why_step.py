@@ -40,13 +40,13 @@ def provenance(config):
 
 def batches_of(monkeypatch):
     """The rows of each step, as they were handed out."""
-    seen, update = {}, loop.Training._update
+    seen, update = {}, loop.Training._take_step
 
     def watched(self, batches):
         seen[self.step + 1] = [place for batch in batches for place in batch.row_ids]
         return update(self, batches)
 
-    monkeypatch.setattr(loop.Training, "_update", watched)
+    monkeypatch.setattr(loop.Training, "_take_step", watched)
     return seen
 
 
@@ -77,17 +77,18 @@ def spiking(monkeypatch):
     """Spikes are looked for in a window of 4, and step 7 is one: its first row costs a thousand
     nats more.
     """
-    accumulate, calls = loop.accumulate, []
+    queue_gradients, calls = loop.queue_gradients, []
 
     def poisoned(model, batches, runs, **options):
-        sums = accumulate(model, batches, runs, **options)
+        figures = queue_gradients(model, batches, runs, **options)
         calls.append(batches[1].row_ids[2])
         if len(calls) == 7:
-            sums.row_nats[1][2] += 1000
-            sums.by_run[0, 2] += 1000
-        return sums
+            figures.row_nats[1][2] += 1000
+            for loss in (figures.loss, figures.host[-2]):
+                loss += 1000
+        return figures
 
-    monkeypatch.setattr(loop, "accumulate", poisoned)
+    monkeypatch.setattr(loop, "queue_gradients", poisoned)
     monkeypatch.setattr(loop, "SpikeDetector", lambda losses: SpikeDetector(losses, window=4))
     return calls
 
@@ -118,13 +119,13 @@ def test_a_spike_is_logged_with_its_worst_row_and_documents_first(config, proven
 def test_a_spike_is_skipped_where_that_was_asked_for(
     config, provenance, spiking, monkeypatch, skip
 ):
-    weights, update = {}, loop.Training._update
+    weights, update = {}, loop.Training._take_step
 
     def watched(self, batches):
         weights[self.step] = [p.full_tensor().clone() for p in self.model.parameters()]
         return update(self, batches)
 
-    monkeypatch.setattr(loop.Training, "_update", watched)
+    monkeypatch.setattr(loop.Training, "_take_step", watched)
     run_training(replace(config, skip_spikes=skip), device="cpu")
     assert all(map(torch.equal, weights[6], weights[7])) == skip
     assert not all(map(torch.equal, weights[7], weights[8]))

@@ -45,14 +45,16 @@ def test_it_runs_with_torch_numpy_and_pydantic_and_says_what_it_left_out():
     assert "no GPU: sizes cut down, MFU unknown" in found
     assert "loader: skipped, it needs streaming, xxhash, zstandard" in found
     lines = re.findall(
-        r"^(tiny 32.*): ([\d,]+) tokens/s/GPU  MFU unknown  \(4 rows x 2 micro-batches, none, ",
+        r"^(tiny 32.*): ([\d,]+) tokens/s/GPU  MFU unknown \(PaLM unknown\)  "
+        r"\(4 rows x 2 micro-batches, none, ",
         found,
         re.M,
     )
     assert [label for label, _ in lines] == [
-        "tiny 32",
-        "tiny 32, bare",
-        "tiny 32, documents of 8 tokens, sdpa",
+        "tiny 32 uncompiled",
+        "tiny 32 uncompiled, whole rows",
+        "tiny 32 uncompiled, whole rows, bare",
+        "tiny 32 uncompiled, sdpa",
     ]
     assert all(int(rate.replace(",", "")) > 0 for _, rate in lines)
 
@@ -67,16 +69,18 @@ def trainer(monkeypatch, group_of_one):
     return trainer
 
 
-def test_from_disk_it_reads_a_generation_by_the_trainers_own_supply(trainer, capsys):
-    trainer.main(["--parts", "loader", "--lengths", "16", "--rows", "2"])
+def test_from_disk_it_reads_a_generation_by_the_trainers_own_supply(trainer, capsys, tmp_path):
+    out = tmp_path / "lines.txt"
+    trainer.main(["--parts", "loader", "--lengths", "16", "--rows", "2", "--out", str(out)])
     found = capsys.readouterr().out
+    assert out.read_text() == found
     assert re.search(
-        r"^tiny 16, from disk: [\d,]+ tokens/s/GPU .*\(2 rows x 2 micro-batches, none, ",
+        r"^tiny 16 uncompiled, from disk: [\d,]+ tokens/s/GPU .*\(2 rows x 2 micro-batches, none, ",
         found,
         re.M,
     )
     share = re.search(
-        r"^tiny 16: waits for data ([\d.]+)% of the time from disk, ([\d.]+)% from memory",
+        r"^tiny 16 uncompiled: waits for data ([\d.]+)% of the time from disk, ([\d.]+)% from memory",
         found,
         re.M,
     )
@@ -88,10 +92,13 @@ def test_rows_are_halved_until_they_fit_and_a_step_keeps_its_tokens(trainer):
 
     asked = []
 
-    def step(model, optimizer, batches, device):
-        asked.append((len(batches), *batches[0].tokens.shape))
-        if len(batches[0].tokens) > 3:
-            raise torch.OutOfMemoryError
+    def step():
+        def take(model, optimizer, batches, device):
+            asked.append((len(batches), *batches[0].tokens.shape))
+            if len(batches[0].tokens) > 3:
+                raise torch.OutOfMemoryError
+
+        return take
 
     case = trainer.Case(
         trainer.PRESETS["tiny"],
@@ -133,7 +140,7 @@ def test_packed_rows_begin_with_document_0_and_number_the_others_upwards(trainer
 
 
 def test_a_comparison_that_fails_is_a_line_and_not_the_end(trainer, capsys):
-    def step(model, optimizer, batches, device):
+    def step():
         raise NotImplementedError("no such kernel")
 
     case = trainer.Case(
@@ -149,6 +156,11 @@ def test_a_comparison_that_fails_is_a_line_and_not_the_end(trainer, capsys):
     assert (
         capsys.readouterr().out == "tiny 8, flex: failed, NotImplementedError('no such kernel')\n"
     )
+
+
+def test_what_would_end_too_late_is_left_out_and_named(trainer, capsys):
+    trainer.main(["--minutes", "0"])
+    assert "left out for want of time: tiny 32 uncompiled\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,14 @@ def corpus() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory):
+    """(path or name, options) of a small tokenizer of every kind."""
+    from tests.support.tokenizer_files import write_all
+
+    return write_all(tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.fixture(scope="session")
 def ray_session(s3_server):
     """The one Ray of the test session; after the S3 server, whose address its workers then inherit."""
     from pipeline.engine import cluster

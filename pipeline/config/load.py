@@ -15,9 +15,10 @@ from pipeline.config.paths import absolute_path, with_absolute_paths
 from pipeline.config.percentiles import check_calibration, read_calibration
 from pipeline.config.sections import SECTIONS, Config, RunConfig
 from pipeline.config.source import error_at, located, read_source
-from stages.formats import mds, tokens
+from stages.formats import mds
 from stages.formats.document import score_columns
 from stages.formats.errors import ConfigError
+from stages.formats.tiktoken_encodings import check_encoding
 from stages.storage.files import is_local
 
 
@@ -87,7 +88,7 @@ def _check_chains(config: Config) -> None:
 
 def _check_pack(config: Config) -> None:
     try:
-        tokens.check_encoding(config.pack.encoding, config.pack.vocabulary_dir)
+        check_encoding(config.pack.encoding, config.pack.vocabulary_dir)
     except ValueError as error:
         raise error_at("pack.encoding", f": {error}") from error
     hashes = config.pack.hashes

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from pipeline.engine.lease import Fenced, fence
 from pipeline.run.lineage import Origin, succession
 from pipeline.run.state import RunState
-from stages.formats import mds, tokens
+from stages.formats import mds
+from stages.formats.tokenizer import load_tokenizer
 from stages.pack.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Split
 from stages.storage.catalog import (
     CATALOG,
@@ -156,7 +157,7 @@ def _build(
     sources: Mapping[str, int],
 ) -> dict[str, Any]:
     """Put a generation into `folder`; its manifest."""
-    encoding = tokens.load_encoding(config.encoding, config.vocabulary_dir)
+    tokenizer = load_tokenizer(config.encoding, vocabulary_dir=config.vocabulary_dir)
     held_out = [c for c in commits if "pack.held_out" in c.counts]
     return {
         "rows": sum(c.rows_out for c in commits),
@@ -165,8 +166,8 @@ def _build(
         "seq_len": config.seq_len,
         "packing": config.packing,
         "tokenizer": config.encoding,
-        "tokenizer_sha256": tokens.encoding_digest(encoding),
-        "end_of_text": encoding.eot_token,
+        "tokenizer_sha256": tokenizer.digest,
+        "end_of_text": tokenizer.end_of_text,
         "sources": sources,  # documents by input file, those held out included
         "provenance": "provenance.parquet",
         **_assemble(folder, store, commits, TRAINING),

@@ -21,6 +21,7 @@ from filters import File, off_is_none, validated
 from stages.formats import tokens
 from stages.formats.document import table_schema
 from stages.formats.mds import INDEX, MDSWriter, columns_of_rows
+from stages.formats.tokenizer import Tokenizer, load_tokenizer
 from stages.storage.files import names_in, scratch_folder
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import read_columns
@@ -174,9 +175,9 @@ def _write_split(
     documents: pa.Table, split: Split, config: PackConfig, commit: Commit, store: Store
 ) -> Written:
     """Tokenize, pack and write one split of a unit's documents."""
-    encoding = tokens.load_encoding(config.encoding, config.vocabulary_dir)
+    tokenizer = load_tokenizer(config.encoding, vocabulary_dir=config.vocabulary_dir)
     ids, urls = documents["doc_id"].to_pylist(), documents["url"].to_pylist()
-    tokenized = _tokenize(documents["text"], encoding, config.batch_size)
+    tokenized = _tokenize(documents["text"], tokenizer, config.batch_size)
     pack = tokens.concatenate_and_chunk if config.packing == "concatenate" else tokens.best_fit
     provenance: list[dict[str, Any]] = []
     rows = 0
@@ -188,7 +189,7 @@ def _write_split(
             hashes=sorted(config.hashes),
             size_limit=config.shard_bytes,
         ) as writer:
-            for row in pack(tokenized, seq_len=config.seq_len, fill=encoding.eot_token):
+            for row in pack(tokenized, seq_len=config.seq_len, fill=tokenizer.end_of_text):
                 lengths = np.array([span.length for span in row.spans], np.uint32)
                 writer.write({"tokens": row.tokens, "spans": lengths})
                 provenance += [
@@ -226,7 +227,8 @@ def _deal(parts: Sequence[CorpusPart], plan: PackPlan, unit: str) -> tuple[pa.Ta
     return table.take(pa.array(training)), table.take(pa.array(evaluation))
 
 
-def _tokenize(texts: pa.ChunkedArray, encoding: Any, batch_size: int) -> Iterator[tokens.Tokens]:
+def _tokenize(
+    texts: pa.ChunkedArray, tokenizer: Tokenizer, batch_size: int
+) -> Iterator[tokens.Tokens]:
     for start in range(0, len(texts), batch_size):
-        for text in texts.slice(start, batch_size).to_pylist():
-            yield tokens.tokenize(text, encoding)
+        yield from tokenizer.encode_documents(texts.slice(start, batch_size).to_pylist())

@@ -6,7 +6,7 @@ import re
 import signal
 from pathlib import Path
 
-from stages.formats.tokens import load_encoding
+from stages.formats.tiktoken_encodings import load_encoding
 
 
 def make_hostile(plan):

@@ -187,7 +187,9 @@ def _read_row_sets(
                 held_out[run] = rows
     if not questions:
         return _RowSets(held_out, {})
-    from stages.formats.tokens import load_encoding  # a trainer needs tiktoken only here
+    from stages.formats.tiktoken_encodings import (
+        load_encoding,  # a trainer needs tiktoken only here
+    )
 
     run, entries = next(iter(entries_by_run.items()))
     shape = verify_generation(run, entries[0], mode="quick", cache=data.cache_dir)

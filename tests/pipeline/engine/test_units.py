@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.engine import attempts
 from pipeline.engine.units import PhaseWork, Quarantined, run_unit
-from stages.formats.tokens import load_encoding
+from stages.formats.tiktoken_encodings import load_encoding
 from stages.storage.files import write_atomically
 from stages.storage.ledger import Commit, Store, Unit
 

@@ -114,7 +114,7 @@ def test_streaming_reads_every_row_and_token_that_the_manifest_counts(done):
 
 def test_provenance_leads_from_a_row_back_to_its_document(done):
     from stages.formats import mds
-    from stages.formats.tokens import load_encoding
+    from stages.formats.tiktoken_encodings import load_encoding
 
     folder, outcome, _ = done
     encoding = load_encoding("cl100k_base")

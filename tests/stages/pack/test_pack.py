@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stages.formats import mds, tokens
+from stages.formats import mds
+from stages.formats.tiktoken_encodings import load_encoding
 from stages.pack.pack import (
     HELD_OUT,
     TRAINING,
@@ -61,7 +62,7 @@ def texts_of(commit, store, side):
     """Texts of one side, put together from its shards by its provenance, by id; a document is there
     whole or not at all.
     """
-    encoding, pieces = tokens.load_encoding("cl100k_base"), {}
+    encoding, pieces = load_encoding("cl100k_base"), {}
     names = [path for path, _ in shards(commit, side.parts) if path.endswith(".mds")]
     rows = [row["tokens"] for name in names for row in mds.read_shard(store.uri(name))]
     for span in pq.read_table(store.uri(side.provenance, f"{commit.unit}.parquet")).to_pylist():

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pipeline.run import publish as publishing
 from stages.formats import mds
 from stages.formats.errors import ConfigError
-from stages.formats.tokens import load_encoding
+from stages.formats.tiktoken_encodings import load_encoding
 from stages.pack.pack import (
     CorpusPart,
     PackConfig,

@@ -1,0 +1,359 @@
+"""Tokenizers of four kinds behind one class: text to token ids, and the ids around documents.
+
+    cl100k_base         an encoding that tiktoken names
+    ./vocab.tiktoken    ranks of tiktoken, with `pattern`
+    ./tokenizer.json    of Hugging Face's tokenizers
+    ./tokenizer.model   of SentencePiece (or ranks of tiktoken, as Llama 3 has under this name)
+
+Strings of special tokens in a text are plain text in all of them: no page can begin a document or a
+turn of a dialogue. Special is what a tokenizer declares so, and any other added token in brackets,
+such as `<|im_start|>` or `[INST]`. Other added tokens, such as runs of blanks, are read from text.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stages.formats.tiktoken_encodings import (
+    encode_text,
+    encoding_digest,
+    encoding_of_ranks,
+    load_encoding,
+)
+
+Tokens = npt.NDArray[np.uint32]
+Kind = Literal["tiktoken", "tokenizers", "sentencepiece"]
+
+# in the order in which they are looked for
+END_OF_TEXT = (
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|eot|>"),
+    *("<｜end▁of▁sentence｜>", "<|end▁of▁sentence|>", "<|endofdocument|>"),
+)
+BEGIN_OF_TEXT = (
+    *("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "<BOS>", "[BOS]", "<|startoftext|>"),
+    *("<｜begin▁of▁sentence｜>", "<|begin▁of▁sentence|>", "<|beginoftext|>"),
+)
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a model with byte fallback needs these under their names
+_IN_BRACKETS = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
+_RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+_USER_DEFINED, _CONTROL = 4, 3  # types of pieces in SentencePiece's model
+
+
+class TokenizerOptions(NamedTuple):
+    """What a tokenizer's file may leave open.
+
+    `pattern` is the regular expression that splits text, for ranks of tiktoken alone. Tokens at the
+    end and beginning of a text are looked for by their usual names, or those of the file, if "".
+    """
+
+    pattern: str = ""
+    end_of_text: str = ""
+    begin_of_text: str = ""
+
+
+DEFAULTS = TokenizerOptions()
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer that was loaded. `name` is tiktoken's, or that of the file, without its folder.
+
+    `vocab_size` is the largest id + 1, `begin_of_text` None where there is no such token. `digest`
+    is the sha256 of the file; of an encoding of tiktoken, that of its ranks, pattern and special
+    tokens. `options` are complete: they name the tokens that were found. `library` is the object of
+    the library that encodes.
+    """
+
+    name: str
+    kind: Kind
+    digest: str
+    vocab_size: int
+    end_of_text: int
+    begin_of_text: int | None
+    file: Path | None
+    options: TokenizerOptions
+    library: Any = field(repr=False)
+    encode: Callable[[Sequence[str]], list[Tokens]] = field(repr=False)
+
+    @property
+    def dtype(self) -> Literal["uint16", "uint32"]:
+        """The narrowest type that has room for all ids."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """Token ids of each text, none of them special; on one thread. Lone surrogates are U+FFFD.
+
+        Arrays may be read-only.
+        """
+        try:
+            return self.encode(texts)
+        except (TypeError, RuntimeError, UnicodeError):  # what the libraries say of surrogates
+            whole = [_without_surrogates(text) for text in texts]
+            if whole == list(texts):
+                raise
+            return self.encode(whole)
+
+    def encode_documents(
+        self, texts: Sequence[str], *, begin_of_text: bool = False
+    ) -> list[Tokens]:
+        """Token ids of each text, end-of-text last and, if asked, begin-of-text first."""
+        first = [self.begin_of_text] if begin_of_text else []
+        begin, end = np.array(first, np.uint32), np.array([self.end_of_text], np.uint32)
+        return [np.concatenate([begin, ids, end]) for ids in self.encode_batch(texts)]
+
+
+def is_file(tokenizer: str) -> bool:
+    """Whether a `pack.tokenizer` is a path: names of tiktoken have neither dot nor slash."""
+    return "/" in tokenizer or "." in tokenizer
+
+
+def load_tokenizer(
+    tokenizer: str, options: TokenizerOptions = DEFAULTS, *, vocabulary_dir: str = ""
+) -> Tokenizer:
+    """Load an encoding of tiktoken by name, or a local file; what a file is, its content says.
+
+    ValueError, which names the tokenizer, if it cannot be read, has no end-of-text, or would read
+    that from the text of a document. `vocabulary_dir` as for `load_encoding`.
+    """
+    if not is_file(tokenizer):
+        if options.pattern:
+            raise ValueError(f"{tokenizer}: tiktoken's encodings have a pattern; leave it out")
+        return _of_tiktoken(load_encoding(tokenizer, vocabulary_dir), None, options)
+    try:
+        stat = os.stat(tokenizer)
+        return _load_file(Path(tokenizer), options, (stat.st_size, stat.st_mtime_ns))
+    except OSError as error:
+        raise ValueError(f"{tokenizer}: cannot be read: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=4)
+def _load_file(file: Path, options: TokenizerOptions, version: tuple[int, int]) -> Tokenizer:
+    """`version` is the file's size and time: one that was replaced is loaded again."""
+    data = file.read_bytes()
+    if _RANKS.match(data):
+        return _of_ranks(file, data, options)
+    if options.pattern:
+        raise ValueError(f"{file}: a pattern belongs to ranks of tiktoken alone; leave it out")
+    return (_of_json if data.lstrip()[:1] == b"{" else _of_sentencepiece)(file, data, options)
+
+
+# --- tiktoken -------------------------------------------------------------------------------------
+
+
+def _of_tiktoken(encoding: Any, file: Path | None, options: TokenizerOptions) -> Tokenizer:
+    return _checked(
+        kind="tiktoken",
+        name=file.name if file else encoding.name,
+        digest=encoding_digest(encoding),
+        vocabulary=encoding._special_tokens,
+        vocab_size=encoding.n_vocab,
+        file=file,
+        options=options,
+        library=encoding,
+        encode=partial(_encode_tiktoken, encoding),
+    )
+
+
+def _encode_tiktoken(encoding: Any, texts: Sequence[str]) -> list[Tokens]:
+    return [encode_text(text, encoding) for text in texts]
+
+
+def _of_ranks(file: Path, data: bytes, options: TokenizerOptions) -> Tokenizer:
+    if not options.pattern:
+        raise ValueError(
+            f"{file}: ranks of tiktoken need the regular expression that splits text; "
+            "set pack.pattern"
+        )
+    end = options.end_of_text or END_OF_TEXT[0]
+    special = [options.begin_of_text, end] if options.begin_of_text else [end]
+    encoding = encoding_of_ranks(file.name, data, pattern=options.pattern, special=special)
+    return _of_tiktoken(encoding, file, options)
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def _of_json(file: Path, data: bytes, options: TokenizerOptions) -> Tokenizer:
+    # one unit has one processor; `tokenizers` reads this when it first encodes a batch
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer as Library
+
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        content = json.loads(data)
+        vocabulary = json_vocabulary(content)
+        plain = _plain_json(content, options, hidden=f"\0{digest}")
+        library = Library.from_str(json.dumps(plain, ensure_ascii=False))
+    except Exception as error:  # it raises Exception itself for JSON of another shape
+        raise ValueError(f"{file}: not a tokenizer.json of tokenizers: {error!r}") from error
+    library.encode_special_tokens = True  # as plain text
+    return _checked(
+        kind="tokenizers",
+        name=file.name,
+        digest=digest,
+        vocabulary=vocabulary,
+        vocab_size=max(vocabulary.values(), default=-1) + 1,
+        file=file,
+        options=options,
+        library=library,
+        encode=partial(_encode_tokenizers, library),
+    )
+
+
+def json_vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
+    """Token → id of a tokenizer.json, added tokens included."""
+    vocab = content["model"]["vocab"]
+    if isinstance(vocab, list):  # of Unigram: (token, score)
+        vocab = {token: id for id, (token, _) in enumerate(vocab)}
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    return {**vocab, **added}
+
+
+def special_tokens(content: Mapping[str, Any], options: TokenizerOptions) -> set[str]:
+    """The added tokens of a tokenizer.json that no text may hold."""
+    around = {options.end_of_text, options.begin_of_text, *END_OF_TEXT, *BEGIN_OF_TEXT}
+    return {
+        token["content"]
+        for token in content["added_tokens"]
+        if token["special"]
+        or token["content"] in around
+        or _IN_BRACKETS.fullmatch(token["content"])
+    }
+
+
+def _plain_json(
+    content: dict[str, Any], options: TokenizerOptions, *, hidden: str
+) -> dict[str, Any]:
+    """A tokenizer.json that gives the ids of the text and nothing else, always the same ones.
+
+    Special tokens get names that begin with `hidden`, which no text has: a model (Unigram,
+    WordLevel) reads from text whatever its vocabulary has.
+    """
+    special = special_tokens(content, options)
+    names = {token: token if _BYTE.fullmatch(token) else hidden + token for token in special}
+    added = [
+        token | {"content": names[token["content"]], "special": True}
+        if token["content"] in names
+        else token
+        for token in content["added_tokens"]
+    ]
+    model = dict(content["model"])
+    if isinstance(model["vocab"], list):
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    else:
+        model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "dropout" in model:
+        model["dropout"] = None
+    off = {"truncation": None, "padding": None, "post_processor": None}
+    return content | off | {"added_tokens": added, "model": model}
+
+
+def _encode_tokenizers(library: Any, texts: Sequence[str]) -> list[Tokens]:
+    encodings = library.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+
+# --- SentencePiece --------------------------------------------------------------------------------
+
+
+def _of_sentencepiece(file: Path, data: bytes, options: TokenizerOptions) -> Tokenizer:
+    import sentencepiece
+
+    try:
+        library = sentencepiece.SentencePieceProcessor(model_proto=_plain_pieces(data))
+    except Exception as error:  # DecodeError of protobuf, RuntimeError of sentencepiece
+        raise ValueError(
+            f"{file}: neither a tokenizer.json, ranks of tiktoken nor a SentencePiece model: "
+            f"{error}"
+        ) from error
+    ends = (("end_of_text", library.eos_id()), ("begin_of_text", library.bos_id()))
+    declared = {key: library.id_to_piece(id) for key, id in ends if id >= 0}
+    chosen = {key: value for key, value in options._asdict().items() if value}
+    size = library.get_piece_size()
+    return _checked(
+        kind="sentencepiece",
+        name=file.name,
+        digest=hashlib.sha256(data).hexdigest(),
+        vocabulary={library.id_to_piece(id): id for id in range(size)},
+        vocab_size=size,
+        file=file,
+        options=TokenizerOptions(**declared | chosen),
+        library=library,
+        encode=partial(_encode_sentencepiece, library),
+    )
+
+
+def _plain_pieces(data: bytes) -> bytes:
+    """A model without user-defined pieces in brackets: they become control pieces, which
+    SentencePiece never reads from text.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = vars(sentencepiece_model_pb2)["ModelProto"].FromString(data)
+    if not model.pieces:
+        raise ValueError("it has no pieces")
+    for piece in model.pieces:
+        if piece.type == _USER_DEFINED and _IN_BRACKETS.fullmatch(piece.piece):
+            piece.type = _CONTROL
+    plain: bytes = model.SerializeToString()
+    return plain
+
+
+def _encode_sentencepiece(library: Any, texts: Sequence[str]) -> list[Tokens]:
+    arrays = library.encode_as_numpy(list(texts), num_threads=1)  # int32
+    return [ids.view(np.uint32) for ids in arrays]
+
+
+# --- tokens around a text -------------------------------------------------------------------------
+
+
+def _checked(
+    *, vocabulary: Mapping[str, int], options: TokenizerOptions, **fields: Any
+) -> Tokenizer:
+    """A Tokenizer with the tokens around a text that `options` names, else with the first usual
+    ones that there are. ValueError if it has none, or would read one from a text.
+    """
+    where = fields["file"] or fields["name"]
+    end = _find_token(where, vocabulary, "end_of_text", options.end_of_text, END_OF_TEXT)
+    begin = _find_token(where, vocabulary, "begin_of_text", options.begin_of_text, BEGIN_OF_TEXT)
+    if end is None:
+        raise ValueError(
+            f"{where}: has no token of a usual name for the end of a text "
+            f"({', '.join(END_OF_TEXT)}); set pack.end_of_text to its token"
+        )
+    tokenizer = Tokenizer(
+        end_of_text=vocabulary[end],
+        begin_of_text=None if begin is None else vocabulary[begin],
+        options=options._replace(end_of_text=end, begin_of_text=begin or ""),
+        **fields,
+    )
+    for token in filter(None, (end, begin)):
+        if vocabulary[token] in tokenizer.encode_batch([token])[0]:
+            raise ValueError(
+                f"{where}: reads the token '{token}' from the text of documents; set "
+                "pack.end_of_text and pack.begin_of_text to special tokens"
+            )
+    return tokenizer
+
+
+def _find_token(
+    where: object, vocabulary: Mapping[str, int], key: str, chosen: str, usual: Sequence[str]
+) -> str | None:
+    if chosen and chosen not in vocabulary:
+        raise ValueError(f"{where}: has no token '{chosen}'; set pack.{key} to one that it has")
+    return chosen or next(filter(vocabulary.__contains__, usual), None)
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

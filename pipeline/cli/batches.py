@@ -76,7 +76,10 @@ def schedule(
     pause = parse_interval(every)
     horizon = load_config(config, overrides).schedule.horizon_hours
     if horizon * 3600 <= pause:
-        warn(f"schedule.horizon_hours = {horizon:g} is no longer than --every {every}")
+        warn(
+            f"schedule.horizon_hours = {horizon:g} is no longer than --every {every}: trainers "
+            "have little left when a batch lands, and wait for one that is late"
+        )
     run_units = ray_units(address, dashboard)
     while True:
         began = time.monotonic()

@@ -12,13 +12,15 @@ FINITE = STRICT | {"allow_inf_nan": False}
 class Policy:
     """How the supply is kept ahead of the trainers.
 
-    `horizon_hours`: supply left when a batch lands. `static_inputs`: inputs per batch until the
-    first trainer reports, or while the yield of an input is unknown. `slew`: largest factor between
-    one plan and the next. `dead_band`: share of the horizon by which the supply may be off before
-    the plan changes. `patience_seconds`: silence after which a trainer counts as stale.
-    `yield_window`: latest batches that the yield is measured on. `starved_hours`: supply below
-    which a trainer is short. `stall_share`: share of time spent waiting for data, in [0, 1], above
-    which a trainer stalls.
+    `horizon_hours`: supply left when a batch lands; always enough until the next one lands.
+    `static_inputs`: inputs per batch until the first trainer reports, or while the yield of an
+    input is unknown; without any trainer batches end when those of a horizon are unread. `slew`:
+    largest factor between one plan and the next. `dead_band`: share of the horizon by which the
+    supply may be off before the plan changes. Neither holds back what a trainer would be short of.
+    `patience_seconds`: silence after which a trainer counts as stale. `yield_window`: latest
+    batches that yield, duration and period are measured on. `starved_hours`: supply below which a
+    trainer is short, and which is to be left when a batch lands. `stall_share`: share of time spent
+    waiting for data, in [0, 1], above which a trainer stalls.
     """
 
     horizon_hours: float = Field(default=24.0, gt=0, le=8760)

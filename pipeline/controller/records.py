@@ -14,6 +14,7 @@ from stages.formats import json_output
 from trainer.telemetry import feedback
 
 State = Literal["STARVED", "BALANCED", "GLUT", "FINISHING", "BLIND"]
+VERSION: Literal[2] = 2  # of the log; lines of version 1 are read too
 _T = TypeVar("_T")
 
 
@@ -43,12 +44,14 @@ class PlanState(NamedTuple):
     """What a decision passes to the next one.
 
     `plan` is in inputs, before the end of the listing cut it. `seen` and `rates` (tokens/s) are by
-    trainer: a trainer that has just restarted does not know its own rate.
+    trainer: a trainer that has just restarted does not know its own rate. `decided` are the times
+    of the latest decisions, this one included, oldest first; () in logs of version 1.
     """
 
     plan: int | None = None
     seen: Mapping[str, feedback.Sighting] = {}
     rates: Mapping[str, float] = {}
+    decided: tuple[float, ...] = ()
 
 
 @validated(frozen=True, config=FINITE)
@@ -68,11 +71,13 @@ class Inputs:
 
 
 class Need(NamedTuple):
-    """What a live trainer that is not done needs, in tokens of this series. None is unknown.
+    """What a trainer that has not finished needs, in tokens of this series. None is unknown.
 
-    `covered`: the unread tokens cover its budget. `short`: it has little left to read. `stalled`:
-    it waits although it has enough to read; this can be wrong for the steps in the trainer's window
-    after a shortage. `tokens` are to be ordered for it.
+    `covered`: the unread tokens cover its budget. `short`: it has less than `starved_hours` to
+    read, or runs dry before the next batch lands. `stalled`: it waits although it has enough to
+    read; this can be wrong for the steps in the trainer's window after a shortage. `tokens` are to
+    be ordered for it, and at least `window_tokens`, or it runs dry before the batch after the next
+    lands; None in logs of version 1.
     """
 
     tokens_per_second: float | None
@@ -83,6 +88,7 @@ class Need(NamedTuple):
     short: bool
     stalled: bool
     tokens: float | None
+    window_tokens: float | None = None
 
 
 class Production(NamedTuple):
@@ -90,12 +96,14 @@ class Production(NamedTuple):
 
     One odd batch changes nothing, and a lasting change is followed after half a window; a ratio of
     sums would follow the largest batch. `tokens_per_input` is None if most batches yielded nothing,
-    or there is none. `pending` are the tokens expected of running batches.
+    or there is none. `pending` are the tokens expected of running batches. `lowest_per_input` is
+    the lower of the median and the latest batch's yield, None in logs of version 1.
     """
 
     tokens_per_input: float | None
     seconds_per_input: float
     pending: float
+    lowest_per_input: float | None = None
 
 
 @validated(frozen=True, config=FINITE)
@@ -103,11 +111,12 @@ class Decision:
     """How many inputs to take, and the figures that the decision rests on.
 
     `state` is the first that applies. FINISHING: the unread tokens cover the budgets of all live
-    trainers. STARVED: one has less than `starved_hours` to read. BLIND: no live trainer reports its
-    speed. GLUT: none needs a batch. BALANCED.
+    trainers, without one of those that may come back, or all have finished. STARVED: a live one is
+    short. BLIND: no live trainer reports its speed. GLUT: none needs a batch. BALANCED.
 
-    `demand_tokens_per_second` is of all live trainers. `supply_tokens` are unread by the one that
-    is furthest ahead, None without a live one; `supply_hours` are of the one that runs dry first.
+    `demand_tokens_per_second` and `needs` are of all live trainers. `supply_tokens` are unread by
+    the one that is furthest ahead, None without a live one; `supply_hours` are of the one that runs
+    dry first. `period_hours` is the time between decisions: 0 is unknown, None a log of version 1.
     """
 
     state: State
@@ -121,16 +130,21 @@ class Decision:
     needs: dict[str, Need]
     loader_stalls: tuple[str, ...]
     memory: PlanState
+    period_hours: float | None = None
 
 
 @validated(frozen=True, config=FINITE)
 class Record:
-    """A line of the log: a decision and everything that it was made from."""
+    """A line of the log: a decision and everything that it was made from.
+
+    In version 1 slew limit and dead band could hold back what trainers were short of, and batches
+    went on while no trainer was live.
+    """
 
     inputs: Inputs
     policy: Policy
     decision: Decision
-    version: Literal[1] = 1
+    version: Literal[1, 2] = VERSION
 
 
 def to_json(value: Any) -> bytes:

@@ -191,16 +191,22 @@ class Sighting(NamedTuple):
     read: float
 
 
+Ending = Literal["finished", "stopped", "failed"]
+
+
 class Demand(NamedTuple):
     """Tokens a second that live trainers can take, in total and by trainer; the stale trainers.
 
-    `seen` is for the next call, in any process.
+    `seen` is for the next call, in any process. `ended` are the trainers that have said so:
+    finished with a budget of 0, in any state; stopped or failed before that, and perhaps to be
+    resumed. A stale trainer has said nothing: it may be dead, or read on.
     """
 
     tokens_per_second: float
     live: dict[str, float]
     stale: list[str]
     seen: dict[str, Sighting]
+    ended: dict[str, Ending]
 
 
 def demand(
@@ -221,19 +227,28 @@ def demand(
     skew can mislead the first reading. It misleads a later one only if it exceeds the patience and
     is still shorter than the time between readings.
     """
-    live, stale, sightings = {}, [], {}
+    live, stale, sightings, ended = {}, [], {}, {}
     for summary in summaries:
-        arrived = _arrival(summary, (seen or {}).get(summary.trainer), now)
-        sightings[summary.trainer] = Sighting(summary.incarnation, summary.sequence, arrived, now)
-        if summary.report.state not in ("running", "waiting"):
+        name, report = summary.trainer, summary.report
+        arrived = _arrival(summary, (seen or {}).get(name), now)
+        sightings[name] = Sighting(summary.incarnation, summary.sequence, arrived, now)
+        ending = _ending(report)
+        if ending is not None:
+            ended[name] = ending
+        if report.state not in ("running", "waiting"):
             continue
-        if now - arrived > max(patience_seconds, 5 * summary.every_seconds):
-            stale.append(summary.trainer)
-        else:
-            report = summary.report
-            wanted = 0.0 if report.budget == 0 else report.tokens_per_second_without_stalls
-            live[summary.trainer] = wanted or 0.0
-    return Demand(sum(live.values()), live, stale, sightings)
+        if now - arrived <= max(patience_seconds, 5 * summary.every_seconds):
+            wanted = 0.0 if ending == "finished" else report.tokens_per_second_without_stalls
+            live[name] = wanted or 0.0
+        elif ending is None:
+            stale.append(name)
+    return Demand(sum(live.values()), live, stale, sightings, ended)
+
+
+def _ending(report: Report) -> Ending | None:
+    if report.budget == 0:
+        return "finished"
+    return report.state if report.state in ("stopped", "failed") else None
 
 
 def _arrival(summary: Summary, before: Sighting | None, now: float) -> float:

@@ -369,6 +369,27 @@ def test_demand_is_of_those_that_run_or_wait_and_want_more(changed, live):
     assert (found.live, found.stale) == (live, [])
 
 
+@pytest.mark.parametrize(
+    "changed, ending",
+    [
+        ({"state": "stopped", "budget": 0}, "finished"),
+        ({"state": "running", "budget": 0}, "finished"),
+        ({"state": "failed", "budget": 0}, "finished"),
+        ({"state": "stopped", "budget": 1}, "stopped"),
+        ({"state": "stopped"}, "stopped"),
+        ({"state": "failed", "budget": 1}, "failed"),
+        ({"state": "running"}, None),
+        ({"state": "waiting", "budget": 1}, None),
+    ],
+)
+def test_a_trainer_that_has_ended_is_not_a_silent_one(changed, ending):
+    """However long ago it said so."""
+    for modified in (NOW, NOW - HOUR):
+        found = demand([summary(modified=modified, **changed)], NOW)
+        assert found.ended.get("a") == ending
+        assert found.stale == (["a"] if ending is None and modified < NOW else [])
+
+
 @pytest.mark.parametrize("clock", ["1999-01-01T00:00:00+00:00", "2100-01-01T00:00:00+00:00"])
 def test_the_trainers_own_clock_decides_nothing(clock):
     assert demand([summary(time=clock)], NOW).live == {"a": 50.0}

@@ -4,6 +4,7 @@ Each section is a strict dataclass; `pipeline.config.train` builds them from a T
 """
 
 import re
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -219,7 +220,8 @@ class DataConfig:
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """A checkpoint every `every_steps`; the last `keep_last` stay, and the `keep_best` with the
-    lowest held-out loss among those whose step was evaluated.
+    lowest held-out loss among those whose step was evaluated: over the sources, or over the named
+    sets where no source has one.
 
     `folder` is a disk that every rank sees or a URL (s3://BUCKET/RUN); "" is `checkpoints/` of the
     training's directory.
@@ -251,25 +253,46 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class HeldOutConfig:
+    """A named set of rows to evaluate on: the first `rows` of a run, a folder or URL.
+
+    `split` is "held_out", what `pack.held_out` has set aside, or "training", the rows of the
+    generation itself, of a run that is not trained on. They come from the first of `generations`
+    that has any; () is those that no other supersedes. With `hosts`, only documents from these
+    hosts and those below them count, as many as fill `rows` rows.
+    """
+
+    run: str
+    split: Literal["held_out", "training"] = "held_out"
+    generations: tuple[str, ...] = ()
+    rows: Positive = 256
+    hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
     """Every `every_steps` (0: never) the loss on the rows that `pack` held out, and multiple-choice
     questions.
 
     Of each source the first `held_out_rows` rows (0 for none) of the first generation that has any,
-    so that losses stay comparable as data is added. `cloze` are files in the format of HellaSwag or
-    ARC, of which the first `cloze_questions` are used.
+    so that losses stay comparable as data is added. `held_out` are more sets, by name. `cloze` are
+    files in the format of HellaSwag or ARC, of which the first `cloze_questions` are used.
     """
 
     every_steps: NonNegativeInt = 0
     held_out_rows: NonNegativeInt = 256
+    held_out: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")], HeldOutConfig] = field(
+        default_factory=dict
+    )
     cloze: tuple[str, ...] = ()
     cloze_questions: Positive = 500
 
     @model_validator(mode="after")
     def _something_is_evaluated(self) -> "EvaluationConfig":
-        if self.every_steps and not (self.held_out_rows or self.cloze):
+        if self.every_steps and not (self.held_out_rows or self.held_out or self.cloze):
             raise ValueError(
-                "every_steps is set, but neither held_out_rows nor cloze: nothing to evaluate"
+                "every_steps is set, but neither held_out_rows, held_out nor cloze: nothing to "
+                "evaluate"
             )
         return self
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -53,7 +53,7 @@ def _raise_problem(name: str, cls: Any, error: ErrorDetails) -> NoReturn:
             key, parent = _join(key, part), key
     if error["type"] == _UNKNOWN:
         for part in error["loc"][:-1]:
-            cls = get_args(cls)[0] if isinstance(part, int) else get_type_hints(cls)[part]
+            cls = _type_at(cls, part)
         check_known(key, [_join(parent, field) for field in get_type_hints(cls)], "config key")
     if error["type"] == "dataclass_type":
         text = f" is a section: write [{key}] with keys under it, not a value"
@@ -65,6 +65,13 @@ def _raise_problem(name: str, cls: Any, error: ErrorDetails) -> NoReturn:
         message += did_you_mean(error["input"], re.findall(r"'(.+?)'", error["ctx"]["expected"]))
     value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
     raise error_at(key, f"{value}: {message}")
+
+
+def _type_at(cls: Any, part: int | str) -> Any:
+    """The type of an item of a tuple, of a value of a dict, or of a field."""
+    if get_origin(cls) is dict:
+        return get_args(cls)[1]
+    return get_args(cls)[0] if isinstance(part, int) else get_type_hints(cls)[part]
 
 
 def _join(prefix: str, field: str) -> str:

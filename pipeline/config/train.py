@@ -42,6 +42,10 @@ def _build_config(values: dict[str, Any]) -> TrainConfig:
     if twice := [run for run in runs if runs.count(run) > 1]:
         text = f" names {twice[0]} twice; set its weight instead"
         raise error_at("data.sources", text)
+    for name, rows in config.evaluation.held_out.items():
+        if rows.split == "training" and rows.run in runs:
+            text = ' = "training": this run is trained on; only its split "held_out" is not'
+            raise error_at(f"evaluation.held_out.{name}.split", text)
     return config
 
 
@@ -65,12 +69,16 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     sources = tuple(replace_paths(source, ["run"]) for source in config.data.sources)
     cache_dir = config.data.cache_dir or f"{config.directory}/cache"
     data = replace(config.data, sources=sources, cache_dir=cache_dir)
+    held_out = {
+        name: replace_paths(rows, ["run"]) for name, rows in config.evaluation.held_out.items()
+    }
+    evaluation = replace(config.evaluation, held_out=held_out)
     config = replace(
         config,
         model=replace_paths(config.model, ["init"]),
         data=replace_paths(data, ["cache_dir"]),
         checkpoint=replace_paths(config.checkpoint, ["folder"]),
-        evaluation=replace_paths(config.evaluation, ["cloze"]),
+        evaluation=replace_paths(evaluation, ["cloze"]),
         telemetry=replace_paths(config.telemetry, ["feedback"]),
     )
     return cast(TrainConfig, replace_paths(config, ["directory", "branch"]))

@@ -7,6 +7,7 @@ before they are read, and renames each into its place once its sha256 is right:
     CACHE/<hash of RUN>/gen-0001.copying   locked by the process that copies
 """
 
+import itertools
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from stages.formats import mds
 from stages.storage.catalog import (
@@ -125,6 +127,13 @@ def verify_held_out(run: str, entry: Mapping[str, Any], *, cache: str = "") -> M
     return manifest
 
 
+def verify_whole(run: str, entry: Mapping[str, Any], *, cache: str = "") -> Manifest | None:
+    """Check a generation in full, after copying it if it is remote; None if it has no rows."""
+    manifest = verify_generation(run, entry, mode="full", cache=cache)
+    stage(manifest, mode="full", cache=cache)
+    return manifest if manifest.rows else None
+
+
 def stage(manifest: Manifest, *, mode: Mode, cache: str = "") -> None:
     """Copy the shards of a remote generation that this node lacks; nothing for one on a disk.
 
@@ -165,6 +174,26 @@ def documents_of(run: str, name: str, rows: Iterable[int]) -> list[Document]:
         )
     spans = table.sort_by([("row", "ascending"), ("start", "ascending")])
     return [Document(**span) for span in spans.to_pylist()]
+
+
+def documents_from(run: str, name: str, hosts: Iterable[str]) -> Iterator[Document]:
+    """The documents of a generation from some hosts and those below them, in the order of rows."""
+    import pyarrow.parquet as pq
+
+    wanted = tuple(f".{host.lower()}" for host in hosts)
+    fs, path = open_fs(f"{generation_uri(run, name)}/provenance.parquet")
+    with fs.open(path, "rb") as stream:  # written in the order of rows
+        batches = pq.ParquetFile(stream).iter_batches(columns=Document._fields, use_threads=False)
+        for span in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
+            if f".{_host(span['url'])}".endswith(wanted):
+                yield Document(**span)
+
+
+def _host(url: str | None) -> str:
+    try:
+        return urlsplit(url or "").hostname or ""
+    except ValueError:  # as of "http://["
+        return ""
 
 
 # folder, manifest's sha256 and share of the generations whose shards this process has hashed

@@ -1,12 +1,14 @@
-"""Evaluation during training: loss on rows that `pack` held out, and multiple-choice questions.
+"""Evaluation during training: loss on rows that `pack` held out, on other named sets of rows, and
+multiple-choice questions.
 
 Every forward pass is a collective under FSDP, so all ranks make the same number of them, some with
 nothing but fill.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,9 +20,15 @@ from torch import Tensor
 
 from stages.formats.errors import ConfigError
 from stages.storage.catalog import entries_to_read, read_catalog
-from trainer.config import DataConfig, EvaluationConfig, SourceConfig
-from trainer.data.generations import verify_generation, verify_held_out
-from trainer.data.rows import RowRef, read_batch
+from trainer.config import DataConfig, EvaluationConfig, HeldOutConfig
+from trainer.data.generations import (
+    Manifest,
+    documents_from,
+    verify_generation,
+    verify_held_out,
+    verify_whole,
+)
+from trainer.data.rows import Batch, RowRef, read_batch
 from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers
 from trainer.model.llama import Transformer
 from trainer.model.packing import next_tokens
@@ -32,17 +40,22 @@ _LOG = logging.getLogger(__name__)
 class Scores(NamedTuple):
     """Results of an evaluation.
 
-    `loss` in nats per held-out target over all sources (None if nothing is held out), `sources` by
-    run, `cloze` by the name of the file of questions.
+    `loss` in nats per held-out target over all sources, over the named sets where no source has
+    held anything out (None if there are none either). `sources` by run, `sets` by name, `cloze` by
+    the name of the file of questions.
     """
 
     loss: float | None
     sources: dict[str, float]
+    sets: dict[str, float]
     cloze: dict[str, ClozeScore]
 
     def figures(self) -> dict[str, float]:
-        """For telemetry: held_out/loss, held_out/perplexity, held_out/RUN/loss, cloze/NAME/…"""
-        figures = {f"held_out/{run.lstrip('/')}/loss": loss for run, loss in self.sources.items()}
+        """For telemetry: held_out/loss, held_out/perplexity, held_out/RUN/loss and NAME/loss,
+        cloze/NAME/…
+        """
+        losses = {run.lstrip("/"): loss for run, loss in self.sources.items()} | self.sets
+        figures = {f"held_out/{name}/loss": loss for name, loss in losses.items()}
         if self.loss is not None:
             figures["held_out/loss"] = self.loss
             figures["held_out/perplexity"] = float(np.exp(np.float64(self.loss)))
@@ -92,7 +105,7 @@ class Evaluation:
         rows = self._ranks.on_first(
             partial(_read_row_sets, self._config, self._data, self._questions, self._begun)
         )
-        if rows and self._ranks.leads and self._config.held_out_rows and not rows.held_out:
+        if rows and self._ranks.leads and self._config.held_out_rows and not rows.sources:
             _LOG.warning(
                 "no source has held anything out: there is no held-out loss; set pack.held_out"
             )
@@ -101,24 +114,30 @@ class Evaluation:
     @torch.no_grad()
     def run(self, model: Transformer) -> Scores:
         """Score a model; its weights, gradients and mode and the random state do not change."""
-        self._rows = self._rows or self._read_rows()
-        if self._rows is None:
-            return Scores(None, {}, {})
+        self._rows = rows = self._rows or self._read_rows()
+        if rows is None:
+            return Scores(None, {}, {}, {})
         training = model.training
         model.eval()
-        sums = [self._sum_loss(model, rows) for rows in self._rows.held_out.values()]
+        sums = [self._sum_loss(model, r) for r in (*rows.sources.values(), *rows.sets.values())]
         cloze = {
-            name: self._score_cloze(model, rows, self._questions[name])
-            for name, rows in self._rows.cloze.items()
+            name: self._score_cloze(model, of_file, self._questions[name])
+            for name, of_file in rows.cloze.items()
         }
         model.train(training)
         if not sums:
-            return Scores(None, {}, cloze)
+            return Scores(None, {}, {}, cloze)
         total = torch.stack(sums)
         dist.all_reduce(total)
         nats, targets = total.cpu().unbind(1)
-        sources = dict(zip(self._rows.held_out, (nats / targets).tolist(), strict=True))
-        return Scores(float(nats.sum() / targets.sum()), sources, cloze)
+        losses, num_sources = (nats / targets).tolist(), len(rows.sources)
+        whole = slice(num_sources or None)
+        return Scores(
+            float(nats[whole].sum() / targets[whole].sum()),
+            dict(zip(rows.sources, losses, strict=False)),
+            dict(zip(rows.sets, losses[num_sources:], strict=True)),
+            cloze,
+        )
 
     def _sum_loss(self, model: Transformer, rows: EvalRows) -> Tensor:
         """This rank's nats and targets, float64 (2,)."""
@@ -166,7 +185,8 @@ def rank_batches(rows: EvalRows, *, size: int, rank: int, world_size: int) -> It
 
 
 class _RowSets(NamedTuple):
-    held_out: dict[str, EvalRows]  # by run
+    sources: dict[str, EvalRows]  # held out, by run
+    sets: dict[str, EvalRows]  # by name
     cloze: dict[str, EvalRows]  # by name
 
 
@@ -177,46 +197,102 @@ def _read_row_sets(
     begun: Mapping[str, Sequence[str]],
 ) -> _RowSets | None:
     """None if a source has not published anything yet."""
-    entries_by_run = {s.run: _catalog_entries(s, begun.get(s.run, ())) for s in data.sources}
+    cache = data.cache_dir
+    entries_by_run = {
+        s.run: _catalog_entries(s.run, s.generations, begun.get(s.run, ())) for s in data.sources
+    }
     if not all(entries_by_run.values()):
         return None
-    held_out = {}
+    sources = {}
     if config.held_out_rows:
         for run, entries in entries_by_run.items():
-            if rows := _read_held_out(run, entries, config.held_out_rows, cache=data.cache_dir):
-                held_out[run] = rows
-    if not questions:
-        return _RowSets(held_out, {})
-    from stages.formats.tiktoken_encodings import (
-        load_encoding,  # a trainer needs tiktoken only here
-    )
-
+            if split := _first_split(run, "held_out", entries, cache=cache):
+                sources[run] = _first_rows(split, config.held_out_rows, cache=cache)
     run, entries = next(iter(entries_by_run.items()))
-    shape = verify_generation(run, entries[0], mode="quick", cache=data.cache_dir)
+    shape = verify_generation(run, entries[0], mode="quick", cache=cache)
+    sets = {
+        name: _read_set(f"evaluation.held_out.{name}", rows, shape, cache=cache)
+        for name, rows in config.held_out.items()
+    }
+    if not questions:
+        return _RowSets(sources, sets, {})
+    # a trainer needs tiktoken only here
+    from stages.formats.tiktoken_encodings import load_encoding
+
     pack = partial(pack_endings, encoding=load_encoding(shape.tokenizer), seq_len=shape.seq_len)
-    return _RowSets(held_out, {name: pack(name, of_file) for name, of_file in questions.items()})
+    cloze = {name: pack(name, of_file) for name, of_file in questions.items()}
+    return _RowSets(sources, sets, cloze)
 
 
-def _read_held_out(
-    run: str, entries: Sequence[dict[str, Any]], limit: int, *, cache: str
-) -> EvalRows | None:
-    """The first rows of the first generation that has any held out."""
-    splits = (verify_held_out(run, entry, cache=cache) for entry in entries)
-    split = next(filter(None, splits), None)
+def _read_set(key: str, config: HeldOutConfig, shape: Manifest, *, cache: str) -> EvalRows:
+    """The rows of a named set. ConfigError, which names its `key`, if it has none or other ones
+    than the sources, of the same `shape`.
+    """
+    run, split_name = config.run, config.split
+    entries = _catalog_entries(run, config.generations, ())
+    split = _first_split(run, split_name, entries, cache=cache)
     if split is None:
-        return None
-    rows = range(min(limit, split.rows))
-    batch = read_batch([RowRef(run, split.name, split.rows, row, cache) for row in rows])
+        hint = "; of a run that is not trained on, split = 'training' takes all rows"
+        raise ConfigError(
+            f"{key}: no generation of {run} has rows in its split {split_name!r}"
+            f"{hint if entries and split_name == 'held_out' else ''}"
+        )
+    for field in ("tokenizer", "seq_len"):
+        theirs, ours = getattr(split, field), getattr(shape, field)
+        if theirs != ours:
+            raise ConfigError(
+                f"{key}: {run} was packed with {field} {theirs}, the sources with {ours}: losses "
+                "cannot be compared; pack it again"
+            )
+    if not config.hosts:
+        return _first_rows(split, config.rows, cache=cache)
+    documents = _first_documents(split, config, cache=cache)
+    if not documents:
+        raise ConfigError(f"{key}.hosts: {split.name} of {run} has no document from them")
+    return _pack(documents, [0] * len(documents), seq_len=split.seq_len)
+
+
+def _first_split(
+    run: str, split: str, entries: Sequence[dict[str, Any]], *, cache: str
+) -> Manifest | None:
+    """That split, verified, of the first generation that has rows in it; None if none has."""
+    verify = verify_held_out if split == "held_out" else verify_whole
+    return next(filter(None, (verify(run, entry, cache=cache) for entry in entries)), None)
+
+
+def _first_rows(split: Manifest, limit: int, *, cache: str) -> EvalRows:
+    batch = _read(split, range(min(limit, split.rows)), cache=cache)
     return EvalRows(batch.tokens, batch.documents, torch.full_like(batch.tokens, -1))
 
 
-def _catalog_entries(source: SourceConfig, begun: Sequence[str]) -> list[dict[str, Any]]:
+def _first_documents(split: Manifest, config: HeldOutConfig, *, cache: str) -> list[Any]:
+    """Tokens of documents from `hosts`, as many as fill `rows` rows; a document that was cut is as
+    many as its pieces.
+    """
+    found, left = list[Any](), config.rows * split.seq_len
+    for row, spans in groupby(documents_from(split.run, split.name, config.hosts), lambda d: d.row):
+        tokens = _read(split, [row], cache=cache).tokens[0].numpy()
+        for span in spans:
+            found.append(tokens[span.start : span.start + span.length])
+            left -= span.length
+            if left <= 0:
+                return found
+    return found
+
+
+def _read(split: Manifest, rows: Iterable[int], *, cache: str) -> Batch:
+    return read_batch([RowRef(split.run, split.name, split.rows, row, cache) for row in rows])
+
+
+def _catalog_entries(
+    run: str, generations: Sequence[str], begun: Sequence[str]
+) -> list[dict[str, Any]]:
     """As the loader reads them: what one generation holds out may be in another's training."""
-    entries = read_catalog(source.run)
-    if not source.generations:
+    entries = read_catalog(run)
+    if not generations:
         return entries_to_read(entries, begun)
     by_name = {entry["name"]: entry for entry in entries}
-    return [by_name[name] for name in source.generations if name in by_name]
+    return [by_name[name] for name in generations if name in by_name]
 
 
 def pack_endings(
@@ -228,8 +304,6 @@ def pack_endings(
     in a vocabulary that splits before spaces their tokens are the same together. ConfigError for an
     ending that does not fit in a row.
     """
-    from stages.formats.tokens import best_fit
-
     documents, lengths = list[Any](), list[int]()
     for number, question in enumerate(questions, 1):
         context = encoding.encode_ordinary(question.context)
@@ -241,12 +315,21 @@ def pack_endings(
                 )
             documents.append(np.array([*context, *ending][-seq_len:], np.uint32))
             lengths.append(len(ending))
-    packed = list(best_fit(documents, seq_len=seq_len, fill=encoding.eot_token))
+    return _pack(documents, lengths, seq_len=seq_len, fill=encoding.eot_token)
+
+
+def _pack(
+    documents: Sequence[Any], endings: Sequence[int], *, seq_len: int, fill: int = 0
+) -> EvalRows:
+    """Rows of documents, of which the last `endings` tokens are one, each."""
+    from stages.formats.tokens import best_fit
+
+    packed = list(best_fit(documents, seq_len=seq_len, fill=fill))
     tokens = np.stack([row.tokens for row in packed]).astype(np.int64)
-    document_of, endings = np.full_like(tokens, -1), np.full_like(tokens, -1)
+    document_of, ending_of = np.full_like(tokens, -1), np.full_like(tokens, -1)
     for n, row in enumerate(packed):
         for document, span in enumerate(row.spans):
             end = span.start + span.length
             document_of[n, span.start : end] = document
-            endings[n, end - lengths[span.document] - 1 : end - 1] = span.document
-    return EvalRows(*map(torch.from_numpy, (tokens, document_of, endings)))
+            ending_of[n, end - endings[span.document] - 1 : end - 1] = span.document
+    return EvalRows(*map(torch.from_numpy, (tokens, document_of, ending_of)))

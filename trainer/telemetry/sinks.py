@@ -72,15 +72,24 @@ def console_line(record: Record) -> str:
     """A record in one line; None is shown as "unknown", missing keys are left out."""
     columns = [
         f"{label} {'unknown' if record[key] is None else form.format(record[key])}"
-        for key, (label, form) in _COLUMNS.items()
+        for key, (label, form) in (_LOSSES | _named_sets(record) | _COLUMNS).items()
         if key in record
     ]
     return "  ".join([*columns, "SPIKE"] if record.get("spike") else columns)
 
 
-_COLUMNS = {
+def _named_sets(record: Record) -> dict[str, tuple[str, str]]:
+    """Columns of the losses on named sets; those of sources are named by paths, too long here."""
+    keys = (key.split("/") for key in record if key.startswith("held_out/"))
+    return {"/".join(key): (key[1], "{:.4f}") for key in keys if len(key) == 3}
+
+
+_LOSSES = {
     "step": ("step", "{:,}"),
     "loss": ("loss", "{:.4f}"),
+    "held_out/loss": ("held out", "{:.4f}"),
+}
+_COLUMNS = {
     "grad_norm": ("|g|", "{:.3g}"),
     "lr": ("lr", "{:.3g}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
@@ -107,7 +116,7 @@ def _open_sink(name: str, folder: Path, run: str) -> Sink:
 
 
 def console(*, every_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> Sink:
-    """Prints a line every `every_seconds`, and for each spike."""
+    """Prints a line every `every_seconds`, for each evaluation and for each spike."""
     import rich.console
 
     terminal = rich.console.Console(highlight=False, soft_wrap=True)
@@ -115,7 +124,7 @@ def console(*, every_seconds: float = 10.0, clock: Callable[[], float] = time.mo
 
     def step(record: Record) -> None:
         nonlocal next_time
-        if clock() >= next_time or record.get("spike"):
+        if clock() >= next_time or record.get("spike") or "held_out/loss" in record:
             terminal.print(console_line(record), markup=False)
             next_time = clock() + every_seconds
 

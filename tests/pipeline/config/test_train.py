@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config.train import load_training
 from stages.formats.errors import ConfigError
-from trainer.config import PRESETS, SourceConfig
+from trainer.config import PRESETS, HeldOutConfig, SourceConfig
 
 ROOT = Path(__file__).parents[3]
 GOOD = 'directory = "r"\n[[data.sources]]\nrun = "runs/x"\n'
@@ -39,6 +39,25 @@ def test_a_preset_is_a_base_for_other_keys(tmp_path):
         config.optimizer.lr, float
     )
     assert config.data.sources == (SourceConfig(os.path.abspath("runs/x")),)
+
+
+def test_named_sets_of_rows_to_evaluate_on(tmp_path):
+    text = (
+        GOOD
+        + """
+[evaluation.held_out.wiki]
+run = "runs/x"
+hosts = ["wikipedia.org"]
+[evaluation.held_out.curated]
+run = "s3://bucket/curated"
+split = "training"
+"""
+    )
+    sets = loaded(tmp_path, text, "evaluation.held_out.wiki.rows=9").evaluation.held_out
+    assert sets == {
+        "wiki": HeldOutConfig(os.path.abspath("runs/x"), rows=9, hosts=("wikipedia.org",)),
+        "curated": HeldOutConfig("s3://bucket/curated", split="training"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -82,7 +101,19 @@ def test_a_preset_is_a_base_for_other_keys(tmp_path):
         (
             "evaluation = {every_steps = 1, held_out_rows = 0}\n" + GOOD,
             "seed=1",
-            r"t.toml:1: evaluation: .*neither held_out_rows nor cloze",
+            r"t.toml:1: evaluation: .*neither held_out_rows, held_out nor cloze",
+        ),
+        (
+            GOOD,
+            "evaluation.held_out.wiki={run='y', row=3}",
+            r"unknown config key 'evaluation.held_out.wiki.row'; did you mean .*wiki.rows'",
+        ),
+        (GOOD, "evaluation.held_out.wiki={rows=3}", r"evaluation.held_out.wiki.run is missing"),
+        (GOOD, "evaluation.held_out={'a/b'={run='y'}}", r"evaluation.held_out.a/b.*should match"),
+        (
+            GOOD,
+            "evaluation.held_out.x={run='./runs/x', split='training'}",
+            r"command line: evaluation.held_out.x.split = \"training\": this run is trained on",
         ),
         ("[model]\n", "seed=1", r"directory is missing"),
         ("directory = \n", "seed=1", r"t.toml: not valid TOML"),

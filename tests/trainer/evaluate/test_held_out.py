@@ -43,6 +43,7 @@ from trainer import loop
 from trainer.config import (
     DataConfig,
     EvaluationConfig,
+    HeldOutConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -118,9 +119,9 @@ def evaluation(config, data):
     return Evaluation(config, data, device="cpu")
 
 
-def held_out(run, generation, rows):
+def held_out(run, generation, rows, split="/held_out"):
     """Tokens and spans of the first rows, as they lie in the shards."""
-    folder = f"{run}/generations/{generation}/held_out"
+    folder = f"{run}/generations/{generation}{split}"
     shards = [entry["zip_data"] or entry["raw_data"] for entry in mds.read_index(folder)["shards"]]
     return [row for shard in shards for row in mds.read_shard(f"{folder}/{shard['basename']}")][
         :rows
@@ -187,21 +188,7 @@ def test_likelihoods_are_those_of_each_ending_alone_in_float64(
 
 
 def test_what_stage_pack_holds_out_is_what_is_scored(tmp_path, group_of_one):
-    texts = [f"Document {n} of the mill: " + "it grinds wheat, " * (n % 9) for n in range(40)]
-    schema = pa.schema([("doc_id", pa.uint64()), ("url", pa.string()), ("text", pa.large_string())])
-    pq.write_table(
-        pa.table([list(range(40)), [None] * 40, texts], schema=schema), tmp_path / "corpus.parquet"
-    )
-    settings, store = (
-        PackConfig(seq_len=32, shard_bytes=2048, held_out=0.3),
-        Store(str(tmp_path / "pack")),
-    )
-    unit = Unit(
-        "00000", "f", PackTask((CorpusPart("000000", str(tmp_path / "corpus.parquet"), 1, ""),))
-    )
-    published = publishing.publish(
-        str(tmp_path), store, [pack_unit(unit, PackPlan(settings, 0), store)], settings, sources={}
-    )
+    published = pack_with_urls(tmp_path, [None], 0.3)
     scores = evaluation(EvaluationConfig(), DataConfig(sources=(SourceConfig(str(tmp_path)),))).run(
         build()[0]
     )
@@ -214,6 +201,118 @@ def test_what_stage_pack_holds_out_is_what_is_scored(tmp_path, group_of_one):
         part["tokens"],
     )
     assert len(rows) > 5
+
+
+# --- named sets -----------------------------------------------------------------------------------
+
+
+def named(data, **sets):
+    """Losses of named sets, and over all sources."""
+    config = EvaluationConfig(held_out_rows=9, held_out=sets)
+    return evaluation(config, data).run(build()[0])
+
+
+def mean(*sums):
+    return pytest.approx(sum(n for n, _ in sums) / sum(t for _, t in sums), rel=1e-6)
+
+
+def test_named_sets_have_their_own_losses_and_leave_that_over_the_sources_alone(
+    data, tmp_path, group_of_one
+):
+    publish(tmp_path / "curated", 6, first=500)
+    a, curated = str(tmp_path / "a"), str(tmp_path / "curated")
+    scores = named(
+        data,
+        late=HeldOutConfig(a, generations=("gen-0003",)),
+        early=HeldOutConfig(a, rows=2),
+        curated=HeldOutConfig(curated, split="training", rows=5),
+    )
+    assert scores.sets == {
+        "late": mean(slow_loss(held_out(a, "gen-0003", 9))),
+        "early": mean(slow_loss(held_out(a, "gen-0002", 2))),
+        "curated": mean(slow_loss(held_out(curated, "gen-0001", 5, split=""))),
+    }
+    without = named(data)
+    assert (scores.loss, scores.sources) == (without.loss, without.sources)
+    assert without.sets == {} and scores.figures()["held_out/late/loss"] == scores.sets["late"]
+
+
+def test_where_no_source_holds_anything_out_the_loss_is_over_the_named_sets(
+    data, tmp_path, group_of_one
+):
+    publish(tmp_path / "c", 4)
+    only_c = DataConfig(sources=(SourceConfig(str(tmp_path / "c")),), micro_batch_rows=2)
+    a, b = (HeldOutConfig(source.run) for source in data.sources)
+    scores = named(only_c, a=a, b=b)
+    sums = slow_loss(held_out(a.run, "gen-0002", 99)), slow_loss(held_out(b.run, "gen-0001", 99))
+    assert (scores.loss, scores.sources) == (mean(*sums), {})
+    assert scores.sets == {"a": mean(sums[0]), "b": mean(sums[1])}
+
+
+HOSTS = ["en.wikipedia.org", "wikipedia.org", "notwikipedia.org", "EN.Wikipedia.ORG:8080", "x.org"]
+
+
+def pack_with_urls(tmp_path, urls, held_out):
+    """A generation of 40 documents from these URLs in turn."""
+    texts = [f"Document {n} of the mill: " + "it grinds wheat, " * (n % 9) for n in range(40)]
+    schema = pa.schema([("doc_id", pa.uint64()), ("url", pa.string()), ("text", pa.large_string())])
+    columns = [list(range(40)), [urls[n % len(urls)] for n in range(40)], texts]
+    pq.write_table(pa.table(columns, schema=schema), tmp_path / "corpus.parquet")
+    settings = PackConfig(seq_len=32, shard_bytes=2048, held_out=held_out)
+    store = Store(str(tmp_path / "pack"))
+    part = CorpusPart("000000", str(tmp_path / "corpus.parquet"), 1, "")
+    commit = pack_unit(Unit("00000", "f", PackTask((part,))), PackPlan(settings, 0), store)
+    return publishing.publish(str(tmp_path), store, [commit], settings, sources={})
+
+
+@pytest.mark.parametrize("rows", [2, 256])
+def test_a_set_of_hosts_is_of_their_documents_alone(tmp_path, group_of_one, rows):
+    """Oracle: each document of the split by itself, those of other hosts left out."""
+    urls = [f"https://{host}/page" for host in HOSTS] + [None, "http://["]
+    pack_with_urls(tmp_path, urls, 0.5)
+    run, folder = str(tmp_path), tmp_path / "generations" / "gen-0001" / "held_out"
+    data = DataConfig(sources=(SourceConfig(run),), micro_batch_rows=2)
+    scores = named(data, wiki=HeldOutConfig(run, rows=rows, hosts=("wikipedia.org",)))
+    spans = pq.read_table(folder / "provenance.parquet").to_pylist()
+    lines = held_out(run, "gen-0001", 10**6)
+    wiki, tokens = [], 0
+    for span in spans:
+        if span["url"] in (urls[0], urls[1], urls[3]) and tokens < rows * 32:
+            piece = lines[span["row"]]["tokens"][span["start"] : span["start"] + span["length"]]
+            wiki.append({"tokens": piece, "spans": np.array([len(piece)], np.uint32)})
+            tokens += len(piece)
+    assert 0 < len(wiki) < len(spans) / 2
+    assert scores.sets == {"wiki": mean(slow_loss(wiki))}
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"run": "absent"}, "no generation of .*absent has rows in its split 'held_out'$"),
+        (
+            {"run": "c"},
+            "no generation of .*c has rows.*; of a run .*, split = 'training' takes all",
+        ),
+        ({"run": "a", "generations": ("gen-0001",)}, "no generation of .* 'held_out'; of a run"),
+        (
+            {"run": "long"},
+            ".*long was packed with seq_len 32, the sources with 16: losses cannot be",
+        ),
+        ({"run": "packed", "hosts": ("no.org",)}, r"\.hosts: gen-0001/held_out .* no document"),
+    ],
+)
+def test_a_named_set_without_comparable_rows_is_refused(
+    data, tmp_path, group_of_one, changed, message
+):
+    publish(tmp_path / "c", 4)
+    publish(tmp_path / "long", 4, seq_len=32, held_out=2)
+    (tmp_path / "packed").mkdir()
+    pack_with_urls(tmp_path / "packed", ["https://x.org"], 0.5)
+    wrong = HeldOutConfig(**changed | {"run": str(tmp_path / changed["run"])})
+    if changed["run"] == "packed":
+        data = DataConfig(sources=(SourceConfig(wrong.run),))
+    with pytest.raises(ConfigError, match=f"^evaluation.held_out.x(: )?{message}"):
+        evaluation(EvaluationConfig(held_out={"x": wrong}), data)
 
 
 def worker(rank, folder, config, data):
@@ -380,7 +479,7 @@ def test_only_generations_that_are_named_are_asked(config, data, group_of_one):
 def test_what_is_not_published_yet_is_found_by_a_later_run(config, tmp_path, group_of_one):
     run, (model, _) = tmp_path / "late", build()
     judge = evaluation(config, DataConfig(sources=(SourceConfig(str(run)),)))
-    assert judge.run(model) == Scores(None, {}, {})
+    assert judge.run(model) == Scores(None, {}, {}, {})
     publish(run, 2, held_out=1)
     assert judge.run(model).sources.keys() == {str(run)}
     no_rows = evaluation(EvaluationConfig(held_out_rows=0, cloze=config.cloze), judge._data).run(
@@ -399,14 +498,16 @@ def test_an_ending_longer_than_a_row_is_refused(config, data, tmp_path):
 
 
 def test_figures_are_flat_and_leave_out_what_is_absent():
-    figures = Scores(2.0, {"runs/a": 1.5}, {"arc_easy": ClozeScore(0.5, 0.25, 8, 0.2)}).figures()
+    cloze = {"arc_easy": ClozeScore(0.5, 0.25, 8, 0.2)}
+    figures = Scores(2.0, {"/runs/a": 1.5}, {"wiki": 1.25}, cloze).figures()
     assert figures == {
         "held_out/loss": 2.0,
         "held_out/perplexity": pytest.approx(math.exp(2)),
         "held_out/runs/a/loss": 1.5,
+        "held_out/wiki/loss": 1.25,
         "cloze/arc_easy/accuracy": 0.5,
         "cloze/arc_easy/accuracy_norm": 0.25,
         "cloze/arc_easy/questions": 8,
         "cloze/arc_easy/chance": 0.2,
     }
-    assert Scores(None, {}, {}).figures() == {}
+    assert Scores(None, {}, {}, {}).figures() == {}

@@ -504,14 +504,21 @@ def test_the_console_says_unknown_and_leaves_out_what_was_not_measured():
     )
 
 
-def test_the_console_prints_every_ten_seconds_and_each_spike(tmp_path, capsys):
+def test_the_console_shows_the_loss_over_held_out_rows_and_on_named_sets():
+    losses = {"held_out/loss": 3.5, "held_out/perplexity": 33.1, "held_out/wiki/loss": 3.25}
+    record = {"step": 4, "loss": 3.0, **losses, "held_out/srv/runs/a/loss": 3.5, "mfu": 0.5}
+    assert console_line(record) == ("step 4  loss 3.0000  held out 3.5000  wiki 3.2500  MFU 50.0%")
+
+
+def test_the_console_prints_every_ten_seconds_and_each_spike_and_evaluation(tmp_path, capsys):
     clock = Clock()
     terminal = console(clock=clock)
     for step in range(25):
-        terminal.step({"step": step, "spike": step == 13})
+        evaluated = {"held_out/loss": 2.0} if step == 16 else {}
+        terminal.step({"step": step, "spike": step == 13, **evaluated})
         clock.pass_(1)
     shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert shown == ["0", "10", "13", "23"]
+    assert shown == ["0", "10", "13", "16"]
 
 
 def test_a_line_per_step_survives_a_half_line(tmp_path):

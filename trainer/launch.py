@@ -5,6 +5,8 @@ Its own checkpoints and reports are not used: ours are in the training's folder,
 are a barrier that keeps only rank 0's.
 """
 
+import importlib
+import inspect
 import logging
 import math
 import os
@@ -285,28 +287,108 @@ def _start_ray(gpus: str) -> bool:
 
 
 def _trainer_class(counts: Sequence[int]) -> Any:
-    """TorchTrainer with two changes that its public interface does not allow (Ray 2.60)."""
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+    """TorchTrainer with two changes that its public interface does not allow.
 
-    class DividingScalingPolicy(ElasticScalingPolicy):
+    TrainingError if Ray's private interface is not that of 2.60.
+    """
+    ray_parts = _private_parts()
+    if changes := interface_changes(*ray_parts):
+        raise TrainingError(_changed_interface(changes))
+
+    class DividingScalingPolicy(ray_parts.policy):  # type: ignore[misc, name-defined]
         """Uses only `counts`: Ray would use any number of workers in the range."""
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
             possible = super()._count_possible_workers(reserved_resources)
             return max((count for count in counts if count <= possible), default=0)
 
-    class Trainer(TorchTrainer):
+    class Trainer(ray_parts.trainer):  # type: ignore[misc, name-defined]
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             scaling: Any = self.scaling_config
             if scaling.elasticity_enabled:
                 parts["scaling_policy"] = DividingScalingPolicy(scaling)
-            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+            return super()._initialize_and_run_controller(**parts)
 
         def _register_sigint_handler(self, controller: Any) -> None:
             """No handler: Ray's would end the workers before they have saved."""
 
     return Trainer
+
+
+class _PrivateParts(NamedTuple):
+    """Classes of Ray whose private methods are replaced or called; None for a missing one."""
+
+    trainer: Any
+    policy: Any
+    controller: Any
+
+
+def _private_parts() -> _PrivateParts:
+    return _PrivateParts(
+        *(
+            _found(f"ray.train.{module}", name)
+            for module, name in (
+                ("torch", "TorchTrainer"),
+                ("v2._internal.execution.scaling_policy", "ElasticScalingPolicy"),
+                ("v2._internal.execution.controller", "TrainController"),
+            )
+        )
+    )
+
+
+def _found(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+# the parameters after `self` that the methods have in Ray 2.60
+_PARAMETERS = {
+    "trainer": {
+        "_initialize_and_run_controller": ["controller_init_kwargs"],
+        "_register_sigint_handler": ["controller"],
+    },
+    "policy": {
+        "__init__": ["scaling_config"],
+        "_count_possible_workers": ["reserved_resources"],
+    },
+}
+
+
+def interface_changes(trainer: Any, policy: Any, controller: Any) -> list[str]:
+    """How Ray's private interface differs from that of 2.60, in a line each."""
+    classes = {"trainer": trainer, "policy": policy, "controller": controller}
+    if missing := [name for name, cls in classes.items() if cls is None]:
+        return [f"the class of the {name} is not where it was" for name in missing]
+    changes = []
+    for role, methods in _PARAMETERS.items():
+        for method, expected in methods.items():
+            actual = _parameters(classes[role], method)
+            if actual != expected:
+                name = f"{classes[role].__name__}.{method}"
+                found = "is missing" if actual is None else f"takes {actual}"
+                changes.append(f"{name} {found}, and took {expected}")
+    # `_initialize_and_run_controller` passes its keyword arguments on
+    if "scaling_policy" not in (_parameters(controller, "__init__") or ()):
+        changes.append(f"{controller.__name__} takes no scaling_policy any more")
+    return changes
+
+
+def _parameters(cls: Any, method: str) -> list[str] | None:
+    function = getattr(cls, method, None)
+    return None if function is None else list(inspect.signature(function).parameters)[1:]
+
+
+def _changed_interface(changes: Sequence[str]) -> str:
+    import ray
+
+    return (
+        f"Ray {ray.__version__} has another private interface than 2.60, for which this was "
+        f"written: {'; '.join(changes)}. Install 'ray[train]~=2.60.0', or start ranks with "
+        "torchrun, which needs no Ray; to support this version, change _trainer_class and "
+        "_PARAMETERS in trainer/launch.py"
+    )
 
 
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:

@@ -190,6 +190,55 @@ def when(folder: Path, step: int, action) -> threading.Thread:
 
 
 @train
+def test_rays_private_interface_is_the_one_that_we_change():
+    """Fails with a new Ray: the message says what changed and what to do."""
+    from trainer.launch import _changed_interface, _private_parts, interface_changes
+
+    changes = interface_changes(*_private_parts())
+    assert not changes, _changed_interface(changes)
+
+
+class OtherTrainer:
+    def _initialize_and_run_controller(self, parts): ...
+
+
+class OtherPolicy:
+    def __init__(self, scaling_config): ...
+
+    def _count_possible_workers(self, reserved_resources, group): ...
+
+
+@train
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"policy": None}, "the class of the policy is not where it was"),
+        (
+            {"trainer": OtherTrainer},
+            r"OtherTrainer._initialize_and_run_controller takes \['parts'\], and took "
+            r"\['controller_init_kwargs'\]; OtherTrainer._register_sigint_handler is missing",
+        ),
+        (
+            {"policy": OtherPolicy},
+            r"OtherPolicy._count_possible_workers takes \['reserved_resources', 'group'\], and",
+        ),
+        ({"controller": OtherPolicy}, "OtherPolicy takes no scaling_policy any more"),
+    ],
+)
+def test_another_private_interface_of_ray_is_an_error_that_says_what_to_do(
+    monkeypatch, changed, message
+):
+    pytest.importorskip("ray.train")
+    from trainer import launch
+
+    parts = launch._private_parts()._replace(**changed)
+    monkeypatch.setattr(launch, "_private_parts", lambda: parts)
+    expected = rf"^Ray [0-9.]+ has another .*: {message}.*\. Install 'ray\[train\]~=2.60.0', or"
+    with pytest.raises(launch.TrainingError, match=expected):
+        launch._trainer_class([1])
+
+
+@train
 @pytest.mark.ray
 @pytest.mark.kill
 def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session):

@@ -1,8 +1,10 @@
 """Step 2 of a row's way to the loss: read rows of published generations from their MDS shards,
 micro-batches ahead of training, in a thread or in worker processes.
 
-Of mosaicml-streaming (0.13.0) this uses the shard readers, and `order` the shuffle. Its
-StreamingDataset is not used because of how it fails: a missing or broken shard ends an epoch
+Of mosaicml-streaming (0.13.0) this uses the shard readers (`streaming.base.format`) and the
+decompression of shards (`streaming.base.compression`), and `order` the shuffle py1e
+(`streaming.base.shuffle`). Its StreamingDataset reads the same rows from a generation, and a test
+holds it to that. It is not used because of how it fails: a missing or broken shard ends an epoch
 silently or hangs it, padding repeats rows, a killed run leaves shared memory behind, its
 constructor is a collective, and its position is a count of samples that does not know a second
 generation. Here a row is read by generation and number: it is returned or an error is raised, and

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,6 +143,21 @@ def test_the_order_is_that_of_a_streaming_dataset(published):
     )
     theirs = [int(sample["tokens"][0]) for sample in dataset]
     assert epoch_order(one, 0, seed=7, nodes=4).tolist() == theirs
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+def test_a_streaming_dataset_reads_the_same_tokens_and_spans(tmp_path, compression):
+    publish(tmp_path, 21, per_shard=8, compression=compression)
+    dataset = import_streaming().StreamingDataset(
+        local=f"{tmp_path}/generations/gen-0001", batch_size=1, shuffle=False
+    )
+    theirs = list(dataset)
+    ours = read_batch([RowRef(str(tmp_path), "gen-0001", 21, row) for row in range(21)])
+    assert len(theirs) == 21
+    for sample, tokens, documents in zip(theirs, ours.tokens, ours.documents, strict=True):
+        assert sample["tokens"].dtype == sample["spans"].dtype == np.uint32
+        assert tokens.tolist() == sample["tokens"].tolist()
+        assert torch.bincount(documents[documents >= 0]).tolist() == sample["spans"].tolist()
 
 
 # --- batches --------------------------------------------------------------------------------------

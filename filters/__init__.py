@@ -55,6 +55,8 @@ Bound = Annotated[
 # Paths to files or folders that every worker can read; "" for none
 File = Annotated[str, "file"]
 Files = Annotated[tuple[str, ...], "files"]
+# a path with a dot or a slash in it, or the name of something that needs no file
+FileOrName = Annotated[str, "file or name"]
 
 Measured = dict[str, Any]  # a float per rule, then a string or None per note
 
@@ -105,7 +107,7 @@ def settings(filter: Any) -> dict[str, Any]:
 
 
 def files(section: Any) -> dict[str, tuple[str, ...]]:
-    """The paths that a filter, or any other section, reads, by field."""
+    """The paths that a filter, or any other section, reads, by field; no field with a name."""
     paths: dict[str, tuple[str, ...]] = {}
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
@@ -113,7 +115,14 @@ def files(section: Any) -> dict[str, tuple[str, ...]]:
             paths[field.name] = value
         elif field.type == File:
             paths[field.name] = (value,) if value else ()
+        elif field.type == FileOrName and is_path(value):
+            paths[field.name] = (value,)
     return paths
+
+
+def is_path(value: str) -> bool:
+    """Whether a FileOrName is a path."""
+    return "/" in value or "." in value
 
 
 def derived(filter: Any) -> dict[str, str]:

@@ -4,7 +4,7 @@ Each section is a strict dataclass; `pipeline.config.train` builds them from a T
 """
 
 import re
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -44,11 +44,11 @@ class ModelConfig:
 
     `num_heads` is a multiple of `num_kv_heads`. A head has `head_dim` dimensions (0: `dim` /
     `num_heads`). `ffn_dim` is the width of the feed-forward layers; with `tie_embeddings` the
-    output layer shares the embedding's weights. `vocab_size` may exceed the tokenizer's (100,277 of
-    cl100k_base), as multiples of 128 are faster. `qkv_bias` adds a bias to queries, keys and values
-    (Qwen2); `qk_norm` normalizes each head of queries and keys (Qwen3). `attention`: "auto" is
-    "flex" (FlexAttention) on GPUs, which skips what lies between documents, and "sdpa" on CPUs, for
-    which FlexAttention has no backward pass.
+    output layer shares the embedding's weights. `vocab_size` may exceed the tokenizer's, as
+    multiples of 128 are faster; 0, the default in a file, takes it from the generations. `qkv_bias`
+    adds a bias to queries, keys and values (Qwen2); `qk_norm` normalizes each head of queries and
+    keys (Qwen3). `attention`: "auto" is "flex" (FlexAttention) on GPUs, which skips what lies
+    between documents, and "sdpa" on CPUs, for which FlexAttention has no backward pass.
 
     A `rope_factor` above 1 stretches the slow rotations of the rotary embedding for longer
     contexts, as Llama 3.1: by the factor for those that turn less than `rope_low_freq_factor` times
@@ -59,7 +59,7 @@ class ModelConfig:
     there; only `vocab_size` may be larger. "" draws the weights from the seed.
     """
 
-    vocab_size: Positive = 100_352
+    vocab_size: NonNegativeInt = 100_352
     dim: Positive = 768
     num_layers: Positive = 12
     num_heads: Positive = 12
@@ -361,3 +361,13 @@ class TrainConfig:
         if branch and not re.fullmatch(r".+@\d+", branch):
             raise ValueError("write RUN@STEP, the directory of a training and a step")
         return branch
+
+
+def with_vocab_size(config: TrainConfig, vocab_size: int | None) -> TrainConfig:
+    """A configuration whose model has as many tokens as the data, up to a multiple of 128, unless
+    it names their number. While nothing is published it is 100,352: room for cl100k_base.
+    """
+    if config.model.vocab_size:
+        return config
+    size = 100_352 if vocab_size is None else -(-vocab_size // 128) * 128
+    return replace(config, model=replace(config.model, vocab_size=size))

@@ -31,7 +31,7 @@ from stages.storage.catalog import GenerationError
 from stages.storage.locks import try_lock
 from trainer.branch import check_same_parent, open_parent
 from trainer.checkpoint import Checkpoints
-from trainer.config import CONFIG, STOP, TrainConfig
+from trainer.config import CONFIG, STOP, TrainConfig, with_vocab_size
 from trainer.data.loader import BatchLoader
 from trainer.data.rows import Batch, RowRange
 from trainer.evaluate.held_out import Evaluation, Scores
@@ -131,6 +131,8 @@ class Training:
                 state=extra.get("supply"),
             )
         )
+        self.config = config = with_vocab_size(config, self.loader.vocab_size)
+        self.loader.limit_vocabulary(config.model.vocab_size)
         self.evaluation = (
             Evaluation(config.evaluation, config.data, device=device, begun=self.loader.begun())
             if config.evaluation.every_steps

@@ -112,9 +112,14 @@ def load_config(
     file: Path | None, overrides: Sequence[str] | None, *, calibrated: bool = True
 ) -> "Config":
     """`pipeline.config.load.load`, imported when it is needed."""
+    from pipeline.config.build import ALIASES
     from pipeline.config.load import load
 
-    return load(file, overrides or [], calibrated=calibrated)
+    config = load(file, overrides or [], calibrated=calibrated)
+    for old, new in ALIASES.items():
+        if old in config.origins:
+            warn(f"{config.origins[old]}: {old} is an old name: write {new}", kind="hint")
+    return config
 
 
 def ray_units(address: str | None, dashboard: bool) -> "RunUnits":

@@ -14,6 +14,8 @@ from pipeline.config.source import KeyProblem, error_at
 
 # old -> new
 RENAMED_KEYS = {"names": "ner", "dedup.lines": "dedup.line_level", **trainer.config.RENAMED_KEYS}
+# old -> new: still read, with a hint
+ALIASES = {"pack.encoding": "pack.tokenizer"}
 _UNKNOWN = "unexpected_keyword_argument"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filters import available, filter_class
-from pipeline.config.build import build, check_known
+from filters import available, filter_class, is_path
+from pipeline.config.build import ALIASES, build, check_known
 from pipeline.config.digests import files_of
 from pipeline.config.languages import RawConfig, build_by_language, build_section
 from pipeline.config.paths import absolute_path, with_absolute_paths
@@ -19,6 +19,7 @@ from stages.formats import mds
 from stages.formats.document import score_columns
 from stages.formats.errors import ConfigError
 from stages.formats.tiktoken_encodings import check_encoding
+from stages.pack.pack import tokenizer_of
 from stages.storage.files import is_local
 
 
@@ -32,7 +33,21 @@ def load(
     """
     sections, origins = read_source(file, overrides)
     with located(origins):
+        _follow_aliases(sections, origins)
         return _build_config(sections, origins, calibrated=calibrated)
+
+
+def _follow_aliases(sections: dict[str, Any], origins: dict[str, str]) -> None:
+    """Move the values of old keys to the new ones; ConfigError if both are set."""
+    for old, new in ALIASES.items():
+        (section, name), (_, new_name) = old.split("."), new.split(".")
+        values = sections.get(section)
+        if not isinstance(values, dict) or name not in values:
+            continue
+        if new_name in values:
+            raise error_at(old, f" is an old name of {new}, which is set as well; leave it out")
+        values[new_name] = values.pop(name)
+        origins[new] = origins[old]
 
 
 def _build_config(sections: dict[str, Any], origins: dict[str, str], *, calibrated: bool) -> Config:
@@ -67,9 +82,9 @@ def _check(config: Config) -> None:
     if not config.input.paths:
         raise ConfigError("input.paths is empty: name files, globs, folders or listings to read")
     _check_chains(config)
+    _check_files(config)
     _check_pack(config)
     _check_dedup(config)
-    _check_files(config)
     _check_sections(config)
 
 
@@ -87,11 +102,15 @@ def _check_chains(config: Config) -> None:
 
 
 def _check_pack(config: Config) -> None:
+    pack = config.pack
     try:
-        check_encoding(config.pack.encoding, config.pack.vocabulary_dir)
+        if is_path(pack.tokenizer) or pack.add_begin_of_text or any(pack.options):
+            tokenizer_of(pack)
+        else:  # loading one takes a second
+            check_encoding(pack.tokenizer, pack.vocabulary_dir)
     except ValueError as error:
-        raise error_at("pack.encoding", f": {error}") from error
-    hashes = config.pack.hashes
+        raise error_at("pack.tokenizer", f": {error}") from error
+    hashes = pack.hashes
     if len(set(hashes)) < len(hashes) or not mds.HASHES.keys() >= set(hashes):
         text = f" = {list(hashes)}: give unique names of {sorted(mds.HASHES)}"
         raise error_at("pack.hashes", text)

@@ -16,8 +16,8 @@ from trainer.model.layouts import disagreements, model_settings
 def load_training(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a TOML file and `section.key=value` overrides; ConfigError for the first problem.
 
-    `model.preset` names one of PRESETS, which the section's other keys override. Paths are made
-    absolute.
+    `model.preset` names one of PRESETS, which the section's other keys override. Without
+    `model.vocab_size` that of the data is taken. Paths are made absolute.
     """
     values, origins = read_source(file, overrides)
     with located(origins):
@@ -25,7 +25,8 @@ def load_training(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
 
 
 def _build_config(values: dict[str, Any]) -> TrainConfig:
-    model = values.get("model", {})
+    model = values.setdefault("model", {"preset": "tiny"})
+    from_data = {"vocab_size": 0}
     if isinstance(model, dict) and isinstance(model.get("init"), str) and model["init"]:
         values["model"] = _model_of_init(model["init"], model)
     elif isinstance(model, dict) and "preset" in model:
@@ -33,7 +34,9 @@ def _build_config(values: dict[str, Any]) -> TrainConfig:
         if preset not in PRESETS:
             text = f" = {preset!r}: there is no such preset{did_you_mean(str(preset), PRESETS)}"
             raise error_at("model.preset", text)
-        values["model"] = dataclasses.asdict(PRESETS[preset]) | model
+        values["model"] = dataclasses.asdict(PRESETS[preset]) | from_data | model
+    elif isinstance(model, dict):
+        values["model"] = from_data | model
     config = cast(TrainConfig, build("", TrainConfig, values))
     check_survives_job("directory", config.directory)
     check_survives_job("checkpoint.folder", config.checkpoint.folder)

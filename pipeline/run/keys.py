@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from filters import rules, settings
+from filters import is_path, rules, settings
 from pipeline.config.digests import file_digests
 from pipeline.config.sections import Config, section_of
 from pipeline.run.phase import Index
 from pipeline.run.phases import extract_plan
 from stages.dedup.config import VERSION as DEDUP_VERSION
 from stages.extract import extract
+from stages.formats.tiktoken_encodings import SHIPPED
 from stages.pack import pack
 from stages.refine import ner, refine
 from stages.storage.digests import digest
@@ -53,9 +54,24 @@ def stage_keys(
     if config.ner.enabled:
         recognition = [ner.VERSION, settings(config.ner), config.ner.version]
         keys["ner"] = digest([keys["refine"], *recognition])
-    packing = _section(config.pack) | {"vocabulary_dir": files_of("pack")}
+    packing = _packing(config.pack, files_of("pack"))
     keys["pack"] = digest([keys["ner"], pack.VERSION, packing, config.run.seed])
     return keys
+
+
+def _packing(config: pack.PackConfig, files: Mapping[str, str]) -> dict[str, Any]:
+    """What changes packed rows. Settings that are younger than `pack.VERSION` are left out where
+    they change nothing, and a tokenizer has its old name: rows of earlier runs stay.
+    """
+    values = _section(config)
+    name = values.pop("tokenizer")
+    values["encoding"] = "" if is_path(name) else name
+    for key in ("pattern", "end_of_text", "begin_of_text", "add_begin_of_text"):
+        if not values[key]:
+            del values[key]
+    if not is_path(name) and name not in SHIPPED:  # small vocabularies, once stored as uint32
+        values["dtype"] = "narrowest"
+    return values | {"vocabulary_dir": files}
 
 
 def _section(section: Any) -> dict[str, Any]:

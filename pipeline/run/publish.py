@@ -22,8 +22,8 @@ from pipeline.engine.lease import Fenced, fence
 from pipeline.run.lineage import Origin, succession
 from pipeline.run.state import RunState
 from stages.formats import mds
-from stages.formats.tokenizer import load_tokenizer
-from stages.pack.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Split
+from stages.formats.tokenizer import Tokenizer
+from stages.pack.pack import HELD_OUT, PROVENANCE, TRAINING, PackConfig, Split, tokenizer_of
 from stages.storage.catalog import (
     CATALOG,
     MANIFEST,
@@ -157,7 +157,7 @@ def _build(
     sources: Mapping[str, int],
 ) -> dict[str, Any]:
     """Put a generation into `folder`; its manifest."""
-    tokenizer = load_tokenizer(config.encoding, vocabulary_dir=config.vocabulary_dir)
+    tokenizer = tokenizer_of(config)
     held_out = [c for c in commits if "pack.held_out" in c.counts]
     return {
         "rows": sum(c.rows_out for c in commits),
@@ -165,9 +165,8 @@ def _build(
         "documents": sum(c.rows_in - c.counts.get("pack.held_out", 0) for c in commits),
         "seq_len": config.seq_len,
         "packing": config.packing,
-        "tokenizer": config.encoding,
-        "tokenizer_sha256": tokenizer.digest,
-        "end_of_text": tokenizer.end_of_text,
+        **_describe_tokenizer(folder, tokenizer),
+        "add_begin_of_text": config.add_begin_of_text,
         "sources": sources,  # documents by input file, those held out included
         "provenance": "provenance.parquet",
         **_assemble(folder, store, commits, TRAINING),
@@ -176,10 +175,37 @@ def _build(
             "tokens": sum(c.result.held_out_tokens for c in held_out),
             "documents": sum(c.counts["pack.held_out"] for c in held_out),
             "seq_len": config.seq_len,
+            "dtype": tokenizer.dtype,
             **_assemble(folder / "held_out", store, held_out, HELD_OUT),
         }
         if held_out
         else None,
+    }
+
+
+def _describe_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Copy a tokenizer's file to `folder`, so that a trainer needs no other; the manifest's entries
+    on it. An encoding that tiktoken names has no file.
+    """
+    file = None
+    if tokenizer.file:
+        copy = folder / "tokenizer" / tokenizer.name
+        copy.parent.mkdir(parents=True)
+        shutil.copyfile(tokenizer.file, copy)
+        file = {
+            "basename": f"tokenizer/{tokenizer.name}",
+            "bytes": copy.stat().st_size,
+            "sha256": file_sha256(copy),
+        }
+    return {
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.digest,
+        "tokenizer_file": file,
+        "tokenizer_options": tokenizer.options._asdict(),
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "begin_of_text": tokenizer.begin_of_text,
+        "dtype": tokenizer.dtype,  # of the stored tokens
     }
 
 
@@ -242,10 +268,11 @@ def _move_folder(folder: Path, uri: str) -> None:
     fence()
     # of a run that died here, maybe with other content; not listed, or `publish` had seen it
     remove_tree(uri)
-    data = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix != ".json")
-    for files in (data, sorted(folder.rglob("*.json"))):
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    last = [f for f in files if f.name in (mds.INDEX, MANIFEST)]
+    for part in ([f for f in files if f not in last], last):
         with ThreadPoolExecutor(4) as pool:  # each holds a file in memory
-            list(pool.map(lambda file: _upload(file, f"{uri}/{file.relative_to(folder)}"), files))
+            list(pool.map(lambda file: _upload(file, f"{uri}/{file.relative_to(folder)}"), part))
 
 
 def _upload(file: Path, uri: str) -> None:

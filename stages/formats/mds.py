@@ -5,7 +5,7 @@ start of the file. A sample is `uint32 sizes[variable columns] | values`, column
 everything little-endian. index.json lists the shards. For the same samples and options this writes
 the bytes that streaming 0.13.0 writes, index included.
 
-Columns hold arrays of uint32 with one axis, which is all that Gristmill writes:
+Columns hold arrays of uint32 or uint16 with one axis, which is all that Gristmill writes:
 `ndarray:uint32:N` is the N values, `ndarray:uint32` any number of values after their shape.
 Options are not checked here: `PackConfig` and `gristmill check` do that.
 """
@@ -41,8 +41,8 @@ CONFIG_KEYS = (
     "column_encodings",
     "column_sizes",
 )
-_ENCODING = re.compile(r"ndarray:uint32(?::([1-9]\d*))?")
-_ENCODINGS = "ndarray:uint32 or ndarray:uint32:N"
+_ENCODING = re.compile(r"ndarray:(uint16|uint32)(?::([1-9]\d*))?")
+_ENCODINGS = "ndarray:uint32 or ndarray:uint32:N, or of uint16"
 
 
 class Mismatch(NamedTuple):
@@ -59,11 +59,30 @@ def compare(shard: str, what: str, expected: int | str, actual: int | str) -> li
     return [] if expected == actual else [Mismatch(shard, what, expected, actual)]
 
 
-def columns_of_rows(seq_len: int) -> dict[str, str]:
-    """Columns of packed rows: token ids (seq_len,), and the lengths of the spans of documents, in
-    order, fill not counted.
+def columns_of_rows(seq_len: int, dtype: str = "uint32") -> dict[str, str]:
+    """Columns of packed rows: token ids (seq_len,) of `dtype`, and the lengths of the spans of
+    documents, in order, fill not counted.
     """
-    return {"tokens": f"ndarray:uint32:{seq_len}", "spans": "ndarray:uint32"}
+    return {"tokens": f"ndarray:{dtype}:{seq_len}", "spans": "ndarray:uint32"}
+
+
+class Column(NamedTuple):
+    """The arrays of a column: their type, and how many values each has; None if that varies."""
+
+    dtype: np.dtype
+    length: int | None
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of each array; None if that varies."""
+        return None if self.length is None else self.dtype.itemsize * self.length
+
+
+def parse_column(encoding: str) -> Column:
+    """The column of an encoding that `_ENCODING` matches."""
+    match = _ENCODING.fullmatch(encoding)
+    assert match is not None
+    return Column(np.dtype(match[1]), int(match[2]) if match[2] else None)
 
 
 class MDSWriter:
@@ -88,16 +107,16 @@ class MDSWriter:
         hashes: Sequence[str] = (),
         size_limit: int = 1 << 26,
     ) -> None:
-        self._lengths = {name: array_length(columns[name]) for name in sorted(columns)}
+        self._columns = {name: parse_column(columns[name]) for name in sorted(columns)}
         self._config: dict[str, Any] = {
             "version": 2,
             "format": "mds",
             "compression": compression,
             "hashes": list(hashes),
             "size_limit": size_limit,
-            "column_names": list(self._lengths),
-            "column_encodings": [columns[name] for name in self._lengths],
-            "column_sizes": [n if n is None else 4 * n for n in self._lengths.values()],
+            "column_names": list(self._columns),
+            "column_encodings": [columns[name] for name in self._columns],
+            "column_sizes": [column.size for column in self._columns.values()],
         }
         self._config_json = _to_json(self._config)
         self.out = Path(out)
@@ -134,12 +153,12 @@ class MDSWriter:
 
     def _encode(self, sample: Mapping[str, Any]) -> bytes:
         sizes, values = [], []
-        for name, length in self._lengths.items():
+        for name, column in self._columns.items():
             try:
-                values.append(_encode_array(sample[name], length))
+                values.append(_encode_array(sample[name], column))
             except ValueError as error:
                 raise ValueError(f"column '{name}': {error}") from error
-            if length is None:
+            if column.length is None:
                 sizes.append(len(values[-1]))
         return b"".join([np.array(sizes, np.uint32).tobytes(), *values])
 
@@ -234,7 +253,7 @@ class Shard(NamedTuple):
     data: bytes  # decompressed
     offsets: np.ndarray  # int64 [n + 1]
     config: dict[str, Any]
-    lengths: dict[str, int | None]  # of each column, see `array_length`
+    columns: dict[str, Column]
 
 
 def read_shard(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -249,15 +268,15 @@ def read_shard(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             f"{path}: {shard.what}: expected {shard.expected}, found {shard.actual}; "
             "rerun stage 'pack'"
         )
-    num_variable = list(shard.lengths.values()).count(None)
+    num_variable = _num_variable(shard)
     for start in shard.offsets[:-1].tolist():
         sizes = iter(np.frombuffer(shard.data, np.uint32, num_variable, start).tolist())
         at = start + 4 * num_variable
         sample = {}
-        for name, length in shard.lengths.items():
-            size = next(sizes) if length is None else 4 * length
+        for name, column in shard.columns.items():
+            size = next(sizes) if column.size is None else column.size
             try:
-                sample[name] = _decode_array(shard.data[at : at + size], length)
+                sample[name] = _decode_array(shard.data[at : at + size], column)
             except ValueError as error:
                 raise ValueError(f"{path}: column '{name}': {error}") from error
             at += size
@@ -291,8 +310,8 @@ def open_shard(name: str, data: bytes) -> Shard | Mismatch:
     for column, encoding in encodings.items():
         if not _ENCODING.fullmatch(str(encoding)):
             return Mismatch(name, f"encoding of column '{column}'", _ENCODINGS, str(encoding))
-    lengths = {column: array_length(encoding) for column, encoding in encodings.items()}
-    shard = Shard(data, offsets, config, lengths)
+    columns = {column: parse_column(encoding) for column, encoding in encodings.items()}
+    shard = Shard(data, offsets, config, columns)
     expected, actual = np.diff(offsets), _sizes_by_columns(shard)
     for at in np.flatnonzero(actual != expected)[:1].tolist():
         what = f"bytes of sample {at} by its columns"
@@ -300,10 +319,15 @@ def open_shard(name: str, data: bytes) -> Shard | Mismatch:
     return shard
 
 
+def _num_variable(shard: Shard) -> int:
+    """Columns whose arrays differ in length."""
+    return sum(column.length is None for column in shard.columns.values())
+
+
 def _sizes_by_columns(shard: Shard) -> np.ndarray:
     """Bytes of each sample by the sizes it begins with, int64 [n]; -1 if too short for them."""
-    head = 4 * list(shard.lengths.values()).count(None)
-    fixed = 4 * sum(length or 0 for length in shard.lengths.values())
+    head = 4 * _num_variable(shard)
+    fixed = sum(column.size or 0 for column in shard.columns.values())
     fits = np.diff(shard.offsets) >= head
     heads = shard.offsets[:-1][fits, None] + np.arange(head)
     sizes = np.frombuffer(shard.data, np.uint8)[heads].view(np.uint32)
@@ -343,18 +367,12 @@ def _decompress(data: bytes) -> bytes:
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-def array_length(encoding: str) -> int | None:
-    """Values in each array of a column; None if that varies."""
-    match = _ENCODING.fullmatch(encoding)
-    assert match is not None
-    return int(match[1]) if match[1] else None
-
-
-def _encode_array(array: np.ndarray, length: int | None) -> bytes:
+def _encode_array(array: np.ndarray, column: Column) -> bytes:
+    dtype, length = column
     fits = array.ndim == 1 and len(array) and length in (None, len(array))
-    if array.dtype != np.uint32 or not fits:
+    if array.dtype != dtype or not fits:
         raise ValueError(
-            f"must be uint32 of shape ({length or 'n'},), got {array.dtype} of shape {array.shape}"
+            f"must be {dtype} of shape ({length or 'n'},), got {array.dtype} of shape {array.shape}"
         )
     return (_encode_shape(len(array)) if length is None else b"") + array.tobytes()
 
@@ -365,11 +383,13 @@ def _encode_shape(length: int) -> bytes:
     return bytes([1 << 2 | log2]) + length.to_bytes(1 << log2, "little")
 
 
-def _decode_array(data: bytes, length: int | None) -> np.ndarray:
+def _decode_array(data: bytes, column: Column) -> np.ndarray:
+    dtype, length = column
     if length is not None:
-        return np.frombuffer(data, np.uint32)
+        return np.frombuffer(data, dtype)
     num_axes, log2 = divmod(data[0] if data else 0, 4)
     start = 1 + (1 << log2)
-    if num_axes != 1 or start + 4 * int.from_bytes(data[1:start], "little") != len(data):
+    size = dtype.itemsize * int.from_bytes(data[1:start], "little")
+    if num_axes != 1 or start + size != len(data):
         raise ValueError(f"shape does not fit in {len(data)} bytes")
-    return np.frombuffer(data, np.uint32, offset=start)
+    return np.frombuffer(data, dtype, offset=start)

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from filters import is_path
 from stages.formats.tiktoken_encodings import (
     encode_text,
     encoding_digest,
@@ -81,8 +82,8 @@ class Tokenizer:
     begin_of_text: int | None
     file: Path | None
     options: TokenizerOptions
-    library: Any = field(repr=False)
-    encode: Callable[[Sequence[str]], list[Tokens]] = field(repr=False)
+    library: Any = field(repr=False, compare=False)
+    encode: Callable[[Sequence[str]], list[Tokens]] = field(repr=False, compare=False)
 
     @property
     def dtype(self) -> Literal["uint16", "uint32"]:
@@ -111,11 +112,6 @@ class Tokenizer:
         return [np.concatenate([begin, ids, end]) for ids in self.encode_batch(texts)]
 
 
-def is_file(tokenizer: str) -> bool:
-    """Whether a `pack.tokenizer` is a path: names of tiktoken have neither dot nor slash."""
-    return "/" in tokenizer or "." in tokenizer
-
-
 def load_tokenizer(
     tokenizer: str, options: TokenizerOptions = DEFAULTS, *, vocabulary_dir: str = ""
 ) -> Tokenizer:
@@ -124,7 +120,7 @@ def load_tokenizer(
     ValueError, which names the tokenizer, if it cannot be read, has no end-of-text, or would read
     that from the text of a document. `vocabulary_dir` as for `load_encoding`.
     """
-    if not is_file(tokenizer):
+    if not is_path(tokenizer):
         if options.pattern:
             raise ValueError(f"{tokenizer}: tiktoken's encodings have a pattern; leave it out")
         return _of_tiktoken(load_encoding(tokenizer, vocabulary_dir), None, options)

@@ -17,11 +17,11 @@ import pyarrow as pa
 import xxhash
 from pydantic import BeforeValidator, Field
 
-from filters import File, off_is_none, validated
+from filters import File, FileOrName, off_is_none, validated
 from stages.formats import tokens
 from stages.formats.document import table_schema
 from stages.formats.mds import INDEX, MDSWriter, columns_of_rows
-from stages.formats.tokenizer import Tokenizer, load_tokenizer
+from stages.formats.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
 from stages.storage.files import names_in, scratch_folder
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import read_columns
@@ -44,15 +44,25 @@ PROVENANCE = table_schema(
 class PackConfig:
     """Settings of the pack stage.
 
+    `tokenizer` is a name of tiktoken's, or a path with a dot or a slash in it: a tokenizer.json of
+    Hugging Face's, a SentencePiece model, or ranks of tiktoken, for which `pattern` is the regular
+    expression that splits text. `end_of_text` and `begin_of_text` are its tokens around a document,
+    "" for those that it names or that have a usual name; the latter is put before each document
+    only with `add_begin_of_text`. `vocabulary_dir` is a tiktoken cache folder, "" the vocabularies
+    that ship with the install.
+
     `packing`: 'concatenate' lays documents end to end and cuts; 'best_fit' cuts fewer documents
     (arXiv:2404.10830). `held_out` is the share of documents that are held out for evaluation and
     in no training row, drawn by their text. Generations of another share or seed are drawn apart:
-    what one holds out another may train on. `vocabulary_dir` is a tiktoken cache folder, "" the
-    vocabularies that ship with the install. `shard_bytes` is the size of a raw shard; `group_bytes`
+    what one holds out another may train on. `shard_bytes` is the size of a raw shard; `group_bytes`
     of corpus Parquet make one unit, which is shuffled in memory.
     """
 
-    encoding: str = "cl100k_base"
+    tokenizer: FileOrName = Field(default="cl100k_base", min_length=1)
+    pattern: str = ""
+    end_of_text: str = ""
+    begin_of_text: str = ""
+    add_begin_of_text: bool = False
     vocabulary_dir: File = ""
     seq_len: int = Field(default=2048, ge=2, le=1 << 20)
     packing: Literal["concatenate", "best_fit"] = "concatenate"
@@ -67,6 +77,24 @@ class PackConfig:
     memory: int = Field(default=1_500_000_000, gt=0)
     parallelism: int = Field(default=0, ge=0)
     batch_size: int = Field(default=256, gt=0)
+
+    @property
+    def options(self) -> TokenizerOptions:
+        """What the tokenizer's file may leave open."""
+        return TokenizerOptions(self.pattern, self.end_of_text, self.begin_of_text)
+
+
+def tokenizer_of(config: PackConfig) -> Tokenizer:
+    """The tokenizer that a configuration names; ValueError if there is no such."""
+    tokenizer = load_tokenizer(
+        config.tokenizer, config.options, vocabulary_dir=config.vocabulary_dir
+    )
+    if config.add_begin_of_text and tokenizer.begin_of_text is None:
+        raise ValueError(
+            f"{config.tokenizer}: has no token for the beginning of a text; set "
+            "pack.begin_of_text, or pack.add_begin_of_text = false"
+        )
+    return tokenizer
 
 
 class CorpusPart(NamedTuple):
@@ -175,23 +203,23 @@ def _write_split(
     documents: pa.Table, split: Split, config: PackConfig, commit: Commit, store: Store
 ) -> Written:
     """Tokenize, pack and write one split of a unit's documents."""
-    tokenizer = load_tokenizer(config.encoding, vocabulary_dir=config.vocabulary_dir)
+    tokenizer = tokenizer_of(config)
     ids, urls = documents["doc_id"].to_pylist(), documents["url"].to_pylist()
-    tokenized = _tokenize(documents["text"], tokenizer, config.batch_size)
+    tokenized = _tokenize(documents["text"], tokenizer, config)
     pack = tokens.concatenate_and_chunk if config.packing == "concatenate" else tokens.best_fit
     provenance: list[dict[str, Any]] = []
     rows = 0
     with scratch_folder("gristmill-pack") as folder:
         with MDSWriter(
             folder / "part",
-            columns=columns_of_rows(config.seq_len),
+            columns=columns_of_rows(config.seq_len, tokenizer.dtype),
             compression=config.compression,
             hashes=sorted(config.hashes),
             size_limit=config.shard_bytes,
         ) as writer:
             for row in pack(tokenized, seq_len=config.seq_len, fill=tokenizer.end_of_text):
                 lengths = np.array([span.length for span in row.spans], np.uint32)
-                writer.write({"tokens": row.tokens, "spans": lengths})
+                writer.write({"tokens": row.tokens.astype(tokenizer.dtype), "spans": lengths})
                 provenance += [
                     span._asdict()
                     | {"row": rows, "doc_id": ids[span.document], "url": urls[span.document]}
@@ -228,7 +256,8 @@ def _deal(parts: Sequence[CorpusPart], plan: PackPlan, unit: str) -> tuple[pa.Ta
 
 
 def _tokenize(
-    texts: pa.ChunkedArray, tokenizer: Tokenizer, batch_size: int
+    texts: pa.ChunkedArray, tokenizer: Tokenizer, config: PackConfig
 ) -> Iterator[tokens.Tokens]:
-    for start in range(0, len(texts), batch_size):
-        yield from tokenizer.encode_documents(texts.slice(start, batch_size).to_pylist())
+    for start in range(0, len(texts), config.batch_size):
+        batch = texts.slice(start, config.batch_size).to_pylist()
+        yield from tokenizer.encode_documents(batch, begin_of_text=config.add_begin_of_text)

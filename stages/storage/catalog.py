@@ -5,6 +5,7 @@
     RUN/generations/gen-0001/index.json          all shards, for StreamingDataset and its readers
     RUN/generations/gen-0001/part-00000/*.mds    the shards
     RUN/generations/gen-0001/provenance.parquet  row -> spans of documents
+    RUN/generations/gen-0001/tokenizer/*         the file of its tokenizer, if that has one
     RUN/generations/gen-0001/held_out/           the held-out split: index, shards and provenance
 
 The catalog identifies the manifest, and the manifest every shard. A generation never changes, and
@@ -162,6 +163,12 @@ def splits(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {"": manifest} if held_out is None else {"": manifest, "held_out/": held_out}
 
 
+def stored_files(split: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Basename, bytes and sha256 of the shards, and of the tokenizer that lies beside them."""
+    tokenizer = split.get("tokenizer_file")  # None for one that tiktoken names
+    return [*split["shards"], *([tokenizer] if tokenizer else [])]
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -197,7 +204,8 @@ def index_mismatches(folder: Path, split: Mapping[str, Any]) -> list[Mismatch]:
         if pair[0] != pair[1]:
             mismatches.append(Mismatch(mds.INDEX, "(shard, rows)", *map(str, pair)))
             break
-    columns = mds.columns_of_rows(split["seq_len"])
+    # no such key before small vocabularies were stored as uint16
+    columns = mds.columns_of_rows(split["seq_len"], split.get("dtype", "uint32"))
     for shard, (name, _) in zip(shards, listed, strict=True):
         if (written := mds.column_encodings(shard)) != columns:
             mismatches.append(Mismatch(name, "columns", str(columns), str(written)))
@@ -234,11 +242,12 @@ def split_mismatches(folder: Path, split: Mapping[str, Any]) -> list[Mismatch]:
 
     Every shard is read, and decoded as far as its columns (`mds_verify`).
     """
-    present = [shard for shard in split["shards"] if (folder / shard["basename"]).is_file()]
+    files = stored_files(split)
+    present = [file for file in files if (folder / file["basename"]).is_file()]
     mismatches = [
         *mds_verify.verify(folder),
         *index_mismatches(folder, split),
-        *size_mismatches(folder, split["shards"]),
+        *size_mismatches(folder, files),
         *hash_mismatches(folder, present),
     ]
     return list(dict.fromkeys(mismatches))

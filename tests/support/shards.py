@@ -76,6 +76,7 @@ def write_manifest(run: Path, name: str, *, seq_len: int = SEQ_LEN) -> None:
         "tokens": rows * 5,
         "seq_len": seq_len,
         "tokenizer": "cl100k_base",
+        "vocab_size": 64,
     }
     held_out = None
     if (folder / "held_out").exists():

@@ -163,7 +163,7 @@ def test_a_training_that_has_reached_its_end_is_left_as_it_is(file, tmp_path):
 def test_what_only_the_first_step_or_rank_0_can_know_is_told_in_a_line(file, rank_fault):
     from trainer.launch import TrainingError, launch
 
-    expected = r"a trainer is named by letters|token \d+ exceeds model.vocab_size = 20; enlarge it"
+    expected = r"a trainer is named by letters|at most model.vocab_size = 20 tokens, found 64"
     with pytest.raises(TrainingError, match=expected):
         launch(load_training(file, [rank_fault]), on_ray=False)
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from stages.formats import mds
+from stages.formats.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
 from stages.storage.catalog import (
     generation_error,
     generation_uri,
@@ -31,12 +32,55 @@ from stages.storage.catalog import (
     read_same_manifest,
     reading,
     size_mismatches,
+    stored_files,
 )
 from stages.storage.digests import bytes_sha256, file_sha256
-from stages.storage.files import is_local, local_path, open_fs, read_bytes
+from stages.storage.files import is_local, local_path, open_fs, read_bytes, write_atomically
 from stages.storage.locks import lock
 
 Mode = Literal["full", "quick"]
+
+# of tiktoken's encodings, for manifests of earlier versions
+_VOCAB_SIZES = {
+    **{"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088},
+    **{"gpt2": 50_257, "r50k_base": 50_257, "p50k_base": 50_281, "p50k_edit": 50_284},
+}
+
+
+class RowShape(NamedTuple):
+    """What all rows of a training have in common; None where a manifest of an earlier version, or a
+    checkpoint, does not say.
+
+    Ids of tokens are below `vocab_size`. A tokenizer is its `tokenizer_sha256`: its file may be
+    called otherwise.
+    """
+
+    seq_len: int | None = None
+    tokenizer: str | None = None
+    tokenizer_sha256: str | None = None
+    vocab_size: int | None = None
+    end_of_text: int | None = None
+    add_begin_of_text: bool | None = None
+
+    def differences(self, other: "RowShape") -> list[str]:
+        """Keys of which both have a value, and not the same."""
+        keys = [
+            key
+            for key, ours, theirs in zip(self._fields, self, other, strict=True)
+            if None not in (ours, theirs) and ours != theirs
+        ]
+        if self.tokenizer_sha256 is not None is not other.tokenizer_sha256:
+            return [key for key in keys if key != "tokenizer"]
+        return keys
+
+    def completed(self, other: "RowShape") -> "RowShape":
+        """This with the values of another one where it has none."""
+        known = {key: value for key, value in self._asdict().items() if value is not None}
+        return other._replace(**known)
+
+    def describe(self, keys: Sequence[str]) -> str:
+        """'seq_len 2048, tokenizer cl100k_base'."""
+        return ", ".join(f"{key} {getattr(self, key)}" for key in keys)
 
 
 class Manifest(NamedTuple):
@@ -49,9 +93,14 @@ class Manifest(NamedTuple):
     name: str
     sha256: str
     rows: int
-    seq_len: int
-    tokenizer: str
+    shape: RowShape
     shard_rows: tuple[int, ...]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a row."""
+        assert self.shape.seq_len is not None
+        return self.shape.seq_len
 
 
 class Share(NamedTuple):
@@ -152,10 +201,32 @@ def stage(manifest: Manifest, *, mode: Mode, cache: str = "") -> None:
     copy = partial(_copy_shard, fs, source, folder, manifest, trusted)
     with _copying_lock(folder), ThreadPoolExecutor(8) as pool:
         # eight at a time: a process that ends waits for those that have begun
-        for first in range(0, len(split["shards"]), 8):
-            list(pool.map(copy, split["shards"][first : first + 8]))
+        files = stored_files(split)
+        for first in range(0, len(files), 8):
+            list(pool.map(copy, files[first : first + 8]))
     if mode == "full":
         _hashed.add(key)
+
+
+def load_generation_tokenizer(run: str, entry: Mapping[str, Any], *, cache: str = "") -> Tokenizer:
+    """The tokenizer that a generation was packed with, from the generation's copy of its file.
+
+    GenerationError if that is not what was published.
+    """
+    name, manifest = entry["name"], read_manifest(run, entry)
+    options = TokenizerOptions(**manifest.get("tokenizer_options", {}))
+    file = manifest.get("tokenizer_file")
+    if file is None:  # a name of tiktoken's
+        return load_tokenizer(manifest["tokenizer"], options)
+    folder = folder_of(run, name, cache)
+    with reading(run, name, file["basename"]):
+        if not is_local(run):
+            _copy_index(run, manifest, entry["manifest_sha256"], folder)
+            data = read_bytes(f"{generation_uri(run, name)}/{file['basename']}")
+            write_atomically(str(folder / file["basename"]), data)
+        raise_first(name, size_mismatches(folder, [file]))
+        raise_first(name, hash_mismatches(folder, [file]))
+    return load_tokenizer(str(folder / file["basename"]), options)
 
 
 def documents_of(run: str, name: str, rows: Iterable[int]) -> list[Document]:
@@ -205,7 +276,7 @@ def _split(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
 
     A split that does not exist has 0 rows.
     """
-    held_out = manifest.get("held_out") or {"rows": 0}
+    held_out = {"tokenizer_file": None, **(manifest.get("held_out") or {"rows": 0})}
     return {**manifest, **(held_out if "/" in name else {}), "name": name}
 
 
@@ -219,19 +290,26 @@ def _verify(
     cache: str,
 ) -> Manifest:
     name, sha256 = split["name"], entry["manifest_sha256"]
-    folder, shards = folder_of(run, name, cache), split["shards"]
+    folder, files = folder_of(run, name, cache), stored_files(split)
     with reading(run, name):
         if not is_local(run):
             _copy_index(run, split, sha256, folder)
         else:
             raise_first(name, index_mismatches(folder, split))
-            raise_first(name, size_mismatches(folder, shards))
+            raise_first(name, size_mismatches(folder, files))
             key = str(folder), sha256, share
             if mode == "full" and key not in _hashed:
-                raise_first(name, hash_mismatches(folder, share.of(shards)))
+                raise_first(name, hash_mismatches(folder, share.of(files)))
                 _hashed.add(key)
-    shape = {key: split[key] for key in ("rows", "seq_len", "tokenizer")}
-    return Manifest(run, name, sha256, **shape, shard_rows=tuple(s["rows"] for s in shards))
+    rows = tuple(shard["rows"] for shard in split["shards"])
+    return Manifest(run, name, sha256, split["rows"], _shape(split), shard_rows=rows)
+
+
+def _shape(split: Mapping[str, Any]) -> RowShape:
+    shape = RowShape(*map(split.get, RowShape._fields))
+    if shape.vocab_size is None:
+        shape = shape._replace(vocab_size=_VOCAB_SIZES.get(split["tokenizer"]))
+    return shape
 
 
 def _copy_index(run: str, split: Mapping[str, Any], sha256: str, folder: Path) -> None:

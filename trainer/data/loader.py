@@ -16,7 +16,7 @@ import numpy as np
 
 from stages.storage.catalog import GenerationError, generation_error
 from trainer.config import DataConfig
-from trainer.data.generations import Manifest
+from trainer.data.generations import Manifest, RowShape
 from trainer.data.order import (
     OrderSlice,
     Position,
@@ -46,9 +46,9 @@ class BatchLoader:
     `next` returns nothing), copies the next one while it is read, and removes it once all its rows
     are handed out, unless they will be repeated.
 
-    `row_ranges` are the rows that the last step took of each run, over all ranks. ValueError for a
-    config or state that does not fit, GenerationError for data that does not. Close it, or use it
-    as a context manager.
+    All generations must have the same `RowShape`. `row_ranges` are the rows that the last step took
+    of each run, over all ranks. ValueError for a config or state that does not fit, GenerationError
+    for data that does not. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class BatchLoader:
         self._config = config
         self._ranks = Ranks(rank)
         self._sources = [Source(source, config, self._ranks) for source in config.sources]
-        # seq_len and tokenizer of all generations
-        self._shape: tuple[int | None, str | None] = (None, None)
+        self._shape = RowShape()  # of all generations
+        self._max_vocab_size: int | None = None
         self._planned: deque[_Plan] = deque()  # steps that are being read
         self._batches: Iterator[Batch] | None = None
         self._closed = False
@@ -153,7 +153,18 @@ class BatchLoader:
     @property
     def seq_len(self) -> int | None:
         """Tokens of a row, None before the first generation is known."""
-        return self._shape[0]
+        return self._shape.seq_len
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Above all ids of tokens; None before the first generation is known."""
+        return self._shape.vocab_size
+
+    def limit_vocabulary(self, size: int) -> None:
+        """Have a model of `size` tokens: GenerationError for a larger vocabulary, now or later."""
+        self._max_vocab_size = size
+        names = [manifest.name for source in self._sources for manifest in source.generations]
+        self._check_vocabulary(", ".join(names))
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step handed out (not after what is read ahead), as JSON.
@@ -223,16 +234,28 @@ class BatchLoader:
         return bool(new)
 
     def _check_shape(self, manifest: Manifest) -> None:
-        shape = manifest.seq_len, manifest.tokenizer
-        if self.seq_len is None:
-            self._shape = shape
-        if shape != self._shape:
+        """GenerationError unless a generation is like those before, and fits the model."""
+        shape = manifest.shape
+        if different := self._shape.differences(shape):
             raise generation_error(
                 manifest.name,
                 "manifest.json",
-                expected="seq_len {} and tokenizer {}, as in this run so far".format(*self._shape),
-                found="seq_len {} and tokenizer {}".format(*shape),
+                expected=f"{self._shape.describe(different)}, as in this run so far",
+                found=shape.describe(different),
                 do="leave it out of `generations`, or pack it like those before",
+            )
+        self._shape = self._shape.completed(shape)
+        self._check_vocabulary(manifest.name)
+
+    def _check_vocabulary(self, name: str) -> None:
+        size, limit = self._shape.vocab_size, self._max_vocab_size
+        if size is not None and limit is not None and size > limit:
+            raise generation_error(
+                name,
+                "manifest.json",
+                expected=f"at most model.vocab_size = {limit} tokens",
+                found=f"{size} of tokenizer {self._shape.tokenizer}",
+                do="enlarge it, or leave it out: then it is that of the generation",
             )
 
     # --- read -------------------------------------------------------------------------------------
@@ -280,13 +303,11 @@ class BatchLoader:
     # --- state ------------------------------------------------------------------------------------
 
     def _state_at(self, step: int) -> dict[str, Any]:
-        seq_len, tokenizer = self._shape
         return {
             "step": step,
             "shuffle_seed": self._config.shuffle_seed,
             "canonical_nodes": self._config.canonical_nodes,
-            "seq_len": seq_len,
-            "tokenizer": tokenizer,
+            **self._shape._asdict(),
             "sources": [source.state() for source in self._sources],
         }
 
@@ -303,7 +324,8 @@ class BatchLoader:
                 f"the checkpoint has {len(saved)} sources, the config {len(self._sources)}; "
                 "restore them"
             )
-        self._shape = state["seq_len"], state["tokenizer"]
+        # a checkpoint of an earlier version has only the first two
+        self._shape = RowShape(*map(state.get, RowShape._fields))
         for source, values in zip(self._sources, saved, strict=True):
             source.load(values)
         if [source.weight for source in self._sources] != [values["weight"] for values in saved]:

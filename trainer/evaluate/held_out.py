@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.formats.errors import ConfigError
+from stages.formats.tokenizer import Tokenizer
 from stages.storage.catalog import entries_to_read, read_catalog
 from trainer.config import DataConfig, EvaluationConfig, HeldOutConfig
 from trainer.data.generations import (
     Manifest,
     documents_from,
+    load_generation_tokenizer,
     verify_generation,
     verify_held_out,
     verify_whole,
@@ -209,24 +211,23 @@ def _read_row_sets(
             if split := _first_split(run, "held_out", entries, cache=cache):
                 sources[run] = _first_rows(split, config.held_out_rows, cache=cache)
     run, entries = next(iter(entries_by_run.items()))
-    shape = verify_generation(run, entries[0], mode="quick", cache=cache)
+    first = verify_generation(run, entries[0], mode="quick", cache=cache)
     sets = {
-        name: _read_set(f"evaluation.held_out.{name}", rows, shape, cache=cache)
+        name: _read_set(f"evaluation.held_out.{name}", rows, first, cache=cache)
         for name, rows in config.held_out.items()
     }
     if not questions:
         return _RowSets(sources, sets, {})
-    # a trainer needs tiktoken only here
-    from stages.formats.tiktoken_encodings import load_encoding
-
-    pack = partial(pack_endings, encoding=load_encoding(shape.tokenizer), seq_len=shape.seq_len)
+    tokenizer = load_generation_tokenizer(run, entries[0], cache=cache)
+    begin = bool(first.shape.add_begin_of_text)
+    pack = partial(pack_endings, tokenizer=tokenizer, begin_of_text=begin, seq_len=first.seq_len)
     cloze = {name: pack(name, of_file) for name, of_file in questions.items()}
     return _RowSets(sources, sets, cloze)
 
 
-def _read_set(key: str, config: HeldOutConfig, shape: Manifest, *, cache: str) -> EvalRows:
+def _read_set(key: str, config: HeldOutConfig, sources: Manifest, *, cache: str) -> EvalRows:
     """The rows of a named set. ConfigError, which names its `key`, if it has none or other ones
-    than the sources, of the same `shape`.
+    than `sources`, a generation of those trained on.
     """
     run, split_name = config.run, config.split
     entries = _catalog_entries(run, config.generations, ())
@@ -237,13 +238,12 @@ def _read_set(key: str, config: HeldOutConfig, shape: Manifest, *, cache: str) -
             f"{key}: no generation of {run} has rows in its split {split_name!r}"
             f"{hint if entries and split_name == 'held_out' else ''}"
         )
-    for field in ("tokenizer", "seq_len"):
-        theirs, ours = getattr(split, field), getattr(shape, field)
-        if theirs != ours:
-            raise ConfigError(
-                f"{key}: {run} was packed with {field} {theirs}, the sources with {ours}: losses "
-                "cannot be compared; pack it again"
-            )
+    if different := split.shape.differences(sources.shape):
+        theirs, ours = split.shape.describe(different), sources.shape.describe(different)
+        raise ConfigError(
+            f"{key}: {run} was packed with {theirs}, the sources with {ours}: losses cannot be "
+            "compared; pack it again"
+        )
     if not config.hosts:
         return _first_rows(split, config.rows, cache=cache)
     documents = _first_documents(split, config, cache=cache)
@@ -296,26 +296,33 @@ def _catalog_entries(
 
 
 def pack_endings(
-    name: str, questions: Sequence[Question], encoding: Any, *, seq_len: int
+    name: str,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    begin_of_text: bool = False,
 ) -> EvalRows:
     """Pack each ending after its context as one document, as in training.
 
-    A context that is too long is cut at its beginning. Context and ending are tokenized separately:
-    in a vocabulary that splits before spaces their tokens are the same together. ConfigError for an
-    ending that does not fit in a row.
+    A context that is too long is cut at its beginning. An ending is the tokens of both texts
+    together after as many as the context alone has; a vocabulary that splits before spaces gives
+    the context the same ones. ConfigError for an ending that does not fit in a row.
     """
     documents, lengths = list[Any](), list[int]()
     for number, question in enumerate(questions, 1):
-        context = encoding.encode_ordinary(question.context)
-        for ending in (encoding.encode_ordinary(f" {ending}") for ending in question.endings):
-            if len(ending) >= seq_len:
+        texts = [question.context, *(f"{question.context} {e}" for e in question.endings)]
+        context, *wholes = tokenizer.encode_documents(texts, begin_of_text=begin_of_text)
+        for document in wholes:
+            length = max(1, len(document) - len(context))
+            if length >= seq_len:
                 raise ConfigError(
                     f"evaluation.cloze: {name}: question {number} has an ending longer than a row, "
                     f"{seq_len} tokens"
                 )
-            documents.append(np.array([*context, *ending][-seq_len:], np.uint32))
-            lengths.append(len(ending))
-    return _pack(documents, lengths, seq_len=seq_len, fill=encoding.eot_token)
+            documents.append(document[:-1][-seq_len:])  # what comes next is not asked
+            lengths.append(length)
+    return _pack(documents, lengths, seq_len=seq_len, fill=tokenizer.end_of_text)
 
 
 def _pack(

@@ -85,7 +85,15 @@ def config(tmp_path):
         ('[dedup]\nkeep_rule = "best:quality.score"\n', r"unknown score \(in dedup.keep_rule"),
         (
             '[pack]\nencoding = "cl100k"\n',
-            r"c\.toml:6: pack.encoding: unknown encoding 'cl100k'; tiktoken has",
+            r"c\.toml:6: pack.tokenizer: unknown encoding 'cl100k'; tiktoken has",
+        ),
+        (
+            '[pack]\ntokenizer = "./tokenizer.json"\n',
+            r"c\.toml:6: pack.tokenizer: no such file or folder: \./tokenizer.json",
+        ),
+        (
+            '[pack]\ntokenizer = "cl100k_base"\nencoding = "cl100k_base"\n',
+            r"c\.toml:7: pack.encoding is an old name of pack.tokenizer, which is set as well",
         ),
         ('[pack]\nhashes = ["md5", "md5"]\n', r"c\.toml:6: pack.hashes = .*unique names"),
         (

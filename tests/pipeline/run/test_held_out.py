@@ -87,6 +87,7 @@ def test_what_is_held_out_is_shaped_like_a_generation_and_counted_apart(done):
         "tokens",
         "documents",
         "seq_len",
+        "dtype",
         "provenance_sha256",
         "shards",
     }

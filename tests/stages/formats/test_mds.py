@@ -126,11 +126,12 @@ def arrays(draw: st.DrawFn) -> tuple[str, list[np.ndarray]]:
     """An encoding and a few arrays for it; lengths on both sides of one byte and of two."""
     lengths = st.integers(1, 4) | st.sampled_from([255, 256, 65_535, 65_536])
     sizes = draw(st.lists(lengths, min_size=1, max_size=4))
-    encoding = "ndarray:uint32"
+    dtype = draw(st.sampled_from([np.dtype("uint16"), np.dtype("uint32")]))
+    encoding = f"ndarray:{dtype}"
     if draw(st.booleans()):
-        sizes, encoding = sizes[:1] * len(sizes), f"ndarray:uint32:{sizes[0]}"
+        sizes, encoding = sizes[:1] * len(sizes), f"ndarray:{dtype}:{sizes[0]}"
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    return encoding, [np.frombuffer(rng.bytes(4 * size), np.uint32) for size in sizes]
+    return encoding, [np.frombuffer(rng.bytes(dtype.itemsize * size), dtype) for size in sizes]
 
 
 @pytest.mark.train
@@ -177,13 +178,13 @@ def test_arrays_read_back(case):
 @pytest.mark.train
 @pytest.mark.parametrize(
     "encoding, value",
-    [("str", "text"), ("uint32", 7), ("ndarray:uint16:2", np.ones(2, np.uint16)), ("pkl", ())],
+    [("str", "text"), ("uint32", 7), ("ndarray:int16:2", np.ones(2, np.int16)), ("pkl", ())],
 )
 def test_a_shard_with_a_foreign_column_is_refused_by_name(streaming, tmp_path, encoding, value):
     columns = {"a": "ndarray:uint32:1", "b": encoding}
     with streaming.MDSWriter(out=str(tmp_path), columns=columns) as writer:
         writer.write({"a": np.ones(1, np.uint32), "b": value})
-    expected = "ndarray:uint32 or ndarray:uint32:N"
+    expected = "ndarray:uint32 or ndarray:uint32:N, or of uint16"
     assert verify(tmp_path) == [
         Mismatch("shard.00000.mds", "encoding of column 'b'", expected, encoding)
     ]
@@ -273,6 +274,7 @@ def test_a_folder_that_holds_anything_is_refused_and_kept(tmp_path):
         ("ndarray:uint32:4", np.zeros(3, np.uint32), r"\(4,\), got uint32 of shape \(3,\)"),
         ("ndarray:uint32:4", np.zeros((4, 1), np.uint32), r"got uint32 of shape \(4, 1\)"),
         ("ndarray:uint32:4", np.zeros(4, np.int64), "must be uint32 of shape .*, got int64"),
+        ("ndarray:uint16:4", np.zeros(4, np.uint32), "must be uint16 of shape .*, got uint32"),
         ("ndarray:uint32", np.zeros(4, ">u4"), "must be uint32 of shape .*, got >u4"),
         ("ndarray:uint32", np.zeros(0, np.uint32), r"\(n,\), got uint32 of shape \(0,\)"),
         ("ndarray:uint32", np.array(3, np.uint32), r"\(n,\), got uint32 of shape \(\)"),

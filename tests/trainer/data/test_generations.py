@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.run import publish as publishing
 from stages.formats.mds import MDSWriter, columns_of_rows
+from stages.formats.tokenizer import load_tokenizer
 from stages.pack.pack import PROVENANCE, PackConfig, PackResult
 from stages.storage.catalog import GenerationError, read_catalog
 from stages.storage.files import scratch_folder
@@ -22,6 +23,7 @@ from trainer.data.generations import (
     Document,
     documents_of,
     folder_of,
+    load_generation_tokenizer,
     verify_generation,
 )
 
@@ -147,7 +149,11 @@ def test_what_the_pipeline_publishes_is_read_and_verified(tmp_path):
     )
     manifest = verified(tmp_path, "full")
     assert (manifest.name, manifest.rows) == (published.name, 7)
-    assert (manifest.shard_rows, manifest.tokenizer) == ((3, 4), "cl100k_base")
+    shape, tokenizer = manifest.shape, load_tokenizer("cl100k_base")
+    assert (manifest.shard_rows, shape.tokenizer) == ((3, 4), "cl100k_base")
+    assert (shape.tokenizer_sha256, shape.vocab_size) == (tokenizer.digest, tokenizer.vocab_size)
+    [entry] = read_catalog(str(tmp_path))
+    assert load_generation_tokenizer(str(tmp_path), entry) == tokenizer
     url = "https://a.example/"
     assert documents_of(str(tmp_path), published.name, [1, 4]) == [
         Document(1, 1, 0, 9, 3, url),

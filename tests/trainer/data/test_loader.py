@@ -40,6 +40,7 @@ from trainer.data import (
 )
 from trainer.data.generations import (
     Manifest,
+    RowShape,
     verify_generation,
 )
 from trainer.data.loader import BatchLoader
@@ -105,9 +106,8 @@ def rows_of(found: list[list[Row]]) -> list[Row]:
 
 
 def manifest(*shard_rows: int) -> Manifest:
-    return Manifest(
-        "run", "gen-0001", "0" * 64, sum(shard_rows), SEQ_LEN, "cl100k_base", shard_rows
-    )
+    shape = RowShape(SEQ_LEN, "cl100k_base")
+    return Manifest("run", "gen-0001", "0" * 64, sum(shard_rows), shape, shard_rows)
 
 
 @given(
@@ -451,7 +451,7 @@ def test_a_generation_of_another_sequence_length_is_refused(tmp_path):
     for saved in (None, state):
         with pytest.raises(
             GenerationError,
-            match=r"gen-0002: .*seq_len 16 .*as in this run so far, found seq_len 32",
+            match=r"gen-0002: .*seq_len 16, as in this run so far, found seq_len 32",
         ):
             BatchLoader(data_config(tmp_path), rank=0, world_size=1, state=saved)
 
@@ -655,3 +655,14 @@ def test_a_generation_is_hashed_once_in_a_process(published, monkeypatch):
     for _ in range(2):
         BatchLoader(data_config(run), rank=0, world_size=1).close()
     assert len(hashed) == len(set(hashed)) == 3
+
+
+@given(*[st.sampled_from([None, 1, 2])] * 2)
+def test_shapes_differ_where_both_are_known(ours, theirs):
+    ours, theirs = (RowShape(seq_len=n, tokenizer=n) for n in (ours, theirs))
+    expected = None not in (ours.seq_len, theirs.seq_len) and ours.seq_len != theirs.seq_len
+    assert ours.differences(theirs) == (["seq_len", "tokenizer"] if expected else [])
+    assert ours.completed(theirs).seq_len == (ours.seq_len or theirs.seq_len)
+    # with the same digest, a tokenizer of another name is the same
+    same = [s._replace(tokenizer_sha256="0") for s in (ours, theirs)]
+    assert same[0].differences(same[1]) == (["seq_len"] if expected else [])

@@ -22,6 +22,7 @@ from pipeline.run import publish as publishing
 from stages.formats import mds
 from stages.formats.errors import ConfigError
 from stages.formats.tiktoken_encodings import load_encoding
+from stages.formats.tokenizer import load_tokenizer
 from stages.pack.pack import (
     CorpusPart,
     PackConfig,
@@ -296,7 +297,7 @@ def test_a_set_of_hosts_is_of_their_documents_alone(tmp_path, group_of_one, rows
         ({"run": "a", "generations": ("gen-0001",)}, "no generation of .* 'held_out'; of a run"),
         (
             {"run": "long"},
-            ".*long was packed with seq_len 32, the sources with 16: losses cannot be",
+            ".*long was packed with seq_len 32, the sources with seq_len 16: losses cannot be",
         ),
         ({"run": "packed", "hosts": ("no.org",)}, r"\.hosts: gen-0001/held_out .* no document"),
     ],
@@ -390,7 +391,7 @@ def test_a_model_taught_the_answers_has_them_all_right_or_wrong(
         q._replace(endings=(q.endings[q.answer if right else q.answer - 1],), answer=0)
         for q in questions
     ]
-    rows = pack_endings("taught", taught, load_encoding("cl100k_base"), seq_len=SEQ_LEN)
+    rows = pack_endings("taught", taught, load_tokenizer("cl100k_base"), seq_len=SEQ_LEN)
     model, optimizer = build()
     for _ in range(20):
         model.loss(rows.tokens, rows.documents).sum.backward()

@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart unit test test-rest test-all test-soak check lint kenlm clean
+.PHONY: quickstart unit test test-rest test-all test-cuda test-soak check lint kenlm clean
 
 quickstart: $(VENV)/.curation
 	$(BIN)/gristmill run configs/quickstart.toml
@@ -25,13 +25,22 @@ unit: $(VENV)/.dev
 	$(PYTEST) -p tests.support.without_trainer $(UNIT) -m "not ray and not train and not kill"
 
 test: $(VENV)/.dev lmplz
-	$(PYTEST) -m "not kill"
+	$(PYTEST) -m "not kill and not cuda"
 
 test-rest: $(VENV)/.dev lmplz
-	$(PYTEST) -m "(kill or hypothesis) and not soak" --hypothesis-profile=thorough
+	$(PYTEST) -m "(kill or hypothesis or cuda) and not soak" --hypothesis-profile=thorough
 
 test-all: $(VENV)/.dev lmplz
 	$(PYTEST) --hypothesis-profile=thorough
+
+# of torch 2.11: an image for GPUs is often behind
+test-cuda: $(VENV)/.dev .venv-cuda/.done
+	$(PYTEST) tests/test_cuda.py
+
+.venv-cuda/.done:
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 'numpy<2.2' pydantic
+	@touch $@
 
 test-soak: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_soak.py -m soak -s

@@ -20,7 +20,7 @@ from stages.formats.errors import ConfigError
 from tests.support.live_training import metric_records
 from tests.support.processes import descendants
 from trainer.config import DataConfig, RayConfig, TrainConfig
-from trainer.launch import worker_counts
+from trainer.launch import cuda_environment, worker_counts
 
 
 @pytest.mark.parametrize(
@@ -339,3 +339,17 @@ def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_
     assert seen == [2] and ended.reason == "it was asked to stop" and ended.steps < 100
     assert signal.getsignal(signal.SIGTERM) == handler
     assert (tmp_path / "train" / "checkpoints" / f"step-{ended.steps:08}" / "meta.json").exists()
+
+
+def test_what_the_user_has_set_for_cuda_stays(monkeypatch):
+    for name in (*cuda_environment("run"), "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    found = cuda_environment("run")
+    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert found["TORCH_FR_DUMP_TEMP_FILE"] == f"{Path.cwd()}/run/flight_recorder/rank_"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    assert cuda_environment("run").keys() == {
+        "TORCH_FR_DUMP_TEMP_FILE",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    }

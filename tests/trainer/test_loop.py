@@ -2,12 +2,15 @@
 feedback is its own count.
 """
 
+import gzip
 import itertools
+import json
 import math
 import os
 import signal
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +231,55 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batches(
     assert losses(changed)[:2] == pytest.approx(losses(config)[:2], rel=1e-5)
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries[:1]
     assert summary.report.steps == 12
+
+
+def test_a_profile_is_a_trace_of_the_steps_after_the_warm_up(config):
+    telemetry = replace(config.telemetry, profile_steps=2)
+    run_training(replace(config, max_steps=9, telemetry=telemetry), device="cpu")
+    [path] = Path(config.directory, "profile").iterdir()
+    assert path.name == "trace-00000007.json.gz"
+    names = Counter(
+        event["name"] for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    )
+    steps = 2  # each updates once
+    assert names["Optimizer.step#AdamW.step"] == steps
+
+
+def test_a_training_too_short_for_a_profile_says_so(config, caplog):
+    telemetry = replace(config.telemetry, profile_steps=2)
+    run_training(replace(config, max_steps=6, telemetry=telemetry), device="cpu")
+    assert "no profile: it needs 7 steps, 6 were taken" in caplog.text
+    assert not Path(config.directory, "profile").exists()
+
+
+@pytest.mark.parametrize("reduction", ["each_micro_batch", "last_micro_batch"])
+def test_gradients_reduced_at_once_or_one_by_one_are_the_same_training(config, tmp_path, reduction):
+    run_training(config, device="cpu")
+    other = replace(
+        config,
+        directory=str(tmp_path / "other"),
+        parallel=replace(config.parallel, gradient_reduction=reduction),
+    )
+    run_training(other, device="cpu")
+    for auto, named in zip(metrics(config).values(), metrics(other).values(), strict=True):
+        assert auto["loss"] == pytest.approx(named["loss"], rel=1e-5)
+
+
+def test_the_figures_of_a_step_are_read_when_the_next_one_is_queued(config, monkeypatch):
+    """So a GPU has work while Python reads; but before a checkpoint they are read at once."""
+    events, queue_gradients, read = [], loop.queue_gradients, loop.StepFigures.read
+    save = loop.Training._save
+
+    def queue(*args, **options):
+        events.append("queue")
+        return queue_gradients(*args, **options)
+
+    monkeypatch.setattr(loop, "queue_gradients", queue)
+    monkeypatch.setattr(loop.StepFigures, "read", lambda self: events.append("read") or read(self))
+    monkeypatch.setattr(loop.Training, "_save", lambda self: events.append("save") or save(self))
+    checkpoints = replace(config.checkpoint, every_steps=3)
+    run_training(replace(config, max_steps=5, checkpoint=checkpoints), device="cpu")
+    assert " ".join(events) == ("queue queue read queue read read save queue queue read read save")
 
 
 # --- what a slow disk and a slow save do ----------------------------------------------------------

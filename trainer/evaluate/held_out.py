@@ -33,7 +33,6 @@ from trainer.data.generations import (
 from trainer.data.rows import Batch, RowRef, read_batch
 from trainer.evaluate.cloze import ClozeScore, Question, read_questions, score_answers
 from trainer.model.llama import Transformer
-from trainer.model.packing import next_tokens
 from trainer.ranks import Ranks
 
 _LOG = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ class Evaluation:
     def _sum_loss(self, model: Transformer, rows: EvalRows) -> Tensor:
         """This rank's nats and targets, float64 (2,)."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for tokens, documents, _ in self._rank_batches(rows, size=self._data.micro_batch_rows):
+        for tokens, documents, _ in self._rank_batches(rows):
             loss = model.loss(tokens, documents)
             sums += torch.stack([loss.sum, loss.targets])
         return sums
@@ -155,24 +154,18 @@ class Evaluation:
         likelihoods = torch.zeros(
             sum(len(q.endings) for q in questions), dtype=torch.float64, device=self._device
         )
-        # one row at a time: all its logits exist at once, 0.8 GB for 2,048 tokens in float32
-        for tokens, documents, endings in self._rank_batches(rows, size=1):
-            logits_BSV, is_scored = model(tokens, documents), endings >= 0
-            nats = F.cross_entropy(
-                logits_BSV[is_scored].float(),
-                next_tokens(tokens, documents)[is_scored],
-                reduction="none",
-            )
-            likelihoods.index_add_(0, endings[is_scored], -nats.double())
+        for tokens, documents, endings in self._rank_batches(rows):
+            # the next token of these positions belongs to an ending
+            nats = model.loss(tokens, documents).nats.double() * (endings >= 0)
+            likelihoods.index_add_(0, endings.clamp(min=0).flatten(), -nats.flatten())
         dist.all_reduce(likelihoods)
         return score_answers(questions, likelihoods.tolist())
 
-    def _rank_batches(self, rows: EvalRows, *, size: int) -> Iterator[EvalRows]:
-        # one shape for each use, and never `packed_documents`: a compiled block needs another graph
-        # for every other kind of batch
-        for batch in rank_batches(
-            rows, size=size, rank=self._ranks.rank, world_size=self._ranks.count
-        ):
+    def _rank_batches(self, rows: EvalRows) -> Iterator[EvalRows]:
+        # one shape, and never `packed_documents`: a compiled block needs another graph for every
+        # other kind of batch
+        size, ranks = self._data.micro_batch_rows, self._ranks
+        for batch in rank_batches(rows, size=size, rank=ranks.rank, world_size=ranks.count):
             yield EvalRows(*(part.to(self._device) for part in batch))
 
 

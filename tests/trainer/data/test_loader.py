@@ -657,6 +657,22 @@ def test_a_generation_is_hashed_once_in_a_process(published, monkeypatch):
     assert len(hashed) == len(set(hashed)) == 3
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_ranks_hash_each_shard_once_between_them(published, monkeypatch, ranks):
+    generations._hashed.clear()
+    hashed, run = Counter(), published(24)
+    monkeypatch.setattr(
+        catalog,
+        "file_sha256",
+        lambda path, real=catalog.file_sha256: hashed.update([str(path)]) or real(path),
+    )
+    [entry] = catalog.read_catalog(run)
+    for rank in range(ranks):
+        share = generations.Share(rank, ranks)
+        generations.verify_generation(run, entry, mode="full", share=share)
+    assert len(hashed) == 3 and set(hashed.values()) == {1}
+
+
 @given(*[st.sampled_from([None, 1, 2])] * 2)
 def test_shapes_differ_where_both_are_known(ours, theirs):
     ours, theirs = (RowShape(seq_len=n, tokenizer=n) for n in (ours, theirs))

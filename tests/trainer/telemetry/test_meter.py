@@ -162,6 +162,19 @@ def test_a_slow_reader_raises_data_wait_and_nothing_else():
     assert slow_totals.useful_seconds == pytest.approx(fast_totals.useful_seconds)
 
 
+@pytest.mark.parametrize(("overlap", "wait"), [(-5.0, 3), (0.0, 3), (1.0, 2), (9.0, 0)])
+def test_what_the_device_worked_meanwhile_is_not_a_wait_for_data(overlap, wait):
+    """A share that is moved, never more than there was; no second is lost or made."""
+    clock = Clock()
+    meter = Meter(clock=clock)
+    with meter.part("data_wait"):
+        clock.pass_(3)
+    meter.move(overlap, "data_wait", "compute")
+    clock.pass_(4)
+    seconds = meter.step(tokens=1).seconds
+    assert (seconds["data_wait"], seconds.total()) == (wait, 7)
+
+
 def test_one_slow_batch_in_fifty_shows_at_p99_and_not_at_p50():
     clock = Clock()
     meter = Meter(clock=clock, window=100)

@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from functorch.compile import min_cut_rematerialization_partition
@@ -38,20 +39,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.trainer import DOCUMENT_TOKENS, Rows, draw_documents
 from trainer.config import PRESETS, OptimizerConfig, ParallelConfig, TrainConfig
 from trainer.model import parallel, step
 from trainer.model.llama import Transformer
 
 SEQ_LEN = 2048
 PARTS = ("graphs", "kernels", "step", "memory")
-
-
-class Rows(NamedTuple):
-    """A micro-batch of `trainer.data.rows`, whose module needs the full installation."""
-
-    tokens: Tensor
-    documents: Tensor
-    sources: list[str]
 
 
 @dataclass(frozen=True)
@@ -90,15 +84,11 @@ class Case:
             return self._batches(number)
 
     def _batches(self, number: int) -> list[Rows]:
-        generator = torch.Generator().manual_seed(number)
-        tokens = torch.zeros(self.rows, SEQ_LEN, dtype=torch.int64)
-        batches = []
-        for micro in range(self.micro):
-            mean = 700 / (1 + number)  # tokens of a document
-            begins = torch.rand(tokens.shape, generator=generator) < (micro % 2) / mean
-            documents = begins.cumsum(1) - begins[:, :1].long()
-            batches.append(Rows(tokens, documents, ["run"] * self.rows))
-        return batches
+        rng, shape = np.random.default_rng(number), (self.rows, SEQ_LEN)
+        means = [0, DOCUMENT_TOKENS // (1 + number)]
+        documents = [draw_documents(rng, shape, means[micro % 2]) for micro in range(self.micro)]
+        tokens, sources = torch.zeros(shape, dtype=torch.int64), ["run"] * self.rows
+        return [Rows(tokens, torch.from_numpy(ids), sources) for ids in documents]
 
 
 def build(config: TrainConfig) -> tuple[Transformer, Any]:

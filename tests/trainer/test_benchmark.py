@@ -170,3 +170,13 @@ def test_numbers_that_measure_nothing_are_refused(trainer, capsys, wrong):
     with pytest.raises(SystemExit):
         trainer.main(wrong)
     assert "lengths, micro and steps are 1 at least" in capsys.readouterr().err
+
+
+def test_the_roofline_stays_below_what_its_products_alone_would_reach():
+    from benchmarks import roofline
+
+    for preset in ("125M", "1B"):
+        found = roofline.roofline(preset, recompute=False)
+        assert 0.2 < found.mfu < found.mfu_palm < roofline.MATMUL
+        again = roofline.roofline(preset, recompute=True)
+        assert again.tokens_per_second < found.tokens_per_second

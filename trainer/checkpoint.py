@@ -43,6 +43,7 @@ from trainer.checkpoint_files import (
     write_meta,
     writer_of,
 )
+from trainer.checkpoint_process import ProcessWriter
 from trainer.config import CheckpointConfig, ModelConfig
 from trainer.model.llama import Transformer
 from trainer.ranks import Ranks, gather_objects
@@ -66,9 +67,10 @@ class Checkpoints:
 
     All ranks make one and call its methods in the same order.
 
-    At most one save is in flight. A thread writes, hashes, makes meta.json and removes old
-    checkpoints; it exchanges data over a gloo group of its own: in the training's group it would
-    meet the training's collectives in another order on each rank.
+    At most one save is in flight. A process of its own writes; a thread tells it what, hashes,
+    makes meta.json and removes old checkpoints. The thread exchanges data over a gloo group of its
+    own: in the training's group it would meet the training's collectives in another order on each
+    rank.
 
     ValueError for a URL of an unknown kind, with * ? [ in it, or made a Path; ImportError, which
     says what to install, where fsspec lacks the client.
@@ -80,6 +82,7 @@ class Checkpoints:
         gather = partial(gather_objects, group=self._group)
         self._ranks = Ranks(gather=gather, own=(CheckpointError,), other=CheckpointError)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = ProcessWriter()
         self._pending: Future[None] | None = None
         self._damaged: set[str] = set()  # names from `latest`; removed once there is a newer one
 
@@ -96,24 +99,27 @@ class Checkpoints:
 
         Waits for the save before; CheckpointError if that failed.
 
-        Asynchronous: returns when the state is copied to host memory, and the caller may train on;
-        the checkpoint exists once its meta.json does. What was written is read again for its
-        sha256: from object storage that downloads each rank's own file. `extra` is for JSON (finite
-        numbers; else ValueError), and rank 0's is saved. `metric`, lower is better, picks the best;
-        None and NaN are never among them.
+        Asynchronous: returns when the state is copied to host memory, which stays allocated for the
+        next save, and the caller may train on; the checkpoint exists once its meta.json does. What
+        was written is read again for its sha256: from object storage that downloads each rank's own
+        file. `extra` is for JSON (finite numbers; else ValueError), and rank 0's is saved.
+        `metric`, lower is better, picks the best; None and NaN are never among them.
         """
         self.finish()
         meta = _describe(step, model, optimizer, extra, metric)
         folder = f"{self._folder}/{self._ranks.on_first(partial(new_folder, self._folder, step))}"
-        writer, state = writer_of(folder), _state(model, optimizer)
+        state = _state(model, optimizer)
         if not self._config.asynchronous:
             with as_errors(folder):
-                save(state, storage_writer=writer, process_group=self._group)
+                save(state, storage_writer=writer_of(folder), process_group=self._group)
             self._commit(folder, meta)
             return
-        # the writer also stages (torch 2.13): it copies to new host memory and blocks until that is
-        # done; if the writer of another torch does not, async_save's own default does the same
-        written = async_save(state, storage_writer=writer, process_group=self._group)
+        written = async_save(
+            state,
+            storage_writer=self._writer.writer(folder),
+            process_group=self._group,
+            async_stager=self._writer,
+        )
         assert isinstance(written, Future)
         self._pending = self._thread.submit(self._commit, folder, meta, written)
 
@@ -125,6 +131,11 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def close(self) -> None:
+        """End the process that writes; after a save in flight, it ends with this process."""
+        if self._pending is None or self._pending.done():
+            self._writer.close()
 
     def latest(self) -> Saved | None:
         """The newest checkpoint whose files all have their size and sha256, the same on all ranks.

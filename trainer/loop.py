@@ -110,6 +110,7 @@ class Training:
         self.checkpoints = Checkpoints(
             config.checkpoint.folder or f"{config.directory}/checkpoints", config.checkpoint
         )
+        resources.callback(self.checkpoints.close)
         own = self.checkpoints.latest()
         if own:
             check_same_parent(config.branch, own.extra.get("parent"))

@@ -64,6 +64,7 @@ def config(tmp_path):
             at_end="repeat",
             max_epochs=20,
         ),
-        checkpoint=CheckpointConfig(every_steps=4),
+        # not by a process of its own, which takes seconds to start
+        checkpoint=CheckpointConfig(every_steps=4, asynchronous=False),
         telemetry=TelemetryConfig(sinks=("jsonl",)),
     )

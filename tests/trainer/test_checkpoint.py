@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from tests.support.ranks import fork_context, run_ranks
 torch = pytest.importorskip("torch")
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from tests.support.checkpoints import (
@@ -43,6 +43,7 @@ from tests.support.checkpoints import (
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import CheckpointError, new_folder
+from trainer.checkpoint_process import ProcessWriter
 from trainer.config import (
     RENAMED_KEYS,
 )
@@ -149,6 +150,7 @@ def ranks_worker(rank, ranks, folder):
     seen["copies"] = whole(*state)
     seen["latest of damaged"] = latest_of_damaged(rank, folder / "damaged")
     seen["failure"] = failure_of_one(rank, folder / "failing")
+    seen["process killed"] = process_killed_on_one(rank, folder / "process-killed")
     seen["overlap"] = overlap(folder / "overlap")
     torch.save(seen, folder / f"seen-{rank}.pt")
     dist.barrier()
@@ -188,22 +190,46 @@ def failure_of_one(rank, folder):
     return told, checkpoints.latest().step
 
 
-def overlap(folder):
-    """Steps, with their collectives, that a save leaves room for: it waits for three of them."""
+def process_killed_on_one(rank, folder):
     checkpoints, state = Checkpoints(folder, LATER), build()
-    done, write = threading.Event(), FileSystemWriter.write_data
+    done, write = threading.Event(), ProcessWriter._write
 
     def patient(*args):
         assert done.wait(PATIENCE)
         return write(*args)
 
-    FileSystemWriter.write_data = patient
+    ProcessWriter._write = patient
+    checkpoints.save(1, *state, {})
+    if rank == 1:
+        writing_process(checkpoints).kill()
+    done.set()
+    try:
+        checkpoints.finish()
+        told = "nothing"
+    except CheckpointError as error:
+        told = str(error)
+    ProcessWriter._write = write
+    checkpoints.save(2, *state, {})
+    checkpoints.finish()
+    return told, checkpoints.latest().step
+
+
+def overlap(folder):
+    """Steps, with their collectives, that a save leaves room for: it waits for three of them."""
+    checkpoints, state = Checkpoints(folder, LATER), build()
+    done, write = threading.Event(), ProcessWriter._write
+
+    def patient(*args):
+        assert done.wait(PATIENCE)
+        return write(*args)
+
+    ProcessWriter._write = patient
     checkpoints.save(0, *state, {})
     in_flight = 0
     for step in range(3):
         train(*state, step)
         in_flight += is_saving(checkpoints)
-    FileSystemWriter.write_data = write
+    ProcessWriter._write = write
     done.set()
     checkpoints.finish()
     return in_flight, is_saving(checkpoints), checkpoints.latest().step
@@ -258,6 +284,12 @@ def test_ranks_share_the_failure_of_one(two_ranks):
         assert latest == 1
 
 
+def test_ranks_share_the_death_of_a_writing_process(two_ranks):
+    for told, latest in (rank["process killed"] for rank in two_ranks[2]):
+        assert re.search("rank 1: ChildProcessError.*died with exit code -9", told), told
+        assert latest == 2  # no rank hung, and the next save made it
+
+
 def test_training_steps_on_all_ranks_while_a_save_is_in_flight(two_ranks):
     assert [rank["overlap"] for rank in two_ranks[2]] == [(3, False, 0)] * 2
 
@@ -285,13 +317,13 @@ def test_a_group_of_one_is_like_none(tmp_path):
 @pytest.fixture
 def held_back(monkeypatch):
     """Writes wait until the event is set."""
-    event, write = threading.Event(), FileSystemWriter.write_data
+    event, write = threading.Event(), ProcessWriter._write
 
     def patient(*args):
         assert event.wait(PATIENCE)
         return write(*args)
 
-    monkeypatch.setattr(FileSystemWriter, "write_data", patient)
+    monkeypatch.setattr(ProcessWriter, "_write", patient)
     yield event
     event.set()
 
@@ -325,21 +357,104 @@ def test_a_save_waits_for_the_one_before(held_back, tmp_path):
     assert steps(tmp_path) == [1, 2]
 
 
-def test_a_failed_write_is_an_error_of_the_next_call_that_waits(tmp_path, monkeypatch):
+def test_a_failed_write_is_an_error_of_the_next_call_that_waits(held_back, tmp_path):
     checkpoints, state = Checkpoints(tmp_path, LATER), trained()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(FileSystemWriter, "write_data", full)
     checkpoints.save(1, *state, {})
-    with pytest.raises(CheckpointError, match="No space left"):
+    shutil.rmtree(tmp_path / "step-00000001")
+    held_back.set()
+    with pytest.raises(CheckpointError, match=r"step-00000001: rank 0: FileNotFoundError"):
         checkpoints.save(2, *state, {})
     assert checkpoints.latest() is None
-    monkeypatch.undo()
     checkpoints.save(2, *state, {})
     checkpoints.finish()
     assert names(tmp_path) == ["step-00000002"]  # what was cut off is gone
+
+
+# --- the process that writes ----------------------------------------------------------------------
+
+
+def writing_process(checkpoints):
+    return checkpoints._writer._child._process
+
+
+def test_saves_share_a_process_and_its_memory_until_the_state_grows(tmp_path):
+    state, checkpoints = build(), Checkpoints(tmp_path, LATER)
+    used = []
+    for step in range(4):
+        checkpoints.save(step, *state, {})
+        used.append((writing_process(checkpoints).pid, checkpoints._writer._memory))
+        expected = whole(*state)
+        train(*state, step)  # the first one makes the moments
+    checkpoints.finish()
+    assert used[0] != used[1] == used[2] == used[3]
+    assert_same(whole(*restored(tmp_path)[1]), expected)
+
+
+def test_a_killed_process_is_an_error_and_the_next_save_starts_another(held_back, tmp_path):
+    state, checkpoints = trained(), Checkpoints(tmp_path, LATER)
+    checkpoints.save(1, *state, {})
+    writing_process(checkpoints).kill()
+    held_back.set()
+    with pytest.raises(CheckpointError, match=r"the process that writes checkpoints died .* -9"):
+        checkpoints.finish()
+    checkpoints.save(2, *state, {})
+    checkpoints.finish()
+    assert names(tmp_path) == ["step-00000002"]
+    assert_same(whole(*restored(tmp_path)[1]), whole(*state))
+
+
+def test_the_process_ends_with_its_checkpoints(tmp_path):
+    checkpoints = Checkpoints(tmp_path, LATER)
+    checkpoints.save(1, *trained(), {})
+    checkpoints.finish()
+    process = writing_process(checkpoints)
+    assert process.poll() is None
+    checkpoints.close()
+    assert process.poll() is not None
+
+
+def test_signals_to_the_job_leave_the_process_to_its_trainer(held_back, tmp_path):
+    """Slurm and torchrun send SIGTERM to all processes, and the trainer saves then."""
+    state, checkpoints = trained(), Checkpoints(tmp_path, LATER)
+    checkpoints.save(1, *state, {})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        writing_process(checkpoints).send_signal(number)  # it is still starting
+    held_back.set()
+    checkpoints.save(2, *state, {})
+    checkpoints.finish()
+    assert steps(tmp_path) == [1, 2]
+
+
+def stopped_writer(folder, pid):
+    """Die while the process is in the midst of a write: it is stopped, and could go on later."""
+    torch.set_num_threads(1)
+    checkpoints = Checkpoints(folder, LATER)
+    state = trained()
+    checkpoints.save(1, *state, {})
+    checkpoints.finish()
+    process = writing_process(checkpoints)
+    pid.write_text(str(process.pid))
+    process.send_signal(signal.SIGSTOP)
+    checkpoints.save(2, *state, {})
+    die()
+
+
+@pytest.mark.kill
+def test_the_process_dies_with_its_trainer(tmp_path):
+    folder, pid = tmp_path / "run", tmp_path / "pid"
+    worker = fork_context().Process(target=stopped_writer, args=(folder, pid))
+    worker.start()
+    worker.join(PATIENCE)
+    assert worker.exitcode == -signal.SIGKILL
+    status = Path("/proc", pid.read_text(), "stat")
+    deadline = time.monotonic() + PATIENCE
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        assert time.monotonic() < deadline, status.read_text()
+        time.sleep(0.05)
+    saved, state = restored(folder)
+    assert saved.step == 1
+    Checkpoints(folder, NOW).save(2, *state, {})
+    assert steps(folder) == [1, 2]
 
 
 # --- cut off, torn, damaged -----------------------------------------------------------------------
@@ -350,7 +465,7 @@ def die(*args, **kwargs):
 
 
 KILLED_AT = {
-    "before the data": (FileSystemWriter, "write_data"),
+    "before the data": (ProcessWriter, "_write"),
     "before the hashes": (checkpoint, "hash_files"),
     "before meta.json": (os, "replace"),
     "while pruning": (shutil, "rmtree"),

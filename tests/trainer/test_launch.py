@@ -67,7 +67,7 @@ def file(tmp_path) -> Path:
         model = {{vocab_size = 64, dim = 16, num_layers = 1, num_heads = 2, num_kv_heads = 1, ffn_dim = 32}}
         parallel.precision = "fp32"
         schedule.warmup_steps = 2
-        checkpoint = {{every_steps = 10}}
+        checkpoint = {{every_steps = 10, asynchronous = false}}
         telemetry.sinks = ["jsonl"]
         ray = {{workers = 2, cpus_per_worker = 0.5}}
         [data]
@@ -247,7 +247,7 @@ def test_a_killed_rank_costs_a_restart_and_no_sample(file, tmp_path, ray_session
 
     undisturbed = launch(load_training(file, [f"directory={tmp_path}/undisturbed"]), on_ray=True)
     killer = when(tmp_path / "train", 25, lambda: os.kill(workers()[-1], signal.SIGKILL))
-    ended = launch(load_training(file, []), on_ray=True)
+    ended = launch(load_training(file, ["checkpoint.asynchronous=true"]), on_ray=True)
     killer.join()
     assert (ended.steps, ended.reason, ended.loss) == (100, "the data ended", undisturbed.loss)
     told, expected = (

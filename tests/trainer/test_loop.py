@@ -318,6 +318,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(config, monkeypatch):
             trained.set()
         return update(self, batches)
 
+    config = replace(config, checkpoint=CheckpointConfig(every_steps=4))
     monkeypatch.setattr(checkpoint, "hash_files", slow)
     monkeypatch.setattr(loop.Training, "_take_step", counted)
     run_training(config, device="cpu")

@@ -111,7 +111,8 @@ class Trainer:
 class World:
     """Trainers read while batches are made, one decision every `every_hours`, or after a longer batch.
 
-    An input gives `yields` tokens in `seconds`. `events` are changes by the hour they happen at. An
+    An input gives `yields` tokens in `seconds`. A `schedule` is `gristmill schedule`, which knows the period
+    and decides again at once after a batch for a short trainer; else it is cron. `events` are changes by the hour they happen at. An
     `oracle` replaces the controller: the inputs of the next batch.
     """
 
@@ -119,6 +120,7 @@ class World:
     yields: float = 100_000.0
     seconds: float = 36.0
     every_hours: float = 6.0
+    schedule: bool = False
     policy: Policy = POLICY
     events: list[tuple[float, Callable[["World"], None]]] = field(default_factory=list)
     oracle: Callable[["World"], int] | None = None
@@ -166,7 +168,10 @@ class World:
         memory = self.decisions[-1].memory if self.decisions else PlanState()
         trainers = (t.report(name, self.generations) for name, t in self.trainers.items())
         generations, batches = tuple(self.generations), tuple(self.batches)
-        inputs = Inputs(self.now, SERIES, generations, tuple(trainers), batches, 10**6, memory)
+        period = self.every_hours * HOUR if self.schedule else None
+        inputs = Inputs(
+            self.now, SERIES, generations, tuple(trainers), batches, 10**12, memory, period
+        )
         decision = decide(inputs, self.policy)
         self.decisions.append(decision)
         self.lines.append(to_json(Record(inputs, self.policy, decision)))
@@ -180,6 +185,8 @@ class World:
             name = f"gen-{len(self.generations) + 1:04d}"
             self.generations.append(Generation(name, rows, rows * ROW))
             self.batches.append(Batch(taken, "published", start, self.now, rows * ROW))
+            if self.schedule and self.decisions[-1].state == "STARVED":
+                return
         self.pass_time(start + self.every_hours * HOUR - self.now)
 
 
@@ -230,15 +237,22 @@ def _noise() -> World:
 TRACES: dict[str, Trace] = {
     "constant": _steady,
     "constant, 24 h apart": lambda: _steady(every_hours=24),
+    "constant, 24 h apart by schedule": lambda: _steady(every_hours=24, schedule=True),
     "constant, 36 h apart": lambda: _steady(every_hours=36),
     "noise of 20 %": _noise,
     "1 to 8 GPUs": lambda: _steady(events=[at(CHANGE, rate=8 * GPU)]),
     "1 to 8 GPUs, 24 h apart": lambda: _steady(every_hours=24, events=[at(CHANGE, rate=8 * GPU)]),
+    "1 to 8 GPUs, 24 h apart by schedule": lambda: _steady(
+        every_hours=24, schedule=True, events=[at(CHANGE, rate=8 * GPU)]
+    ),
     # production is busy 80 % of the time
     "1 to 8 GPUs, slow batches": lambda: _steady(seconds=100, events=[at(CHANGE, rate=8 * GPU)]),
     "8 to 1 GPUs": lambda: _steady(8, events=[at(CHANGE, rate=GPU)]),
     "a third of the yield": lambda: _steady(events=[_yield_falls()]),
     "a third of the yield, 24 h apart": lambda: _steady(every_hours=24, events=[_yield_falls()]),
+    "a third of the yield, 24 h apart by schedule": lambda: _steady(
+        every_hours=24, schedule=True, events=[_yield_falls()]
+    ),
     "fails, back in 3 days": lambda: _steady(
         events=[at(CHANGE, state="failed"), at(CHANGE + 72, state="running")]
     ),
@@ -270,7 +284,7 @@ class Outcome(NamedTuple):
 def play(trace: Trace, *, oracle: Callable[[World], int] | None = None) -> Outcome:
     """Run a trace to its end."""
     world = trace()
-    world.oracle = oracle
+    world.oracle, world.schedule = oracle, world.schedule and oracle is None
     world.run_hours(CHANGE)
     early = sum(t.starved_seconds for t in world.trainers.values())
     world.run_hours(DAYS * 24)
@@ -286,11 +300,11 @@ def play(trace: Trace, *, oracle: Callable[[World], int] | None = None) -> Outco
 def main() -> None:
     """Print a line for each trace."""
     columns = ("starved in 5 days", "after them", "GPU-hours lost", "hours left", "oracle: starved")
-    print(f"{'trace':34}", *(f"{column:>17}" for column in columns), f"{'hours left':>12}")
+    print(f"{'trace':44}", *(f"{column:>17}" for column in columns), f"{'hours left':>12}")
     for name in sys.argv[1:] or TRACES:
         ours, best = play(TRACES[name]), play(TRACES[name], oracle=foresee)
         figures = (*ours, best.early_hours + best.late_hours)
-        print(f"{name:34}", *(f"{f:17,.1f}" for f in figures), f"{best.left_hours:12,.1f}")
+        print(f"{name:44}", *(f"{f:17,.1f}" for f in figures), f"{best.left_hours:12,.1f}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ class BatchResult(NamedTuple):
     outcome: Outcome | None
     decision: records.Decision | None
 
+    @property
+    def was_too_late(self) -> bool:
+        """Whether a trainer was short of data when this batch began: the next one is urgent."""
+        return bool(self.batch and self.decision and self.decision.state == "STARVED")
+
 
 def run_batch(
     config: Config,
@@ -64,12 +69,14 @@ def run_batch(
     run_units: units.RunUnits,
     *,
     inputs: int | None = None,
+    period_seconds: float | None = None,
     now: float | None = None,
 ) -> BatchResult:
     """Finish the batch that has begun, or else decide on the next one and run it.
 
-    `run.directory` is the series. `inputs` overrides the decision, which is logged anyway. Raises
-    Held if another scheduler works there, and what `execute` raises; the same call goes on.
+    `run.directory` is the series. `inputs` overrides the decision, which is logged anyway.
+    `period_seconds` is the time from this call to the next, if it is known. Raises Held if another
+    scheduler works there, and what `execute` raises; the same call goes on.
     """
     series = config.run.directory
     with lease(series):
@@ -80,7 +87,7 @@ def run_batch(
         else:
             left = _inputs_left(config, earlier)
             now = time.time() if now is None else now
-            decision = _decide(config, earlier, len(left), now)
+            decision = _decide(config, earlier, len(left), now, period_seconds)
             paths = left[: decision.inputs if inputs is None else inputs]
             if not paths:
                 return BatchResult(None, None, decision)
@@ -168,7 +175,11 @@ def _finish(batch: Batch, outcome: Outcome) -> Batch:
 
 
 def _decide(
-    config: Config, earlier: Sequence[Batch], inputs_left: int, now: float
+    config: Config,
+    earlier: Sequence[Batch],
+    inputs_left: int,
+    now: float,
+    period_seconds: float | None,
 ) -> records.Decision:
     """Ask the controller, and log its inputs with its decision."""
     series = config.run.directory
@@ -186,6 +197,7 @@ def _decide(
         before=records.from_json(records.Record, lines[-1]).decision.memory
         if lines
         else records.PlanState(),
+        period_seconds=period_seconds,
     )
     decision = decide(inputs, config.schedule)
     fence()

@@ -36,6 +36,7 @@ from pipeline.cli.runs import run as run_command
 from stages.formats.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipeline.batches.batch import BatchResult
     from pipeline.config.sections import Config
     from pipeline.engine.units import RunUnits
 
@@ -70,7 +71,10 @@ def schedule(
     dashboard: Dashboard = False,
     log: LogAs = "bars",
 ) -> None:
-    """Repeat `gristmill batch` until this process ends; a failed batch is finished next time."""
+    """Repeat `gristmill batch` until this process ends; a failed batch is finished next time.
+
+    After a batch for a trainer that was short of data the next one is decided at once.
+    """
     from pipeline.batches.batch import parse_interval
 
     pause = parse_interval(every)
@@ -82,24 +86,35 @@ def schedule(
         )
     run_units = ray_units(address, dashboard)
     while True:
-        began = time.monotonic()
+        began, at_once = time.monotonic(), False
         try:
             with user_errors():
-                _run_batch(load_config(config, overrides), None, run_units, log, False)
+                settings = load_config(config, overrides)
+                result = _run_batch(settings, None, run_units, log, False, period_seconds=pause)
+                at_once = result.was_too_late
         except Exit as exit:  # already reported; the next batch resumes what is committed
             if exit.exit_code == INTERRUPTED:
                 raise
-        time.sleep(max(0.0, pause - (time.monotonic() - began)))
+        if not at_once:
+            time.sleep(max(0.0, pause - (time.monotonic() - began)))
 
 
 def _run_batch(
-    settings: "Config", inputs: int | None, run_units: "RunUnits", log: Log, as_json: bool
-) -> None:
+    settings: "Config",
+    inputs: int | None,
+    run_units: "RunUnits",
+    log: Log,
+    as_json: bool,
+    *,
+    period_seconds: float | None = None,
+) -> "BatchResult":
     from pipeline.batches.batch import run_batch
     from pipeline.cli.progress import open_progress
 
     with open_progress(settings, log) as progress:
-        result = run_batch(settings, progress, run_units, inputs=inputs)
+        result = run_batch(
+            settings, progress, run_units, inputs=inputs, period_seconds=period_seconds
+        )
     if as_json:
         d = result.decision
         decision = d and {"state": d.state, "inputs": d.inputs, "reasons": d.reasons}
@@ -110,6 +125,7 @@ def _run_batch(
         fail(NOTHING_PUBLISHED, 1)
     if result.outcome and result.outcome.failed:
         raise Exit(3)
+    return result
 
 
 @command()

@@ -150,10 +150,12 @@ def _production(batches: Sequence[Batch], window: int) -> Production:
 
 
 def _period(inputs: Inputs, window: int) -> float:
-    """Median seconds between decisions, the time since the last one included; 0 if unknown.
+    """Seconds between decisions: the scheduler's, or the median of the latest, 0 if unknown.
 
     Starts of batches, by which a log of earlier versions knows them, leave out skipped batches.
     """
+    if inputs.period_seconds is not None:
+        return inputs.period_seconds
     times = inputs.before.decided or [b.started for b in inputs.batches]
     gaps = [max(0.0, b - a) for a, b in itertools.pairwise([*times, inputs.now])]
     return median(gaps[-window:]) if gaps else 0.0
@@ -458,7 +460,8 @@ def _need_reasons(name: str, need: Need, context: _Context) -> Iterator[str]:
                 "workers may"
             )
     if need.short:
-        yield f"{name} is short: it has less than {policy.starved_hours:g} h to read"
+        hours = _least_seconds(context) / HOUR
+        yield f"{name} is short: it has less than {hours:,.1f} h to read"
     if need.stalled:
         yield (
             f"{name} waits for data with {need.unread:,} tokens to read: its loader is too slow, "

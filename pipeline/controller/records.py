@@ -59,6 +59,7 @@ class Inputs:
     """Everything that a decision depends on.
 
     `series` is the URI that trainers name as their source; `batches` are oldest first.
+    `period_seconds` is the time between decisions, None if who asks does not know it.
     """
 
     now: float
@@ -68,6 +69,7 @@ class Inputs:
     batches: tuple[Batch, ...]
     inputs_left: int = Field(ge=0)
     before: PlanState = PlanState()
+    period_seconds: float | None = Field(default=None, ge=0)
 
 
 class Need(NamedTuple):

@@ -3,6 +3,7 @@ crash.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,6 +22,8 @@ from pipeline.run.execute import RunFailed
 from tests.support.paths import ROOT
 from tests.support.quickstart import bytes_of
 from tests.support.series import published_urls, run_one_batch, series_config, write_listing
+
+CONTROLLER = Path(__file__).parents[1] / "controller"
 
 
 @pytest.fixture
@@ -169,6 +172,31 @@ def test_decisions_follow_the_trainer_and_replay_identically(tmp_path, listing):
     assert len(lines) == 3 and replay(lines) == []
     [mismatch] = replay([lines[0].replace(b'"BLIND"', b'"GLUT"')])
     assert "state was 'GLUT', is 'BLIND'" in mismatch.what
+
+
+def test_the_schedule_does_not_pause_while_a_trainer_is_short(tmp_path, monkeypatch):
+    """Short twice, then not: one pause before it is interrupted."""
+    record = from_json(Record, (CONTROLLER / "decisions_v2.jsonl").read_bytes().splitlines()[0])
+    short, enough = (replace(record.decision, state=state) for state in ("STARVED", "BALANCED"))
+    batch = batching.Batch(1, str(tmp_path), (), 0.0, None)
+    results = iter([(batch, short), (batch, short), (None, short), (batch, enough)])
+    periods, paused = [], []
+
+    def run(*_, period_seconds, **options):
+        periods.append(period_seconds)
+        found = next(results, None)
+        if found is None:
+            raise KeyboardInterrupt
+        return batching.BatchResult(found[0], None, found[1])
+
+    monkeypatch.setattr(batching, "run_batch", run)
+    monkeypatch.setattr("pipeline.cli.batches.time.sleep", paused.append)
+    config = str(ROOT / "configs" / "quickstart.toml")
+    told = CliRunner().invoke(
+        app, ["schedule", config, f"run.directory={tmp_path}", "--every", "2h"]
+    )
+    assert told.exit_code == 130 and periods == [7200.0] * 5
+    assert len(paused) == 2  # where nothing was left to take, and where none was short
 
 
 def test_ctrl_c_ends_the_schedule_and_a_failed_batch_does_not(tmp_path, monkeypatch):

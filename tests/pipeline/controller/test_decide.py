@@ -213,6 +213,16 @@ def test_a_live_trainer_decides_and_one_that_is_gone_does_not():
     assert "b has failed, and may come back" in beside.reasons
 
 
+def test_the_schedulers_own_period_counts_where_it_is_known():
+    late = PlanState(10, decided=(NOW - 6 * HOUR, NOW - HOUR))
+    hungry = summary(sources=read(8000))
+    learned, known = (
+        decide(inputs(hungry, before=late, period_seconds=p), POLICY) for p in (None, 24 * HOUR)
+    )
+    assert (learned.period_hours, known.period_hours) == (3.0, 24.0)
+    assert known.inputs > learned.inputs
+
+
 def test_what_is_being_made_counts():
     running = Batch(40, "running", NOW - HOUR)
     alone = decide(inputs(summary(sources=read(6000))), POLICY)

@@ -185,14 +185,17 @@ def test_without_any_trainer_ever_static_batches_are_made_for_a_horizon():
 GOLDEN = {
     "constant": (3.5, 0.0, 3.5, 17.9),
     "constant, 24 h apart": (22.2, 0.0, 22.2, 3.8),
+    "constant, 24 h apart by schedule": (0.1, 0.0, 0.1, 4.7),
     "constant, 36 h apart": (34.6, 0.0, 34.6, 4.5),
     "noise of 20 %": (3.5, 0.0, 3.6, 17.1),
     "1 to 8 GPUs": (3.5, 0.9, 10.4, 16.5),
     "1 to 8 GPUs, 24 h apart": (22.2, 8.3, 88.7, 8.2),
+    "1 to 8 GPUs, 24 h apart by schedule": (0.1, 8.9, 71.7, 8.2),
     "1 to 8 GPUs, slow batches": (4.0, 4.0, 36.3, 19.4),
     "8 to 1 GPUs": (8.2, 0.0, 65.4, 16.2),
     "a third of the yield": (3.5, 0.0, 3.5, 15.6),
     "a third of the yield, 24 h apart": (22.2, 13.5, 35.7, 4.2),
+    "a third of the yield, 24 h apart by schedule": (0.1, 16.7, 16.8, 4.3),
     "fails, back in 3 days": (3.5, 0.0, 3.5, 19.6),
     "dies silently, back in 3 days": (3.5, 0.0, 3.5, 19.6),
     "dies silently": (3.5, 0.0, 3.5, 25.7),
@@ -232,8 +235,8 @@ def steady_worlds(draw) -> tuple[World, float]:
         yield_window=draw(st.integers(1, 9)),
     )
     seconds = busy * yields / rate / max(1.0, jump)
-    world = World({"a": Trainer(rate)}, yields, seconds, draw(st.floats(0.5, 72)), policy)
-    return world, jump
+    hours, schedule = draw(st.floats(0.5, 72)), draw(st.booleans())
+    return World({"a": Trainer(rate)}, yields, seconds, hours, schedule, policy), jump
 
 
 @given(steady_worlds())

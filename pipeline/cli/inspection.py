@@ -224,6 +224,61 @@ def ablate(
 
 
 @command()
+def tokenizers(
+    run: RunFolder,
+    names: Annotated[
+        list[str],
+        Argument(metavar="TOKENIZER...", help="names of tiktoken's, or files, as pack.tokenizer"),
+    ],
+    pattern: Annotated[str, Option(help="for ranks of tiktoken, as pack.pattern")] = "",
+    end_of_text: Annotated[str, Option(help="as pack.end_of_text, for all of them")] = "",
+    seq_len: Annotated[int, Option(help="tokens of a row", min=2)] = 2048,
+    sample_chars: Annotated[
+        int, Option(help="characters of the corpus to tokenize, about", min=1)
+    ] = 20_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Compare tokenizers on the corpus of a run: bytes per token, tokens per word, and rows, of all
+    and by language and input file.
+
+    The more bytes in a token, the less a text costs to train on. It reads a sample of the corpus,
+    the same one each time.
+    """
+    from pipeline.study.fertility import compare, to_json
+    from stages.formats.tokenizer import TokenizerOptions, is_ranks, load_tokenizer
+
+    loaded = [
+        load_tokenizer(name, TokenizerOptions(pattern if is_ranks(name) else "", end_of_text))
+        for name in names
+    ]
+    comparison = compare(run, loaded, sample_chars=sample_chars)
+    if as_json:
+        print_json(to_json(comparison, loaded, seq_len=seq_len))
+        return
+    print_table(
+        ("", "", "tokenizer", "documents", "MB", "bytes/token", "tokens/word", "rows"),
+        (
+            (
+                *((kind, name.rpartition("/")[2]) if n == 0 else ("", "")),
+                f"{tokenizer.name} ({tokenizer.vocab_size:,})",
+                *((f"{group.documents:,}", f"{group.bytes / 1e6:,.2f}") if n == 0 else ("", "")),
+                _ratio(group.of(n).bytes_per_token),
+                _ratio(group.of(n).tokens_per_word),
+                f"{group.of(n).rows(seq_len):,}",
+            )
+            for (kind, name), group in comparison.groups.items()
+            for n, tokenizer in enumerate(loaded)
+        ),
+        text_columns=3,
+    )
+    err.print(f"{comparison.share:.2%} of the characters, in rows of {seq_len:,} tokens")
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+@command()
 def verify(
     path: Annotated[
         str,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pipeline.cli import app, err, out, print_table, print_template
 from pipeline.models.options import (
+    BpeOptions,
     ClassifierOptions,
     ExtractorOptions,
     IndexOptions,
@@ -65,6 +66,18 @@ def _train_classifier(options: ClassifierOptions) -> None:
     card = train_classifier(options)
     print_template("near_duplicates.txt.j2", err, shared=card["near_duplicates"]["shared"])
     print_template("train_classifier.txt.j2", card=card)
+
+
+@command("train-tokenizer", BpeOptions)
+def _train_tokenizer(options: BpeOptions) -> None:
+    """Train a tokenizer for `pack.tokenizer`, byte-level BPE, from the corpus of a run.
+
+    The same texts make the same bytes. Compare it with others by `gristmill tokenizers`.
+    """
+    from pipeline.models.train_tokenizer import train_tokenizer
+
+    _end_on_sigterm()
+    print_template("train_tokenizer.txt.j2", card=train_tokenizer(options))
 
 
 @command("train-extractor", ExtractorOptions)

@@ -22,6 +22,8 @@ from typing import Any
 from stages.storage.digests import file_sha256
 from stages.storage.files import write_atomically
 
+_KINDS = ("kenlm", "fasttext", "blocks", "tokenizer")
+
 
 def card_path(model: Path) -> Path:
     return Path(f"{model}.json")
@@ -90,7 +92,7 @@ def _card_beside(model: Path) -> dict[str, Any]:
     """The card of a model; empty if there is none, or it is not ours."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         card = json.loads(card_path(model).read_text(encoding="utf-8"))
-        if isinstance(card, dict) and card.get("kind") in ("kenlm", "fasttext", "blocks"):
+        if isinstance(card, dict) and card.get("kind") in _KINDS:
             return card
     return {}
 

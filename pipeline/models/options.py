@@ -1,6 +1,6 @@
-"""The options of `train-lm`, `train-classifier`, `train-extractor` and `index-benchmarks`, as the
-command line reads them. Each is listed here alone: the commands and the cards of models take them
-from these classes.
+"""The options of the commands that train models and of `index-benchmarks`, as the command line
+reads them. Each is listed here alone: the commands and the cards of models take them from these
+classes.
 """
 
 from dataclasses import dataclass
@@ -106,6 +106,34 @@ class ClassifierOptions:
     keep_best: Annotated[str, Option(help="percentages of the sample to find thresholds for")] = (
         "5,10,20,50"
     )
+    text_column: _TextColumn = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BpeOptions:
+    """How to train a tokenizer, of at most `vocab_size` tokens with all bytes and special tokens.
+
+    About `sample_bytes` of the sources are learned from. `where` selects among the rows of runs.
+    """
+
+    sources: Annotated[
+        list[str], Argument(help="a run, for its corpus, or text: .txt, .jsonl, .parquet, RUN:KIND")
+    ]
+    vocab_size: Annotated[int, Option(help="tokens; up to 65,536 take two bytes each")] = 32_768
+    output: Annotated[
+        Path, Option("-o", "--output", help="tokenizer.json to write, for pack.tokenizer")
+    ]
+    licence: _Licence
+    where: Annotated[str, Option(help="SQL condition on rows of a run", metavar="SQL")] = ""
+    sample_bytes: Annotated[
+        int, Option(help="of text to learn from, drawn by its hash; it costs memory and time")
+    ] = 500_000_000
+    end_of_text: Annotated[str, Option(help="token after each document")] = "<|endoftext|>"
+    begin_of_text: Annotated[str, Option(help="token before a document; '': none")] = ""
+    special: Annotated[
+        list[str] | None, Option(help="a further special token, e.g. of dialogues; repeat for more")
+    ] = None
+    held_out: Annotated[float, Option(help="share of documents that it is measured on")] = 0.01
     text_column: _TextColumn = "text"
 
 

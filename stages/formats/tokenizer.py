@@ -112,6 +112,15 @@ class Tokenizer:
         return [np.concatenate([begin, ids, end]) for ids in self.encode_batch(texts)]
 
 
+def is_ranks(tokenizer: str) -> bool:
+    """Whether this is a file of ranks of tiktoken; False for one that cannot be read."""
+    try:
+        with open(tokenizer, "rb") as file:
+            return bool(is_path(tokenizer) and _RANKS.match(file.read(1024)))
+    except OSError:
+        return False
+
+
 def load_tokenizer(
     tokenizer: str, options: TokenizerOptions = DEFAULTS, *, vocabulary_dir: str = ""
 ) -> Tokenizer:

@@ -106,7 +106,7 @@ def _of_tiktoken(encoding: Any) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
         "type": "Split",
-        "pattern": {"Regex": _for_oniguruma(encoding._pat_str)},
+        "pattern": {"Regex": for_oniguruma(encoding._pat_str)},
         "behavior": "Isolated",
         "invert": False,
     }
@@ -164,7 +164,7 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _for_oniguruma(pattern: str) -> str:
+def for_oniguruma(pattern: str) -> str:
     """A pattern of tiktoken in the syntax of `tokenizers`, where `$` is the end of a line, and
     `{1,3}+` repeats what it would only make possessive.
     """

@@ -53,11 +53,15 @@ def config(config):
 
 
 def run_until(config, steps):
-    """A training without an end that is asked to stop after so many steps."""
+    """A training without an end that is asked to stop so that it takes so many steps: one step
+    tells all ranks, and another one is queued when that is read.
+    """
     from trainer import loop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Training, "_should_stop", lambda training: training.step >= steps)
+        patch.setattr(
+            loop.Training, "_is_asked_to_stop", lambda training: training.step >= steps - 2
+        )
         return run_training(config)
 
 
@@ -85,14 +89,14 @@ def test_the_rate_of_a_child_falls_from_where_it_branched(config):
 def test_a_child_needs_its_parent_no_more_after_it_has_begun(config):
     run_until(config, 8)
     child = child_of(config, "child", step=4)
-    run_until(child, 5)
-    shutil.rmtree(config.directory)
     run_until(child, 6)
-    run_until(replace(child, branch=""), 7)
+    shutil.rmtree(config.directory)
+    run_until(child, 8)
+    run_until(replace(child, branch=""), 10)
     record = saved_by(child).extra["parent"]
     assert record["branch"] == child.branch and record["folder"].endswith("step-00000004")
-    grandchild = child_of(child, "grandchild", step=7)
-    run_until(grandchild, 8)
+    grandchild = child_of(child, "grandchild", step=10)
+    run_until(grandchild, 12)
     assert saved_by(grandchild).extra["parent"]["parent"] == record
     with pytest.raises(ValueError, match=r"branched from '.*@4'; restore it"):
         run_until(replace(child, branch=f"{config.directory}@8"), 8)

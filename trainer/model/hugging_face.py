@@ -1,8 +1,9 @@
-"""Export the weights of a checkpoint in the names and files of transformers (`layouts`)."""
+"""Export a checkpoint in the names and files of transformers (`layouts`), with its tokenizer."""
 
 import json
+import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stages.formats.tokenizer import Tokenizer
+from stages.formats.tokenizer_export import save_hugging_face_tokenizer
+from stages.storage.catalog import read_catalog
 from stages.storage.files import is_local, open_fs, scratch_folder
 from trainer.checkpoint_files import Meta, inspect_files, locate, model_settings, read_state
 from trainer.config import ModelConfig
+from trainer.data.generations import load_generation_tokenizer
 from trainer.model.layouts import CONFIG, config_json, hugging_face_name
 from trainer.model.llama import Transformer
 
+_LOG, _NO_TOKENIZER = logging.getLogger(__name__), "exported without a tokenizer: %s"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -33,7 +39,8 @@ def export_hugging_face(
 
     In this process alone, without a process group; holds the weights of one file at a time. Both
     may be URLs, by way of the temporary folder. The same checkpoint and options give the same
-    bytes. ValueError if the folder is not a checkpoint or is damaged.
+    bytes. ValueError if the folder is not a checkpoint or is damaged. The tokenizer is that of a
+    generation that was trained on; where that is gone, a warning says why there is none.
     """
     target = locate(output)
     with _local_copy(locate(folder)) as source, scratch_folder("gristmill-export") as scratch:
@@ -48,6 +55,7 @@ def export_hugging_face(
             dtype=dtype,
             shard_bytes=shard_bytes,
             max_positions=_max_positions(meta),
+            tokenizer=_tokenizer(meta),
         )
         if not is_local(target):
             fs, path = open_fs(target)
@@ -62,20 +70,26 @@ def save_hugging_face(
     dtype: str = "bfloat16",
     shard_bytes: int = SHARD_BYTES,
     max_positions: int,
-    special_tokens: Mapping[str, int | None] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write config.json, generation_config.json and the weights, in files of up to `shard_bytes`.
+    """Write configuration, tokenizer and weights, these in files of up to `shard_bytes`.
 
     `read` fills the tensors that it is given, by our names. What an earlier export left in the
     folder is removed, and config.json is written last: a folder that has it is complete.
     """
-    special_tokens = special_tokens or {"bos_token_id": None, "eos_token_id": None}
+    special_tokens = {
+        "bos_token_id": tokenizer.begin_of_text if tokenizer else None,
+        "eos_token_id": tokenizer.end_of_text if tokenizer else None,
+    }
     settings = config_json(
         config, dtype=dtype, max_positions=max_positions, special_tokens=special_tokens
     )
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in (folder / CONFIG, *folder.glob("model*.safetensors*")):
-        earlier.unlink(missing_ok=True)
+    for pattern in (CONFIG, "model*.safetensors*", "tokenizer*.json", "spiece.model"):
+        for earlier in folder.glob(pattern):
+            earlier.unlink()
+    if tokenizer:
+        _save_tokenizer(tokenizer, folder)
     _write_weights(folder, config, read, DTYPES[dtype], shard_bytes)
     (folder / "generation_config.json").write_text(json.dumps(special_tokens, indent=2))
     (folder / CONFIG).write_bytes(settings)
@@ -153,3 +167,38 @@ def _max_positions(meta: Meta) -> int:
         (extra.get("init") or {}).get("max_positions"),
     )
     return max(filter(None, lengths), default=2048)
+
+
+def _tokenizer(meta: Meta) -> Tokenizer | None:
+    """The tokenizer of the rows that were trained on; None, with a warning, if it is gone."""
+    digest = (meta["extra"].get("supply") or {}).get("tokenizer_sha256")
+    sources = (meta["extra"].get("totals") or {}).get("sources") or {}
+    reason = "the checkpoint names no generation"
+    for run, source in sources.items():
+        try:
+            return _load_tokenizer(run, source["rows"], digest)
+        except (OSError, ValueError) as error:
+            reason = str(error)
+    _LOG.warning(_NO_TOKENIZER, reason)
+    return None
+
+
+def _load_tokenizer(run: str, names: Collection[str], digest: str | None) -> Tokenizer:
+    """The tokenizer of the first of these generations that the run still has.
+
+    A `digest` of None, in checkpoints of earlier versions, is any.
+    """
+    entry = next((entry for entry in read_catalog(run) if entry["name"] in names), None)
+    if entry is None:
+        raise ValueError(f"{run}: has none of the generations {', '.join(names)}")
+    tokenizer = load_generation_tokenizer(run, entry)
+    if digest not in (None, tokenizer.digest):
+        raise ValueError(f"{run}: {entry['name']} has another tokenizer than the checkpoint")
+    return tokenizer
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    try:
+        save_hugging_face_tokenizer(tokenizer, folder)
+    except ValueError as error:  # it cannot be had there; the weights can
+        _LOG.warning(_NO_TOKENIZER, error)

@@ -11,6 +11,8 @@ import pytest
 
 from pipeline.config.train import load_training
 from stages.formats.errors import ConfigError
+from stages.formats.tokenizer import load_tokenizer
+from tests.support.live_training import run_training
 from tests.support.ranks import run_ranks
 
 torch = pytest.importorskip("torch")
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.checkpoints import NOW
 from trainer.checkpoint import Checkpoints
 from trainer.config import ModelConfig, OptimizerConfig, ParallelConfig
+from trainer.launch import export
 from trainer.model.hugging_face import export_hugging_face
 from trainer.model.layouts import config_json, hugging_face_name, model_settings
 from trainer.model.llama import Transformer
@@ -351,6 +354,42 @@ def test_an_export_removes_the_files_of_an_earlier_one(tmp_path):
     }
 
 
+def test_an_export_has_the_tokenizer_of_the_rows(config, tmp_path, caplog):
+    """In a plain process: text in, text out."""
+    run_training(replace(config, max_steps=4))
+    assert export(config.directory, str(tmp_path / "out"), step=None) == 4
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (settings["eos_token_id"], settings["bos_token_id"]) == (100_257, None)
+    encoding = load_tokenizer("cl100k_base")
+    text = "Größe: 1234 naïve 中文\n\n"
+    expected = encoding.encode_batch([text])[0].tolist()
+    assert in_plain_process(TOKENIZES, tmp_path / "out", text) == f"{expected} {text!r}\n"
+    again = tmp_path / "again"
+    export(config.directory, str(again), step=None)
+    assert contents(tmp_path / "out") == contents(again)
+    shutil.rmtree(config.data.sources[0].run)
+    export(config.directory, str(again), step=None)
+    assert "exported without a tokenizer" in caplog.text and "gen-0001" in caplog.text
+    assert not list(again.glob("tokenizer*"))
+
+
+TOKENIZES = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer(sys.argv[2])["input_ids"]
+print(ids, repr(tokenizer.decode(ids)))
+"""
+
+
+def in_plain_process(code, *arguments):
+    """What a Python that has not imported anything of ours prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
 PLAIN_PROCESS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -367,6 +406,4 @@ def test_transformers_loads_and_generates_in_a_plain_process(layout, tmp_path):
     model, record = from_theirs(tmp_path / "theirs")
     export_hugging_face(saved(model, tmp_path / "checkpoints", record), tmp_path / "out")
     shutil.rmtree(tmp_path / "theirs")
-    command = [sys.executable, "-c", PLAIN_PROCESS, str(tmp_path / "out")]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert (ended.returncode, ended.stdout) == (0, "7\n"), ended.stderr
+    assert in_plain_process(PLAIN_PROCESS, tmp_path / "out") == "7\n"

@@ -128,7 +128,7 @@ class World:
     generations: list[Generation] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
-    lines: list[bytes] = field(default_factory=list)
+    inputs: list[Inputs] = field(default_factory=list)
 
     def run(self, rounds: int) -> list[Decision]:
         """Decide and make that many batches; the decisions."""
@@ -144,6 +144,12 @@ class World:
     @property
     def hour(self) -> float:
         return (self.now - NOW) / HOUR
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The log of decisions."""
+        pairs = zip(self.inputs, self.decisions, strict=True)
+        return [to_json(Record(inputs, self.policy, decision)) for inputs, decision in pairs]
 
     @property
     def supply(self) -> int:
@@ -173,8 +179,8 @@ class World:
             self.now, SERIES, generations, tuple(trainers), batches, 10**12, memory, period
         )
         decision = decide(inputs, self.policy)
+        self.inputs.append(inputs)
         self.decisions.append(decision)
-        self.lines.append(to_json(Record(inputs, self.policy, decision)))
         return decision
 
     def _make(self, taken: int) -> None:

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ from trainer.model.step import (
 )
 from trainer.ranks import Ranks, gather_objects
 from trainer.telemetry import feedback
-from trainer.telemetry.devices import gpu_health, peak_flops
+from trainer.telemetry.devices import gpu_health, peak_flops, worst_health
 from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.meter import Meter, SourceSums, SpikeDetector, mfu
 from trainer.telemetry.profile import Profiler
@@ -62,6 +62,7 @@ from trainer.telemetry.why_step import SPIKES, RowLoss, log_spike
 MAX_BAD_STEPS = 10  # consecutive steps without a finite loss before a run gives up
 _LOG = logging.getLogger(__name__)
 PREEMPTION_CHECK_STEPS = 10  # steps between two checks whether this machine will be taken away
+HEALTH_STEPS = 20  # steps between two looks at all ranks' GPUs, a millisecond and a collective
 
 
 class Diverged(RuntimeError):
@@ -164,7 +165,8 @@ class Training:
         self.profiler = Profiler(self.folder / "profile", steps=steps, device=device)
         resources.callback(self.profiler.close)
         self.scores: Scores | None = None  # of the last step, if it was evaluated
-        self.health: feedback.Health | None = None  # as last reported
+        self.held_out: dict[str, float | None] = {}  # losses of the last evaluation
+        self.worst, self.health_due = worst_health([]), 0  # of all ranks' GPUs; when to look again
         # in other threads Python does not allow signal handlers
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -296,6 +298,9 @@ class Training:
                 f"{MAX_BAD_STEPS} steps in a row up to {queued.step} had no finite loss or "
                 "gradient: lower optimizer.lr"
             )
+        if queued.step >= self.health_due:  # by steps, which are the same on all ranks
+            self.health_due = queued.step + HEALTH_STEPS
+            self.worst = worst_health(gather_objects(self._own_health()))
         self._record_step(queued, read, is_spike=is_spike)
 
     # --- stop and save ----------------------------------------------------------------------------
@@ -348,7 +353,9 @@ class Training:
         if self.evaluation is None or not self._is_evaluation_due(step):
             return None
         with self.meter.part("evaluation"):
-            return self.evaluation.run(self.model)
+            scores = self.evaluation.run(self.model)
+        self.held_out = {"sources": scores.loss, **scores.sets}
+        return scores
 
     def _record_step(self, queued: QueuedStep, read: Read, *, is_spike: bool) -> None:
         sources = _sources(queued.row_ranges, read.runs)
@@ -375,7 +382,7 @@ class Training:
                 "restarts": self.meter.totals.restarts,
                 "data": queued.row_ranges,
             }
-            health = asdict(self.health) if self.health else {}
+            health = asdict(self.worst.health) if self.worst.health else {}
             scores: dict[str, float] = self.scores.figures() if self.scores else {}
             self.telemetry.step(record | self.meter.rates()._asdict() | health | scores)
         self._write_feedback("running")
@@ -385,13 +392,18 @@ class Training:
             self.writer.write(self._report(state))
 
     def _report(self, state: feedback.State) -> feedback.Report:
-        if self.device == "cuda":
-            self.health = gpu_health(str(torch.cuda.get_device_properties(0).uuid))
         seq_len, budget = self.loader.seq_len, None
         if self.config.max_steps and seq_len:
             steps = max(0, self.config.max_steps - self.step)
             budget = steps * self.config.data.global_batch_rows * seq_len
-        return self.meter.report(state, mfu=self._mfu(), health=self.health, budget=budget)
+        report = self.meter.report(state, mfu=self._mfu(), health=self.worst.health, budget=budget)
+        return replace(report, health_ranks=self.worst.ranks, held_out=self.held_out)
+
+    def _own_health(self) -> feedback.Health | None:
+        if self.device != "cuda":
+            return None
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return gpu_health(str(gpu.uuid))
 
     def _mfu(self, *, context: float | None = None) -> float | None:
         """Model FLOP utilization; with the length of a row as `context` it is PaLM's."""

@@ -13,8 +13,9 @@ The horizon beyond the window is safety stock. Plain order-up-to amplifies each 
 (the bullwhip effect; Dejonckheere et al. 2003, doi:10.1016/S0377-2217(02)00369-7, prove it for
 every forecast). Against it: tokens in production count; a dead band leaves the plan as it is; the
 slew limit bounds each change. Both act on the safety stock only: what a trainer reads within the
-window is ordered whole, by the lower of the median and the latest yield. Order: need, dead band,
-slew, budget, window, whole inputs, [min, max], what the listing has left.
+window is ordered whole, by the lower of the median and the latest yield. No batch takes longer than
+a period, or its tokens come late. Order: need, dead band, slew, budget, window, whole inputs,
+[min, max], what the listing has left.
 
 Trainers share tokens: each reads every generation, so two of equal speed need what one does. For
 each live trainer its own unread tokens are compared with its own demand, and the neediest decides;

@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,15 +32,14 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import (
     CheckpointConfig,
     EvaluationConfig,
+    HeldOutConfig,
     ParallelConfig,
     SourceConfig,
 )
 from trainer.data import loader
 from trainer.data.rows import read_batch
 from trainer.launch import export
-from trainer.telemetry.feedback import (
-    read_summaries,
-)
+from trainer.telemetry.feedback import Health, read_summaries
 from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.records import read_metrics
 
@@ -282,6 +282,33 @@ def test_the_figures_of_a_step_are_read_when_the_next_one_is_queued(config, monk
     assert " ".join(events) == ("queue queue read queue read read save queue queue read read save")
 
 
+def rank_with_a_gpu(number, ranks, folder, config):
+    loop.Training._own_health = lambda self: Health(number, 9, 0.9 - number / 10, 70, None)
+    rank(number, ranks, folder, config)
+
+
+def test_the_worst_gpu_of_all_ranks_is_told_and_whose_it_is(config, tmp_path):
+    run_ranks(rank_with_a_gpu, 2, tmp_path, replace(config, max_steps=3), ranks=2)
+    [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
+    assert summary.report.health == Health(1, 9, 0.8, 70, None)
+    assert summary.report.health_ranks == {
+        "memory_used_bytes": 1,
+        "memory_total_bytes": 0,
+        "utilisation": 1,
+        "temperature_celsius": 0,
+    }
+    assert [row["utilisation"] for row in metrics(config).values()] == [0.8] * 3
+
+
+def test_a_rank_looks_at_its_own_gpu(monkeypatch):
+    gpus = {3: SimpleNamespace(uuid="11")}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    monkeypatch.setattr(loop, "gpu_health", lambda uuid: Health(temperature_celsius=int(uuid)))
+    assert loop.Training._own_health(SimpleNamespace(device="cuda")).temperature_celsius == 11
+    assert loop.Training._own_health(SimpleNamespace(device="cpu")) is None
+
+
 # --- what a slow disk and a slow save do ----------------------------------------------------------
 
 
@@ -397,7 +424,9 @@ def test_held_out_loss_is_told_and_picks_the_best_checkpoint(config, tmp_path):
     every = replace(
         config,
         data=replace(config.data, sources=(SourceConfig(str(run)),)),
-        evaluation=EvaluationConfig(every_steps=4),
+        evaluation=EvaluationConfig(
+            every_steps=4, held_out={"first": HeldOutConfig(str(run), rows=1)}
+        ),
     )
     run_training(every, device="cpu")
     rows = metrics(every)
@@ -405,4 +434,7 @@ def test_held_out_loss_is_told_and_picks_the_best_checkpoint(config, tmp_path):
     assert list(told) == [4, 8, 12] and told[12] < told[4]
     saved = checkpoint.Checkpoints(f"{every.directory}/checkpoints", every.checkpoint).latest()
     assert (saved.step, saved.metric) == (12, told[12])
+    [summary] = read_summaries(f"{run}/feedback").summaries
+    first = rows[12]["held_out/first/loss"]
+    assert summary.report.held_out == {"sources": told[12], "first": first} and first != told[12]
     assert rows[8]["seconds"]["evaluation"] > 0

@@ -1,9 +1,10 @@
-"""Peak speed and health of a GPU; needs neither torch nor a GPU."""
+"""Peak speed and health of GPUs; needs neither torch nor a GPU."""
 
 import functools
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
 
 from trainer.telemetry.feedback import Health
 
@@ -34,8 +35,7 @@ def gpu_health(uuid: str) -> Health | None:
 
     None without that package, a driver or that GPU. `uuid` is that of
     `torch.cuda.get_device_properties(i)`: NVML also counts GPUs that CUDA_VISIBLE_DEVICES hides, so
-    torch's index could name another GPU. Takes about a millisecond: call it per line of feedback,
-    not per step.
+    torch's index could name another GPU. Takes about a millisecond: not for every step.
     """
     try:
         import pynvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -62,6 +62,29 @@ def gpu_health(uuid: str) -> Health | None:
         temperature_celsius=query(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
         power_watts=None if milliwatts is None else milliwatts / 1000,
     )
+
+
+class WorstHealth(NamedTuple):
+    """The worst of several GPUs, figure by figure, and the rank that each figure is of."""
+
+    health: Health | None
+    ranks: dict[str, int]
+
+
+def worst_health(by_rank: Sequence[Health | None]) -> WorstHealth:
+    """The highest figures of all ranks, of utilisation and total memory the lowest.
+
+    A GPU that is idle while others compute, or hotter than they are, slows all of them down.
+    """
+    known = {rank: asdict(health) for rank, health in enumerate(by_rank) if health is not None}
+    worst, ranks = {}, {}
+    for name in (figure.name for figure in fields(Health)):
+        figures = {rank: f[name] for rank, f in known.items() if f[name] is not None}
+        if figures:
+            pick = min if name in ("utilisation", "memory_total_bytes") else max
+            ranks[name] = pick(figures, key=figures.__getitem__)
+            worst[name] = figures[ranks[name]]
+    return WorstHealth(Health(**worst) if known else None, ranks)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -74,7 +74,13 @@ class Health:
 
 @dataclass(frozen=True)
 class Report:
-    """The state of a trainer by its own report. None is unknown."""
+    """The state of a trainer by its own report. None is unknown.
+
+    `health` is the worst of all ranks' GPUs, figure by figure, and `health_ranks` the rank of each.
+    `held_out` are the losses of the last evaluation, in nats per token: "sources" over what these
+    hold out, and each named set. Lines of earlier versions have rank 0's health and neither of the
+    others.
+    """
 
     state: State
     steps: Count
@@ -91,6 +97,8 @@ class Report:
     sources: dict[str, Source]
     health: Health | None
     budget: Count | None  # tokens left to train on
+    health_ranks: dict[str, Count] = field(default_factory=dict)
+    held_out: dict[str, Number] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

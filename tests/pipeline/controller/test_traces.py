@@ -10,6 +10,7 @@ from benchmarks.controller import TRACES, Trainer, World, foresee, play
 from pipeline.controller.decide import HOUR
 from pipeline.controller.policy import Policy
 from pipeline.controller.records import Decision
+from tests.support.examples import at_most
 
 
 def landing(world: World, decision: Decision, rate: float) -> float:
@@ -239,6 +240,7 @@ def steady_worlds(draw) -> tuple[World, float]:
     return World({"a": Trainer(rate)}, yields, seconds, hours, schedule, policy), jump
 
 
+@at_most(40)
 @given(steady_worlds())
 def test_under_constant_demand_supply_never_runs_out_after_a_few_batches(drawn):
     """Whatever period, horizon, slew and dead band, and again after a jump of demand."""

@@ -208,8 +208,18 @@ def test_the_line_of_these_tests_is_the_writers(tmp_path):
     assert json.loads((tmp_path / "a.json").read_bytes()).keys() == _record().keys()
 
 
+def test_a_line_of_an_earlier_version_has_no_losses_on_held_out_rows():
+    before = {k: v for k, v in _record().items() if k not in ADDED}
+    told = {"health_ranks": {"utilisation": 3}, "held_out": {"sources": 2.5, "wiki": None}}
+    assert parse(to_json(before)) == parse(to_json(_record()))
+    assert parse(to_json(before | told)).report == replace(parse(to_json(before)).report, **told)
+
+
+ADDED = ("health_ranks", "held_out")
+
+
 def test_each_missing_field_is_named():
-    for key in _record().keys() - {"version"}:
+    for key in _record().keys() - {"version", *ADDED}:
         record = _record()
         del record[key]
         with pytest.raises(ValueError, match=f"another kind: {key}: Field required"):

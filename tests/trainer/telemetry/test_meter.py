@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.feedback_reports import NOW, summary
 from trainer.telemetry import devices
-from trainer.telemetry.devices import gpu_health, peak_flops
+from trainer.telemetry.devices import gpu_health, peak_flops, worst_health
 from trainer.telemetry.feedback import Health, Source, Totals, read_lines, read_summaries, resumed
 from trainer.telemetry.feedback_writer import Writer
 from trainer.telemetry.meter import Meter, SourceSums, SpikeDetector, mfu, sum_by_source
@@ -480,6 +480,21 @@ def test_health_without_a_driver_or_the_package_is_unknown(monkeypatch):
     assert gpu_health("11") is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert gpu_health("11") is None
+
+
+def test_the_worst_of_all_ranks_is_the_highest_figure_and_the_lowest_load():
+    one, two = Health(5, 9, 0.97, 61, 640.5), Health(4, 8, 0.4, 83, None)
+    assert worst_health([None, one, two]) == (
+        Health(5, 8, 0.4, 83, 640.5),
+        {
+            "memory_used_bytes": 1,
+            "memory_total_bytes": 2,
+            "utilisation": 2,
+            "temperature_celsius": 2,
+            "power_watts": 1,
+        },
+    )
+    assert worst_health([None, None]) == worst_health([]) == (None, {})
 
 
 # --- sinks ----------------------------------------------------------------------------------------

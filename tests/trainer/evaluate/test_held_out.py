@@ -286,6 +286,23 @@ def test_a_set_of_hosts_is_of_their_documents_alone(tmp_path, group_of_one, rows
     assert scores.sets == {"wiki": mean(slow_loss(wiki))}
 
 
+def test_named_sets_of_a_run_on_an_object_store_are_those_of_a_disk(
+    tmp_path, s3_bucket, group_of_one
+):
+    pack_with_urls(tmp_path, ["https://x.org", "https://y.org"], 0.5)
+    run, url = str(tmp_path), f"{s3_bucket}/run"
+    store = pytest.importorskip("fsspec").filesystem("s3")
+    for path in (*sorted((tmp_path / "generations").rglob("*.*")), tmp_path / "catalog.jsonl"):
+        store.put_file(str(path), f"{url}/{path.relative_to(tmp_path)}")
+    source = SourceConfig(run)
+    data = DataConfig(sources=(source,), cache_dir=str(tmp_path / "cache"), micro_batch_rows=2)
+    here, there = (
+        named(data, x=HeldOutConfig(r, hosts=("x.org",)), y=HeldOutConfig(r, "training", rows=3))
+        for r in (run, url)
+    )
+    assert here.sets == there.sets and len(here.sets) == 2
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [

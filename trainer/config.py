@@ -224,7 +224,8 @@ class CheckpointConfig:
     sets where no source has one.
 
     `folder` is a disk that every rank sees or a URL (s3://BUCKET/RUN); "" is `checkpoints/` of the
-    training's directory.
+    training's directory. Where `asynchronous`, a process beside each rank writes while training
+    goes on; the memory for it, as large as the rank's weights and optimizer, stays allocated.
     """
 
     folder: str = ""

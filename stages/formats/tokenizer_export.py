@@ -45,6 +45,8 @@ def save_hugging_face_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> Non
         "eos_token": tokenizer.options.end_of_text,
         "bos_token": tokenizer.options.begin_of_text or None,
         "model_max_length": int(1e30),  # how transformers writes that there is no limit
+        # by default also token_type_ids, which `generate` of a decoder refuses
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, name).write_bytes(data)

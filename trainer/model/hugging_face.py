@@ -119,6 +119,7 @@ def _write_weights(
         read(tensors)
         stored = {hugging_face_name(name): tensor for name, tensor in tensors.items()}
         save_file(stored, folder / file, {"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors (0.8) lets only the owner read it
         weight_map |= dict.fromkeys(stored, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

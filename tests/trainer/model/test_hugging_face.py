@@ -347,6 +347,7 @@ def test_an_export_removes_the_files_of_an_earlier_one(tmp_path):
     checkpoint = saved(model, tmp_path / "checkpoints", record)
     export_hugging_face(checkpoint, tmp_path / "out", shard_bytes=5_000)
     export_hugging_face(checkpoint, tmp_path / "out")
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
     assert set(contents(tmp_path / "out")) == {
         "config.json",
         "generation_config.json",
@@ -356,7 +357,8 @@ def test_an_export_removes_the_files_of_an_earlier_one(tmp_path):
 
 def test_an_export_has_the_tokenizer_of_the_rows(config, tmp_path, caplog):
     """In a plain process: text in, text out."""
-    run_training(replace(config, max_steps=4))
+    config = replace(config, model=replace(config.model, vocab_size=100_352), max_steps=4)
+    run_training(config)
     assert export(config.directory, str(tmp_path / "out"), step=None) == 4
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (settings["eos_token_id"], settings["bos_token_id"]) == (100_257, None)
@@ -375,9 +377,13 @@ def test_an_export_has_the_tokenizer_of_the_rows(config, tmp_path, caplog):
 
 TOKENIZES = """
 import sys
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-ids = tokenizer(sys.argv[2])["input_ids"]
+inputs = tokenizer(sys.argv[2], return_tensors="pt")
+ids = inputs["input_ids"][0].tolist()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+new = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)[0].tolist()
+assert new[:-3] == ids
 print(ids, repr(tokenizer.decode(ids)))
 """
 

@@ -268,7 +268,7 @@ TRACES: dict[str, Trace] = {
     "dies silently": lambda: _steady(events=[at(CHANGE, state="dead")]),
     "stops early": lambda: _steady(events=[at(CHANGE, state="stopped")]),
     "finishes": lambda: World({"a": Trainer(GPU, budget=CHANGE * HOUR * GPU)}),
-    "reads on unheard": lambda: _steady(events=[at(CHANGE, state="lost")]),
+    "feedback is lost": lambda: _steady(events=[at(CHANGE, state="lost")]),
     "the first comes after 10 days": lambda: World({}, events=[_arrival(240)]),
 }
 

@@ -202,7 +202,7 @@ GOLDEN = {
     "dies silently": (3.5, 0.0, 3.5, 25.7),
     "stops early": (3.5, 0.0, 3.5, 24.3),
     "finishes": (3.5, 0.0, 3.5, 0.0),
-    "reads on unheard": (3.5, 334.3, 337.8, 0.0),
+    "feedback is lost": (3.5, 334.3, 337.8, 0.0),
     "the first comes after 10 days": (0.0, 0.0, 0.0, 16.1),
 }
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from stages.storage.catalog import GenerationError
 from stages.storage.locks import try_lock
 from trainer.branch import check_same_parent, open_parent
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Checkpoints, Saved
 from trainer.config import CONFIG, STOP, TrainConfig, with_vocab_size
 from trainer.data.loader import BatchLoader
 from trainer.data.rows import Batch, RowRange
@@ -106,71 +106,85 @@ class Training:
     ) -> None:
         join_ranks(device, timeout_seconds=config.parallel.timeout_seconds)
         self.config, self.device, self.preempted = config, device, preempted
-        self.ranks = ranks = Ranks()
-        self.folder = Path(config.directory)
+        self.ranks, self.folder = Ranks(), Path(config.directory)
         self.checkpoints = Checkpoints(
             config.checkpoint.folder or f"{config.directory}/checkpoints", config.checkpoint
         )
         resources.callback(self.checkpoints.close)
-        own = self.checkpoints.latest()
-        if own:
-            check_same_parent(config.branch, own.extra.get("parent"))
-        self.is_new_branch = own is None and bool(config.branch)
-        saved = open_parent(config, self.checkpoints, ranks=ranks) if self.is_new_branch else own
+        saved = self._find_checkpoint()
         extra = saved.extra if saved else {}
         self.parent: dict[str, Any] | None = extra.get("parent")
         self.step = self.saved_at = saved.step if saved else 0
-        self.init: dict[str, Any] | None = extra.get("init")
-        if saved:
-            check_same_init(config.model.init, self.init, ranks=ranks)
         self.schedule, self.notice = self._resume_schedule(extra.get("schedule"))
         # the data first: its faults should show before the minutes that a model's set-up takes
-        self.loader = resources.enter_context(
-            BatchLoader(
-                config.data,
-                rank=ranks.rank,
-                world_size=ranks.count,
-                state=extra.get("supply"),
-            )
-        )
-        self.config = config = with_vocab_size(config, self.loader.vocab_size)
-        self.loader.limit_vocabulary(config.model.vocab_size)
-        self.evaluation = (
-            Evaluation(config.evaluation, config.data, device=device, begun=self.loader.begun())
-            if config.evaluation.every_steps
-            else None
-        )
-        self.writer: Writer | None = None
-        self.telemetry: Telemetry | None = None
-        self.previous: feedback.Summary | None = None
-        ranks.on_first(lambda: self._open_outputs(resources, fresh=own is None))
-        totals = feedback.Totals(**extra["totals"]) if saved else None
-        if own or self.previous:
-            totals = feedback.resumed(totals, self.previous, now=time.time())
-        self.meter = Meter(totals)
+        self._open_data(resources, position=extra.get("supply"))
+        self._open_reports(resources, totals=extra.get("totals"))
         self.spikes = SpikeDetector(extra.get("losses", ()))
-        with self.meter.part("restart"):
-            self.model, self.optimizer = build(config, device)
-            if saved:
-                self.checkpoints.load(saved, self.model, self.optimizer)
-            elif config.model.init:
-                self.init = load_pretrained(self.model, seed=config.seed, ranks=ranks)
         self.loss = (self.spikes.losses or [math.nan])[-1]
+        with self.meter.part("restart"):
+            self._build_model(saved)
         self.queued: QueuedStep | None = None
-        self.bad_steps, self.was_preempted = 0, False
+        self.clock, self.bad_steps, self.was_preempted = DeviceClock(device), 0, False
         # of this rank by a signal; of any rank, as all of them know it
         self.stop_requested, self.stopping = False, False
-        self.clock = DeviceClock(device)
-        steps = config.telemetry.profile_steps if ranks.leads else 0
-        self.profiler = Profiler(self.folder / "profile", steps=steps, device=device)
-        resources.callback(self.profiler.close)
-        self.scores: Scores | None = None  # of the last step, if it was evaluated
-        self.held_out: dict[str, float | None] = {}  # losses of the last evaluation
-        self.worst, self.health_due = worst_health([]), 0  # of all ranks' GPUs; when to look again
         # in other threads Python does not allow signal handlers
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 resources.callback(signal.signal, number, signal.signal(number, self._on_signal))
+
+    def _find_checkpoint(self) -> Saved | None:
+        """The newest checkpoint, or for a new branch that of its parent."""
+        own = self.checkpoints.latest()
+        self.is_fresh = own is None
+        self.is_new_branch = own is None and bool(self.config.branch)
+        if own:
+            check_same_parent(self.config.branch, own.extra.get("parent"))
+        if self.is_new_branch:
+            return open_parent(self.config, self.checkpoints, ranks=self.ranks)
+        return own
+
+    def _open_data(self, resources: ExitStack, *, position: dict[str, Any] | None) -> None:
+        """The loader and the rows of evaluations; the vocabulary is that of the data."""
+        config, ranks = self.config, self.ranks
+        self.loader = resources.enter_context(
+            BatchLoader(config.data, rank=ranks.rank, world_size=ranks.count, state=position)
+        )
+        self.config = config = with_vocab_size(config, self.loader.vocab_size)
+        self.loader.limit_vocabulary(config.model.vocab_size)
+        self.evaluation: Evaluation | None = None
+        if config.evaluation.every_steps:
+            self.evaluation = Evaluation(
+                config.evaluation, config.data, device=self.device, begun=self.loader.begun()
+            )
+
+    def _open_reports(self, resources: ExitStack, *, totals: dict[str, Any] | None) -> None:
+        """Metrics, feedback and profile, which rank 0 writes, and the meter."""
+        self.writer: Writer | None = None
+        self.telemetry: Telemetry | None = None
+        self.previous: feedback.Summary | None = None
+        self.ranks.on_first(lambda: self._open_outputs(resources, fresh=self.is_fresh))
+        before = feedback.Totals(**totals) if totals else None
+        if self.previous or not self.is_fresh:
+            before = feedback.resumed(before, self.previous, now=time.time())
+        self.meter = Meter(before)
+        steps = self.config.telemetry.profile_steps if self.ranks.leads else 0
+        self.profiler = Profiler(self.folder / "profile", steps=steps, device=self.device)
+        resources.callback(self.profiler.close)
+        self.scores: Scores | None = None  # of the last step, if it was evaluated
+        self.held_out: dict[str, float | None] = {}  # losses of the last evaluation
+        self.worst, self.health_due = worst_health([]), 0  # of all ranks' GPUs; when to look again
+
+    def _build_model(self, saved: Saved | None) -> None:
+        """The model and its optimizer, from a checkpoint, a Hugging Face one, or the seed."""
+        config, ranks = self.config, self.ranks
+        self.init: dict[str, Any] | None = saved.extra.get("init") if saved else None
+        if saved:
+            check_same_init(config.model.init, self.init, ranks=ranks)
+        self.model, self.optimizer = build(config, self.device)
+        if saved:
+            self.checkpoints.load(saved, self.model, self.optimizer)
+        elif config.model.init:
+            self.init = load_pretrained(self.model, seed=config.seed, ranks=ranks)
 
     def _resume_schedule(self, saved: dict[str, Any] | None) -> tuple[Schedule, str | None]:
         """The schedule, and what to say of it if it has changed since it was `saved`."""
@@ -360,9 +374,7 @@ class Training:
     def _record_step(self, queued: QueuedStep, read: Read, *, is_spike: bool) -> None:
         sources = _sources(queued.row_ranges, read.runs)
         self.scores = self._evaluate(queued.step)
-        tokens, pairs = (
-            sum(getattr(run, name) for run in read.runs) for name in ("tokens", "pairs")
-        )
+        tokens, pairs = sum(run.tokens for run in read.runs), sum(run.pairs for run in read.runs)
         seconds = self.meter.step(tokens=tokens, pairs=pairs, sources=sources).seconds
         if self.telemetry:
             record = {

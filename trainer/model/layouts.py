@@ -210,5 +210,7 @@ def config_json(
         "mlp_bias": False,
         **special_tokens,
         "torch_dtype": dtype,
+        # whose layout this is; without one, 4.57.6 warns that any tokenizer here is Mistral's
+        "transformers_version": "4.57.1",
     }
     return json.dumps(values, indent=2).encode()

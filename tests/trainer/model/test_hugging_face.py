@@ -393,6 +393,7 @@ def in_plain_process(code, *arguments):
     command = [sys.executable, "-c", code, *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=300)
     assert ended.returncode == 0, ended.stderr
+    assert "incorrect" not in ended.stderr, ended.stderr
     return ended.stdout
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -107,9 +108,17 @@ class Tokenizer:
         self, texts: Sequence[str], *, begin_of_text: bool = False
     ) -> list[Tokens]:
         """Token ids of each text, end-of-text last and, if asked, begin-of-text first."""
-        first = [self.begin_of_text] if begin_of_text else []
-        begin, end = np.array(first, np.uint32), np.array([self.end_of_text], np.uint32)
-        return [np.concatenate([begin, ids, end]) for ids in self.encode_batch(texts)]
+        begin = self.begin_of_text if begin_of_text else None
+        return [self._document(ids, begin) for ids in self.encode_batch(texts)]
+
+    def _document(self, ids: Tokens, begin: int | None) -> Tokens:
+        first = int(begin is not None)
+        document = np.empty(first + len(ids) + 1, np.uint32)  # less work than np.concatenate
+        if begin is not None:
+            document[0] = begin
+        document[first:-1] = ids
+        document[-1] = self.end_of_text
+        return document
 
 
 def is_ranks(tokenizer: str) -> bool:
@@ -266,7 +275,8 @@ def _plain_json(
 
 def _encode_tokenizers(library: Any, texts: Sequence[str]) -> list[Tokens]:
     encodings = library.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    # array.array reads a list of integers in half the time of np.array
+    return [np.frombuffer(array("I", encoding.ids), np.uint32) for encoding in encodings]
 
 
 # --- SentencePiece --------------------------------------------------------------------------------

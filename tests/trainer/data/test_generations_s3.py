@@ -22,8 +22,10 @@ import fsspec
 
 from pipeline.config.train import load_training
 from stages.formats.errors import ConfigError
+from stages.formats.tokenizer import load_tokenizer
 from stages.pack.pack import PROVENANCE
 from stages.storage.catalog import GenerationError, read_catalog
+from tests.support.inline import make_config, run_inline
 from tests.support.live_training import run_training
 from tests.support.loading import BOTH, data_config, next_when_published, on_two_ranks
 from tests.support.paths import ROOT
@@ -36,6 +38,7 @@ from trainer.data import (
 )
 from trainer.data.generations import (
     folder_of,
+    load_generation_tokenizer,
     stage,
     verify_generation,
 )
@@ -536,3 +539,25 @@ def test_the_cache_is_a_local_folder_below_the_training_unless_told(tmp_path):
     assert load_training(file, ["data.cache_dir=/scratch"]).data.cache_dir == "/scratch"
     with pytest.raises(ConfigError, match=r"data\.cache_dir = 's3://b/c': give a local folder"):
         load_training(file, ["data.cache_dir=s3://b/c"])
+
+
+def test_a_tokenizer_is_read_from_the_store_and_verified(url, cache, tmp_path, tokenizer_files):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a mill by the river", "url": "https://a.example/"}\n')
+    settings = ["input.format=jsonl", "input.url_column=url", "extract.filters=[]"]
+    settings += ["refine.filters=[]", "language.allowed=[]", "language.score=off"]
+    settings += ["pack.seq_len=16", f"pack.tokenizer='{tokenizer_files['bpe'][0]}'"]
+    run_inline(make_config(tmp_path, [rows], *settings))
+    upload(tmp_path / "run", url)
+    [entry] = read_catalog(url)
+    loaded = load_generation_tokenizer(url, entry, cache=str(cache))
+    assert replace(loaded, file=None) == replace(
+        load_tokenizer(tokenizer_files["bpe"][0]), file=None
+    )
+    manifest = verify_generation(url, entry, mode="full", cache=str(cache))
+    stage(manifest, mode="full", cache=str(cache))
+    name = "tokenizer/bpe.json"
+    assert (folder_of(url, manifest.name, str(cache)) / name).exists()
+    files().pipe_file(f"{url}/generations/gen-0001/{name}", b"{}")
+    with pytest.raises(GenerationError, match=rf"gen-0001: {name}: bytes by manifest"):
+        load_generation_tokenizer(url, entry, cache=str(cache))

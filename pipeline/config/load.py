@@ -38,15 +38,21 @@ def load(
 
 
 def _follow_aliases(sections: dict[str, Any], origins: dict[str, str]) -> None:
-    """Move the values of old keys to the new ones; ConfigError if both are set."""
+    """Move the values of old keys to the new ones. If both are set, that of the command line holds;
+    ConfigError if both are there, or in the file.
+    """
     for old, new in ALIASES.items():
         (section, name), (_, new_name) = old.split("."), new.split(".")
         values = sections.get(section)
         if not isinstance(values, dict) or name not in values:
             continue
-        if new_name in values:
+        value = values.pop(name)
+        old_wins, new_wins = (origins.get(key) == "command line" for key in (old, new))
+        if new_name in values and old_wins == new_wins:
             raise error_at(old, f" is an old name of {new}, which is set as well; leave it out")
-        values[new_name] = values.pop(name)
+        if new_name in values and new_wins:
+            continue
+        values[new_name] = value
         origins[new] = origins[old]
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.__main__ import app
 from pipeline.config.load import load
 from pipeline.inspect import export
 from pipeline.inspect.verify import verify_path
@@ -153,7 +155,23 @@ def test_the_old_key_still_names_an_encoding(tmp_path):
     config = load(file)
     assert config.pack.tokenizer == "o200k_base"
     assert config.origins["pack.tokenizer"] == f"{file}:6"
+    # of both names, that of the command line holds
     assert load(file, ["pack.encoding=cl100k_base"]).pack.tokenizer == "cl100k_base"
+    assert load(file, ["pack.tokenizer=cl100k_base"]).pack.tokenizer == "cl100k_base"
+    file.write_text(file.read_text().replace("encoding =", "tokenizer ="))
+    assert load(file, ["pack.encoding=cl100k_base"]).pack.tokenizer == "cl100k_base"
+    with pytest.raises(ConfigError, match=r"^command line: pack.encoding is an old name"):
+        load(file, ["pack.encoding=cl100k_base", "pack.tokenizer=cl100k_base"])
+
+
+def test_the_old_key_is_followed_with_a_hint(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[run]\ndirectory = "r"\n[input]\npaths = ["x"]\n[pack]\nencoding = "o200k_base"\n'
+    )
+    result = CliRunner().invoke(app, ["show-config", str(file), "--json"])
+    assert json.loads(result.stdout)["pack.tokenizer"]["value"] == '"o200k_base"'
+    assert f"{file}:6: pack.encoding is an old name: write pack.tokenizer" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -265,12 +265,24 @@ def _plain_json(
         model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
     else:
         model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
+    if "merges" in model:
+        model["merges"] = list(_merges_without(names, model["merges"]))
     if model.get("unk_token"):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "dropout" in model:
         model["dropout"] = None
     off = {"truncation": None, "padding": None, "post_processor": None}
     return content | off | {"added_tokens": added, "model": model}
+
+
+def _merges_without(
+    special: Collection[str], merges: Sequence[str | Sequence[str]]
+) -> Iterator[Sequence[str]]:
+    """The merges of BPE that neither need nor give a special token; older files write 'a b'."""
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if not any(token in special for token in (left, right, left + right)):
+            yield left, right
 
 
 def _encode_tokenizers(library: Any, texts: Sequence[str]) -> list[Tokens]:

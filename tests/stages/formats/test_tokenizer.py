@@ -97,6 +97,22 @@ def unknown_ids(tokenizer):
     return {token["id"] for token in added if token["content"] in ("<unk>", "[UNK]")}
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_special_token_that_merges_would_make_is_not_made(as_text, tokenizer_files, tmp_path):
+    content = json.loads(open(tokenizer_files["bpe"][0]).read())
+    token = max((t for t in content["model"]["vocab"] if t[0] == "Ġ"), key=len)
+    id, text = content["model"]["vocab"][token], token.replace("Ġ", " ")
+    [before] = load_tokenizer(tokenizer_files["bpe"][0]).encode_batch([text])
+    assert before.tolist() == [id]
+    declared = content["added_tokens"][0] | {"id": id, "content": token, "special": True}
+    content["added_tokens"].append(declared)
+    if as_text:
+        content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    [ids] = load_tokenizer(str(tmp_path / "t.json")).encode_batch([text])
+    assert id not in ids and len(ids) > 1
+
+
 @pytest.mark.parametrize("kind", ["bpe", "llama", "sp_bpe"])
 def test_added_tokens_without_brackets_are_read_as_their_author_meant(kind, tokenizer_files):
     tokenizer = load_tokenizer(*tokenizer_files[kind])

@@ -159,3 +159,16 @@ def test_what_the_pipeline_publishes_is_read_and_verified(tmp_path):
         Document(1, 1, 0, 9, 3, url),
         Document(4, 101, 0, 9, 3, url),
     ]
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_vocabularies_of_manifests_that_do_not_say_are_those_of_tiktoken(name):
+    assert generations._VOCAB_SIZES[name] == load_tokenizer(name).vocab_size
+
+
+@pytest.mark.corpus
+@pytest.mark.parametrize("name", ["r50k_base", "p50k_base"])
+def test_small_vocabularies_of_earlier_manifests_are_those_of_tiktoken(name, corpus):
+    folder = str(corpus / "models" / "tiktoken_cache")
+    tokenizer = load_tokenizer(name, vocabulary_dir=folder)
+    assert generations._VOCAB_SIZES[name] == tokenizer.vocab_size and tokenizer.dtype == "uint16"

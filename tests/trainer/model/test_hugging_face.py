@@ -192,6 +192,93 @@ def test_a_model_that_ours_is_not_is_refused_by_the_name_of_its_key(key, value, 
         model_settings(str(tmp_path))
 
 
+# what the config.json of published models has, as far as it concerns the model
+LLAMA_32_1B = {
+    "model_type": "llama",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 128256,
+}
+QWEN_25_05B = {
+    "model_type": "qwen2",
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN_3_06B = {
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "parameters"),
+    [
+        (LLAMA_32_1B, {"rope_factor": 32.0}, 1_235_814_400),
+        (QWEN_25_05B, {"qkv_bias": True}, 494_032_768),
+        (QWEN_3_06B, {"qk_norm": True, "head_dim": 128}, 596_049_920),
+    ],
+)
+def test_published_models_have_their_published_sizes(values, changes, parameters, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = ModelConfig(**model_settings(str(tmp_path)))
+    assert all(getattr(config, key) == value for key, value in changes.items())
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
 def test_settings_of_transformers_5_are_those_of_4(tmp_path):
     save_theirs(tmp_path, "llama3")
     before = model_settings(str(tmp_path))

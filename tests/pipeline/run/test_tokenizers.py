@@ -177,7 +177,10 @@ def test_the_old_key_is_followed_with_a_hint(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["pack.end_of_text='<eod>'"], "pack.tokenizer: .*has no token '<eod>'; set pack.end_of"),
+        (
+            ["pack.end_of_text='<eod>'"],
+            "pack.tokenizer: .*has no special token '<eod>'.*set pack.end_of",
+        ),
         (["pack.pattern=x"], "pack.tokenizer: .*a pattern belongs to ranks of tiktoken alone"),
         (["pack.tokenizer='s3://b/t.json'"], "must have a local path on every worker"),
         (["pack.tokenizer=''"], "pack.tokenizer = '': String should have at least 1 character"),

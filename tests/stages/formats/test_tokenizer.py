@@ -1,5 +1,7 @@
 """Every kind of tokenizer against its bare library, and what no text may do."""
 
+import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -12,8 +14,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.formats.tiktoken_encodings import load_encoding
-from stages.formats.tokenizer import TokenizerOptions, load_tokenizer
+from stages.formats.tiktoken_encodings import encode_text, encoding_of_ranks, load_encoding
+from stages.formats.tokenizer import TokenizerOptions, json_vocabulary, load_tokenizer
 from tests.support.texts import NASTY, PROSE
 from tests.support.tokenizer_files import (
     MANY,
@@ -24,6 +26,7 @@ from tests.support.tokenizer_files import (
 )
 
 KINDS = ["cl100k_base", "ranks", "bpe", "unigram", "words", "llama", "sp_bpe", "sp_unigram"]
+BYTES = b"".join(b"%s %d\n" % (base64.b64encode(bytes([n])), n) for n in range(256))
 texts = st.text() | st.sampled_from([*NASTY, PROSE, *MANY])
 
 
@@ -196,9 +199,8 @@ def test_wrong_settings_are_refused(tokenizer_files, tmp_path):
             load_tokenizer(str(path), TokenizerOptions(**options))
 
     bpe, ranks = tokenizer_files["bpe"][0], tokenizer_files["ranks"][0]
-    refused(r"has no token '<eod>'; set pack.end_of_text", bpe, end_of_text="<eod>")
-    refused(r"has no token '<b>'; set pack.begin_of_text", bpe, begin_of_text="<b>")
-    refused("reads the token 'mill' from the text", word_level_file(tmp_path), end_of_text="mill")
+    refused(r"has no special token '<eod>'.*set pack.end_of_text", bpe, end_of_text="<eod>")
+    refused(r"has no special token '<b>'.*set pack.begin_of_text", bpe, begin_of_text="<b>")
     refused("leave it out", bpe, pattern=".")
     refused("leave it out", "cl100k_base", pattern=".")
     refused("does not compile", ranks, pattern="(")
@@ -208,21 +210,126 @@ def test_wrong_settings_are_refused(tokenizer_files, tmp_path):
     no_end.save(str(tmp_path / "t.json"))
     content = (tmp_path / "t.json").read_text().replace("<|endoftext|>", "<|stop|>")
     (tmp_path / "t.json").write_text(content)
-    refused("has no token of a usual name for the end", tmp_path / "t.json")
+    refused("has no special token of a usual name for the end", tmp_path / "t.json")
     assert load_tokenizer(
         str(tmp_path / "t.json"), TokenizerOptions(end_of_text="<|stop|>")
     ).end_of_text == content_id(content, "<|stop|>")
 
 
-def word_level_file(folder):
-    content = {
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": {"mill": 0, "[UNK]": 1}, "unk_token": "[UNK]"},
-    }
-    (folder / "words.json").write_text(json.dumps(content))
-    return folder / "words.json"
+@pytest.mark.parametrize(
+    "kind, token",
+    [
+        *(("bpe", "the"), ("words", "[UNK]"), ("unigram", "<unk>"), ("llama", "<0x0A>")),
+        *(("sp_bpe", "<unk>"), ("sp_bpe", "   "), ("sp_bpe", "<0x0A>"), ("sp_unigram", "▁the")),
+    ],
+)
+@pytest.mark.parametrize("key", ["end_of_text", "begin_of_text"])
+def test_a_token_that_text_can_have_is_refused(kind, token, key, tokenizer_files):
+    path, options = tokenizer_files[kind]
+    with pytest.raises(ValueError, match=f"documents may have any other token; set pack.{key}"):
+        load_tokenizer(path, options._replace(**{key: token}))
+
+
+def with_added_tokens(path, file, **special):
+    """A copy of a tokenizer.json with further added tokens, special or not, at the end."""
+    content = json.loads(open(path).read())
+    size = max(json_vocabulary(content).values()) + 1
+    for number, (name, is_special) in enumerate(special.items()):
+        token = content["added_tokens"][0] | {"content": name, "special": is_special}
+        content["added_tokens"].append(token | {"id": size + number})
+    file.write_text(json.dumps(content))
+    return str(file)
+
+
+def without_usual_names(path, file):
+    content = open(path).read()
+    for name in ("endoftext", "startoftext"):
+        content = content.replace(f"<|{name}|>", f"<|{name}0|>")
+    file.write_text(content)
+    return str(file)
+
+
+def test_usual_names_are_those_of_declared_special_tokens(tokenizer_files, tmp_path):
+    path = without_usual_names(tokenizer_files["bpe"][0], tmp_path / "none.json")
+    tags = {"</s>": False, "<s>": False}
+
+    def around(**tokens):
+        file = with_added_tokens(path, tmp_path / "t.json", **tokens)
+        return load_tokenizer(file).options[1:]
+
+    # as in Gemma's file, where `<s>` is an HTML tag
+    assert around(**tags, **{"<eos>": True, "<bos>": True}) == ("<eos>", "<bos>")
+    assert around(**{"<eos>": True}, **tags) == ("<eos>", "<s>")
+    assert around(**tags) == ("</s>", "<s>")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_several_usual_names_are_refused(special, tokenizer_files, tmp_path):
+    path = without_usual_names(tokenizer_files["bpe"][0], tmp_path / "none.json")
+    for key, names in (("end_of_text", ("</s>", "<eos>")), ("begin_of_text", ("<s>", "<bos>"))):
+        tokens = {"[EOS]": True} if key == "begin_of_text" else {}
+        tokens |= dict.fromkeys(names, special)
+        file = with_added_tokens(path, tmp_path / f"{key}.json", **tokens)
+        with pytest.raises(ValueError, match=f"{', '.join(names)}; set pack.{key}"):
+            load_tokenizer(file)
+        chosen = TokenizerOptions(**{"end_of_text": "[EOS]"} | {key: names[1]})
+        assert getattr(load_tokenizer(file, chosen).options, key) == names[1]
+
+
+@pytest.mark.parametrize("id", [100, 70_000])
+@pytest.mark.parametrize("special", [True, False])
+def test_ids_that_the_library_would_change_are_refused(id, special, tokenizer_files, tmp_path):
+    path = with_added_tokens(tokenizer_files["bpe"][0], tmp_path / "t.json", tool_call=special)
+    content = json.loads(open(path).read())
+    content["added_tokens"][-1]["id"] = id
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"'tool_call' has the id {id} in the file but 602 in"):
+        load_tokenizer(path)
+
+
+def test_a_byte_order_mark_is_skipped(tokenizer_files, tmp_path):
+    path = tokenizer_files["bpe"][0]
+    (tmp_path / "t.json").write_bytes(b"\xef\xbb\xbf" + open(path, "rb").read())
+    marked, tokenizer = load_tokenizer(str(tmp_path / "t.json")), load_tokenizer(path)
+    assert marked.encode_batch([PROSE])[0].tolist() == tokenizer.encode_batch([PROSE])[0].tolist()
+    assert marked.digest == hashlib.sha256((tmp_path / "t.json").read_bytes()).hexdigest()
+
+
+def test_a_text_that_makes_the_library_panic_has_the_tokens_of_its_words(tokenizer_files, tmp_path):
+    def load(regex):
+        content = json.loads(open(tokenizer_files["bpe"][0]).read())
+        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}
+        parts = [split | {"invert": False}, content["pre_tokenizer"]]
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+        (tmp_path / "t.json").write_text(json.dumps(content))
+        return load_tokenizer(str(tmp_path / "t.json"))
+
+    tokenizer = load("(x+x+)+y")  # takes 2^n steps for n times x
+    hostile = f"{PROSE}\n\n  {'x' * 1000} <|endoftext|> é\u3000 " * 3
+    [alone] = tokenizer.encode_batch([PROSE])
+    first, ids, last = tokenizer.encode_batch([PROSE, hostile, PROSE])
+    assert first.tolist() == last.tolist() == alone.tolist()
+    assert tokenizer.library.decode(ids.tolist()) == hostile
+    assert tokenizer.end_of_text not in ids and ids.dtype == np.uint32
+    with pytest.raises(ValueError, match=r"t.json: its regular expressions fail even for single"):
+        load("x*" * 16 + "z(?<=yz)").encode_batch(["x" * 15 + "z"])
+
+
+@pytest.mark.parametrize("pattern", ["a*", r"\p{L}*|.", r"\s+|$|.", "(?=3)|.", "", "(?!x)"])
+def test_a_pattern_with_empty_matches_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"t: the pattern '.*' matches an empty string"):
+        encoding_of_ranks("t", BYTES, pattern=pattern, special=["<e>"])
+
+
+def test_an_empty_match_that_no_probe_showed_adds_no_token():
+    encoding = encoding_of_ranks("t", BYTES, pattern="(?s:.)|(?<=qqq)$", special=["<e>"])
+    assert encode_text("a qqq", encoding).tolist() == list(b"a qqq")
+
+
+@pytest.mark.parametrize("rank", ["-1", "4294967295", "4294967294", "99999999999999999999"])
+def test_ranks_out_of_range_are_refused(rank):
+    with pytest.raises(ValueError, match=f"t: line 257: rank {rank} is not in 0 to 2147483647"):
+        encoding_of_ranks("t", BYTES + f"dGg= {rank}\n".encode(), pattern=".", special=["<e>"])
 
 
 def content_id(content, token):

@@ -54,10 +54,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class Saved(NamedTuple):
-    """A checkpoint whose files are whole: steps trained, and the `extra` that it was saved with."""
+    """A checkpoint whose files are whole: steps trained, the model's settings, and the `extra` that
+    it was saved with.
+    """
 
     step: int
     folder: str  # absolute path or URL
+    model: dict[str, Any]
     extra: dict[str, Any]
     metric: float | None
 
@@ -183,7 +186,9 @@ class Checkpoints:
         fault = next((fault for _, fault in results if fault is not None), None)
         if meta is None or fault is not None:
             return None, fault
-        return Saved(meta["step"], folder, meta["extra"], meta["metric"]), None
+        return Saved(
+            meta["step"], folder, model_settings(meta), meta["extra"], meta["metric"]
+        ), None
 
     def load(self, saved: Saved, model: Transformer, optimizer: Optimizer) -> None:
         """Load weights, optimizer state and CPU random state, on any number of ranks.

@@ -82,6 +82,8 @@ def checkpoint_folder(training: str) -> str:
     if not Path(training, CONFIG).exists():
         return training
     config = json.loads(Path(training, CONFIG).read_bytes())
+    if "checkpoint" not in config:
+        raise ValueError(f"{training}: {CONFIG} is not of a training; name a training's directory")
     return config["checkpoint"]["folder"] or f"{training}/checkpoints"
 
 

@@ -213,7 +213,8 @@ class _Child:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "trainer.checkpoint_process", *map(str, numbers)],
+                # -P: modules of the current folder must not take the place of ours
+                [sys.executable, "-P", "-m", "trainer.checkpoint_process", *map(str, numbers)],
                 pass_fds=[memory.file, theirs.fileno()],
                 # the trainer's modules, and no GPU: torch would take memory of it
                 env={

@@ -56,7 +56,8 @@ class ModelConfig:
 
     `init` is a Hugging Face checkpoint to start from, a folder or URL with config.json and
     safetensors in the layout of Llama 2 or 3, Qwen2 or Qwen3. The other settings are read from
-    there; only `vocab_size` may be larger. "" draws the weights from the seed.
+    there, also when a training resumes; only `vocab_size` may be larger. "" draws the weights from
+    the seed.
     """
 
     vocab_size: NonNegativeInt = 100_352
@@ -258,7 +259,8 @@ class HeldOutConfig:
     """A named set of rows to evaluate on: the first `rows` of a run, a folder or URL.
 
     `split` is "held_out", what `pack.held_out` has set aside, or "training", the rows of the
-    generation itself, of a run that is not trained on. They come from the first of `generations`
+    generation itself, of a run that is not trained on: rank 0 verifies all of it before the first
+    evaluation, so it should be small. They come from the first of `generations`
     that has any; () is those that no other supersedes. With `hosts`, only documents from these
     hosts and those below them count, as many as fill `rows` rows.
     """
@@ -290,6 +292,8 @@ class EvaluationConfig:
 
     @model_validator(mode="after")
     def _something_is_evaluated(self) -> "EvaluationConfig":
+        if "sources" in self.held_out:
+            raise ValueError('held_out.sources: "sources" is the set of all sources; rename it')
         if self.every_steps and not (self.held_out_rows or self.held_out or self.cloze):
             raise ValueError(
                 "every_steps is set, but neither held_out_rows, held_out nor cloze: nothing to "
@@ -366,7 +370,8 @@ class TrainConfig:
 
 def with_vocab_size(config: TrainConfig, vocab_size: int | None) -> TrainConfig:
     """A configuration whose model has as many tokens as the data, up to a multiple of 128, unless
-    it names their number. While nothing is published it is 100,352: room for cl100k_base.
+    it names their number. While nothing is published it is 100,352: room for cl100k_base. What a
+    checkpoint has stays.
     """
     if config.model.vocab_size:
         return config

@@ -52,7 +52,8 @@ def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
 
     ConfigError for a wrong config, TrainingError for a fault of the data or the model.
     """
-    os.environ.update(cuda_environment(config.directory))  # before CUDA starts
+    environment = cuda_environment(config.directory)
+    os.environ.update(environment)  # before CUDA starts
     try:
         import torch
     except ImportError:
@@ -66,7 +67,7 @@ def launch(config: TrainConfig, *, on_ray: bool) -> Ended:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOP).unlink(missing_ok=True)  # left by an earlier run
     if on_ray and not is_rank:
-        result = _train_on_ray(config)
+        result = _train_on_ray(config, environment)
     else:
         result = _train_as_rank(config, "cuda" if torch.cuda.is_available() else "cpu")
     metrics = folder / METRICS
@@ -100,7 +101,7 @@ def export(training: str, output: str, *, step: int | None, **options: Any) -> i
         if step is None:
             step = max(folders, default=None)
         if step not in folders:
-            missing = f", none of {step}" if step else ""
+            missing = "" if step is None else f", none of {step}"
             raise TrainingError(f"{folder} holds checkpoints of the steps {list(folders)}{missing}")
         export_hugging_face(folders[step], output, **options)
         return step
@@ -156,12 +157,17 @@ def _train_as_rank(
 # --- Ray Train ------------------------------------------------------------------------------------
 
 
-def _train_on_ray(config: TrainConfig) -> dict[str, Any]:
-    """Train on the cluster of $RAY_ADDRESS, which `ray job submit` sets, or on this machine."""
+def _train_on_ray(config: TrainConfig, environment: dict[str, str]) -> dict[str, Any]:
+    """Train on the cluster of $RAY_ADDRESS, which `ray job submit` sets, or on this machine.
+
+    `environment` is for the workers, wherever they start.
+    """
     counts, on_gpus = worker_counts(config), _start_ray(config.ray.gpus)
     _check_resources(config, counts[0], on_gpus)
     import ray.train
     from ray.train.torch import TorchConfig
+
+    from trainer.model.parallel import backend_of
 
     api: Any = ray.train  # type checkers see the older of its two interfaces
     # the console is this process's, see _console_metrics
@@ -175,10 +181,13 @@ def _train_on_ray(config: TrainConfig) -> dict[str, Any]:
             use_gpu=on_gpus,
             resources_per_worker={"CPU": config.ray.cpus_per_worker, "GPU": int(on_gpus)},
         ),
-        torch_config=TorchConfig(timeout_s=math.ceil(config.parallel.timeout_seconds)),
+        torch_config=TorchConfig(
+            backend=backend_of("cuda" if on_gpus else "cpu"),
+            timeout_s=math.ceil(config.parallel.timeout_seconds),
+        ),
         run_config=api.RunConfig(
             name="ray",
-            worker_runtime_env={"env_vars": cuda_environment(config.directory)},
+            worker_runtime_env={"env_vars": environment},
             storage_path=config.directory,
             failure_config=api.FailureConfig(config.ray.max_failures),
         ),

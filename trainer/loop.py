@@ -5,8 +5,8 @@ It is the same under torchrun, Ray Train and pytest. A step: this rank's micro-b
 gradient that is not finite never reaches the weights. A checkpoint has everything that a restart
 needs to take exactly the steps that would have followed.
 
-The figures of a step are read after the next one is queued, so that a GPU never waits for Python;
-before an evaluation, a checkpoint and a wait for data they are read at once.
+On a GPU the figures of a step are read after the next one is queued, so that it never waits for
+Python; before an evaluation, a checkpoint and a wait for data they are read at once.
 """
 
 import gc
@@ -61,6 +61,7 @@ from trainer.telemetry.why_step import SPIKES, RowLoss, log_spike
 
 MAX_BAD_STEPS = 10  # consecutive steps without a finite loss before a run gives up
 _LOG = logging.getLogger(__name__)
+LATE = {"cuda"}  # devices that work while Python goes on: a step's figures are read a step late
 PREEMPTION_CHECK_STEPS = 10  # steps between two checks whether this machine will be taken away
 HEALTH_STEPS = 20  # steps between two looks at all ranks' GPUs, a millisecond and a collective
 
@@ -134,14 +135,18 @@ class Training:
 
     def _find_checkpoint(self) -> Saved | None:
         """The newest checkpoint, or for a new branch that of its parent."""
-        own = self.checkpoints.latest()
-        self.is_fresh = own is None
-        self.is_new_branch = own is None and bool(self.config.branch)
-        if own:
-            check_same_parent(self.config.branch, own.extra.get("parent"))
+        saved = self.checkpoints.latest()
+        self.is_fresh = saved is None
+        self.is_new_branch = saved is None and bool(self.config.branch)
+        if saved:
+            check_same_parent(self.config.branch, saved.extra.get("parent"))
         if self.is_new_branch:
-            return open_parent(self.config, self.checkpoints, ranks=self.ranks)
-        return own
+            saved = open_parent(self.config, self.checkpoints, ranks=self.ranks)
+        self.init: dict[str, Any] | None = saved.extra.get("init") if saved else None
+        if saved:
+            check_same_init(self.config.model.init, self.init, ranks=self.ranks)
+            self.config = with_vocab_size(self.config, saved.model["vocab_size"])
+        return saved
 
     def _open_data(self, resources: ExitStack, *, position: dict[str, Any] | None) -> None:
         """The loader and the rows of evaluations; the vocabulary is that of the data."""
@@ -176,15 +181,11 @@ class Training:
 
     def _build_model(self, saved: Saved | None) -> None:
         """The model and its optimizer, from a checkpoint, a Hugging Face one, or the seed."""
-        config, ranks = self.config, self.ranks
-        self.init: dict[str, Any] | None = saved.extra.get("init") if saved else None
-        if saved:
-            check_same_init(config.model.init, self.init, ranks=ranks)
-        self.model, self.optimizer = build(config, self.device)
+        self.model, self.optimizer = build(self.config, self.device)
         if saved:
             self.checkpoints.load(saved, self.model, self.optimizer)
-        elif config.model.init:
-            self.init = load_pretrained(self.model, seed=config.seed, ranks=ranks)
+        elif self.config.model.init:
+            self.init = load_pretrained(self.model, seed=self.config.seed, ranks=self.ranks)
 
     def _resume_schedule(self, saved: dict[str, Any] | None) -> tuple[Schedule, str | None]:
         """The schedule, and what to say of it if it has changed since it was `saved`."""
@@ -288,7 +289,7 @@ class Training:
         self.step += 1
         self.profiler.step(self.step)
         self.queued = QueuedStep(self.step, rate, batches, self.loader.row_ranges, figures)
-        if self._is_evaluation_due(self.step):
+        if self.device not in LATE or self._is_evaluation_due(self.step):
             self._record_queued()
 
     def _record_queued(self) -> None:
@@ -368,7 +369,7 @@ class Training:
             return None
         with self.meter.part("evaluation"):
             scores = self.evaluation.run(self.model)
-        self.held_out = {"sources": scores.loss, **scores.sets}
+        self.held_out = {"sources": scores.loss if scores.sources else None, **scores.sets}
         return scores
 
     def _record_step(self, queued: QueuedStep, read: Read, *, is_spike: bool) -> None:

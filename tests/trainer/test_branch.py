@@ -53,14 +53,12 @@ def config(config):
 
 
 def run_until(config, steps):
-    """A training without an end that is asked to stop so that it takes so many steps: one step
-    tells all ranks, and another one is queued when that is read.
-    """
+    """A training without an end that is asked to stop so that it takes so many steps."""
     from trainer import loop
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            loop.Training, "_is_asked_to_stop", lambda training: training.step >= steps - 2
+            loop.Training, "_is_asked_to_stop", lambda training: training.step >= steps - 1
         )
         return run_training(config)
 

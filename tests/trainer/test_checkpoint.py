@@ -316,10 +316,12 @@ def test_a_group_of_one_is_like_none(tmp_path):
 
 @pytest.fixture
 def held_back(monkeypatch):
-    """Writes wait until the event is set."""
+    """Writes wait until the event is set; its `begun` is set when one waits."""
     event, write = threading.Event(), ProcessWriter._write
+    event.begun = threading.Event()
 
     def patient(*args):
+        event.begun.set()
         assert event.wait(PATIENCE)
         return write(*args)
 
@@ -360,6 +362,7 @@ def test_a_save_waits_for_the_one_before(held_back, tmp_path):
 def test_a_failed_write_is_an_error_of_the_next_call_that_waits(held_back, tmp_path):
     checkpoints, state = Checkpoints(tmp_path, LATER), trained()
     checkpoints.save(1, *state, {})
+    assert held_back.begun.wait(PATIENCE)  # before that the folder would be made again
     shutil.rmtree(tmp_path / "step-00000001")
     held_back.set()
     with pytest.raises(CheckpointError, match=r"step-00000001: rank 0: FileNotFoundError"):

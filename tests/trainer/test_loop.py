@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,10 @@ def without_loss(figures):
     return figures._replace(loss=host[-2], host=host)
 
 
+def saved_by(config):
+    return Checkpoints(f"{config.directory}/checkpoints", config.checkpoint).latest()
+
+
 def metrics(config):
     return {
         record["step"]: record for record in read_metrics(Path(config.directory) / "metrics.jsonl")
@@ -77,6 +82,15 @@ def test_a_resumed_run_takes_the_steps_that_would_have_come(config, tmp_path):
     assert [found[step]["grad_norm"] for step in range(1, 13)] == [
         expected[step]["grad_norm"] for step in range(1, 13)
     ]
+
+
+def test_a_vocabulary_that_was_chosen_before_the_data_came_stays(config):
+    """A training may begin before its first generation is published."""
+    large = replace(config, max_steps=4, model=replace(config.model, vocab_size=256))
+    run_training(large, device="cpu")
+    open_end = replace(config, max_steps=6, model=replace(config.model, vocab_size=0))
+    assert run_training(open_end, device="cpu").steps == 6
+    assert saved_by(open_end).model["vocab_size"] == 256
 
 
 def test_more_steps_do_not_change_the_rates_of_those_that_were_taken(config, caplog):
@@ -160,8 +174,8 @@ def test_a_run_that_is_asked_to_stop_saves_first(config, monkeypatch):
     seen = []
     monkeypatch.setattr(loop, "queue_gradients", asked)
     result = run_training(config, device="cpu")
-    # the next step tells all ranks; its figures are read when another one is queued
-    assert (result.steps, result.reason) == (5, "it was asked to stop")
+    # the next step tells all ranks
+    assert (result.steps, result.reason) == (4, "it was asked to stop")
     assert signal.getsignal(signal.SIGTERM) == handler
     result = run_training(config, device="cpu")
     assert (result.steps, len(seen)) == (12, 12)
@@ -265,8 +279,28 @@ def test_gradients_reduced_at_once_or_one_by_one_are_the_same_training(config, t
         assert auto["loss"] == pytest.approx(named["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("skip_spikes", [False, True])
+def test_a_training_is_the_same_whether_figures_are_read_late_or_at_once(
+    config, tmp_path, monkeypatch, skip_spikes
+):
+    monkeypatch.setattr(loop, "SpikeDetector", partial(loop.SpikeDetector, sigmas=-1.0, window=3))
+    evaluation = EvaluationConfig(every_steps=5)
+    config = replace(config, skip_spikes=skip_spikes, evaluation=evaluation)
+    run_training(config, device="cpu")
+    late = replace(config, directory=str(tmp_path / "late"))
+    monkeypatch.setattr(loop, "LATE", {"cpu"})
+    run_training(late, device="cpu")
+    compared = ("loss", "grad_norm", "lr", "tokens", "spike", "sources", "data")
+    for at_once, read_late in zip(metrics(config).values(), metrics(late).values(), strict=True):
+        assert all(at_once[key] == read_late[key] for key in compared)
+    assert any(row["spike"] for row in metrics(config).values())
+    found, expected = saved_by(late), saved_by(config)
+    assert found.step == expected.step and found.extra["losses"] == expected.extra["losses"]
+
+
 def test_the_figures_of_a_step_are_read_when_the_next_one_is_queued(config, monkeypatch):
     """So a GPU has work while Python reads; but before a checkpoint they are read at once."""
+    monkeypatch.setattr(loop, "LATE", {"cpu"})
     events, queue_gradients, read = [], loop.queue_gradients, loop.StepFigures.read
     save = loop.Training._save
 
@@ -399,9 +433,9 @@ def test_a_file_asks_a_run_to_stop_and_what_is_left_of_the_budget_is_told(config
 
     monkeypatch.setattr(loop.Training, "_take_step", asked)
     result = run_training(config, device="cpu")
-    assert (result.steps, result.reason) == (5, "it was asked to stop")
+    assert (result.steps, result.reason) == (4, "it was asked to stop")
     [summary] = read_summaries(f"{config.data.sources[0].run}/feedback").summaries
-    assert summary.report.budget == 7 * 8 * 16
+    assert summary.report.budget == 8 * 8 * 16
 
 
 def test_a_machine_about_to_be_taken_away_is_saved_for_and_training_goes_on(config):

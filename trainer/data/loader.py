@@ -2,7 +2,7 @@
 
 plan    which rows the next step takes, the same on every rank (`order`, `source`)
 read    the rows of this rank's micro-batches, two steps ahead (`rows`)
-next    hand out a step's micro-batches to the loop, which passes them to `model.step.accumulate`
+next    hand out a step's micro-batches to the loop, which passes them to `model.step`
 """
 
 import queue

@@ -1,7 +1,7 @@
 """Attention within documents: what is visible, and the kernels that use it.
 
 B rows, S positions, H query heads, K key/value heads, E dimensions of a head. Each row is a
-sequence of documents without gaps, so what a position sees is told by one number: its own and every
+sequence of documents without gaps, so one number says what a position sees: itself and every
 earlier position down to the first of its document.
 """
 

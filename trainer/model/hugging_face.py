@@ -47,6 +47,7 @@ def export_hugging_face(
         meta, fault = inspect_files(source, 0, 1)
         if meta is None or fault is not None:
             raise ValueError(f"{folder}: {fault}; export another checkpoint")
+        _clear_export(target)
         local = Path(target) if is_local(target) else scratch
         save_hugging_face(
             local,
@@ -58,8 +59,7 @@ def export_hugging_face(
             tokenizer=_tokenizer(meta),
         )
         if not is_local(target):
-            fs, path = open_fs(target)
-            fs.put(f"{scratch}/", f"{path}/", recursive=True)
+            _upload(scratch, target)
 
 
 def save_hugging_face(
@@ -74,8 +74,8 @@ def save_hugging_face(
 ) -> None:
     """Write configuration, tokenizer and weights, these in files of up to `shard_bytes`.
 
-    `read` fills the tensors that it is given, by our names. What an earlier export left in the
-    folder is removed, and config.json is written last: a folder that has it is complete.
+    `read` fills the tensors that it is given, by our names. config.json is written last: a folder
+    that has it is complete.
     """
     special_tokens = {
         "bos_token_id": tokenizer.begin_of_text if tokenizer else None,
@@ -85,14 +85,37 @@ def save_hugging_face(
         config, dtype=dtype, max_positions=max_positions, special_tokens=special_tokens
     )
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in (CONFIG, "model*.safetensors*", "tokenizer*.json", "spiece.model"):
-        for earlier in folder.glob(pattern):
-            earlier.unlink()
+    (folder / MARK).touch()
     if tokenizer:
         _save_tokenizer(tokenizer, folder)
     _write_weights(folder, config, read, DTYPES[dtype], shard_bytes)
     (folder / "generation_config.json").write_text(json.dumps(special_tokens, indent=2))
     (folder / CONFIG).write_bytes(settings)
+
+
+# in the folder of an export: what is beside it may be removed by the next one
+MARK = ".gristmill-export"
+
+
+def _clear_export(target: str) -> None:
+    """Remove an earlier export, config.json first; ValueError for a folder that holds anything
+    else.
+    """
+    fs, path = open_fs(target)
+    files = sorted(fs.find(path), key=lambda file: not file.endswith(f"/{CONFIG}"))
+    if files and not any(file.endswith(f"/{MARK}") for file in files):
+        raise ValueError(
+            f"{target}: holds {len(files)} files and no earlier export; name another folder"
+        )
+    for file in files:
+        fs.rm_file(file)
+
+
+def _upload(folder: Path, target: str) -> None:
+    """Copy the files of an export, config.json last."""
+    fs, path = open_fs(target)
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == CONFIG):
+        fs.put_file(str(file), f"{path}/{file.name}")
 
 
 # --- weights --------------------------------------------------------------------------------------

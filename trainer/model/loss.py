@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.model.packing import IGNORE
 
-# bytes of float32 logits that exist at once. CUDA: 4,096 positions of 100,352 words. CPU: what its
+# bytes of float32 logits that exist at once. CUDA: 4,096 positions of 100,352 tokens. CPU: what its
 # allocator reuses; it maps memory above 32 MiB again, page by page, which takes a third of the time
 # of a small model's step
 LOGITS_BYTES = {"cuda": 4096 * 100_352 * 4, "cpu": 24 << 20}

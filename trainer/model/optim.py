@@ -118,8 +118,8 @@ class MuonAndAdamW(Optimizer):
     """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) for some groups, AdamW for the others.
 
     Muon's update is scaled to the RMS of AdamW's (Liu et al. 2025, arXiv:2502.16982), so one
-    learning rate and one weight decay serve both. Its momentum is 0.95. Sharded matrices are
-    gathered for its iteration, one after the other.
+    learning rate and one weight decay serve both. Its momentum is 0.95. torch (2.13) iterates
+    over sharded matrices as they lie: about 11 all-gathers of a matrix a step on two ranks.
     """
 
     def __init__(

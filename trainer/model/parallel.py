@@ -41,11 +41,16 @@ def join_ranks(device: str, *, timeout_seconds: float = 600.0) -> None:
         options["device_id"] = gpu
     if dist.is_initialized():
         return
-    # gloo is for checkpoints too, which gather on the CPU
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if "WORLD_SIZE" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **options)
+    dist.init_process_group(
+        backend_of(device), timeout=timedelta(seconds=timeout_seconds), **options
+    )
+
+
+def backend_of(device: str) -> str:
+    """The backend of torch.distributed; on GPUs also gloo, for what ranks agree on on CPUs."""
+    return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def make_mesh(config: ParallelConfig, *, device: str) -> DeviceMesh:
@@ -164,7 +169,9 @@ def _reduces_each_micro_batch(model: nn.Module, config: ParallelConfig, device: 
     if device != "cuda":
         return False
     unsharded_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    return unsharded_bytes > MOST_GRADIENTS * torch.cuda.get_device_properties().total_memory
+    memory = torch.cuda.get_device_properties().total_memory
+    # GPUs may differ, and all ranks have to exchange alike
+    return bool(sum_over_ranks(float(unsharded_bytes > MOST_GRADIENTS * memory)) > 0)
 
 
 def _wrap_forward(block: nn.Module, checkpointing: str, *, compiled: bool) -> None:

@@ -154,6 +154,7 @@ def _accumulate(
     for number, batch in enumerate(batches):
         is_last = number == len(batches) - 1
         model.set_requires_gradient_sync(is_last or model.reduces_each_micro_batch)  # type: ignore[operator]
+        model.set_requires_all_reduce(is_last)  # type: ignore[operator]  # among copies of HSDP
         documents = packed_documents(batch.documents)
         loss = model.loss(
             to_device(batch.tokens, device),

@@ -36,6 +36,8 @@ class Profiler:
         """Discard a profile that is not complete."""
         if self._profile:
             self._profile.stop()
+            if self._device == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
         if self._steps and self._taken < WARM_UP_STEPS + self._steps:
             needed = WARM_UP_STEPS + self._steps
             _LOG.warning("no profile: it needs %d steps, %d were taken", needed, self._taken)

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pipeline.config.train import load_training
 from stages.formats.errors import ConfigError
 from stages.formats.tokenizer import load_tokenizer
+from stages.storage.files import open_fs
 from tests.support.live_training import run_training
 from tests.support.ranks import run_ranks
 
@@ -428,18 +430,36 @@ def _small(tmp_path):
     return model_settings(str(tmp_path / "sizes"))
 
 
-def test_an_export_removes_the_files_of_an_earlier_one(tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "URL"])
+def test_an_export_removes_the_files_of_an_earlier_one(kind, tmp_path):
+    """Else a reader would take the earlier one's weights, which come first in its names."""
     save_theirs(tmp_path / "theirs", "llama2")
     model, record = from_theirs(tmp_path / "theirs")
     checkpoint = saved(model, tmp_path / "checkpoints", record)
-    export_hugging_face(checkpoint, tmp_path / "out", shard_bytes=5_000)
-    export_hugging_face(checkpoint, tmp_path / "out")
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
-    assert set(contents(tmp_path / "out")) == {
+    output = {"folder": str(tmp_path / "out"), "URL": f"memory://{tmp_path.name}/out"}[kind]
+    export_hugging_face(checkpoint, output)
+    export_hugging_face(checkpoint, output, shard_bytes=5_000)
+    export_hugging_face(checkpoint, output)
+    fs, path = open_fs(output)
+    assert {name.rpartition("/")[2] for name in fs.find(path)} == {
+        ".gristmill-export",
         "config.json",
         "generation_config.json",
         "model.safetensors",
     }
+    if kind == "folder":
+        assert all(file.stat().st_mode & 0o044 == 0o044 for file in Path(output).iterdir())
+
+
+def test_a_folder_of_other_files_is_not_exported_to(tmp_path):
+    """It may be the checkpoint that the training started from."""
+    save_theirs(tmp_path / "theirs", "llama2")
+    before = contents(tmp_path / "theirs")
+    model, record = from_theirs(tmp_path / "theirs")
+    checkpoint = saved(model, tmp_path / "checkpoints", record)
+    with pytest.raises(ValueError, match="files and no earlier export; name another folder"):
+        export_hugging_face(checkpoint, tmp_path / "theirs")
+    assert contents(tmp_path / "theirs") == before
 
 
 def test_an_export_has_the_tokenizer_of_the_rows(config, tmp_path, caplog):

@@ -152,7 +152,7 @@ def by_units(mark: Callable[[], None], job: Job) -> Done:
         phases[name] = phase
         if not phase.units:
             continue
-        work = PhaseWork(spec.work, spec.plan(job.config), phase.store, 3, "benchmark")
+        work = PhaseWork(spec.work, spec.plan(job.config, {}), phase.store, 3, "benchmark")
         for outcome in on_ray()(name, work, phase.units, spec.resources(job.config)):
             assert outcome.commit is not None, outcome.error
             phase.add(outcome.commit)

@@ -34,10 +34,10 @@ def file_digests(config: Config) -> dict[str, str]:
     """
     digests: dict[str, str] = {}
     for key, path in files_of(config):
-        # a tokenizer is its file alone; a card beside it changes no token
-        alone = key == "pack.tokenizer"
-        hashes = [file_sha256(Path(path))] if alone else _named_hashes(Path(path))
-        digests[key] = digest([digests.get(key), *hashes])
+        if key == "pack.tokenizer":  # its file alone, and whole: pack compares it
+            digests[key] = file_sha256(Path(path))
+        else:
+            digests[key] = digest([digests.get(key), *_named_hashes(Path(path))])
     for name, variants in config.per_language.items():
         for language, variant in variants.items():
             for field in files(variant):

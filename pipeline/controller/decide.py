@@ -189,7 +189,7 @@ def _rates(inputs: Inputs) -> dict[str, float]:
     for summary in inputs.trainers:
         rate = summary.report.tokens_per_second_without_stalls
         own = _own_source(summary, inputs.series)
-        if rate is not None and own is not None:
+        if rate and own is not None:  # 0 is a speed that was not measured: no trainer stands still
             own_rate = rate * _own_share(own, summary.report)
             rates[summary.trainer] = min(max(SLOWEST, own_rate), FASTEST)
     return rates

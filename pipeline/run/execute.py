@@ -144,6 +144,7 @@ class Run:
             self.config.pack,
             sources=sources,
             origin=self._origin(inputs),
+            tokenizer_sha256=self.files.get("pack.tokenizer", ""),
         )
 
     def check(self, inputs: Sequence[Input]) -> tuple[str, ...]:
@@ -291,7 +292,9 @@ def _outcomes(
     yield from quarantined.values()
     pending = [unit for unit in pending if unit.name not in quarantined]
     attempts = run.config.run.attempts
-    work = PhaseWork(spec.work, spec.plan(run.config), phase.store, attempts, run.invocation)
+    work = PhaseWork(
+        spec.work, spec.plan(run.config, run.files), phase.store, attempts, run.invocation
+    )
     resources = spec.resources(run.config)
     resources = resources._replace(memory=max(resources.memory, phase.memory))
     if pending:

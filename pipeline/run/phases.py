@@ -1,6 +1,6 @@
 """The phases of a run, each declared once. To add a phase, add an entry to PHASES."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,15 @@ class PhaseSpec:
     """One phase: what its units are, what does them, and how it is stored and shown.
 
     `name` is the stage, and the part of it where a stage has several phases. `plan` makes what each
-    worker is given of the configuration. `result` is the type of the commits' results. `key` names
-    the stage key of the phase's folder, the stage's own by default.
+    worker is given of the configuration, and of the `file_digests` as the run began. `result` is
+    the type of the commits' results. `key` names the stage key of the phase's folder, the stage's
+    own by default.
     """
 
     name: str
     work: Work
     list_units: Callable[[PlanContext], PhasePlan]
-    plan: Callable[[Config], Any]
+    plan: Callable[[Config, Mapping[str, str]], Any]
     result: type | None = None
     key: str = ""
     # a unit is an input. Some may fail, up to run.max_failed_share: a missing part of documents or
@@ -174,7 +175,7 @@ def _dedup(
     name: str, work: Work, list_units: Callable[[PlanContext], PhasePlan], **fields: Any
 ) -> PhaseSpec:
     """A phase of dedup, whose workers need only its own section."""
-    return PhaseSpec(f"dedup {name}", work, list_units, lambda config: config.dedup, **fields)
+    return PhaseSpec(f"dedup {name}", work, list_units, lambda config, _: config.dedup, **fields)
 
 
 PHASES: tuple[PhaseSpec, ...] = (
@@ -182,7 +183,7 @@ PHASES: tuple[PhaseSpec, ...] = (
         "extract",
         extract.extract_unit,
         extract_units,
-        extract_plan,
+        lambda config, _: extract_plan(config),
         extract.ExtractResult,
         by_input=True,
         in_funnel=True,
@@ -241,7 +242,7 @@ PHASES: tuple[PhaseSpec, ...] = (
         "refine",
         refine.refine_unit,
         refine_units,
-        refine_plan,
+        lambda config, _: refine_plan(config),
         refine.RefineResult,
         by_input=True,
         in_funnel=True,
@@ -250,7 +251,7 @@ PHASES: tuple[PhaseSpec, ...] = (
         "refine ner",
         ner.ner_unit,
         ner_units,
-        lambda config: config.ner,
+        lambda config, _: config.ner,
         ner.NerResult,
         key="ner",
         by_input=True,
@@ -261,7 +262,9 @@ PHASES: tuple[PhaseSpec, ...] = (
         "pack",
         pack.pack_unit,
         pack_units,
-        lambda config: pack.PackPlan(config.pack, config.run.seed),
+        lambda config, files: pack.PackPlan(
+            config.pack, config.run.seed, files.get("pack.tokenizer", "")
+        ),
         pack.PackResult,
         in_funnel=True,
     ),

@@ -79,12 +79,14 @@ def publish(
     *,
     sources: Mapping[str, int],
     origin: Origin | None = None,
+    tokenizer_sha256: str = "",
 ) -> Published:
     """Publish the parts of pack commits as the next generation, unless a current one is the same.
 
     It supersedes what `succession` says of its `origin`, by default a run in the catalog's own
-    directory. Fenced if another run took over, or published at the same time: nothing is published
-    then.
+    directory. `tokenizer_sha256` is that of the file that the parts were packed with, "" if there
+    was none: ValueError if the file has another now. Fenced if another run took over, or published
+    at the same time: nothing is published then.
     """
     identity = digest([store.root.rsplit("/", 1)[-1], *(c.digest for c in commits)])
     catalog_uri = f"{run}/{CATALOG}"
@@ -101,7 +103,8 @@ def publish(
     with _building_folder(run, name) as folder:
         manifest = dict[str, Any](name=name, identity=identity, lineage=lineage or name)
         manifest["supersedes"] = list(supersedes)
-        manifest |= _build(folder, store, commits, config, sources)
+        tokenizer = tokenizer_of(config, sha256=tokenizer_sha256)
+        manifest |= _build(folder, store, commits, config, tokenizer, sources)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _require_whole(folder, manifest, store)
         _move_folder(folder, uri)
@@ -154,10 +157,10 @@ def _build(
     store: Store,
     commits: Sequence[Commit],
     config: PackConfig,
+    tokenizer: Tokenizer,
     sources: Mapping[str, int],
 ) -> dict[str, Any]:
     """Put a generation into `folder`; its manifest."""
-    tokenizer = tokenizer_of(config)
     held_out = [c for c in commits if "pack.held_out" in c.counts]
     return {
         "rows": sum(c.rows_out for c in commits),

@@ -10,9 +10,11 @@ alike.
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 from pydantic import BeforeValidator, Field
@@ -22,6 +24,7 @@ from stages.formats import tokens
 from stages.formats.document import table_schema
 from stages.formats.mds import INDEX, MDSWriter, columns_of_rows
 from stages.formats.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from stages.storage.digests import file_sha256
 from stages.storage.files import names_in, scratch_folder
 from stages.storage.ledger import Commit, Store, Unit
 from stages.storage.parts import read_columns
@@ -84,8 +87,15 @@ class PackConfig:
         return TokenizerOptions(self.pattern, self.end_of_text, self.begin_of_text)
 
 
-def tokenizer_of(config: PackConfig) -> Tokenizer:
-    """The tokenizer that a configuration names; ValueError if there is no such."""
+def tokenizer_of(config: PackConfig, *, sha256: str = "") -> Tokenizer:
+    """The tokenizer that a configuration names; ValueError if there is no such, or if its file has
+    another `sha256` than this.
+    """
+    if sha256 and (now := file_sha256(Path(config.tokenizer))) != sha256:
+        raise ValueError(
+            f"{config.tokenizer}: was replaced during the run (sha256 {now[:12]}..., as the run "
+            f"began {sha256[:12]}...); run again to pack with the new file, or put the old one back"
+        )
     tokenizer = load_tokenizer(
         config.tokenizer, config.options, vocabulary_dir=config.vocabulary_dir
     )
@@ -177,11 +187,11 @@ def pack_unit(unit: Unit, plan: "PackPlan", store: Store) -> Commit:
     training, held_out = _deal(task.parts, plan, unit.name)
     commit.rows_in = training.num_rows + held_out.num_rows
     commit.counts = {"kept": training.num_rows}
-    written = _write_split(training, TRAINING, plan.config, commit, store)
+    written = _write_split(training, TRAINING, plan, commit, store)
     held_out_written = Written()
     if held_out.num_rows:
         commit.counts["pack.held_out"] = held_out.num_rows
-        held_out_written = _write_split(held_out, HELD_OUT, plan.config, commit, store)
+        held_out_written = _write_split(held_out, HELD_OUT, plan, commit, store)
     else:
         store.clear(HELD_OUT.parts, unit.name)
     commit.rows_out = written.rows
@@ -200,10 +210,11 @@ def _remove_leftovers(commit: Commit, store: Store) -> None:
 
 
 def _write_split(
-    documents: pa.Table, split: Split, config: PackConfig, commit: Commit, store: Store
+    documents: pa.Table, split: Split, plan: "PackPlan", commit: Commit, store: Store
 ) -> Written:
     """Tokenize, pack and write one split of a unit's documents."""
-    tokenizer = tokenizer_of(config)
+    config = plan.config
+    tokenizer = tokenizer_of(config, sha256=plan.tokenizer_sha256)
     ids, urls = documents["doc_id"].to_pylist(), documents["url"].to_pylist()
     tokenized = _tokenize(documents["text"], tokenizer, config)
     pack = tokens.concatenate_and_chunk if config.packing == "concatenate" else tokens.best_fit
@@ -219,7 +230,7 @@ def _write_split(
         ) as writer:
             for row in pack(tokenized, seq_len=config.seq_len, fill=tokenizer.end_of_text):
                 lengths = np.array([span.length for span in row.spans], np.uint32)
-                writer.write({"tokens": row.tokens.astype(tokenizer.dtype), "spans": lengths})
+                writer.write({"tokens": _stored(row.tokens, tokenizer), "spans": lengths})
                 provenance += [
                     span._asdict()
                     | {"row": rows, "doc_id": ids[span.document], "url": urls[span.document]}
@@ -234,11 +245,28 @@ def _write_split(
     return Written(rows, sum(span["length"] for span in provenance))
 
 
+def _stored(ids: tokens.Tokens, tokenizer: Tokenizer) -> npt.NDArray[np.unsignedinteger]:
+    """A row in the type that is stored; ValueError for an id that the tokenizer does not have,
+    which uint16 could turn into another.
+    """
+    if (largest := int(ids.max())) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{tokenizer.name}: gave the id {largest}, and has {tokenizer.vocab_size} tokens; "
+            "its file and the package that reads it disagree: use another tokenizer"
+        )
+    return ids.astype(tokenizer.dtype)
+
+
 class PackPlan(NamedTuple):
-    """Everything a worker needs for a unit of this stage."""
+    """Everything a worker needs for a unit of this stage.
+
+    `tokenizer_sha256` is that of the tokenizer's file as the run began, which its stage key has; ""
+    for a name of tiktoken's.
+    """
 
     config: PackConfig
     seed: int
+    tokenizer_sha256: str = ""
 
 
 def _deal(parts: Sequence[CorpusPart], plan: PackPlan, unit: str) -> tuple[pa.Table, pa.Table]:

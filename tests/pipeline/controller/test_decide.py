@@ -124,6 +124,18 @@ def test_a_trainer_thrown_back_to_its_checkpoint_has_that_much_more_to_read():
     assert (forgotten.state, forgotten.inputs) == ("BLIND", 30)
 
 
+def test_a_speed_of_zero_is_unknown():
+    """As None: the last known one counts, and there is none without one."""
+    known = PlanState(10, rates={"a": 100.0})
+    for before in (known, PlanState(10)):
+        zero, unknown = (
+            decide(inputs(summary(tokens_per_second_without_stalls=s), before=before), POLICY)
+            for s in (0.0, None)
+        )
+        assert zero == unknown
+        assert zero.needs["a"].tokens_per_second == before.rates.get("a")
+
+
 def test_trainers_share_generations_and_the_neediest_decides():
     slow_behind = summary("slow", tokens_per_second_without_stalls=10.0)
     fast_ahead = summary("fast", tokens_per_second_without_stalls=400.0, sources=read(8000))

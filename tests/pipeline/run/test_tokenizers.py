@@ -1,5 +1,6 @@
 """Runs and trainings with tokenizers of every kind. Without Ray."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -12,14 +13,16 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.config.load import load
+from pipeline.engine.units import in_process
 from pipeline.inspect import export
 from pipeline.inspect.verify import verify_path
+from pipeline.run.execute import RunFailed, execute
 from pipeline.run.keys import stage_keys
 from stages.formats import mds
 from stages.formats.errors import ConfigError
 from stages.formats.tokenizer import load_tokenizer
 from stages.storage.catalog import read_catalog
-from tests.support.inline import make_config, run_inline
+from tests.support.inline import Silent, make_config, run_inline
 from tests.support.texts import PROSE
 from tests.support.tokenizer_files import MANY, TURN
 
@@ -135,7 +138,37 @@ def test_a_changed_file_repacks_and_a_moved_one_does_not(tokenizer_files, tmp_pa
     assert len({before, key("cl100k_base"), *(key(first, change) for change in changes)}) == 4
 
 
-def test_pack_keys_of_runs_of_before_stay(tmp_path):
+@pytest.mark.parametrize("when", ["before pack", "before publish"])
+def test_a_tokenizer_that_is_replaced_during_a_run_ends_it(when, tokenizer_files, tmp_path):
+    path = tmp_path / "mine.json"
+    shutil.copy(tokenizer_files["bpe"][0], path)
+    original, config = path.read_bytes(), make(tmp_path, path)
+    key = stage_keys(config, [])["pack"]
+
+    def run(replaced):
+        def units(phase, work, pending, resources):
+            if replaced and phase == "pack" and when == "before pack":
+                path.write_bytes(original + b"\n")
+            yield from in_process(phase, work, pending, resources)
+            if replaced and phase == "pack":
+                path.write_bytes(original + b"\n")
+
+        return execute(config, Silent(), units)
+
+    with pytest.raises((RunFailed, ValueError)) as raised:
+        run(replaced=True)
+    assert "mine.json: was replaced during the run" in str(raised.value)
+    assert not read_catalog(config.run.directory)
+    assert stage_keys(config, [])["pack"] != key
+    # the new file has a key of its own, and the old one's has no rows of the new one
+    new = run(replaced=False).published
+    path.write_bytes(original)
+    old = run(replaced=False).published
+    for published, data in ((new, original + b"\n"), (old, original)):
+        assert published.manifest["tokenizer_sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_pack_keys_of_earlier_runs_stay(tmp_path):
     """What version 2 of the stage hashed: `encoding`, and nothing of files."""
     from pipeline.run.keys import _packing
     from stages.pack.pack import PackConfig

@@ -1,8 +1,10 @@
 """Stage pack: which documents are set aside for evaluation, and that nothing else changes for it."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 
 from stages.formats import mds
 from stages.formats.tiktoken_encodings import load_encoding
+from stages.formats.tokenizer import load_tokenizer
 from stages.pack.pack import (
     HELD_OUT,
     TRAINING,
@@ -21,6 +24,7 @@ from stages.pack.pack import (
     PackPlan,
     PackResult,
     PackTask,
+    _stored,
     is_held_out,
     pack_unit,
 )
@@ -152,3 +156,15 @@ def test_what_an_attempt_that_died_left_behind_is_no_part_of_the_unit(tmp_path):
     assert {p.name for p in Path(store.uri("parts", "00000")).iterdir()} == {
         p.split("/")[-1] for p, _ in shards(again, "parts")
     }
+
+
+def test_an_id_outside_of_the_vocabulary_is_refused():
+    tokenizer = replace(load_tokenizer("cl100k_base"), vocab_size=60_000)
+    ids = np.array([0, 59_999], np.uint32)
+    assert _stored(ids, tokenizer).dtype == np.uint16 and _stored(ids, tokenizer).tolist() == [
+        0,
+        59_999,
+    ]
+    for id in (60_000, 65_536):
+        with pytest.raises(ValueError, match=f"cl100k_base: gave the id {id}, and has 60000"):
+            _stored(np.array([0, id], np.uint32), tokenizer)

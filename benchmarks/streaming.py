@@ -40,7 +40,7 @@ from pipeline.run.execute import Run, execute
 from pipeline.run.phase import Phase, PlanContext
 from pipeline.run.phases import SPECS, refine_plan
 from stages.formats.document import Row, corpus_schema, pii_column
-from stages.pack.pack import TRAINING, PackConfig, _write_split
+from stages.pack.pack import TRAINING, PackConfig, PackPlan, _write_split
 from stages.refine.ner import BATCH, _scrubbed
 from stages.refine.refine import RefinePlan, _batches, _kept_copies, _refine, make_judge
 from stages.storage.ledger import Commit, Store, Unit
@@ -234,6 +234,7 @@ class ReplaceNames:
 def write(documents: pa.Table, job: Job) -> pa.Table:
     """Write the corpus and rejected parts and the shards of the units in a block."""
     corpus, packed = Store(f"{job.folder}/streaming"), Store(f"{job.folder}/streaming/pack")
+    plan = PackPlan(job.config.pack, job.config.run.seed)
     figures = {"documents": 0, "tokens": 0}
     for name in pc.unique(documents["unit"]).to_pylist():
         commit, shards = Commit(name, ""), Commit(name, "")
@@ -242,7 +243,7 @@ def write(documents: pa.Table, job: Job) -> pa.Table:
         corpus.write_part(rows.filter(kept), "corpus", name, commit=commit)
         corpus.write_part(rows.filter(pc.invert(kept)), "rejected", name, commit=commit)
         chosen = rows.filter(kept).select(["doc_id", "url", "text"])
-        written = _write_split(chosen, TRAINING, job.config.pack, shards, packed)
+        written = _write_split(chosen, TRAINING, plan, shards, packed)
         figures["documents"] += chosen.num_rows
         figures["tokens"] += written.tokens
     return pa.table({key: [value] for key, value in figures.items()})

@@ -144,7 +144,7 @@ def _measure_sample(
     store = Store(f"{run.root}/calibrate/{key}")
     phase = Phase("calibrate", store, phases["refine"].units, store.commits())
     spec = dataclasses.replace(
-        SPECS["refine"], work=refine.sample_unit, plan=lambda _: plan, result=None
+        SPECS["refine"], work=refine.sample_unit, plan=lambda *_: plan, result=None
     )
     store.list_units(phase.units)
     run_phase(run, spec, phase, progress, run_units)

@@ -68,10 +68,10 @@ try:
     texts = [Document(text=d["text"], id=str(n)) for n, d in enumerate(documents)]
     logger.remove()  # after its import, which sets one up
     step = MinhashDedupSignature(tempfile.mkdtemp(), config=config, language="eng")
-    step.run(iter(texts[:5]), 1)  # loads the tokeniser
+    step.run(iter(texts[:5]), 1)  # loads the tokenizer
     answer["datatrove's MinhashDedupSignature, raw text to sorted signature files"] = best(lambda: step.run(iter(texts), 0))
     words = lambda: [step.word_tokenizer.word_tokenize(simplify_text(d["text"], config.norm_config)) for d in documents]
-    answer["of that: datatrove's simplify_text and word tokeniser"] = best(words)
+    answer["of that: datatrove's simplify_text and word tokenizer"] = best(words)
 except ImportError as error:
     print(f"no datatrove: {error}", file=sys.stderr)
 try:

@@ -11,7 +11,7 @@ Where datatrove decides otherwise it is for one of these reasons:
 
 blank      datatrove counts lines of nothing but spaces, so that their repetition is duplicate lines; for us they are no
            lines. All differences in gopher_repetition, and the reason that they stay.
-words      spaCy's English tokeniser against one regular expression (filters/text.py says where they part). It shows in
+words      spaCy's English tokenizer against one regular expression (filters/text.py says where they part). It shows in
            source code and TeX, where we cut off more marks: alpha_word_ratio falls below 0.8 by up to 0.02. All
            differences in gopher_quality.
 symbols    datatrove counts a lone "•", "→" or "€" as a word, because its list of punctuation does not hold them.

@@ -5,7 +5,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -247,8 +247,13 @@ def tokenizers(
     from pipeline.study.fertility import compare, to_json
     from stages.formats.tokenizer import TokenizerOptions, is_ranks, load_tokenizer
 
+    options = TokenizerOptions(end_of_text=end_of_text)
     loaded = [
-        load_tokenizer(name, TokenizerOptions(pattern if is_ranks(name) else "", end_of_text))
+        # as it was given: the files of several tokenizers may have the same name
+        replace(
+            load_tokenizer(name, options._replace(pattern=pattern if is_ranks(name) else "")),
+            name=name,
+        )
         for name in names
     ]
     comparison = compare(run, loaded, sample_chars=sample_chars)

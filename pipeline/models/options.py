@@ -126,7 +126,8 @@ class BpeOptions:
     licence: _Licence
     where: Annotated[str, Option(help="SQL condition on rows of a run", metavar="SQL")] = ""
     sample_bytes: Annotated[
-        int, Option(help="of text to learn from, drawn by its hash; it costs memory and time")
+        int,
+        Option(help="of text to learn from, drawn by its hash; it costs memory and time", min=1),
     ] = 500_000_000
     end_of_text: Annotated[str, Option(help="token after each document")] = "<|endoftext|>"
     begin_of_text: Annotated[str, Option(help="token before a document; '': none")] = ""

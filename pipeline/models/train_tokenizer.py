@@ -25,9 +25,10 @@ from pipeline.models.options import BpeOptions
 from pipeline.models.training_texts import Source, check_where, fingerprint
 from pipeline.study.fertility import measure
 from stages.formats.tiktoken_encodings import load_encoding
-from stages.formats.tokenizer import TokenizerOptions, load_tokenizer
+from stages.formats.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
 from stages.formats.tokenizer_export import for_oniguruma
 from stages.pack.pack import derive_seed
+from stages.storage.files import scratch_folder
 
 MEASURED_BYTES = 20_000_000  # of held-out text, the first that is read: enough for three digits
 # pairs seen once are typing errors and names
@@ -39,26 +40,20 @@ def train_tokenizer(options: BpeOptions) -> dict[str, Any]:
     on any number of threads.
     """
     options = replace(options, sources=[_rows_of_run(name) for name in options.sources])
-    least = 256 + len(_special_tokens(options))
-    if options.vocab_size < least:
-        raise ValueError(f"vocab_size = {options.vocab_size}: must be {least} or more")
     check_where(options.where, options.sources)
+    _check(options)
     with replacing(options.output, sources=options.sources) as (file,):
         entries, size = _count(options)
         share = min(1.0, options.sample_bytes / max(1, size))
         texts = _Texts(options, share=share)
-        library = _train(texts, options)
+        library = _train(iter(texts), options)
         check_split(
             len(texts.held_out),
             texts.counts["documents"],
             held_out=options.held_out,
             sources=options.sources,
         )
-        library.save(str(file))
-        around = TokenizerOptions(
-            end_of_text=options.end_of_text, begin_of_text=options.begin_of_text
-        )
-        tokenizer = load_tokenizer(str(file), around)
+        tokenizer = _save(library, file, options)
         fertility = measure(texts.held_out, tokenizer)
     return write_card(
         options.output,
@@ -79,6 +74,37 @@ def train_tokenizer(options: BpeOptions) -> dict[str, Any]:
             "tokens_per_word": round(fertility.tokens_per_word or 0, 4),
         },
     )
+
+
+def _check(options: BpeOptions) -> None:
+    """ValueError for options that no text can meet: they are tried on none, before any is read."""
+    special = _special_tokens(options)
+    least = 256 + len(special)
+    for name, number, lowest in (
+        ("vocab_size", options.vocab_size, least),
+        ("sample_bytes", options.sample_bytes, 1),
+    ):
+        if number < lowest:
+            raise ValueError(f"{name} = {number}: must be {lowest} or more")
+    if not options.end_of_text:
+        raise ValueError("end_of_text is empty: name the token after each document")
+    with scratch_folder("gristmill-tokenizer") as folder:
+        untrained = _train(iter(()), options)
+        if untrained.get_vocab_size() < least:
+            raise ValueError(
+                f"special tokens {', '.join(special)}: give each once, with two characters or more"
+            )
+        _save(untrained, folder / options.output.name, options)
+
+
+def _save(library: Any, file: Path, options: BpeOptions) -> Tokenizer:
+    """Write a tokenizer to a temporary file; what it is when it is loaded."""
+    library.save(str(file))
+    around = TokenizerOptions(end_of_text=options.end_of_text, begin_of_text=options.begin_of_text)
+    try:
+        return load_tokenizer(str(file), around)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(file), str(options.output))) from error
 
 
 def _rows_of_run(source: str) -> str:
@@ -136,11 +162,12 @@ def _special_tokens(options: BpeOptions) -> Sequence[str]:
     return [*filter(None, (options.end_of_text, options.begin_of_text)), *(options.special or ())]
 
 
-def _train(texts: _Texts, options: BpeOptions) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def _train(texts: Iterator[str], options: BpeOptions) -> Any:
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
 
     pattern = for_oniguruma(load_encoding("cl100k_base")._pat_str)
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Library(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
@@ -155,5 +182,5 @@ def _train(texts: _Texts, options: BpeOptions) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(iter(texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

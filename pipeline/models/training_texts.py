@@ -107,10 +107,10 @@ def documents(source: str | Path, *, text_column: str = "text", where: str = "")
         return _run_texts(rows, source=str(source), where=where)
     path = Path(source)
     if (path / "run.json").is_file():
-        kinds = ", ".join(f"{path}:{kind}" for kind in RUN_KINDS)
-        raise ValueError(f"source {path}: is a run; name a kind of its rows: {kinds}")
+        kinds = ", ".join(f"{source}:{kind}" for kind in RUN_KINDS)
+        raise ValueError(f"source {source}: is a run; name a kind of its rows: {kinds}")
     if not path.is_file():
-        raise ValueError(f"source {path}: no such file; rows of a run are named as RUN:corpus")
+        raise ValueError(f"source {source}: no such file; rows of a run are named as RUN:corpus")
     suffix = format_of(path)
     if suffix == ".txt":
         return _txt_texts(path)

@@ -188,7 +188,8 @@ def _build(
 
 def _describe_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Copy a tokenizer's file to `folder`, so that a trainer needs no other; the manifest's entries
-    on it. An encoding that tiktoken names has no file.
+    on it. An encoding that tiktoken names has no file: trainers have one that does not ship with
+    the install in $TIKTOKEN_CACHE_DIR.
     """
     file = None
     if tokenizer.file:

@@ -40,7 +40,8 @@ def check_encoding(name: str, vocabulary_dir: str = "") -> None:
     if not vocabulary_dir and not os.environ.get("TIKTOKEN_CACHE_DIR") and name not in _SHA256:
         raise ValueError(
             f"encoding '{name}' does not ship with the install ({', '.join(_SHA256)} do); "
-            "set pack.vocabulary_dir to a tiktoken cache folder that holds it"
+            "set pack.vocabulary_dir, or $TIKTOKEN_CACHE_DIR where there is no such setting, to a "
+            "tiktoken cache folder that holds it"
         )
 
 

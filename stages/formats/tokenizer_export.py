@@ -31,7 +31,9 @@ def save_hugging_face_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> Non
     """Write what `AutoTokenizer.from_pretrained(folder)` loads; the folder is made if absent.
 
     It gives the ids of `Tokenizer.encode_batch`, but reads special tokens from text unless
-    `split_special_tokens` is set. ValueError if it would give other ids: nothing is written then.
+    `split_special_tokens` is set; a tokenizer.json of Unigram or WordLevel reads those that are in
+    its model's vocabulary even then. ValueError if it would give other ids: nothing is written
+    then.
     """
     if tokenizer.kind == "sentencepiece":
         name, data = "spiece.model", tokenizer.library.serialized_model_proto()

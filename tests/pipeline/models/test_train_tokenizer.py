@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,7 +105,7 @@ def test_a_sample_is_learned_from_and_repeated(options):
         ({"vocab_size": 200}, "vocab_size = 200: must be 257 or more"),
         ({"held_out": 0.0}, "held_out = 0.0: .* 0 are held out"),
         ({"sources": ["absent.jsonl"]}, "source absent.jsonl: no such file"),
-        ({"end_of_text": ""}, "has no special token of a usual name for the end of a text"),
+        ({"sources": ["s3://b/x.jsonl"]}, "source s3://b/x.jsonl: no such file"),
     ],
 )
 def test_what_cannot_be_trained_leaves_no_file(options, changed, message):
@@ -113,7 +114,27 @@ def test_what_cannot_be_trained_leaves_no_file(options, changed, message):
     assert not options.output.exists()
 
 
-def test_from_the_corpus_of_a_run_to_a_run_with_it_and_a_comparison(tmp_path):
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"vocab_size": 256}, "vocab_size = 256: must be 257 or more"),
+        ({"sample_bytes": 0}, "sample_bytes = 0: must be 1 or more"),
+        ({"end_of_text": ""}, "end_of_text is empty"),
+        ({"end_of_text": "x"}, "special tokens x: give each once"),
+        ({"special": ["<a>", "<a>"]}, "special tokens <.endoftext.>, <a>, <a>: give each once"),
+        ({"begin_of_text": "<|endoftext|>"}, "give each once"),
+        ({"end_of_text": "<0x0A>"}, r"/t.json: has no special token '<0x0A>'"),
+        ({"special": ["<s>", "<bos>"]}, r"/t.json: has several special .*; set pack.begin_of"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_source_is_read(options, changed, message):
+    changed = {"sources": ["absent.jsonl"], **changed}
+    with pytest.raises(ValueError, match=message) as raised:
+        train_tokenizer(replace(options, **changed))
+    assert "gristmill-tokenizer" not in str(raised.value)
+
+
+def test_from_the_corpus_of_a_run_to_a_run_with_it_and_a_comparison(tmp_path, monkeypatch):
     rows = [{"text": text, "url": f"https://a.example/{n}"} for n, text in enumerate(TEXTS)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["input.format=jsonl", "input.url_column=url", "extract.filters=[]"]
@@ -144,8 +165,13 @@ def test_from_the_corpus_of_a_run_to_a_run_with_it_and_a_comparison(tmp_path):
             for key in ("documents", "bytes", "words", "tokens"):
                 assert sum(g[key] for g in of_kind) == tokenizer["groups"][0][key]
     assert theirs["groups"][0]["bytes_per_token"] > everything["bytes_per_token"] > 1
-    table = cli("tokenizers", run, output, "cl100k_base", "--sample-chars=5000")
-    assert "mine.json (900)" in table and "in.jsonl" in table
+    assert mine["name"] == output
+    (tmp_path / "other").mkdir()
+    shutil.copy(output, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    names = ("./mine.json", "other/mine.json", "cl100k_base")
+    table = cli("tokenizers", run, *names, "--sample-chars=5000")
+    assert all(f"{name} (" in table for name in names) and "in.jsonl" in table
 
 
 def cli(*arguments):

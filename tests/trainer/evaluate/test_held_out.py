@@ -145,7 +145,7 @@ def slow_loss(rows):
 
 @torch.no_grad()
 def slow_likelihoods(seq_len):
-    """Every ending by itself after its context, the two tokenised as one text, in float64."""
+    """Every ending by itself after its context, the two tokenized as one text, in float64."""
     encoding, model, found = load_encoding("cl100k_base"), plain(), []
     for question in QUESTIONS:
         asked = question["query"] + ("\nAnswer:" if "Question:" in question["query"] else "")

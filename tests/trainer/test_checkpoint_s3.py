@@ -64,7 +64,7 @@ def test_one_process_goes_on_bit_for_bit(config, run):
     expected, random = whole(*state), torch.rand(3)
     assert names(f"{run}/step-00000002") == [".metadata", "__0_0.distcp", "meta.json"]
     saved, again = restored(run)
-    assert saved == (2, f"{run}/step-00000002", EXTRA, 1.5)
+    assert saved == (2, f"{run}/step-00000002", saved.model, EXTRA, 1.5)
     assert_same(whole(*again), expected)
     assert torch.equal(torch.rand(3), random)
     train(*state, 2, 3)
@@ -319,7 +319,7 @@ def test_an_export_from_url_to_url_is_that_of_local_folders(run, tmp_path):
     assert (
         names(f"{run}-exported")
         == sorted(path.name for path in local.iterdir())
-        == ["config.json", "generation_config.json", "model.safetensors"]
+        == [".gristmill-export", "config.json", "generation_config.json", "model.safetensors"]
     )
     for path in local.iterdir():
         assert files().cat_file(f"{run}-exported/{path.name}") == path.read_bytes()

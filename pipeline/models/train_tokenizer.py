@@ -77,7 +77,7 @@ def train_tokenizer(options: BpeOptions) -> dict[str, Any]:
 
 
 def _check(options: BpeOptions) -> None:
-    """ValueError for options that no text can meet: they are tried on none, before any is read."""
+    """ValueError for options that no text can meet: tried without text, before any is read."""
     special = _special_tokens(options)
     least = 256 + len(special)
     for name, number, lowest in (

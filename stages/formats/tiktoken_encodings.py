@@ -91,7 +91,7 @@ def encoding_of_ranks(name: str, data: bytes, *, pattern: str, special: Sequence
     """A tiktoken Encoding of a `.tiktoken` file, a line 'BASE64 RANK' per token.
 
     `special` tokens have the ids after the last rank, as Llama 3 and Qwen number them. ValueError
-    for a line that is none, ranks that leave out a byte, or a pattern that does not compile or
+    for a line without a rank, ranks that leave out a byte, or a pattern that does not compile or
     matches an empty string.
     """
     import tiktoken

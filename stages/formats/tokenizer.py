@@ -38,7 +38,7 @@ from stages.formats.tokens import Tokens
 
 Kind = Literal["tiktoken", "tokenizers", "sentencepiece"]
 
-# usual names; `<|eot|>` is none: it ends a turn
+# usual names; `<|eot|>` is not one of them: it ends a turn
 END_OF_TEXT = (
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]"),
     *("<｜end▁of▁sentence｜>", "<|end▁of▁sentence|>", "<|endofdocument|>"),

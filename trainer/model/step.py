@@ -1,9 +1,10 @@
 """Step 4 of a row's way to the loss: the gradients of a global batch, and the update.
 
-Nothing here waits for the device: a step is queued (`queue_gradients`, `queue_update`) while the
-device may still work on the one before, and its figures are read later (`StepFigures.read`). It
-needs only torch, so that a benchmark can run it alone. The batches come from `data.loader`; the
-loss is computed by `llama.Transformer.loss`; `loop` decides when to read.
+A step is queued (`queue_gradients`, `queue_update`) while the device may still work on the one
+before, and its figures are read later (`StepFigures.read`). Nothing here waits for the device,
+except for optimizers other than fused AdamW (`optim.update_unless`). It needs only torch, so that a
+benchmark can run it alone. The batches come from `data.loader`; the loss is computed by
+`llama.Transformer.loss`; `loop` decides when to read.
 """
 
 import math

@@ -40,7 +40,7 @@ def test_after_a_step_of_demand_supply_is_back_at_the_horizon_and_stays(rate):
     world = World({"a": Trainer(100.0)})
     assert is_near_the_horizon(world, world.run(12)[-1])
     world.trainers["a"].rate = rate
-    # of 6 h: the slew limit doubles the plan at most, and a glut of days must be eaten
+    # of 6 h: the slew limit doubles the plan at most, and a glut of days must be read
     recovery = world.run(8)
     settled = world.run(60)
     assert all(is_near_the_horizon(world, d, rate) for d in settled)
